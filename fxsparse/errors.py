@@ -1,0 +1,39 @@
+"""What fxsparse raises for what a user did: it names what, where, why, and what to do instead."""
+
+from __future__ import annotations
+
+
+class FxsparseError(Exception):
+    """Base of every error fxsparse raises on purpose."""
+
+
+class TraceError(FxsparseError):
+    """A model could not be captured; the message quotes the line of the model that stopped it."""
+
+
+class RewriteError(FxsparseError):
+    """A pass cannot do what was asked. Nothing was changed.
+
+    Args:
+        message: what was expected and what to do.
+        pass_name: the pass's textual name, such as ``nm-masks``.
+        site: the module path or parameter name concerned.
+    """
+
+    def __init__(self, message: str, *, pass_name: str | None = None, site: str | None = None):
+        self.pass_name = pass_name
+        self.site = site
+        where = ": ".join(part for part in (pass_name, site) if part)
+        super().__init__(f"{where}: {message}" if where else message)
+
+
+class OptionError(RewriteError, ValueError):
+    """An option has no meaning: an unknown name, or a value outside what it may be."""
+
+
+class LoweringError(FxsparseError):
+    """A node could not be lowered and ``options={"fallback": False}`` forbids the reference."""
+
+
+class CheckpointError(FxsparseError):
+    """A checkpoint does not fit the model it is loaded into."""

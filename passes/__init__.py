@@ -1,0 +1,1 @@
+"""Rewrites of the training-IR graph, one file each."""
