@@ -1,0 +1,113 @@
+"""Running passes in order: all of them or none, on a copy that shares the model's parameters, with a record of each."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from fxsparse import graph as fx
+from fxsparse.costs import costs
+from fxsparse.errors import OptionError, RewriteError
+from fxsparse.passes.base import Pass, parse_passes
+from fxsparse.record import Entry, append, record_of
+
+STRUCTURE_ONLY = "fxsparse_structure_only"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in the order they run.
+
+    ``pipeline(gm)`` returns a rewritten copy and leaves ``gm`` as it was; where a pass fails there is no copy, so a model is
+    never half rewritten. The copy's record names every pass, every change and every skip with its reason.
+
+    ``str(pipeline)`` and :meth:`parse` are inverse to each other.
+    """
+
+    passes: tuple[Pass, ...]
+
+    def __init__(self, passes: Iterable[Pass | str] | Pass | str):
+        given = [passes] if isinstance(passes, (Pass, str)) else list(passes)
+        flat: list[Pass] = []
+        for item in given:
+            if isinstance(item, str):
+                flat.extend(parse_passes(item))
+            elif isinstance(item, Pass):
+                flat.append(item)
+            else:
+                raise OptionError(f"a pipeline is made of passes or their text, not of {type(item).__name__}: {item!r}")
+        object.__setattr__(self, "passes", tuple(flat))
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """The pipeline written in ``text``, such as ``nm-masks{pattern=2:4},double-prune``."""
+        return cls(parse_passes(text) if text.strip() else ())
+
+    def __str__(self) -> str:
+        return ",".join(str(item) for item in self.passes)
+
+    def __call__(self, gm: GraphModule, *, structure_only: bool = False) -> GraphModule:
+        """Runs the passes on a copy of ``gm``.
+
+        Args:
+            gm: a traced graph module.
+            structure_only: the values of new state will be loaded afterwards, so passes may skip computing them.
+
+        Raises:
+            RewriteError: a pass refused; nothing was changed.
+        """
+        self._check_order(gm)
+        copy = fx.copy_sharing_state(gm)
+        if structure_only:
+            copy.meta[STRUCTURE_ONLY] = True
+        try:
+            for item in self.passes:
+                _run(item, copy)
+        finally:
+            copy.meta.pop(STRUCTURE_ONLY, None)
+        copy.recompile()
+        return copy
+
+    def _check_order(self, gm: GraphModule) -> None:
+        done = [entry.text.partition("{")[0] for entry in record_of(gm).entries]
+        for item in self.passes:
+            if item.must_follow and not set(item.must_follow) & set(done):
+                first = item.must_follow[0]
+                raise RewriteError(
+                    f"works on what {' or '.join(item.must_follow)} inserts, which did not run before; "
+                    f"the order that works is {first},{item.name}",
+                    pass_name=item.name,
+                )
+            clash = [name for name in done if name in item.cannot_follow]
+            if clash:
+                raise RewriteError(f"cannot follow {clash[0]}; the order that works is {item.name},{clash[0]}", pass_name=item.name)
+            done.append(item.name)
+
+
+def structure_only(gm: GraphModule) -> bool:
+    """Whether the values of new state will be loaded after the running pipeline."""
+    return bool(gm.meta.get(STRUCTURE_ONLY))
+
+
+def _run(item: Pass, gm: GraphModule) -> None:
+    before, read_before = costs(gm), fx.state_read(gm)
+    start = time.perf_counter()
+    try:
+        changes = tuple(item.rewrite(gm))
+        fx.eliminate_dead_code(gm)
+        gm.graph.lint()
+    except RewriteError:
+        raise
+    except Exception as error:
+        raise RewriteError(f"failed, and nothing was changed: {error}", pass_name=item.name) from error
+    for name in sorted(read_before - fx.state_read(gm)):
+        fx.delete(gm, name)
+    milliseconds = (time.perf_counter() - start) * 1e3
+    if not any(change.rewritten for change in changes):
+        reason = f" ({changes[0]})" if changes else ""
+        warnings.warn(f"{item} rewrote nothing{reason}", stacklevel=3)
+    append(gm, Entry(str(item), changes, before, costs(gm), milliseconds))
