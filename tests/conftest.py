@@ -1,0 +1,35 @@
+"""What every test gets: a seed, one thread, no compiled graphs of other tests, and no GPU tests without a GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
+sys.path.insert(0, str(Path(__file__).parent))  # tests import `families`
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """Compiled graphs of one test must not count as recompiles of the next."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
