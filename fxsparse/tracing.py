@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
 from fxsparse.causal import restore_is_causal
-from fxsparse.errors import TraceError
 from fxsparse.training_flags import bind_training_flags
 
 META_KEY = "fxsparse_trace"
