@@ -1,1 +1,204 @@
-"""The torch.compile backend."""
+"""The ``torch.compile`` backend: ``torch.compile(model, backend="fxsparse")``.
+
+Dynamo's graph goes down this list; every step leaves a graph that torch takes for one of Dynamo's own:
+
+1. with ``options={"passes": ...}``: to the training IR, through the passes, and back (``dynamo_graph``);
+2. frozen N:M weights run from compressed form where that pays (``lower``);
+3. what the graph needs beyond Dynamo's inputs is looked up by the weights' identity on every call (``runtime_state``);
+4. the rest is Inductor's, with the references of our operators to inline (``lower``, ``fingerprint``).
+
+The bare call runs no passes and computes what eager computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import GraphModule
+
+from fxsparse import lower
+from fxsparse.compiled import CompiledGraph, Origin, compiled_graphs, forget_all
+from fxsparse.derived import BORROWED
+from fxsparse.dynamo_graph import copy_dynamo_graph, state_names, training_ir, with_inputs
+from fxsparse.errors import FxsparseError, LoweringError
+from fxsparse.fingerprint import config_patches
+from fxsparse.options import BackendOptions
+from fxsparse.record import record_of
+from fxsparse.runtime_state import Slot, invalidate
+
+if TYPE_CHECKING:
+    from fxsparse.passes.pipeline import Pipeline
+
+__all__ = ["compiled_graphs", "fxsparse", "invalidate"]
+
+
+def fxsparse(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """Compiles one of Dynamo's graphs; called by ``torch.compile(model, backend="fxsparse")``.
+
+    Args:
+        gm: the graph.
+        example_inputs: its real inputs.
+        options: ``passes`` (text, Pass objects, a list of either, a Pipeline) or ``recipe`` (a name): what to rewrite in every
+            graph, with the weights staying the model's own; ``lower`` (operator -> implementation): pins a choice;
+            ``fallback``: False makes a graph that cannot be lowered an error; ``compiler``: ``inductor``, ``aot_eager`` or
+            ``eager``; any option of Inductor.
+        mode: as for Inductor.
+
+    Returns:
+        the compiled function. What the user did wrong (:class:`~fxsparse.errors.OptionError`,
+        :class:`~fxsparse.errors.RewriteError`) is raised when it is called: Dynamo would wrap, or swallow, an error raised here.
+    """
+    try:
+        parsed = BackendOptions.parse(options, mode)
+        return _compile_graph(gm, list(example_inputs), parsed)
+    except FxsparseError as error:
+        return _raising(error)
+
+
+def _reset() -> None:
+    forget_all()
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None:
+        trees.reset_cudagraph_trees()
+
+
+fxsparse.reset = _reset  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
+
+
+def _raising(error: FxsparseError) -> Callable[..., Any]:
+    def refuse(*args: Any) -> Any:
+        for failure in (error, error.__cause__):
+            if failure is not None:
+                traceback.clear_frames(failure.__traceback__)  # they hold the model's parameters
+        raise copy.copy(error) from error.__cause__
+
+    return refuse
+
+
+def _compile_graph(gm: GraphModule, example_inputs: list[Any], options: BackendOptions) -> Callable[..., Any]:
+    origin = Origin.of_current_call()
+    report = CompiledGraph(_graph_name(gm), options)
+    origin.add(report)
+    names = state_names(gm, example_inputs, origin.module)
+    lowered, slots = gm, list[Slot]()
+    if options.pipeline is not None:
+        lowered, slots = _run_passes(options.pipeline, gm, example_inputs, names, options, report)
+    rewritten = lowered
+    try:
+        lowered, found = lower.lower_frozen(rewritten, example_inputs, names, options, report)
+        slots = [*slots, *found]
+        lower.note_operators(lowered, names, options, report)
+    except Exception as error:
+        _fall_back("lowering", error, options, report)
+        lowered, found = rewritten, []
+    inner = _compile(lowered, [*example_inputs, *_further(slots, example_inputs)], options)
+    if not slots:
+        return inner
+    dense = _Dense(rewritten, slots[: len(slots) - len(found)], options, report) if found else None
+    return _with_states(inner, slots, dense)
+
+
+def _graph_name(gm: GraphModule) -> str:
+    return str(gm.meta.get("dynamo_compile_id") or "")
+
+
+def _run_passes(
+    pipeline: Pipeline,
+    gm: GraphModule,
+    example_inputs: list[Any],
+    names: dict[int, str],
+    options: BackendOptions,
+    report: CompiledGraph,
+) -> tuple[GraphModule, list[Slot]]:
+    try:
+        graph = training_ir(gm, example_inputs, names)
+    except Exception as error:
+        _fall_back("bringing the graph into the form passes work on", error, options, report)
+        return gm, []
+    graph.meta[BORROWED] = True
+    rewritten = pipeline(graph)
+    report.record = record_of(rewritten)
+    return with_inputs(rewritten, gm, example_inputs, names)
+
+
+def _fall_back(what: str, error: Exception, options: BackendOptions, report: CompiledGraph) -> None:
+    """Lets the graph run as it was, with a note and a warning, or raises."""
+    reason = f"{what} failed, so graph {report.name} runs as it was: {type(error).__name__}: {error}"
+    if not options.fallback:
+        raise LoweringError(reason) from error
+    report.note(reason)
+    warnings.warn(f"fxsparse: {reason}", stacklevel=2)
+
+
+# --- compiling --------------------------------------------------------------------------------------------------------
+
+
+def _compile(gm: GraphModule, inputs: list[Any], options: BackendOptions) -> Callable[..., Any]:
+    if options.compiler == "eager":
+        return gm.forward
+    if options.compiler == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, inputs)
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
+
+    patches = config_patches(options)
+    table = None
+    if any(True for _ in lower.operators(gm)):
+        with config.patch(patches):
+            table = {**select_decomp_table(), **lower.decompositions(options)}
+    return compile_fx(gm, inputs, config_patches=patches, decompositions=table)
+
+
+def _further(slots: list[Slot], example_inputs: list[Any]) -> list[Any]:
+    """The values of the further inputs for the weights that are compiled with, of fixed size to torch."""
+    tensors = [tensor for slot in slots for tensor in slot.get(example_inputs) or ()]
+    context = torch._guards.TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        for tensor in tensors:
+            context.fake_mode.from_tensor(
+                tensor, static_shapes=True
+            )  # remembered: torch will not make the sizes symbols
+    return tensors
+
+
+def _with_states(inner: Callable[..., Any], slots: list[Slot], dense: Callable[..., Any] | None) -> Callable[..., Any]:
+    """``inner`` with its further inputs looked up for the weights of each call."""
+
+    def call(*args: Any) -> Any:
+        further: list[Any] = []
+        for slot in slots:
+            tensors = slot.get(args)
+            if tensors is None:
+                assert dense is not None
+                return dense(*args)
+            further += tensors
+        return inner(*args, *further)
+
+    return call
+
+
+class _Dense:
+    """The graph before frozen weights were compressed: runs where one of them is no longer N:M; compiled when first needed."""
+
+    def __init__(self, gm: GraphModule, slots: list[Slot], options: BackendOptions, report: CompiledGraph):
+        self.gm, self.slots, self.options, self.report = copy_dynamo_graph(gm), slots, options, report
+        self.compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.compiled is None:
+            self.report.note("a frozen weight no longer satisfies its pattern: the dense graph runs")
+            plain = BackendOptions(compiler=self.options.compiler, inductor=self.options.inductor)
+            inner = torch.compile(self.gm.forward, backend=lambda gm, inputs: _compile(gm, inputs, plain))
+            self.compiled = _with_states(inner, self.slots, None)
+        return self.compiled(*args)

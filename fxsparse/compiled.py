@@ -1,0 +1,175 @@
+"""What the backend did, graph by graph, and which compiled model or function each graph belongs to."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch._dynamo import external_utils
+from torch._dynamo.eval_frame import OptimizedModule
+
+from fxsparse.options import BackendOptions
+from fxsparse.record import Record
+
+_lock = threading.Lock()
+_graphs: dict[int, tuple[weakref.ref[Any], list[CompiledGraph]]] = {}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which implementation runs an operator.
+
+    Attributes:
+        op: the operator, such as ``nm_linear``.
+        site: full name of the weight, or the module path.
+        implementation: ``compressed``, ``dense``, ``reference`` or ``operator``.
+        reason: why.
+    """
+
+    op: str
+    site: str
+    implementation: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.site}: {self.op} runs {self.implementation}, {self.reason}"
+
+
+@dataclass
+class CompiledGraph:
+    """One graph that Dynamo captured, and what became of it.
+
+    Attributes:
+        name: Dynamo's number of the graph, ``0/0``; what follows the slash counts recompiles.
+        options: what was asked for.
+        record: of the passes that ran on the graph; None in the bare call.
+        choices: the implementation of every fxsparse operator and of every frozen N:M weight found.
+        notes: why something asked for did not happen, at compile time or later.
+    """
+
+    name: str
+    options: BackendOptions
+    record: Record | None = None
+    choices: list[Choice] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Adds a note once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The call of ``torch.compile`` a graph is compiled for.
+
+    Attributes:
+        target: the module, or the function where there is none; None outside ``torch.compile``.
+    """
+
+    target: Any
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.target if isinstance(self.target, nn.Module) else None
+
+    @classmethod
+    def of_current_call(cls) -> Origin:
+        """Reads the stack of the compilation that is running: a backend is told neither the module nor its name."""
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code.co_name == "compile_wrapper" and "fn" in frame.f_locals:
+                return cls(_target(frame.f_locals["fn"]))
+            owner = frame.f_locals.get("self") if frame.f_code.co_name in ("__call__", "_call_impl") else None
+            if isinstance(owner, OptimizedModule):
+                return cls(_target(owner))
+            frame = frame.f_back
+        return cls(None)
+
+    def add(self, graph: CompiledGraph) -> None:
+        """Notes that ``graph`` was compiled for this call."""
+        if self.target is not None:
+            with _lock:
+                _graphs_of(self.target).append(graph)
+
+
+def compiled_graphs(compiled: Callable[..., Any]) -> list[CompiledGraph]:
+    """The graphs compiled so far for what ``torch.compile(..., backend="fxsparse")`` returned.
+
+    Args:
+        compiled: a compiled module or function, or a module compiled in place by ``module.compile(...)``.
+
+    Returns:
+        graphs in the order they were compiled, one for every piece between graph breaks, every mode and every recompile.
+        Empty before the first call, and after ``torch._dynamo.reset()``.
+    """
+    options = _options(compiled)
+    with _lock:
+        return [graph for graph in _graphs_of(_target(compiled)) if options is None or graph.options == options]
+
+
+def forget_all() -> None:
+    """Forgets every graph."""
+    with _lock:
+        _graphs.clear()
+
+
+def _graphs_of(target: Any) -> list[CompiledGraph]:
+    key = id(target)
+    known = _graphs.get(key)
+    if known is None or known[0]() is not target:
+        reference = weakref.ref(target, lambda dead: _forget(key, dead))
+        known = _graphs[key] = (reference, [])
+    return known[1]
+
+
+def _forget(key: int, dead: weakref.ref[Any]) -> None:
+    if key in _graphs and _graphs[key][0] is dead:
+        del _graphs[key]
+
+
+def _target(compiled: Any) -> Any:
+    """What was compiled: the module, also where a method of it was; otherwise the function."""
+    while True:
+        if isinstance(compiled, OptimizedModule):
+            compiled = compiled._orig_mod
+        elif isinstance(compiled, nn.Module):
+            return compiled
+        elif inspect.ismethod(compiled):
+            compiled = compiled.__self__ if isinstance(compiled.__self__, nn.Module) else compiled.__func__
+        elif "_torchdynamo_orig_callable" in getattr(compiled, "__dict__", {}):
+            compiled = compiled._torchdynamo_orig_callable
+        elif _is_wrapper_of_dynamo(compiled):
+            compiled = compiled.__wrapped__
+        else:
+            return compiled
+
+
+def _is_wrapper_of_dynamo(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename == external_utils.__file__ and hasattr(function, "__wrapped__")
+
+
+def _options(compiled: Any) -> BackendOptions | None:
+    """The options ``compiled`` was made with; None where they cannot be told, and all graphs of its target count then."""
+    if not isinstance(compiled, OptimizedModule) and isinstance(compiled, nn.Module):
+        compiled = compiled._compiled_call_impl
+    backend = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None) or _free_variables(compiled).get(
+        "callback"
+    )
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    arguments = getattr(backend, "kwargs", None)
+    return BackendOptions.parse(**arguments) if isinstance(arguments, dict) else None
+
+
+def _free_variables(function: Any) -> dict[str, Any]:
+    if not inspect.isfunction(function):
+        return {}
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in cells if name == "callback"}
