@@ -1,0 +1,372 @@
+"""FLOPs of one operator of the training IR: of its forward pass, and of the gradient of each of its inputs.
+
+What counts as a FLOP is what ``torch.utils.flop_counter`` counts. A matrix product ``[m, k] x [k, n]`` is ``2 m k n``
+FLOPs, and so is the gradient of either factor; elementwise work, norms, softmax, losses, embeddings and copies are 0
+FLOPs and show as bytes.
+
+An operator may hold several products: attention is ``scores = q k^T`` and ``out = softmax(scores + mask) v``. The
+gradient of ``q`` passes through ``scores``, the gradient of ``v`` does not, so the cost of a gradient is not a sum over
+inputs; it is one over the products on the way. A formula therefore returns the products in order, each with the FLOPs
+of every gradient:
+
+    scores: q -> u, k -> u, mask -> 0        out: scores -> u, v -> u          (u = 2 * heads * queries * keys *
+        head_dim)
+
+Formulas are plain arithmetic on shapes: they give integers for integer shapes and sympy expressions for symbolic ones.
+
+Two counts differ from torch's counter on purpose, which counts nothing for products with a vector (``mv``, ``dot``,
+``addmv``), and the weight gradient of a grouped convolution as often as there are groups.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import sympy
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+Size = int | sympy.Expr
+Kind = Literal["product", "view", "elementwise", "gather", "create", "free"]
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A tensor an operator reads or writes: its shape, integers or expressions, and its dtype."""
+
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> Size:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> Size:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A matrix product inside an operator.
+
+    Attributes:
+        flops: FLOPs of the forward pass.
+        gradients: FLOPs of the gradient of each factor, an operand or an earlier product of the same operator. Operands
+            that no product names (a bias) enter the last one at no cost.
+        name: what the product is called where an operator holds several.
+    """
+
+    flops: Size
+    gradients: dict[Operand | Product, Size] = field(default_factory=dict)
+    name: str = ""
+
+
+Formula = Callable[..., Sequence[Product]]
+_FORMULAS: dict[str, Formula] = {}
+
+
+def formula(*operators: str) -> Callable[[Formula], Formula]:
+    """Registers the FLOPs of operators, such as ``@formula("mylib::my_linear")``.
+
+    The function is called as ``f(out, *args, **kwargs)``: ``args`` and ``kwargs`` are those of the operator with every
+    tensor replaced by an `Operand`; ``out`` is the operand of its output (a tuple for several). It returns the
+    products, in order.
+    """
+
+    def register(function: Formula) -> Formula:
+        _FORMULAS.update(dict.fromkeys(operators, function))
+        return function
+
+    return register
+
+
+def formula_of(target: Any) -> Formula | None:
+    """The formula of an operator, in-place variants included; None where there is none."""
+    return _FORMULAS.get(_name(target))
+
+
+def _name(target: Any) -> str:
+    schema = getattr(target, "_schema", None)
+    return schema.name.removesuffix("_") if schema is not None else ""
+
+
+def _product(flops: Size, *factors: Operand) -> tuple[Product, ...]:
+    return (Product(flops, dict.fromkeys(factors, flops)),)
+
+
+# --- products of dense tensors ----------------------------------------------------------------------------------------
+
+
+@formula("aten::mm", "aten::bmm", "aten::matmul", "aten::mv", "aten::dot", "aten::vdot", "aten::inner")
+def _matmul(out: Operand, a: Operand, b: Operand) -> Sequence[Product]:
+    return _product(2 * out.numel * a.shape[-1], a, b)
+
+
+@formula("aten::addmm", "aten::addmv", "aten::baddbmm", "aten::_addmm_activation")
+def _addmm(out: Operand, bias: Operand, a: Operand, b: Operand, **scaling: Any) -> Sequence[Product]:
+    return _matmul(out, a, b)
+
+
+@formula("aten::addbmm")
+def _addbmm(out: Operand, bias: Operand, a: Operand, b: Operand, **scaling: Any) -> Sequence[Product]:
+    return _product(2 * out.numel * a.shape[0] * a.shape[-1], a, b)
+
+
+@formula("aten::linear")
+def _linear(out: Operand, x: Operand, weight: Operand, bias: Operand | None = None) -> Sequence[Product]:
+    return _product(2 * out.numel * x.shape[-1], x, weight)
+
+
+@formula("aten::conv1d", "aten::conv2d", "aten::conv3d")
+def _convolve(out: Operand, x: Operand, weight: Operand, *options: Any, **named: Any) -> Sequence[Product]:
+    # weight [out, in / groups, *kernel]: one product per output element and weight of its output channel.
+    return _product(2 * out.numel * math.prod(weight.shape[1:]), x, weight)
+
+
+@formula("aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d")
+def _convolve_transposed(out: Operand, x: Operand, weight: Operand, *options: Any, **named: Any) -> Sequence[Product]:
+    # weight [in, out / groups, *kernel]: one product per input element and weight of its input channel.
+    return _product(2 * x.numel * math.prod(weight.shape[1:]), x, weight)
+
+
+@formula("aten::convolution")
+def _convolution(
+    out: Operand,
+    x: Operand,
+    weight: Operand,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    *rest: Any,
+) -> Sequence[Product]:
+    return (_convolve_transposed if transposed else _convolve)(out, x, weight)
+
+
+@formula("aten::scaled_dot_product_attention")
+def _attention(
+    out: Operand,
+    query: Operand,
+    key: Operand,
+    value: Operand,
+    attn_mask: Operand | None = None,
+    *rest: Any,
+    **named: Any,
+) -> Sequence[Product]:
+    # The math form. A fused kernel recomputes the scores and pays every gradient at once: 5 products, all or none.
+    rows = math.prod(out.shape[:-1])
+    scored, mixed = 2 * rows * key.shape[-2] * query.shape[-1], 2 * rows * key.shape[-2] * value.shape[-1]
+    masked = {attn_mask: 0} if isinstance(attn_mask, Operand) else {}
+    scores = Product(scored, {query: scored, key: scored, **masked}, "scores")
+    return scores, Product(mixed, {scores: mixed, value: mixed}, "out")
+
+
+@formula("aten::einsum")
+def _einsum(
+    out: Operand, equation: str, tensors: Sequence[Operand], *, path: Sequence[int] | None = None
+) -> Sequence[Product]:
+    inputs, output = _einsum_labels(equation, [len(t.shape) for t in tensors])
+    sizes: dict[str, Size] = {}
+    for labels, tensor in zip(inputs, tensors, strict=True):
+        for label, size in zip(labels, tensor.shape, strict=True):
+            if sizes.get(label, 1) == 1:
+                sizes[label] = size
+
+    factors: list[tuple[set[str], Operand | Product]] = [
+        (set(labels), t) for labels, t in zip(inputs, tensors, strict=True)
+    ]
+    steps = iter(path or ())
+    products: list[Product] = []
+    while len(factors) > 1:
+        i, j = sorted((next(steps), next(steps))) if path else (0, 1)
+        (b_labels, b), (a_labels, a) = factors.pop(j), factors.pop(i)
+        kept = set(output).union(*(labels for labels, _ in factors))
+        contracted = (a_labels & b_labels) - kept
+        # A label of one factor only is summed before the product; without a contracted label the product is
+        # elementwise.
+        labels = ((a_labels | b_labels) & kept) | contracted
+        flops = 2 * math.prod(sizes[label] for label in labels) if contracted else 0
+        products.append(Product(flops, {a: flops, b: flops}, f"product{len(products)}"))
+        factors.insert(len(factors) if path else 0, (labels - contracted, products[-1]))
+    return products or (Product(0),)
+
+
+def _einsum_labels(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """The labels of every operand and of the output, an ellipsis spelt out as ``...0``, ``...1`` from the right."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    hidden = [
+        rank - len(term.replace("...", "")) if "..." in term else 0 for term, rank in zip(terms, ranks, strict=True)
+    ]
+
+    def spell(term: str, count: int) -> list[str]:
+        before, _, after = term.partition("...")
+        dots = [f"...{i}" for i in reversed(range(count))] if "..." in term else []
+        return [*before, *dots, *after]
+
+    inputs = [spell(term, count) for term, count in zip(terms, hidden, strict=True)]
+    if arrow:
+        return inputs, spell(right, max(hidden))
+    seen = list(itertools.chain(*inputs))
+    once = sorted(label for label in set(seen) if seen.count(label) == 1 and not label.startswith("..."))
+    return inputs, [*spell("...", max(hidden)), *once]
+
+
+# --- what costs no FLOPs ----------------------------------------------------------------------------------------------
+
+_KINDS: dict[str, Kind] = {}
+
+
+def _aten(kind: Kind, names: str) -> None:
+    _KINDS.update((f"aten::{name}", kind) for name in names.split())
+
+
+_aten(
+    "gather",
+    """
+    embedding embedding_bag gather index index_select masked_select select_copy take take_along_dim
+    """,
+)
+_aten(
+    "create",
+    """
+    arange empty empty_like empty_strided eye full full_like linspace new_empty new_empty_strided new_full new_ones
+    new_zeros normal ones ones_like rand rand_like randint randint_like randn randn_like randperm scalar_tensor
+    tril_indices triu_indices zeros zeros_like
+    """,
+)
+_aten(
+    "elementwise",
+    """
+    _fused_dropout _log_softmax _safe_softmax _softmax _to_copy _unsafe_index_put _unsafe_view adaptive_avg_pool1d
+    adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d all alpha_dropout aminmax any argmax argmin argsort
+    avg_pool1d avg_pool2d batch_norm bernoulli binary_cross_entropy binary_cross_entropy_with_logits bincount
+    bucketize cat celu channel_shuffle clamp clone col2im concat concatenate constant_pad_nd contiguous copy
+    cosine_embedding_loss cosine_similarity count_nonzero cross_entropy_loss cummax cummin cumprod cumsum diag_embed
+    dropout dstack erf feature_alpha_dropout feature_dropout fill flip floor_divide fmod fold fused_layer_norm gelu
+    glu group_norm gumbel_softmax hinge_embedding_loss histc hstack huber_loss im2col index_add index_copy
+    index_fill index_put instance_norm interpolate isin kl_div kthvalue l1_loss layer_norm lerp lift lift_fresh
+    lift_fresh_copy linalg_vector_norm log_sigmoid log_sigmoid_forward log_softmax logcumsumexp logsumexp
+    margin_ranking_loss masked_fill masked_scatter max max_pool1d max_pool2d max_pool3d mean median meshgrid min
+    mse_loss multinomial nan_to_num nansum native_batch_norm native_dropout native_group_norm native_layer_norm
+    nll_loss nll_loss2d nll_loss_forward nll_loss_nd nonzero normalize one_hot pad pairwise_distance pixel_shuffle
+    pixel_unshuffle poisson_nll_loss prod quantile reflection_pad1d reflection_pad2d relu6 renorm repeat
+    repeat_interleave replication_pad1d replication_pad2d rms_norm roll rot90 rrelu scatter scatter_add
+    scatter_reduce searchsorted selu smooth_l1_loss soft_margin_loss softmax softplus sort split_copy
+    split_with_sizes_copy stack std std_mean sum tile to topk trace tril triplet_margin_loss triu type_as
+    unfold_copy unique_consecutive upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
+    upsample_nearest2d var var_mean vstack where zero
+    """,
+)
+_aten(
+    "free",
+    """
+    _assert_async _assert_scalar _assert_tensor_metadata _functional_assert_async _local_scalar_dense dim is_nonzero
+    item sym_constrain_range sym_constrain_range_for_size sym_is_contiguous sym_numel sym_size sym_storage_offset
+    sym_stride
+    """,
+)
+_PYTHON_MODULES = {"_operator", "operator", "math", "builtins"}
+
+
+def kind(target: Any) -> Kind | None:
+    """What an operator does, as far as its cost goes; None where that is not known.
+
+    ``product``: has a formula. ``view``: moves nothing. ``elementwise``: reads its inputs and writes its outputs
+    (reductions and norms too). ``gather``: reads as much as it writes, not the whole table. ``create``: writes only,
+    and passes no gradient on. ``free``: no tensor work.
+    """
+    name = _name(target)
+    if name in _FORMULAS:
+        return "product"
+    if name in _KINDS:
+        return _KINDS[name]
+    if not isinstance(target, torch._ops.OpOverload):
+        is_size_arithmetic = getattr(target, "__module__", None) in _PYTHON_MODULES or getattr(
+            target, "__name__", ""
+        ).startswith("sym_")
+        return "free" if is_size_arithmetic else None
+    if any(result.alias_info and not result.alias_info.is_write for result in target._schema.returns):
+        return "view"
+    if torch.Tag.pointwise in target.tags or getattr(torch.Tag, "reduction", None) in target.tags:
+        return "elementwise"
+    return None
+
+
+# --- operators without a formula: run them ----------------------------------------------------------------------------
+
+
+class _Leaves(TorchDispatchMode):
+    """Notes whether everything that runs is known to the counter or known to cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        backward = _name(func).endswith(("_backward", "_backward_data"))
+        self.known &= (
+            func.overloadpacket in flop_registry
+            or kind(func) in {"view", "elementwise", "gather", "create", "free"}
+            or backward
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def measure(target: Any, args: Any, kwargs: Any) -> Sequence[Product] | None:
+    """The FLOPs of a composite operator without a formula, by running it on meta tensors under torch's counter.
+
+    Args:
+        target: the operator.
+        args, kwargs: its arguments with every tensor replaced by an `Operand` of integer shape.
+
+    Returns:
+        One product, or None where the operator does not run, runs something that nothing is known of, or has gradients
+        whose costs do not add up over its inputs.
+    """
+    operands = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Operand)]
+    floating = [operand for operand in operands if operand.dtype.is_floating_point]
+    try:
+        forward, _ = _run(target, args, kwargs, ())
+        gradients = {operand: _run(target, args, kwargs, [operand])[1] for operand in floating}
+        together = _run(target, args, kwargs, floating)[1]
+    except Exception:  # whatever the operator dislikes about meta tensors: it stays uncounted, which is reported
+        return None
+    if forward is None or together is None or together != sum(cost or 0 for cost in gradients.values()):
+        return None
+    return (Product(forward, {operand: cost or 0 for operand, cost in gradients.items()}),)
+
+
+def _run(target: Any, args: Any, kwargs: Any, wanted: Iterable[Operand]) -> tuple[int | None, int | None]:
+    """FLOPs of the forward pass and of the gradients of ``wanted``; None where an unknown operator ran."""
+    made: dict[Operand, Tensor] = {}
+
+    def make(operand: Operand) -> Tensor:
+        tensor = torch.empty(operand.shape, dtype=operand.dtype, device="meta")  # type: ignore[arg-type]
+        made[operand] = tensor.requires_grad_(any(operand is other for other in wanted))
+        return made[operand]
+
+    args, kwargs = tree_map_only(Operand, make, (args, kwargs))
+    leaves, counter = _Leaves(), FlopCounterMode(display=False)
+    with torch.enable_grad(), counter, leaves:
+        outputs = [leaf for leaf in tree_flatten(target(*args, **kwargs))[0] if isinstance(leaf, Tensor)]
+        forward = counter.get_total_flops()
+        outputs = [output for output in outputs if output.requires_grad]
+        if outputs:
+            torch.autograd.grad(
+                outputs,
+                [made[operand] for operand in wanted],
+                [torch.empty_like(o) for o in outputs],
+                allow_unused=True,
+            )
+    total = counter.get_total_flops()
+    return (forward, total - forward) if leaves.known else (None, None)
