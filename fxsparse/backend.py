@@ -46,15 +46,16 @@ def fxsparse(
     Args:
         gm: the graph.
         example_inputs: its real inputs.
-        options: ``passes`` (text, Pass objects, a list of either, a Pipeline) or ``recipe`` (a name): what to rewrite in every
-            graph, with the weights staying the model's own; ``lower`` (operator -> implementation): pins a choice;
-            ``fallback``: False makes a graph that cannot be lowered an error; ``compiler``: ``inductor``, ``aot_eager`` or
-            ``eager``; any option of Inductor.
+        options: ``passes`` (text, Pass objects, a list of either, a Pipeline) or ``recipe`` (a name): what to rewrite
+            in every graph, with the weights staying the model's own; ``lower`` (operator -> implementation): pins a
+            choice; ``fallback``: False makes a graph that cannot be lowered an error; ``compiler``: ``inductor``,
+            ``aot_eager`` or ``eager``; any option of Inductor.
         mode: as for Inductor.
 
     Returns:
         the compiled function. What the user did wrong (:class:`~fxsparse.errors.OptionError`,
-        :class:`~fxsparse.errors.RewriteError`) is raised when it is called: Dynamo would wrap, or swallow, an error raised here.
+        :class:`~fxsparse.errors.RewriteError`) is raised when it is called: Dynamo would wrap, or swallow, an error
+        raised here.
     """
     try:
         parsed = BackendOptions.parse(options, mode)
@@ -189,7 +190,7 @@ def _with_states(inner: Callable[..., Any], slots: list[Slot], dense: Callable[.
 
 
 class _Dense:
-    """The graph before frozen weights were compressed: runs where one of them is no longer N:M; compiled when first needed."""
+    """The graph before frozen weights were compressed, for calls where one of them is no longer N:M; compiled when needed."""
 
     def __init__(self, gm: GraphModule, slots: list[Slot], options: BackendOptions, report: CompiledGraph):
         self.gm, self.slots, self.options, self.report = copy_dynamo_graph(gm), slots, options, report

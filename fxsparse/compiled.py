@@ -105,8 +105,8 @@ def compiled_graphs(compiled: Callable[..., Any]) -> list[CompiledGraph]:
         compiled: a compiled module or function, or a module compiled in place by ``module.compile(...)``.
 
     Returns:
-        graphs in the order they were compiled, one for every piece between graph breaks, every mode and every recompile.
-        Empty before the first call, and after ``torch._dynamo.reset()``.
+        graphs in the order they were compiled, one for every piece between graph breaks, every mode and every
+        recompile. Empty before the first call, and after ``torch._dynamo.reset()``.
     """
     options = _options(compiled)
     with _lock:

@@ -1,8 +1,8 @@
 """State that follows from weights: a mask is a function of the weight it belongs to.
 
 A pass that adds such state says how it follows from what there already is. The backend needs this in the one-line call
-(``options={"passes": ...}``), where weights belong to the caller and one compiled graph may serve several identical layers:
-it computes the state of every weight it meets at run time.
+(``options={"passes": ...}``), where weights belong to the caller and one compiled graph may serve several identical
+layers: it computes the state of every weight it meets at run time.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Derived:
     """How a buffer follows from other tensors of the graph module.
 
     Attributes:
-        rule: computes the buffer from the tensors called ``sources``, in their order. Hashable, and equal to another rule
-            that computes the same: the backend keeps one result per rule and weight, not one per graph.
+        rule: computes the buffer from the tensors called ``sources``, in their order. Hashable, and equal to another
+            rule that computes the same: the backend keeps one result per rule and weight, not one per graph.
         sources: names of parameters, or of buffers that are themselves derived.
     """
 

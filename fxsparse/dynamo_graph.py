@@ -1,7 +1,7 @@
 """Dynamo's graphs as training-IR graphs, and back.
 
-Dynamo hands parameters in as plain inputs and writes Python functions; passes expect ``get_attr`` nodes with full names and
-ATen operators. Dynamo's own graph is never edited: torch still needs it, and its fake values, afterwards.
+Dynamo hands parameters in as plain inputs and writes Python functions; passes expect ``get_attr`` nodes with full
+names and ATen operators. Dynamo's own graph is never edited: torch still needs it, and its fake values, afterwards.
 """
 
 from __future__ import annotations
@@ -199,8 +199,8 @@ def with_inputs(
         the graph, and where its further inputs come from, in their order.
 
     Raises:
-        RewriteError: a pass added or replaced a parameter, which the optimizer of a one-line call cannot have seen; or state
-            that does not say how it follows from weights; or it changed the number of inputs.
+        RewriteError: a pass added or replaced a parameter, which the optimizer of a one-line call cannot have seen;
+            or state that does not say how it follows from weights; or it changed the number of inputs.
     """
     originals = placeholders(gm)
     free = [node for position, node in enumerate(originals) if position not in names]
@@ -276,7 +276,7 @@ def _state(name: str, derived: dict[str, Derived], places: dict[str, int]) -> St
     return State(derived[name].rule, tuple(sources))
 
 
-# --- building graphs that torch takes for Dynamo's ----------------------------------------------------------------------
+# --- building graphs that torch takes for Dynamo's --------------------------------------------------------------------
 
 
 def copy_placeholder(graph: Graph, node: Node) -> Node:

@@ -1,7 +1,8 @@
 """What keeps compiled code of other options, or of another version of this package, out of torch's compile caches.
 
-The keys of those caches hold the graph and Inductor's configuration, not the Python behind our operators: a changed autograd
-formula would go on running as it was first compiled. A custom graph pass that does nothing carries the rest into the key.
+The keys of those caches hold the graph and Inductor's configuration, not the Python behind our operators: a changed
+autograd formula would go on running as it was first compiled. A custom graph pass that does nothing carries the rest
+into the key.
 """
 
 from __future__ import annotations

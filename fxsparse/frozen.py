@@ -1,7 +1,7 @@
 """Frozen weights that already are N:M sparse: checkpoints pruned elsewhere, or ours written back to their model.
 
-A weight counts as frozen where nothing can train it: it does not require a gradient, or the graph was captured with gradients
-off. Its compressed copy follows its contents at run time; where these stop being N:M the dense graph runs.
+A weight counts as frozen where nothing can train it: it does not require a gradient, or the graph was captured with
+gradients off. Its compressed copy follows its contents at run time; where these stop being N:M the dense graph runs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which implementation runs each fxsparse operator, for its shape, dtype and device, and why.
 
-`choose` is the one place that decides. It is asked for frozen N:M weights that the backend found (run them compressed, or
-leave the dense weight that is in memory anyway?) and for fxsparse operators a graph already holds (call the operator's own kernel,
-or inline its reference as ATen for Inductor to fuse?).
+`choose` is the one place that decides. It is asked for frozen N:M weights that the backend found (run them
+compressed, or leave the dense weight that is in memory anyway?) and for fxsparse operators a graph already holds
+(call the operator's own kernel, or inline its reference as ATen for Inductor to fuse?).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def choose(site: Site, pinned: str = "auto") -> tuple[str, str]:
     """An implementation and the reason for it.
 
     Returns:
-        ``compressed`` or ``dense`` for a frozen weight; ``operator`` (the operator's own kernel) or ``reference`` (inlined as
-        ATen) for an operator in the graph.
+        ``compressed`` or ``dense`` for a frozen weight; ``operator`` (the operator's own kernel) or ``reference``
+        (inlined as ATen) for an operator in the graph.
     """
     if site.frozen:
         if pinned != "auto":

@@ -1,8 +1,9 @@
 """State that belongs to weights and reaches compiled graphs as further inputs at run time: masks, compressed copies.
 
-Parameters are plain inputs of a compiled graph. After a graph break one compiled graph serves several identical layers, so a
-mask baked in at compile time would silently be that of the wrong layer. A compiled graph therefore asks, on every call, for the
-state of the weights it was actually given; the state is found by the weight's identity and goes when the weight goes.
+Parameters are plain inputs of a compiled graph. After a graph break one compiled graph serves several identical
+layers, so a mask baked in at compile time would silently be that of the wrong layer. A compiled graph therefore asks,
+on every call, for the state of the weights it was actually given; the state is found by the weight's identity and
+goes when the weight goes.
 """
 
 from __future__ import annotations
@@ -154,8 +155,8 @@ class Slot:
 def invalidate(model: torch.nn.Module) -> None:
     """Forgets compressed copies of a model's weights: call it after writing to them behind autograd's back.
 
-    In-place operations, ``load_state_dict`` and replaced parameters are noticed without it; writes through ``.data``, NumPy
-    or DLPack are not.
+    In-place operations, ``load_state_dict`` and replaced parameters are noticed without it; writes through ``.data``,
+    NumPy or DLPack are not.
     """
     weights = {id(parameter) for parameter in model.parameters()}
     with _lock:
