@@ -190,7 +190,7 @@ def _with_states(inner: Callable[..., Any], slots: list[Slot], dense: Callable[.
 
 
 class _Dense:
-    """The graph before frozen weights were compressed, for calls where one of them is no longer N:M; compiled when needed."""
+    """The graph before frozen weights were compressed: for calls where one is no longer N:M; compiled when needed."""
 
     def __init__(self, gm: GraphModule, slots: list[Slot], options: BackendOptions, report: CompiledGraph):
         self.gm, self.slots, self.options, self.report = copy_dynamo_graph(gm), slots, options, report

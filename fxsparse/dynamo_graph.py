@@ -142,7 +142,7 @@ class _MetaKeepingInterpreter(Interpreter):
 
 
 def _fresh(fake: Any) -> Any:
-    """A fake tensor like ``fake`` that in-place operations may write to; numbers that Dynamo wrapped stay as they are."""
+    """A fake tensor like ``fake`` that in-place operations may write to; numbers that Dynamo wrapped stay as is."""
     if type(fake) not in (FakeTensor, nn.Parameter) or fake.dim() == 0 or fake.layout != torch.strided:
         return fake
     with fake.fake_mode:
@@ -255,8 +255,8 @@ def _check_added(rewritten: GraphModule, name: str, derived: dict[str, Derived])
         raise RewriteError(f"a pass added a parameter that no optimizer has seen; {_INSTEAD}", site=name)
     if name not in derived and not name.startswith(_CONSTANT):
         raise RewriteError(
-            "a pass added a buffer without saying how it follows from weights (fxsparse.derived.derive), so that it cannot "
-            f"be told for the other layers one compiled graph may serve; {_INSTEAD}",
+            "a pass added a buffer without saying how it follows from weights (fxsparse.derived.derive), so that it "
+            f"cannot be told for the other layers one compiled graph may serve; {_INSTEAD}",
             site=name,
         )
 
@@ -276,21 +276,21 @@ def _state(name: str, derived: dict[str, Derived], places: dict[str, int]) -> St
     return State(derived[name].rule, tuple(sources))
 
 
-# --- building graphs that torch takes for Dynamo's --------------------------------------------------------------------
+# --- building graphs that torch takes for Dynamo's ---------------------------------------------------------------------
 
 
 def copy_placeholder(graph: Graph, node: Node) -> Node:
     copy = graph.node_copy(node)
-    copy._dynamo_source = getattr(node, "_dynamo_source", None)  # type: ignore[attr-defined]
+    copy._dynamo_source = getattr(node, "_dynamo_source", None)
     return copy
 
 
 def add_placeholder(graph: Graph, name: str, fake: Any) -> Node:
-    """An input that Dynamo does not know, with the meta that torch expects; its address is as stable as a parameter's."""
+    """An input that Dynamo does not know, with the meta torch expects; its address is stable as a parameter's."""
     node = graph.placeholder(f"state_{name.replace('.', '_')}")
     node.target = node.name  # unique
     node.meta.update(example_value=fake, val=fake, tensor_dict={"_dynamo_static_input_type": "unguarded"})
-    node._dynamo_source = None  # type: ignore[attr-defined]
+    node._dynamo_source = None
     return node
 
 
@@ -314,7 +314,7 @@ def copy_dynamo_graph(gm: GraphModule) -> GraphModule:
 
 
 def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
-    """The fake mode of a Dynamo graph's values: that of its inputs, which is not the one torch compiles in afterwards."""
+    """The fake mode of a Dynamo graph's values: that of its inputs, not the one torch compiles in afterwards."""
     fakes = (node.meta.get("example_value") for node in placeholders(gm))
     return next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None) or FakeTensorMode()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse.dynamo_graph import placeholders
-from fxsparse.nm import Pattern, nm_mask, pack
+from fxsparse.nm import Pattern, mask_of, pack, satisfies
 
 # Sparsest first; of patterns that keep as much, the one with hardware behind it first.
 PATTERNS = tuple(Pattern.parse(text) for text in ("1:4", "2:8", "2:4", "1:2", "4:8"))
@@ -62,7 +62,7 @@ class Compress:
         dense = weight.t() if self.transposed else weight
         if not satisfies(dense, self.pattern):
             return None
-        return pack(dense.contiguous(), nm_mask(dense.abs(), self.pattern), self.pattern)
+        return pack(dense, mask_of(dense, self.pattern), self.pattern)
 
 
 def frozen_linears(gm: GraphModule, example_inputs: Sequence[Any], state: dict[int, str]) -> Iterator[FrozenLinear]:
@@ -97,7 +97,7 @@ def frozen_linears(gm: GraphModule, example_inputs: Sequence[Any], state: dict[i
 
 @torch.no_grad()
 def pattern_of(weight: Tensor) -> Pattern | None:
-    """The sparsest of the known patterns that every group of a weight ``[out, in]`` satisfies, None where there is none.
+    """The sparsest known pattern that every group of a weight ``[out, in]`` satisfies, None where there is none.
 
     A weight of zeros only, a tiny one, and one that is not a dense matrix of real floating-point numbers has none.
     """
@@ -109,11 +109,3 @@ def pattern_of(weight: Tensor) -> Pattern | None:
     if torch.count_nonzero(sample) > sample.numel() // 2 or not torch.count_nonzero(weight):
         return None
     return next((pattern for pattern in PATTERNS if satisfies(weight, pattern)), None)
-
-
-def satisfies(weight: Tensor, pattern: Pattern) -> bool:
-    """Whether every ``m`` consecutive weights of a row ``[out, in]`` hold at most ``n`` that are not zero."""
-    if weight.shape[1] % pattern.m:
-        return False
-    groups = (weight != 0).reshape(weight.shape[0], -1, pattern.m)
-    return bool((groups.sum(-1) <= pattern.n).all())

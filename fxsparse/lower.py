@@ -55,7 +55,7 @@ def choose(site: Site, pinned: str = "auto") -> tuple[str, str]:
         if site.device == "cpu":
             return (
                 "dense",
-                "the dense weight is in memory anyway, and decompressing on every call costs more than it saves on a CPU",
+                "the dense weight is in memory anyway, and on a CPU decompressing every call costs more than it saves",
             )
         return "compressed", f"it reads fewer bytes on {site.device}"
     if site.device == "cpu":

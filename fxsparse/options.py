@@ -1,4 +1,4 @@
-"""The options of ``torch.compile(model, backend="fxsparse", mode=..., options={...})``: checked, and in one canonical form."""
+"""The options of ``torch.compile(model, backend="fxsparse", mode=..., options={...})``, checked and in one form."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def _inductor(given: Mapping[str, Any], mode: str | None) -> dict[str, Any]:
             raise OptionError(_unknown("option", name, (*OWN, *sorted(_inductor_names()))))
     if options.get("freezing"):
         raise OptionError(
-            "freezing=True has no effect on a backend that torch.compile calls, and keeps the compile caches from working; "
-            "frozen N:M weights are found without it"
+            "freezing=True freezes nothing under a backend that torch.compile calls, and keeps the compile caches from "
+            "working; frozen N:M weights are found without it"
         )
     try:
         return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
