@@ -1,15 +1,16 @@
-"""Attention that is causal says so.
+"""Attention that is causal says so, and attention that sees everything has no mask.
 
-Capture writes a causal model's mask out: ``arange``, compare, expand, and the result goes into
+Capture writes a model's mask out: ``arange``, compare, expand, and the result goes into
 ``scaled_dot_product_attention`` as ``attn_mask``, which rules out the flash kernels on a GPU. Where such a mask depends
-on sizes only and is the lower triangle at every size, the attention gets ``is_causal=True`` instead. A mask that depends
-on an input's values (padding), on a parameter (a learnt bias) or that hides more (a sliding window) stays.
+on sizes only and is the lower triangle at every size, the attention gets ``is_causal=True`` instead; where it hides
+nothing, it goes. A mask that depends on an input's values (padding), on a parameter (a learnt bias) or that hides more
+(a sliding window) stays.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -54,24 +55,36 @@ def restore_is_causal(gm: GraphModule) -> int:
     Returns:
         the number of attentions changed.
     """
-    causal: dict[Node, bool] = {}
+    return _replace_masks(gm, _is_lower_triangle, is_causal=True)
+
+
+def drop_open_masks(gm: GraphModule) -> int:
+    """Drops explicit masks that provably hide nothing; they too rule out the flash kernels.
+
+    Args and result as :func:`restore_is_causal`.
+    """
+    return _replace_masks(gm, _is_open, is_causal=False)
+
+
+def _replace_masks(gm: GraphModule, keeps: Callable[[Tensor], bool], *, is_causal: bool) -> int:
+    proved: dict[Node, bool] = {}
     changed = 0
     for node in gm.graph.find_nodes(op="call_function", target=_SDPA):
         arguments = [*node.args, *_DEFAULTS[len(node.args) :]]
         for position, name in ((3, "attn_mask"), (4, "dropout_p"), (5, "is_causal")):
             arguments[position] = node.kwargs.get(name, arguments[position])
         mask = arguments[3]
-        if not isinstance(mask, Node) or not _same_length(*arguments[:2]):
+        if not isinstance(mask, Node) or (is_causal and not _same_length(*arguments[:2])):
             continue
-        if mask not in causal:
-            causal[mask] = _is_lower_triangle(gm, mask)
-        if causal[mask]:
-            arguments[3], arguments[5] = None, True
+        if mask not in proved:
+            proved[mask] = _holds_at_every_size(gm, mask, keeps)
+        if proved[mask]:
+            arguments[3], arguments[5] = None, is_causal
             node.args = tuple(arguments)
             node.kwargs = {name: item for name, item in node.kwargs.items() if name in {"scale", "enable_gqa"}}
             changed += 1
-    for mask, is_causal in causal.items():
-        if is_causal:
+    for mask, is_proved in proved.items():
+        if is_proved:
             _erase_unused(mask)
     return changed
 
@@ -85,8 +98,7 @@ def _expression(size: int | SymInt) -> Any:
     return size.node.expr if isinstance(size, SymInt) else size
 
 
-def _is_lower_triangle(gm: GraphModule, mask: Node) -> bool:
-    """Whether ``mask``, a boolean or an additive one, keeps exactly the keys up to the query, at every size."""
+def _holds_at_every_size(gm: GraphModule, mask: Node, keeps: Callable[[Tensor], bool]) -> bool:
     cone = _cone(mask)
     probes = _probes(cone, mask) if cone else None
     if cone is None or probes is None:
@@ -96,21 +108,26 @@ def _is_lower_triangle(gm: GraphModule, mask: Node) -> bool:
             found = _evaluate(gm, cone, sizes)[mask]
         except Exception:  # an operator that has no kernel for these sizes proves nothing: the mask stays
             return False
-        if not _keeps_lower_triangle(found):
+        if not keeps(found):
             return False
     return True
 
 
-def _keeps_lower_triangle(mask: Tensor) -> bool:
-    if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2] or mask.is_meta:
+def _is_lower_triangle(mask: Tensor) -> bool:
+    """Whether a boolean or an additive mask keeps exactly the keys up to the query."""
+    if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
         return False
-    kept = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+    kept = torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
     if mask.dtype is torch.bool:
         return bool((mask == kept).all())
     if not mask.is_floating_point():
         return False
-    hidden = mask <= torch.finfo(mask.dtype).min
-    return bool((torch.where(kept, mask == 0, hidden)).all())
+    return bool(torch.where(kept, mask == 0, mask <= torch.finfo(mask.dtype).min).all())
+
+
+def _is_open(mask: Tensor) -> bool:
+    """Whether a boolean or an additive mask keeps every key."""
+    return bool((mask if mask.dtype is torch.bool else mask == 0).all())
 
 
 def _cone(mask: Node) -> list[Node] | None:
@@ -164,7 +181,8 @@ def _probes(cone: list[Node], mask: Node) -> list[dict[Any, int]] | None:
     looks causal up to length 4. None where a constant is too large to look beyond.
     """
     symbols = {symbol for node in cone for symbol in _symbols(node)}
-    in_length = {s for size in fx.value(mask).shape[-2:] for s in getattr(_expression(size), "free_symbols", ())}
+    lasts = fx.value(mask).shape[-2:]
+    in_length = sorted({s for size in lasts for s in getattr(_expression(size), "free_symbols", ())}, key=str)
     lengths = set(_LENGTHS)
     if in_length:
         constants = set(_constants(cone))
@@ -172,7 +190,7 @@ def _probes(cone: list[Node], mask: Node) -> list[dict[Any, int]] | None:
             return None
         lengths |= {constant + 2 for constant in constants}
     return [
-        {symbol: length if symbol in in_length else 1 + index % 3 for symbol in symbols}
+        {symbol: length + in_length.index(symbol) if symbol in in_length else 1 + index % 3 for symbol in symbols}
         for index, length in enumerate(sorted(lengths))
     ]
 

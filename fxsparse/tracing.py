@@ -1,27 +1,40 @@
 """From a model to a training-IR graph.
 
-The training IR is the pre-dispatch ATen graph of ``torch.export``, made usable for rewriting and training: the parameters are
-the model's own, ``train()`` and ``eval()`` work, assertions and other noise of capture are gone, and attention that is causal
-says so.
+The training IR is the pre-dispatch ATen graph of ``torch.export``, made usable for rewriting and training: the
+parameters are the model's own, ``train()`` and ``eval()`` work, assertions and other noise of capture are gone, and
+attention that is causal says so.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
-from fxsparse.causal import restore_is_causal
-from fxsparse.training_flags import bind_training_flags
+from fxsparse.batch import check_batch_is_free, check_inputs, check_one_row, tensor_inputs, with_two_rows
+from fxsparse.capture import (
+    Inputs,
+    depends_on_data,
+    export,
+    innermost_module,
+    left_as_it_was,
+    model_frames,
+    quote,
+    quote_node,
+)
+from fxsparse.causal import drop_open_masks, restore_is_causal
+from fxsparse.errors import TraceError
+from fxsparse.regions import inline_no_grad
+from fxsparse.training_flags import ModesDiffer, bind_training_flags
 
 META_KEY = "fxsparse_trace"
 
@@ -39,35 +52,72 @@ class Trace:
     notes: tuple[str, ...] = ()
 
 
+class TracedModule(GraphModule):
+    """A graph module that refuses inputs it was not captured for; a smaller size could broadcast in silence."""
+
+    @torch._dynamo.disable(recursive=False)  # the check is Python's; what it calls is compiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        check_inputs(self, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
+        info = self.graph._codegen.pytree_info  # type: ignore[attr-defined]
+        memo.setdefault(id(info), info)  # immutable, and torch warns when it copies one
+        for spec in (self._in_spec, self._out_spec):
+            memo.setdefault(id(spec), spec)
+        return super().__deepcopy__(memo)
+
+
 def trace(
-    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic_batch: bool = True
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_batch: bool = True,
 ) -> GraphModule:
     """Captures ``model`` as a training-IR graph.
 
-    Args:
-        model: any module that ``torch.export`` can follow; left exactly as it was.
-        args: example positional inputs.
-        kwargs: example keyword inputs. The graph takes the same arguments.
-        dynamic_batch: let dimension 0 of every tensor input vary; every other size stays that of the example.
+    The graph module takes the arguments of the example, returns what the model returns (a Hugging Face output object
+    included) and holds the model's own Parameter objects under their original names, tied ones under all of them;
+    ``state_dict()`` has the model's keys. ``train()`` and ``eval()`` work. It runs on the device of the example.
 
-    Returns:
-        a graph module with the model's own Parameter objects under their original names. ``train()`` and ``eval()`` work.
+    A module whose training is not a graph (it branches on data, as layer drop does) or runs other operators than its
+    evaluation (stochastic depth) is captured as it evaluates; the notes of the trace say so, and a warning.
+
+    Args:
+        model: any module that ``torch.export`` can follow. It is left as it was: mode, configuration, random state.
+            A graph module that was traced before is returned as it is, a compiled module stands for what it compiles.
+        args: example positional inputs.
+        kwargs: example keyword inputs; what is not a tensor (None, flags) becomes part of the graph.
+        dynamic_batch: let dimension 0 of every tensor input vary. Every other size stays that of the example. An
+            example of one row is repeated for capture, because a size of 1 cannot be told from a broadcast.
 
     Raises:
-        TraceError: the model cannot be captured; the message quotes the line that stopped it.
+        TraceError: the model cannot be captured, or not with a free batch size; the message quotes the line that
+            stopped it.
     """
-    example = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), dict(kwargs or {})))
-    with _left_as_it_was(model):
-        for module in model.modules():
-            module.training = True
-        program = _export(model, *example, dynamic_batch)
-    gm = _assemble(model, program)
-    inputs = tuple(
-        (node.name, tuple(_sizes(node)))
-        for node in gm.graph.find_nodes(op="placeholder")
-        if isinstance(node.meta.get("val"), Tensor)
-    )
-    gm.meta[META_KEY] = Trace(inputs)
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
+    if isinstance(model, GraphModule) and META_KEY in model.meta:
+        return model
+    given: Inputs = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), dict(kwargs or {})))
+    example = with_two_rows(model, given) if dynamic_batch else given
+    notes: list[str] = []
+    gm = _capture(model, example, dynamic_batch, notes)
+    if dynamic_batch:
+        notes += check_batch_is_free(model, gm, example)
+    if example is not given:
+        check_one_row(model, gm, given)
+        notes.append("captured with two rows, the example's one row repeated")
+    for count, what in (
+        (drop_open_masks(gm), "mask that hides nothing dropped"),
+        (restore_is_causal(gm), "causal mask turned into is_causal"),
+    ):
+        if count:
+            notes.append(f"{what} in {count} attention{'s' if count > 1 else ''}")
+    gm.graph.lint()
+    gm.recompile()
+    gm.meta[META_KEY] = Trace(tuple((node.name, _example_sizes(node)) for node in tensor_inputs(gm)), tuple(notes))
     return gm
 
 
@@ -76,62 +126,121 @@ def _own_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
-def _sizes(node: Node) -> Iterator[int]:
-    for size in node.meta["val"].shape:
-        yield size if isinstance(size, int) else size.node.hint
+def _example_sizes(node: Node) -> tuple[int, ...]:
+    return tuple(size if isinstance(size, int) else size.node.hint for size in fx.value(node).shape)
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool) -> ExportedProgram:
-    shapes = ShapesCollection()
-    if dynamic_batch:
-        for tensor in pytree.tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor) and tensor.dim():
-                shapes[tensor] = {0: Dim.AUTO}
-    with torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+# --- capture ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    config = getattr(model, "config", None)
-    settings = dict(vars(config)) if hasattr(config, "__dict__") else None
-    devices = sorted({tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}, key=str)
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
-        if settings is not None:
-            vars(config).clear()
-            vars(config).update(settings)
+def _capture(model: nn.Module, example: Inputs, dynamic_batch: bool, notes: list[str]) -> GraphModule:
+    """Captures both modes as one graph; what only works in evaluation mode is held there."""
+    held: dict[type[nn.Module], str] = {}
 
+    def exported(training: bool) -> ExportedProgram:
+        with left_as_it_was(model):
+            for module in model.modules():
+                module.training = training and type(module) not in held
+            return export(model, example, dynamic_batch)
 
-def _assemble(model: nn.Module, program: ExportedProgram) -> GraphModule:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = program.module(check_guards=False)
-    gm = GraphModule(nn.Module(), Graph(), type(model).__name__)
-    mirror = _mirror(model, {})
-    for kept in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
-        setattr(gm, kept, getattr(mirror, kept))
-    for node in exported.graph.find_nodes(op="get_attr"):
-        _adopt(gm, str(node.target), fx.attribute(exported, str(node.target)))
-    gm.graph = exported.graph
-    for node in list(gm.graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            gm.graph.erase_node(node)
-    bind_training_flags(gm)
-    restore_is_causal(gm)
-    gm.graph.lint()
-    gm.recompile()
+    while True:
+        try:
+            gm = _assemble(model, exported(training=True))
+            bind_training_flags(gm, _flat_module(exported(training=False)))
+            break
+        except ModesDiffer as difference:
+            path = difference.path
+            while path and type(model.get_submodule(path)) in held:
+                path = path.rpartition(".")[0]
+            culprit = type(model.get_submodule(path))
+            reason = f"in training it runs other operators than in evaluation{quote_node(difference.training)}"
+            error: Exception = difference
+        except Exception as failure:
+            frames = model_frames(failure)
+            owner = innermost_module(frames, model) if depends_on_data(failure) else None
+            if owner is None:
+                raise _cannot_capture(model, failure) from failure
+            culprit, reason, error = type(owner), f"in training it branches on data{quote(frames)}", failure
+        if culprit in held:
+            raise _cannot_capture(model, error) from error
+        held[culprit] = reason
+    for kind, reason in held.items():
+        note = f"{kind.__name__} is captured as it evaluates, because {reason}"
+        warnings.warn(f"{note}\nTraining the graph runs it that way too.", stacklevel=3)
+        notes.append(note)
     return gm
 
 
+def _cannot_capture(model: nn.Module, error: Exception) -> TraceError:
+    name = type(model).__name__
+    if isinstance(error, ModesDiffer):
+        return TraceError(
+            f"{name} cannot be captured: training and evaluation run different operators{quote_node(error.training)}"
+        )
+    where = quote(model_frames(error))
+    if depends_on_data(error):
+        return TraceError(
+            f"{name} cannot be captured: Python needs the value of a tensor here, and a graph has none{where}\n"
+            "Write the choice with torch.where or torch.cond, or move it out of the model."
+        )
+    reason = str(error).strip().partition("\n")[0]
+    return TraceError(f"{name} cannot be captured: {type(error).__name__}: {reason}{where}")
+
+
+def _assemble(model: nn.Module, program: ExportedProgram) -> GraphModule:
+    """The exported graph over a tree of modules with the names, the flags and the very tensors of ``model``."""
+    exported = _flat_module(program)
+    gm = TracedModule(nn.Module(), Graph(), type(model).__name__)
+    tree = _mirror(model, {})
+    gm.training = tree.training
+    for held in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        getattr(gm, held).update(getattr(tree, held))
+    first: dict[int, str] = {}
+    for name, tensor in (*gm.named_parameters(), *gm.named_buffers()):
+        first[id(tensor)] = name
+    reads: dict[str, Node] = {}
+    for node in exported.graph.find_nodes(op="get_attr"):
+        item = fx.attribute(exported, str(node.target))
+        name = first.get(id(item), str(node.target))  # a tied tensor is read under its first name
+        if name in reads:
+            fx.replace(node, reads[name])
+            continue
+        reads[name] = node
+        if name != node.target:
+            node.target = name
+            node._rename(name.replace(".", "_"))
+        _adopt(gm, name, item)
+    gm.graph = exported.graph
+    return gm
+
+
+def _flat_module(program: ExportedProgram) -> GraphModule:
+    """The graph of an exported program, without assertions and with the regions without gradients inlined."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gm = program.module(check_guards=False)
+    for part in gm.modules():
+        for node in list(part.graph.nodes) if isinstance(part, GraphModule) else ():
+            if node.target in _ASSERTIONS and _always_holds(node):
+                part.graph.erase_node(node)
+    inline_no_grad(gm)
+    for node in gm.graph.nodes:
+        node.meta.setdefault("val", None)
+    return gm
+
+
+_ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default}
+
+
+def _always_holds(node: Node) -> bool:
+    """Whether an assertion says what capture knows already; one on a size that data decides stays."""
+    if node.target is torch.ops.aten._assert_tensor_metadata.default:
+        return True
+    condition = node.args[0]
+    return not isinstance(condition, Node) or statically_known_true(fx.value(condition))
+
+
 def _mirror(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    """A bare tree of modules with the same names, flags, parameters and buffers."""
     if id(module) not in done:
         copy = done[id(module)] = nn.Module()
         copy.training = module.training

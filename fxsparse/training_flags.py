@@ -1,108 +1,189 @@
 """Letting an exported graph switch between training and evaluation.
 
-Capture bakes the ``training`` flag of every dropout and batch norm into the graph as a constant. Here each of these constants
-becomes a read of the ``training`` attribute of the module that the node came from, so that ``train()`` and ``eval()`` work,
-eagerly and under ``torch.compile``, which guards on the attribute.
+Capture bakes what a model does in its mode into the graph: the flag of every dropout and batch norm, the dropout
+probability of attention. So a model is captured twice, in training and in evaluation mode, and the two graphs are
+walked side by side: wherever only a constant differs, the training graph reads the ``training`` attribute of the module
+that the node came from. ``train()`` and ``eval()`` then work, eagerly and under ``torch.compile``, which guards on the
+attribute. What the model hard-codes is the same in both graphs and stays.
 """
 
 from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from fxsparse import graph as fx
 
 aten = torch.ops.aten
 
-_DROPOUTS: dict[Any, int] = {
-    aten.dropout.default: 2,
-    aten.alpha_dropout.default: 2,
-    aten.feature_dropout.default: 2,
-    aten.feature_alpha_dropout.default: 2,
-    aten.native_dropout.default: 2,
-    aten.rrelu.default: 3,
-    aten.rrelu_.default: 3,
-    aten.dropout_.default: 2,
-    aten.alpha_dropout_.default: 2,
-    aten.feature_dropout_.default: 2,
-    aten.feature_alpha_dropout_.default: 2,
-}
-"""Position of the flag; running statistics play no part."""
 
-_NORMS: dict[Any, int] = {aten.batch_norm.default: 5, aten.instance_norm.default: 5}
-"""Position of the flag; argument 3 is the running mean, and without one the flag is always set."""
+class ModesDiffer(Exception):
+    """Training and evaluation run different operators; the first node of each graph where they part."""
 
-_SDPA = aten.scaled_dot_product_attention.default
-_SDPA_DROPOUT = 4
+    def __init__(self, training: Node, evaluation: Node):
+        super().__init__(f"training runs {training.format_node()}, evaluation {evaluation.format_node()}")
+        self.training, self.evaluation = training, evaluation
+
+    @property
+    def path(self) -> str:
+        """Path of the module that decides: the deeper of the two the nodes came from."""
+        return max(scope(self.training), scope(self.evaluation), key=len)
 
 
-def bind_training_flags(gm: GraphModule) -> int:
-    """Replaces the baked training flags of ``gm``, captured in training mode, by reads of ``<module>.training``.
+@dataclass(frozen=True)
+class _Flag:
+    """An argument of ``node`` that depends on the mode, by its position in the operator's schema."""
 
-    Regions that run in a submodule of their own (``wrap_with_autocast``) read flags that live in that submodule, at the same
-    path, so that ``train()`` and ``eval()`` reach them too.
+    gm: GraphModule
+    node: Node
+    position: int
+    value: bool | float
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """An input of ``node`` that evaluation makes contiguous first; in training it happened to be contiguous."""
+
+    gm: GraphModule
+    node: Node
+    input: Node
+
+
+def bind_training_flags(gm: GraphModule, evaluation: GraphModule) -> int:
+    """Replaces every constant of ``gm`` that depends on the mode by one computed from ``<module>.training``.
+
+    A flag becomes the attribute itself, a probability that is 0 in evaluation becomes ``probability * training``.
+    Regions that run in a graph module of their own (``wrap_with_autocast``) read flags that live in that graph module,
+    at the same path, so that ``train()`` and ``eval()`` reach them too.
+
+    Args:
+        gm: the model captured in training mode; edited in place.
+        evaluation: the same model captured in evaluation mode.
 
     Returns:
-        the number of flags replaced.
+        the number of constants replaced.
+
+    Raises:
+        ModesDiffer: the graphs differ in more than constants; ``gm`` was not changed.
     """
-    count = _bind(gm, gm)
-    for child in gm.children():
-        if isinstance(child, GraphModule):
-            count += _bind(child, gm)
-            child.recompile()
-    return count
-
-
-def _bind(gm: GraphModule, root: GraphModule) -> int:
-    flags: dict[str, Node] = {}
-    count = 0
-
-    def flag(node: Node) -> Node:
-        path = scope(node)
-        if path not in flags:
-            _ensure_module(gm, path, root)
-            with gm.graph.inserting_before(node):
-                read = gm.graph.create_node("get_attr", f"{path}.training" if path else "training")
-            read.meta["val"] = True
-            read.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-            flags[path] = read
-        return flags[path]
-
-    for node in list(gm.graph.nodes):
-        if node.op != "call_function":
-            continue
-        if _is_batch_count(node):
-            node.update_arg(1, flag(node))  # adds one in training, nothing in evaluation
-        elif node.target in _DROPOUTS and _argument(node, _DROPOUTS[node.target], "train", "training") is True:
-            _set_argument(node, _DROPOUTS[node.target], ("train", "training"), flag(node))
-        elif node.target in _NORMS and node.args[3] is not None and node.args[5] is True:
-            node.update_arg(5, flag(node))
-        elif node.target is _SDPA and _argument(node, _SDPA_DROPOUT, "dropout_p"):
-            probability = _argument(node, _SDPA_DROPOUT, "dropout_p")
-            training = flag(node)
-            with gm.graph.inserting_before(node):
-                scaled = gm.graph.call_function(operator.mul, (probability, training))
-            scaled.meta["val"] = probability
-            scaled.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
-            _set_argument(node, _SDPA_DROPOUT, ("dropout_p",), scaled)
+    differences = list(_differences(gm, evaluation))
+    reads: dict[tuple[int, str], Node] = {}
+    for difference in differences:
+        if isinstance(difference, _Flag):
+            _bind(difference, gm, reads)
         else:
-            continue
-        count += 1
-    return count
+            _make_contiguous(difference)
+    for region in {id(item.gm): item.gm for item in differences if item.gm is not gm}.values():
+        region.recompile()
+    return sum(isinstance(difference, _Flag) for difference in differences)
 
 
 def scope(node: Node) -> str:
     """Path of the module ``node`` came from; an empty string for the model itself."""
     stack = node.meta.get("nn_module_stack")
     path = str(next(reversed(stack.values()))[0]) if stack else ""
-    return re.sub(r"@\d+", "", path)  # a module called again has a numbered path
+    return re.sub(r"@\d+", "", path)  # a module that is called again has a numbered path
 
 
-def _is_batch_count(node: Node) -> bool:
-    if node.target is not aten.add_.Tensor or node.args[1] != 1 or isinstance(node.args[1], Node):
+def _differences(gm: GraphModule, evaluation: GraphModule) -> Iterator[_Flag | _Copy]:
+    counts = {node for node in gm.graph.nodes if _counts_batches(node)}
+    yield from (_Flag(gm, node, 1, True) for node in counts)  # evaluation does not count
+    ours = [node for node in gm.graph.nodes if _is_step(node) and node not in counts]
+    theirs = [node for node in evaluation.graph.nodes if _is_step(node)]
+    inputs = gm.graph.find_nodes(op="placeholder")
+    twin: dict[Node, Node] = dict(zip(inputs, evaluation.graph.find_nodes(op="placeholder"), strict=True))
+    for node, other in zip(ours, theirs, strict=False):
+        if node.target != other.target:
+            raise ModesDiffer(node, other)
+        for position, (argument, other_argument) in enumerate(zip_longest(_arguments(node), _arguments(other))):
+            if _depends_on_mode(argument, other_argument):
+                yield _Flag(gm, node, position, argument)
+                continue
+            leaves, spec = pytree.tree_flatten(argument)
+            other_leaves, other_spec = pytree.tree_flatten(other_argument)
+            if spec != other_spec:
+                raise ModesDiffer(node, other)
+            for leaf, other_leaf in zip(leaves, other_leaves, strict=True):
+                if isinstance(leaf, Node) and leaf.op == "get_attr":
+                    held, other_held = _held(gm, leaf), _held(evaluation, other_leaf)
+                    if isinstance(held, GraphModule) and isinstance(other_held, GraphModule):
+                        yield from _differences(held, other_held)
+                    elif not _equal(held, other_held):
+                        raise ModesDiffer(node, other)
+                elif not isinstance(leaf, Node):
+                    if not _equal(leaf, other_leaf):
+                        raise ModesDiffer(node, other)
+                elif twin.get(_before_copy(leaf)) is not _before_copy(other_leaf):
+                    raise ModesDiffer(node, other)
+                elif _is_copy(other_leaf) and not _is_copy(leaf):
+                    yield _Copy(gm, node, leaf)
+        twin[node] = other
+    if len(ours) != len(theirs):
+        at = min(len(ours), len(theirs)) - 1
+        raise ModesDiffer(ours[at], theirs[at])
+
+
+def _arguments(node: Node) -> list[Any]:
+    """All arguments in the order of the operator's schema, those left out with their defaults."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return [*node.args, *node.kwargs.values()]
+    given = dict(zip((spec.name for spec in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    return [given.get(spec.name, spec.default_value if spec.has_default_value() else None) for spec in schema.arguments]
+
+
+def _depends_on_mode(training: Any, evaluation: Any) -> bool:
+    if training is True:
+        return evaluation is False
+    return isinstance(training, float) and training != 0 and isinstance(evaluation, float) and evaluation == 0
+
+
+def _equal(item: Any, other: Any) -> bool:
+    """Equality of constants and of held tensors: a parameter is only itself, a constant of capture may be a copy."""
+    if isinstance(item, Tensor) and isinstance(other, Tensor):
+        return item is other or (not isinstance(item, nn.Parameter) and torch.equal(item, other))
+    return type(item) is type(other) and bool(item == other)
+
+
+def _is_step(node: Node) -> bool:
+    return node.op in {"call_function", "output"} and not _is_copy(node)
+
+
+def _is_copy(node: Node) -> bool:
+    """Whether ``node`` is a ``contiguous``; capture leaves it out where the mode's attention kernel needs none."""
+    return node.target is aten.contiguous.default
+
+
+def _before_copy(leaf: Any) -> Any:
+    while isinstance(leaf, Node) and _is_copy(leaf):
+        leaf = leaf.args[0]
+    return leaf
+
+
+def _make_contiguous(difference: _Copy) -> None:
+    node, source = difference.node, difference.input
+    with difference.gm.graph.inserting_before(node):
+        copied = difference.gm.graph.call_function(aten.contiguous.default, (source,))
+    copied.meta = dict(source.meta)
+    node.replace_input_with(source, copied)
+
+
+def _held(gm: GraphModule, leaf: Any) -> Any:
+    return fx.attribute(gm, str(leaf.target)) if isinstance(leaf, Node) and leaf.op == "get_attr" else None
+
+
+def _counts_batches(node: Node) -> bool:
+    """Whether ``node`` is a batch norm's ``num_batches_tracked.add_(1)``."""
+    if node.target is not aten.add_.Tensor or node.args[1] != 1:
         return False
     counter = node.args[0]
     return (
@@ -110,7 +191,30 @@ def _is_batch_count(node: Node) -> bool:
     )
 
 
-def _ensure_module(gm: GraphModule, path: str, root: nn.Module) -> None:
+def _bind(flag: _Flag, root: GraphModule, reads: dict[tuple[int, str], Node]) -> None:
+    graph, node, path = flag.gm.graph, flag.node, scope(flag.node)
+    _hold_flag(flag.gm, path, root)
+    key = id(flag.gm), path
+    with graph.inserting_before(node):
+        if key not in reads:
+            reads[key] = _like(node, graph.create_node("get_attr", f"{path}.training" if path else "training"), True)
+        new = reads[key]
+        if not isinstance(flag.value, bool):
+            new = _like(node, graph.call_function(operator.mul, (flag.value, new)), flag.value)
+    spec = node.target._schema.arguments[flag.position]  # type: ignore[union-attr]
+    if spec.kwarg_only or spec.name in node.kwargs:
+        node.update_kwarg(spec.name, new)
+    else:
+        node.args = (*_arguments(node)[: flag.position], new, *node.args[flag.position + 1 :])
+
+
+def _like(node: Node, new: Node, value: Any) -> Node:
+    new.meta["val"] = value
+    new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+    return new
+
+
+def _hold_flag(gm: GraphModule, path: str, root: nn.Module) -> None:
     """A region's own graph module has no tree of the model: it gets bare modules that only hold flags."""
     owner: nn.Module = gm
     original: nn.Module = root
@@ -121,16 +225,3 @@ def _ensure_module(gm: GraphModule, path: str, root: nn.Module) -> None:
             holder.training = original.training
             owner.add_module(part, holder)
         owner = getattr(owner, part)
-
-
-def _argument(node: Node, position: int, *names: str) -> Any:
-    if len(node.args) > position:
-        return node.args[position]
-    return next((node.kwargs[name] for name in names if name in node.kwargs), None)
-
-
-def _set_argument(node: Node, position: int, names: tuple[str, ...], new: Node) -> None:
-    if len(node.args) > position:
-        node.update_arg(position, new)
-    else:
-        node.update_kwarg(next(name for name in names if name in node.kwargs), new)

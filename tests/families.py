@@ -1,7 +1,7 @@
 """The model zoo of the tests: one tiny, randomly initialised model per family, and batches for it.
 
-Every linear dimension is a multiple of 16, every model has two or three layers, dropout is on where the family has it (so
-that training and evaluation differ), and ``use_cache`` is off. Nothing is downloaded.
+Every linear dimension is a multiple of 16, every model has two or three layers, dropout is on where the family has it
+(so that training and evaluation differ), and ``use_cache`` is off. Nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -1,0 +1,165 @@
+"""Running ``torch.export`` on a model, leaving the model as it was, and saying where in the model it failed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import linecache
+import logging
+import os
+import re
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
+from unittest import mock
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.utils import _pytree as pytree
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a model."""
+
+Frame = tuple[FrameType, int]
+"""A frame of the model's code and the line it was at."""
+
+_NOT_THE_MODEL = tuple(
+    os.path.realpath(folder) + os.sep
+    for folder in (
+        os.path.dirname(torch.__file__),
+        os.path.dirname(sympy.__file__),
+        sysconfig.get_path("stdlib"),
+        os.path.dirname(__file__),
+    )
+)
+_STACK_LINE = re.compile(r'File "(.+)", line (\d+), in (.+)')
+_SHAPES_LOG = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+
+
+def export(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> ExportedProgram:
+    """``torch.export`` of ``model`` in the mode its modules are in, with dimension 0 of every tensor input free."""
+    shapes = ShapesCollection()
+    for tensor in tensors(inputs) if dynamic_batch else ():
+        if tensor.dim():
+            shapes[tensor] = {0: Dim.AUTO}
+    with _quiet(), torch.inference_mode(False), torch.enable_grad(), _without_autocast():
+        return torch.export.export(model, *inputs, dynamic_shapes=shapes, strict=False)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors in nested arguments."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A failing export prints the graph so far and logs advice; our error says what matters."""
+    was_disabled = _SHAPES_LOG.disabled
+    _SHAPES_LOG.disabled = True
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _SHAPES_LOG.disabled = was_disabled
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Autocast belongs to a run, not to the graph: its casts must not be captured."""
+    with torch.autocast("cpu", enabled=False), contextlib.ExitStack() as stack:
+        if torch.cuda.is_available():
+            stack.enter_context(torch.autocast("cuda", enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Restores the training flags, the configuration and the random state that capture may touch."""
+    flags = [(module, module.training) for module in model.modules()]
+    config = getattr(model, "config", None)
+    settings = dict(vars(config)) if hasattr(config, "__dict__") else None
+    devices = sorted({tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        if settings is not None:
+            vars(config).clear()
+            vars(config).update(settings)
+
+
+# --- where in the model -----------------------------------------------------------------------------------------------
+
+
+def depends_on_data(error: BaseException | None) -> bool:
+    """Whether capture failed because Python asked for the value of a tensor."""
+    while error is not None:
+        if isinstance(error, GuardOnDataDependentSymNode):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def model_frames(error: BaseException) -> list[Frame]:
+    """The frames of ``error`` that are neither torch's nor ours nor the standard library's, outermost first."""
+    return _of_the_model(traceback.walk_tb(error.__traceback__))
+
+
+def innermost_module(frames: Sequence[Frame], model: nn.Module) -> nn.Module | None:
+    """The module of ``model`` whose method is the deepest in ``frames``."""
+    modules = {id(module) for module in model.modules()}
+    for frame, _ in reversed(frames):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in modules:
+            return owner
+    return None
+
+
+def quote(frames: Sequence[Frame]) -> str:
+    """``file:line, in function`` of the deepest frame and the source line itself; nothing where there is no frame."""
+    if not frames:
+        return ""
+    frame, line = frames[-1]
+    code = frame.f_code
+    return f"\n  {code.co_filename}:{line}, in {code.co_name}\n    {linecache.getline(code.co_filename, line).strip()}"
+
+
+def quote_node(node: Node) -> str:
+    """The same for the line of the model that a captured node came from."""
+    for filename, line, function in reversed(_STACK_LINE.findall(node.meta.get("stack_trace") or "")):
+        if not _is_library(filename):
+            return f"\n  {filename}:{line}, in {function}\n    {linecache.getline(filename, int(line)).strip()}"
+    return ""
+
+
+def where_batch_was_fixed(model: nn.Module, inputs: Inputs) -> str:
+    """The line of the model that made a symbolic size a number, quoted; captures the model once more to find it."""
+    found: list[list[Frame]] = []
+    decide = ShapeEnv._set_replacement
+
+    def watch(self: ShapeEnv, symbol: sympy.Symbol, target: sympy.Expr, *rest: Any) -> None:
+        if target.is_Integer:
+            found.append(_of_the_model(reversed(list(traceback.walk_stack(None)))))
+        decide(self, symbol, target, *rest)
+
+    with mock.patch.object(ShapeEnv, "_set_replacement", watch), contextlib.suppress(Exception):
+        export(model, inputs, dynamic_batch=True)
+    return next((quote(frames) for frames in found if frames), "")
+
+
+def _of_the_model(frames: Any) -> list[Frame]:
+    return [(frame, line) for frame, line in frames if not _is_library(frame.f_code.co_filename)]
+
+
+def _is_library(filename: str) -> bool:
+    return filename.startswith("<") or os.path.realpath(filename).startswith(_NOT_THE_MODEL)
