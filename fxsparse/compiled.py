@@ -159,17 +159,17 @@ def _options(compiled: Any) -> BackendOptions | None:
     """The options ``compiled`` was made with; None where they cannot be told: all graphs of its target count then."""
     if not isinstance(compiled, OptimizedModule) and isinstance(compiled, nn.Module):
         compiled = compiled._compiled_call_impl
-    backend = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None) or _free_variables(compiled).get(
-        "callback"
-    )
+    backend: Any = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    backend = backend or _callback_of(compiled)
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
     arguments = getattr(backend, "kwargs", None)
     return BackendOptions.parse(**arguments) if isinstance(arguments, dict) else None
 
 
-def _free_variables(function: Any) -> dict[str, Any]:
+def _callback_of(function: Any) -> Any:
+    """What ``torch.compile`` closed over when it wrapped a function."""
     if not inspect.isfunction(function):
-        return {}
+        return None
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    return {name: cell.cell_contents for name, cell in cells if name == "callback"}
+    return next((cell.cell_contents for name, cell in cells if name == "callback"), None)

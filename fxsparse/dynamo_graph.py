@@ -276,7 +276,7 @@ def _state(name: str, derived: dict[str, Derived], places: dict[str, int]) -> St
     return State(derived[name].rule, tuple(sources))
 
 
-# --- building graphs that torch takes for Dynamo's ---------------------------------------------------------------------
+# --- building graphs that torch takes for Dynamo's --------------------------------------------------------------------
 
 
 def copy_placeholder(graph: Graph, node: Node) -> Node:
