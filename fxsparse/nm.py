@@ -6,8 +6,8 @@ A weight ``[out, in]`` is cut into groups of m consecutive elements along ``in``
     values     a b       c d           [out, kept], in order
     indices    0 3       1 2           position inside the group, ascending
 
-Indices are packed into bytes, the first in the lowest bits: 2 bits each for m <= 4, 4 bits for m <= 16, else 8. At 2:4 a
-nibble is ``first | second << 2``, the order of sparse tensor cores. Rows are padded with zeros to whole bytes.
+Indices are packed into bytes, the first in the lowest bits: 2 bits each for m <= 4, 4 bits for m <= 16, else 8. At 2:4
+a nibble is ``first | second << 2``, the order of sparse tensor cores. Rows are padded with zeros to whole bytes.
 
 The column mask is W^{R,C}: bit k of byte j tells whether kept value 8j + k also survives a pruning along ``out``.
 
@@ -253,14 +253,14 @@ def _complete(mask: Tensor, scores: Tensor, pattern: Pattern) -> None:
         gain = score[block, i].unsqueeze(1) + score[block, :, j].unsqueeze(2) - score
         gain = gain.masked_fill(~kept | row_kept | column_kept, -math.inf)
         best = gain.flatten(1).argmax(1)
-        k, l = best // m, best % m
-        mask[short, k, l] = False
-        mask[short, i, l] = True
+        k, other = best // m, best % m
+        mask[short, k, other] = False
+        mask[short, i, other] = True
         mask[short, k, j] = True
 
 
 def _exchange(mask: Tensor, scores: Tensor) -> None:
-    """Makes the best exchange of two kept entries for the other corners of their rectangle until none gains, in place."""
+    """Exchanges two kept entries for the other corners of their rectangle, the best first, in place."""
     m = mask.shape[1]
     active = torch.arange(len(mask), device=mask.device)
     tolerance = 1e-6 * scores.abs().amax((1, 2))  # an exchange that rounding alone makes look good could cycle
@@ -290,8 +290,8 @@ def extra_zeros(pattern: Pattern) -> float:
 
         sum over j = n+1 .. m of C(m, j) s^j (1 - s)^(m - j) (j - n) / m,  s = n / m
 
-    This gives 12.5 % for 1:2, 9.375 % for 2:4 and 5.84 % for 2:8; the paper prints 3.39 % for 2:8, which its own formula
-    does not give and random matrices do not show.
+    This gives 12.5 % for 1:2, 9.375 % for 2:4 and 5.84 % for 2:8. The paper prints 3.39 % for 2:8, which is neither
+    what its formula gives nor what random matrices show.
     """
     n, m, s = pattern.n, pattern.m, pattern.density
     return sum(math.comb(m, j) * s**j * (1 - s) ** (m - j) * (j - n) / m for j in range(n + 1, m + 1))
@@ -448,7 +448,7 @@ def _positions(indices: Tensor, pattern: Pattern, in_features: int) -> Tensor:
 
 
 def _pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Packs integers below 2^bits ``[rows, count]`` into uint8 ``[rows, ceil(count * bits / 8)]``, lowest bits first."""
+    """Integers below 2^bits ``[rows, count]`` as uint8 ``[rows, ceil(count * bits / 8)]``, the first lowest."""
     a_byte = 8 // bits
     codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[1] % a_byte))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
@@ -481,7 +481,7 @@ def _check_divisible(tensor: Tensor, pattern: Pattern, dim: int) -> None:
 def _check_same_shape(weight: Tensor, mask: Tensor) -> None:
     if weight.shape != mask.shape or mask.dtype != torch.bool:
         raise RewriteError(
-            f"a mask is bool and shaped as its weight, {list(weight.shape)}; this one is {mask.dtype} {list(mask.shape)}"
+            f"a mask is bool and shaped as its weight {list(weight.shape)}, this one is {mask.dtype} {list(mask.shape)}"
         )
 
 
