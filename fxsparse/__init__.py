@@ -1,1 +1,47 @@
-"""fxsparse: rewrite PyTorch transformers to sparse, smaller or multiplexed ones, and compile them."""
+"""fxsparse: rewrite PyTorch transformers to sparse, smaller or multiplexed ones, and compile them.
+
+    sparse = fxsparse.rewrite(model, [InsertNMMasks("2:4"), DoublePruneBackward()], kwargs=batch)
+    print(fxsparse.explain(sparse))
+    fast = torch.compile(sparse, backend="fxsparse")
+"""
+
+from fxsparse.backend import invalidate
+from fxsparse.backprop import BackpropGraph
+from fxsparse.checkpoint import load, save
+from fxsparse.errors import CheckpointError, FxsparseError, LoweringError, OptionError, RewriteError, TraceError
+from fxsparse.flops import count_flops
+from fxsparse.passes import Pass, Pipeline
+from fxsparse.recipes import recipe
+from fxsparse.record import Record, record_of
+from fxsparse.report import explain
+from fxsparse.rewriting import replay, rewrite
+from fxsparse.schedule import Schedule
+from fxsparse.state import dense_state_dict
+from fxsparse.tracing import trace
+from fxsparse.version import __version__
+
+__all__ = [
+    "BackpropGraph",
+    "CheckpointError",
+    "FxsparseError",
+    "LoweringError",
+    "OptionError",
+    "Pass",
+    "Pipeline",
+    "Record",
+    "RewriteError",
+    "Schedule",
+    "TraceError",
+    "__version__",
+    "count_flops",
+    "dense_state_dict",
+    "explain",
+    "invalidate",
+    "load",
+    "recipe",
+    "record_of",
+    "replay",
+    "rewrite",
+    "save",
+    "trace",
+]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FxsparseError(Exception):
     """Base of every error fxsparse raises on purpose."""
@@ -37,3 +40,9 @@ class LoweringError(FxsparseError):
 
 class CheckpointError(FxsparseError):
     """A checkpoint does not fit the model it is loaded into."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``did you mean 'x'? `` where a known name is close to an unknown one, for the middle of a message."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""

@@ -1,14 +1,14 @@
 """Reading and editing a training-IR graph: linears, parameters, state, fake values.
 
-The training IR is the pre-dispatch ATen graph of ``torch.export``: parameters and buffers are ``get_attr`` nodes named by
-their fully qualified name, ``node.meta["val"]`` is a fake tensor with symbolic sizes, ``node.meta["nn_module_stack"]``
-says which module of the model a node came from.
+The training IR is the pre-dispatch ATen graph of ``torch.export``: parameters and buffers are ``get_attr`` nodes
+named by their fully qualified name, ``node.meta["val"]`` is a fake tensor with symbolic sizes,
+``node.meta["nn_module_stack"]`` says which module of the model a node came from.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,7 @@ def is_transpose(node: Node) -> bool:
     if node.target not in _TRANSPOSES or len(value(node).shape) != 2:
         return False
     dims = tuple(d for arg in node.args[1:] for d in (arg if isinstance(arg, (list, tuple)) else (arg,)))
-    return not dims or dims in {(0, 1), (1, 0), (-1, -2), (-2, -1)} and not _is_identity_permute(node, dims)
+    return not dims or (dims in {(0, 1), (1, 0), (-1, -2), (-2, -1)} and not _is_identity_permute(node, dims))
 
 
 def _is_identity_permute(node: Node, dims: tuple[Any, ...]) -> bool:
@@ -124,6 +124,51 @@ def applies_parameter(gm: GraphModule, node: Node) -> bool:
 def is_embedding(node: Node) -> bool:
     """Whether ``node`` looks rows up in an embedding table."""
     return node.target in {aten.embedding.default, aten.embedding_bag.default}
+
+
+def first_linears(gm: GraphModule) -> set[Node]:
+    """Linears that no other linear or convolution feeds: the first layer after the input (queries, keys and values
+    alike)."""
+    fed: set[Node] = set()
+    first: set[Node] = set()
+    for node in gm.graph.nodes:
+        if any(source in fed for source in node.all_input_nodes):
+            fed.add(node)
+        elif applies_parameter(gm, node):
+            first.add(node)
+        if node in first:
+            fed.add(node)
+    return first
+
+
+def head_linears(gm: GraphModule) -> set[Node]:
+    """Linears whose result reaches an output without another linear and without joining a residual stream: the
+    heads."""
+    follows: set[Node] = set()  # nodes after which a linear or a residual sum still comes
+    heads: set[Node] = set()
+    computed = _depends_on_inputs(gm)
+    for node in reversed(gm.graph.nodes):
+        if any(user in follows or applies_parameter(gm, user) or _joins_stream(user, computed) for user in node.users):
+            follows.add(node)
+        elif node.users and applies_parameter(gm, node):
+            heads.add(node)
+    return heads
+
+
+def _depends_on_inputs(gm: GraphModule) -> set[Node]:
+    reached: set[Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def _joins_stream(node: Node, computed: set[Node]) -> bool:
+    """Whether ``node`` adds two activations, as a residual connection does; a sum of losses is a scalar."""
+    if node.target not in {aten.add.Tensor, aten.add_.Tensor}:
+        return False
+    terms = [arg for arg in node.args[:2] if isinstance(arg, Node) and arg in computed]
+    return len(set(terms)) == 2 and all(isinstance(value(term), Tensor) and value(term).dim() > 1 for term in terms)
 
 
 # --- parameters and buffers -------------------------------------------------------------------------------------------
@@ -198,6 +243,16 @@ def delete(gm: nn.Module, name: str) -> None:
     delattr(owner, leaf)
 
 
+def delete_state(gm: nn.Module, names: Collection[str]) -> None:
+    """Removes those parameters and buffers among ``names`` that are still there."""
+    present = [
+        name for name, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))
+    ]
+    for name in present:
+        if name in names:
+            delete(gm, name)
+
+
 def _owner(gm: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return (gm.get_submodule(path) if path else gm), leaf
@@ -225,7 +280,9 @@ def insert_attribute(gm: GraphModule, name: str, *, before: Node) -> Node:
     return node
 
 
-def insert_call(gm: GraphModule, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, like: Node) -> Node:
+def insert_call(
+    gm: GraphModule, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, *, like: Node
+) -> Node:
     """A call of ``target`` inserted before ``like``, with its fake value and the module path of ``like``."""
     with gm.graph.inserting_before(like):
         node = gm.graph.call_function(target, args, kwargs or {})
@@ -272,7 +329,11 @@ def _writes_state(node: Node) -> bool:
     if schema is None or not schema.is_mutable:
         return False
     # A write matters where what it mutates outlives the call: a buffer, a parameter or an input, also through views.
-    written = [arg for arg, spec in zip(node.args, schema.arguments, strict=False) if spec.alias_info and spec.alias_info.is_write]
+    written = [
+        arg
+        for arg, spec in zip(node.args, schema.arguments, strict=False)
+        if spec.alias_info and spec.alias_info.is_write
+    ]
     return any(_outlives_call(arg) for arg in written)
 
 

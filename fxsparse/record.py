@@ -1,19 +1,22 @@
 """What was done to a graph: which passes ran, what each changed or skipped and why, and what it cost before and after.
 
-The record of a graph module is ``gm.meta["fxsparse"]``. It is plain data: it serialises to JSON, and the passes in it can be
-replayed on the original model.
+The record of a graph module is ``gm.meta["fxsparse"]``. It is plain data: it serialises to JSON, and the passes in
+it can be replayed on the original model.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch.fx import GraphModule
 
+from fxsparse.version import __version__
+
 META_KEY = "fxsparse"
+TRACE_KEY = "fxsparse_trace"
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Record:
     entries: tuple[Entry, ...] = ()
     weights: tuple[HeldWeight, ...] = ()
     notes: tuple[str, ...] = ()
-    version: str = field(default="")
+    version: str = ""
 
     @property
     def text(self) -> str:
@@ -158,7 +161,9 @@ def _entry(data: dict[str, Any]) -> Entry:
 def record_of(gm: GraphModule) -> Record:
     """The record of a graph module; an empty one where nothing was done yet."""
     record = gm.meta.get(META_KEY)
-    return record if isinstance(record, Record) else Record()
+    if isinstance(record, Record):
+        return record
+    return Record(notes=tuple(getattr(gm.meta.get(TRACE_KEY), "notes", ())), version=__version__)
 
 
 def hold(gm: GraphModule, weights: Iterable[HeldWeight]) -> None:
@@ -173,3 +178,10 @@ def append(gm: GraphModule, entry: Entry) -> None:
     """Adds a pass to the record."""
     record = record_of(gm)
     gm.meta[META_KEY] = replace(record, entries=(*record.entries, entry))
+
+
+def substitute(gm: GraphModule, old: str, new: str) -> None:
+    """Rewrites the text of a pass in the record, where what it described came to pass in another form."""
+    record = record_of(gm)
+    entries = tuple(replace(entry, text=new) if entry.text == old else entry for entry in record.entries)
+    gm.meta[META_KEY] = replace(record, entries=entries)

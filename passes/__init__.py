@@ -1,1 +1,21 @@
 """Rewrites of the training-IR graph, one file each."""
+
+from fxsparse.passes.base import Pass
+from fxsparse.passes.double_prune import DoublePruneBackward
+from fxsparse.passes.event import Event
+from fxsparse.passes.low_rank import AddLowRankBranches
+from fxsparse.passes.nm_masks import InsertNMMasks
+from fxsparse.passes.pipeline import Pipeline
+from fxsparse.record import Change, rewrote, skipped
+
+__all__ = [
+    "AddLowRankBranches",
+    "Change",
+    "DoublePruneBackward",
+    "Event",
+    "InsertNMMasks",
+    "Pass",
+    "Pipeline",
+    "rewrote",
+    "skipped",
+]

@@ -3,9 +3,9 @@
 A pass is a frozen dataclass: its options are its fields, its name a class variable. The graph is valid before and after
 (``torch.fx.passes.infra.pass_base.PassBase``), and for every site it looked at the pass yields a :class:`Change`.
 
-As text a pass is its name and its options, ``nm-masks{pattern=2:4,keep_first=false}``; a pipeline is passes joined by commas.
-Values are words (``2:4``, ``magnitude``), numbers, ``true``, ``false``, ``none``, JSON strings, lists ``[a,b]`` and
-dictionaries ``{"*.fc1":2:4}``.
+As text a pass is its name and its options, ``nm-masks{pattern=2:4,keep_first=false}``; a pipeline is passes joined
+by commas. Values are words (``2:4``, ``magnitude``), numbers, ``true``, ``false``, ``none``, JSON strings, lists
+``[a,b]`` and dictionaries ``{"*.fc1":2:4}``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fxsparse.errors import OptionError
+from fxsparse.errors import OptionError, nearest
+from fxsparse.passes.event import Event
 from fxsparse.record import Change
 
 
@@ -29,9 +30,9 @@ from fxsparse.record import Change
 class Pass(PassBase):
     """Base of all passes; subclass it as a frozen dataclass, set ``name`` and write :meth:`rewrite`.
 
-    A pass may edit the graph and the module tree it is given, a copy that shares the model's parameters; it must replace
-    parameters and buffers, never write into them. It raises :class:`~fxsparse.errors.RewriteError` when it cannot do what
-    was asked: the model then stays as it was.
+    A pass may edit the graph and the module tree it is given, a copy that shares the model's parameters; it must
+    replace parameters and buffers, never write into them. It raises :class:`~fxsparse.errors.RewriteError` when it
+    cannot do what was asked: the model then stays as it was.
 
     Attributes:
         name: the pass in text.
@@ -47,8 +48,8 @@ class Pass(PassBase):
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         """Rewrites ``graph`` in place and yields what it did, or why not, for every site it looked at."""
 
-    def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Any]:
-        """What varies while a rewritten graph trains: :class:`~fxsparse.schedule.Event` objects, none by default."""
+    def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
+        """What varies while a rewritten graph trains; nothing by default."""
         return ()
 
     def call(self, graph_module: GraphModule) -> PassResult:
@@ -59,7 +60,10 @@ class Pass(PassBase):
         return PassResult(graph_module, any(change.rewritten for change in changes))
 
     def __str__(self) -> str:
-        shown = [option for option in _options(self) if option.name in _always_shown(self) or _differs(self, option)]
+        options = _options(self)
+        # The first option says what a pass is about, so it is written even where it has its default.
+        about = [option.name for option in options[:1] if getattr(self, option.name) is not None]
+        shown = [option for option in options if option.name in about or _differs(self, option)]
         written = ",".join(f"{option.name}={write(getattr(self, option.name))}" for option in shown)
         return f"{self.name}{{{written}}}" if written else self.name
 
@@ -67,10 +71,6 @@ class Pass(PassBase):
 def _options(item: Pass | type[Pass]) -> list[Field[Any]]:
     """The options that text carries; a field that does not compare (calibration data, a model) is not text."""
     return [option for option in fields(item) if option.compare and option.init]
-
-
-def _always_shown(item: Pass) -> tuple[str, ...]:
-    return tuple(option.name for option in _options(item)[:1])
 
 
 def _differs(item: Pass, option: Field[Any]) -> bool:
@@ -96,12 +96,24 @@ def build(name: str, options: Mapping[str, Any]) -> Pass:
     """The pass called ``name``; OptionError where the name or an option is unknown, with what exists."""
     classes = pass_classes()
     if name not in classes:
-        raise OptionError(f"unknown pass {name!r}; known passes: {', '.join(sorted(classes))}")
+        raise OptionError(f"unknown pass {name!r}; {nearest(name, classes)}known passes: {', '.join(sorted(classes))}")
     known = [option.name for option in _options(classes[name])]
     for option in options:
         if option not in known:
-            raise OptionError(f"unknown option {option!r}; its options: {', '.join(known) or 'none'}", pass_name=name)
+            raise OptionError(
+                f"unknown option {option!r}; {nearest(option, known)}its options: {', '.join(known) or 'none'}",
+                pass_name=name,
+            )
     return classes[name](**options)
+
+
+class FrozenMapping(tuple[tuple[str, Any], ...]):
+    """A mapping an option can hold: hashable, equal by its items in order, written as a dictionary."""
+
+    __slots__ = ()
+
+    def __new__(cls, items: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> FrozenMapping:
+        return super().__new__(cls, items.items() if isinstance(items, Mapping) else items)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -120,8 +132,8 @@ def write(item: Any) -> str:
     if isinstance(item, str):
         plain = _WORD.fullmatch(item) and isinstance(_constant(item), str)
         return item if plain else json.dumps(item)
-    if isinstance(item, Mapping):
-        return "{" + ",".join(f"{json.dumps(key)}:{write(entry)}" for key, entry in item.items()) + "}"
+    if isinstance(item, FrozenMapping):
+        return "{" + ",".join(f"{json.dumps(key)}:{write(entry)}" for key, entry in item) + "}"
     if isinstance(item, (list, tuple)):
         return "[" + ",".join(write(entry) for entry in item) + "]"
     raise OptionError(f"a value of type {type(item).__name__} cannot be written as text: {item!r}")
@@ -174,7 +186,7 @@ class _Reader:
 
     def _value(self) -> Any:
         if self._take("["):
-            return self._until("]", self._value)
+            return tuple(self._until("]", self._value))
         if self._take("{"):
             return dict(self._until("}", self._item))
         if self._peek() == '"':

@@ -22,8 +22,8 @@ STRUCTURE_ONLY = "fxsparse_structure_only"
 class Pipeline:
     """Passes in the order they run.
 
-    ``pipeline(gm)`` returns a rewritten copy and leaves ``gm`` as it was; where a pass fails there is no copy, so a model is
-    never half rewritten. The copy's record names every pass, every change and every skip with its reason.
+    ``pipeline(gm)`` returns a rewritten copy and leaves ``gm`` as it was; where a pass fails there is no copy, so a
+    model is never half rewritten. The copy's record names every pass, every change and every skip with its reason.
 
     ``str(pipeline)`` and :meth:`parse` are inverse to each other.
     """
@@ -84,7 +84,9 @@ class Pipeline:
                 )
             clash = [name for name in done if name in item.cannot_follow]
             if clash:
-                raise RewriteError(f"cannot follow {clash[0]}; the order that works is {item.name},{clash[0]}", pass_name=item.name)
+                raise RewriteError(
+                    f"cannot follow {clash[0]}; the order that works is {item.name},{clash[0]}", pass_name=item.name
+                )
             done.append(item.name)
 
 
@@ -104,8 +106,7 @@ def _run(item: Pass, gm: GraphModule) -> None:
         raise
     except Exception as error:
         raise RewriteError(f"failed, and nothing was changed: {error}", pass_name=item.name) from error
-    for name in sorted(read_before - fx.state_read(gm)):
-        fx.delete(gm, name)
+    fx.delete_state(gm, read_before - fx.state_read(gm))
     milliseconds = (time.perf_counter() - start) * 1e3
     if not any(change.rewritten for change in changes):
         reason = f" ({changes[0]})" if changes else ""

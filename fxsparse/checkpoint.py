@@ -1,0 +1,95 @@
+"""Saving and loading rewritten models: one safetensors file that holds the tensors and the record.
+
+The file's metadata has the record as JSON, so that loading needs the original model's code and nothing else: the
+record is replayed on a fresh instance, then the tensors are filled in. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fxsparse.errors import CheckpointError
+from fxsparse.record import Record, record_of
+from fxsparse.rewriting import replay
+
+_RECORD = "fxsparse"
+
+
+def save(gm: GraphModule, path: str | os.PathLike[str]) -> None:
+    """Writes a rewritten model: parameters, masks and other buffers, and its record.
+
+    Args:
+        gm: a traced or rewritten graph module.
+        path: the file, by custom ``*.safetensors``; it appears whole or not at all.
+    """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in _unique(gm.state_dict()).items()}
+    unfinished = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    try:
+        save_file(tensors, unfinished, metadata={"format": "pt", _RECORD: record_of(gm).to_json()})
+        os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> GraphModule:
+    """Reads a rewritten model.
+
+    Args:
+        path: what :func:`save` wrote.
+        model: a fresh instance of the original model. The loaded graph module takes over its parameters, so it is
+            used up.
+        args, kwargs: an example batch, as for :func:`fxsparse.trace`.
+
+    Raises:
+        CheckpointError: the file was not written by :func:`save`, or does not fit the model.
+    """
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{os.fspath(path)} cannot be read as a safetensors file: {error}") from error
+    if _RECORD not in metadata:
+        raise CheckpointError(f"{os.fspath(path)} holds no record of passes; it was not written by fxsparse.save")
+    gm = replay(Record.from_json(metadata[_RECORD]), model, args, kwargs, structure_only=True)
+    _fill(gm, tensors, os.fspath(path))
+    gm.meta["fxsparse"] = Record.from_json(metadata[_RECORD])
+    return gm
+
+
+def _unique(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tied tensors under their first name only: a file holds each once."""
+    seen: set[int] = set()
+    unique = {}
+    for name, tensor in state.items():
+        key = tensor.untyped_storage().data_ptr() if tensor.numel() else id(tensor)
+        if key not in seen:
+            unique[name] = tensor
+        seen.add(key)
+    return unique
+
+
+@torch.no_grad()
+def _fill(gm: GraphModule, tensors: Mapping[str, Tensor], path: str) -> None:
+    own = _unique(gm.state_dict())
+    missing, unexpected = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    misfits = [name for name in set(own) & set(tensors) if own[name].shape != tensors[name].shape]
+    for what, names in (("lacks", missing), ("has unknown", unexpected), ("has other shapes for", sorted(misfits))):
+        if names:
+            raise CheckpointError(f"{path} {what} {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])

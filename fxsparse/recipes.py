@@ -1,0 +1,25 @@
+"""Named pipelines: each of the published methods in one word."""
+
+from __future__ import annotations
+
+from fxsparse.errors import OptionError, nearest
+from fxsparse.passes import Pipeline
+
+RECIPES: dict[str, str] = {
+    # SLoPe (arXiv 2405.16325); without branches it also serves the one-line call, whose optimizer knows of none.
+    "slope": "nm-masks{pattern=2:4},double-prune",
+    "slope-low-rank": "nm-masks{pattern=2:4},double-prune,low-rank{ratio=0.015625}",
+}
+
+
+def recipe(name: str) -> Pipeline:
+    """The pipeline called ``name``.
+
+    Raises:
+        OptionError: there is no such recipe.
+    """
+    if name not in RECIPES:
+        raise OptionError(
+            f"unknown recipe {name!r}; {nearest(name, RECIPES)}known recipes: {', '.join(sorted(RECIPES))}"
+        )
+    return Pipeline.parse(RECIPES[name])
