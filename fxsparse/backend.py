@@ -2,7 +2,7 @@
 
 Dynamo's graph goes down this list; every step leaves a graph that torch takes for one of Dynamo's own:
 
-1. with ``options={"passes": ...}``: to the training IR, through the passes, and back (``dynamo_graph``);
+1. with ``options={"passes": ...}``: to the training IR, through the passes, and back (``one_line``);
 2. frozen N:M weights run from compressed form where that pays (``lower``);
 3. what the graph needs beyond Dynamo's inputs is looked up by the weights' identity on every call (``runtime_state``);
 4. the rest is Inductor's, with the references of our operators to inline (``lower``, ``fingerprint``).
@@ -17,23 +17,20 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from fxsparse import lower
 from fxsparse.compiled import CompiledGraph, Origin, compiled_graphs, forget_all
-from fxsparse.derived import BORROWED
-from fxsparse.dynamo_graph import copy_dynamo_graph, state_names, training_ir, with_inputs
+from fxsparse.dynamo_graph import copy_dynamo_graph, state_names
 from fxsparse.errors import FxsparseError, LoweringError
 from fxsparse.fingerprint import config_patches
+from fxsparse.one_line import RewrittenGraph
 from fxsparse.options import BackendOptions
-from fxsparse.record import record_of
 from fxsparse.runtime_state import Slot, invalidate
-
-if TYPE_CHECKING:
-    from fxsparse.passes.pipeline import Pipeline
 
 __all__ = ["compiled_graphs", "fxsparse", "invalidate"]
 
@@ -86,33 +83,36 @@ def _raising(error: FxsparseError) -> Callable[..., Any]:
 
 def _compile_graph(gm: GraphModule, example_inputs: list[Any], options: BackendOptions) -> Callable[..., Any]:
     origin = Origin.of_current_call()
-    report = CompiledGraph(_graph_name(gm), options)
+    report = CompiledGraph(str(gm.meta.get("dynamo_compile_id") or ""), options)
+    rewritten = _run_passes(gm, example_inputs, options, origin.module, report)
+    before, slots = (rewritten.module, rewritten.slots) if rewritten is not None else (gm, [])
+    names = rewritten.names if rewritten is not None else state_names(gm, example_inputs, origin.module)
+    lowered, further = _lower(before, example_inputs, names, options, report)
+    inner = _compile(lowered, [*example_inputs, *_values([*slots, *further], example_inputs)], options)
+    if rewritten is not None or further:
+        dense = _Dense(before, slots, options, report) if further else None
+        inner = _with_states(inner, [*slots, *further], rewritten, dense)
     origin.add(report)
-    names = state_names(gm, example_inputs, origin.module)
-    lowered, slots = gm, list[Slot]()
-    if options.pipeline is not None:
-        lowered, slots = _run_passes(options.pipeline, gm, example_inputs, names, options, report)
-    rewritten = lowered
-    try:
-        lowered, found = lower.lower_frozen(rewritten, example_inputs, names, options, report)
-        slots = [*slots, *found]
-        lower.note_operators(lowered, names, options, report)
-    except Exception as error:
-        _fall_back("lowering", error, options, report)
-        lowered, found = rewritten, []
-    inner = _compile(lowered, [*example_inputs, *_further(slots, example_inputs)], options)
-    if not slots:
-        return inner
-    dense = _Dense(rewritten, slots[: len(slots) - len(found)], options, report) if found else None
-    return _with_states(inner, slots, dense)
-
-
-def _graph_name(gm: GraphModule) -> str:
-    return str(gm.meta.get("dynamo_compile_id") or "")
+    return inner
 
 
 def _run_passes(
-    pipeline: Pipeline,
+    gm: GraphModule, example_inputs: list[Any], options: BackendOptions, root: nn.Module | None, report: CompiledGraph
+) -> RewrittenGraph | None:
+    if options.pipeline is None:
+        return None
+    try:
+        rewritten = RewrittenGraph(options.pipeline, gm, example_inputs, root)
+    except FxsparseError:
+        raise
+    except Exception as error:
+        _fall_back("bringing the graph into the form passes work on", error, options, report)
+        return None
+    report.record = rewritten.record
+    return rewritten
+
+
+def _lower(
     gm: GraphModule,
     example_inputs: list[Any],
     names: dict[int, str],
@@ -120,14 +120,12 @@ def _run_passes(
     report: CompiledGraph,
 ) -> tuple[GraphModule, list[Slot]]:
     try:
-        graph = training_ir(gm, example_inputs, names)
+        lowered, slots = lower.lower_frozen(gm, example_inputs, names, options, report)
+        lower.note_operators(lowered, names, options, report)
     except Exception as error:
-        _fall_back("bringing the graph into the form passes work on", error, options, report)
+        _fall_back("lowering", error, options, report)
         return gm, []
-    graph.meta[BORROWED] = True
-    rewritten = pipeline(graph)
-    report.record = record_of(rewritten)
-    return with_inputs(rewritten, gm, example_inputs, names)
+    return lowered, slots
 
 
 def _fall_back(what: str, error: Exception, options: BackendOptions, report: CompiledGraph) -> None:
@@ -161,7 +159,7 @@ def _compile(gm: GraphModule, inputs: list[Any], options: BackendOptions) -> Cal
     return compile_fx(gm, inputs, config_patches=patches, decompositions=table)
 
 
-def _further(slots: list[Slot], example_inputs: list[Any]) -> list[Any]:
+def _values(slots: list[Slot], example_inputs: list[Any]) -> list[Any]:
     """The values of the further inputs for the weights that are compiled with, of fixed size to torch."""
     tensors = [tensor for slot in slots for tensor in slot.get(example_inputs) or ()]
     context = torch._guards.TracingContext.try_get()
@@ -173,10 +171,14 @@ def _further(slots: list[Slot], example_inputs: list[Any]) -> list[Any]:
     return tensors
 
 
-def _with_states(inner: Callable[..., Any], slots: list[Slot], dense: Callable[..., Any] | None) -> Callable[..., Any]:
+def _with_states(
+    inner: Callable[..., Any], slots: list[Slot], rewritten: RewrittenGraph | None, dense: Callable[..., Any] | None
+) -> Callable[..., Any]:
     """``inner`` with its further inputs looked up for the weights of each call."""
 
     def call(*args: Any) -> Any:
+        if rewritten is not None:
+            rewritten.check_serves(args)
         further: list[Any] = []
         for slot in slots:
             tensors = slot.get(args)
@@ -201,5 +203,5 @@ class _Dense:
             self.report.note("a frozen weight no longer satisfies its pattern: the dense graph runs")
             plain = BackendOptions(compiler=self.options.compiler, inductor=self.options.inductor)
             inner = torch.compile(self.gm.forward, backend=lambda gm, inputs: _compile(gm, inputs, plain))
-            self.compiled = _with_states(inner, self.slots, None)
+            self.compiled = _with_states(inner, self.slots, None, None)
         return self.compiled(*args)

@@ -123,14 +123,13 @@ def _graphs_of(target: Any) -> list[CompiledGraph]:
     key = id(target)
     known = _graphs.get(key)
     if known is None or known[0]() is not target:
-        reference = weakref.ref(target, lambda dead: _forget(key, dead))
-        known = _graphs[key] = (reference, [])
+
+        def forget(dead: weakref.ref[Any], graphs: dict[int, Any] = _graphs) -> None:
+            if key in graphs and graphs[key][0] is dead:
+                del graphs[key]
+
+        known = _graphs[key] = (weakref.ref(target, forget), [])
     return known[1]
-
-
-def _forget(key: int, dead: weakref.ref[Any]) -> None:
-    if key in _graphs and _graphs[key][0] is dead:
-        del _graphs[key]
 
 
 def _target(compiled: Any) -> Any:

@@ -41,7 +41,7 @@ def state_names(gm: GraphModule, example_inputs: Sequence[Any], root: nn.Module 
         example_inputs: the real inputs.
         root: the compiled module; names are those it gives. Without one they follow from Dynamo's sources.
     """
-    known = _names_in(root)
+    known = names_in(root)
     names: dict[int, str] = {}
     for position, (node, tensor) in enumerate(zip(placeholders(gm), example_inputs, strict=True)):
         if not isinstance(tensor, Tensor):
@@ -52,7 +52,8 @@ def state_names(gm: GraphModule, example_inputs: Sequence[Any], root: nn.Module 
     return names
 
 
-def _names_in(root: nn.Module | None) -> dict[int, str]:
+def names_in(root: nn.Module | None) -> dict[int, str]:
+    """Names of a module's parameters and buffers by identity; of a tied one the first."""
     named: dict[int, str] = {}
     if root is not None:
         for name, tensor in (
@@ -92,15 +93,17 @@ def placeholders(gm: GraphModule) -> list[Node]:
 # --- to the training IR -----------------------------------------------------------------------------------------------
 
 
-def training_ir(gm: GraphModule, example_inputs: Sequence[Any], names: dict[int, str]) -> GraphModule:
-    """Dynamo's graph in the form passes work on; its parameters and buffers are the tensors among ``example_inputs``.
+def training_ir(
+    traced: GraphModule, gm: GraphModule, example_inputs: Sequence[Any], names: dict[int, str]
+) -> GraphModule:
+    """The form passes work on: a graph whose parameters and buffers are the tensors among ``example_inputs``.
 
     Args:
-        gm: Dynamo's graph; it stays as it is.
+        traced: what :func:`retrace` made of Dynamo's graph.
+        gm: Dynamo's graph.
         example_inputs: the real inputs.
         names: names of those that are state, by position.
     """
-    traced = _retrace(gm)
     state = nn.Module()
     for name, module in traced.named_children():
         state.add_module(name, module)
@@ -125,8 +128,11 @@ def training_ir(gm: GraphModule, example_inputs: Sequence[Any], names: dict[int,
     return GraphModule(state, graph, class_name="TrainingIR")
 
 
-def _retrace(gm: GraphModule) -> GraphModule:
-    """The graph in ATen operators before dispatch, in the fake mode and with the symbols of its inputs."""
+def retrace(gm: GraphModule) -> GraphModule:
+    """Dynamo's graph in ATen operators before dispatch, in the fake mode and with the symbols of its inputs.
+
+    It takes the same inputs in the same order. Training flags are baked in: Dynamo compiles once for each mode.
+    """
     fakes = [_fresh(node.meta["example_value"]) for node in placeholders(gm)]
     interpreter = _MetaKeepingInterpreter(gm)
     with fake_mode_of(gm), enable_python_dispatcher(), torch.fx.traceback.preserve_node_meta():
@@ -184,7 +190,7 @@ def _name_modules(node: Node, prefix: str) -> None:
 
 # --- back to inputs ---------------------------------------------------------------------------------------------------
 
-_INSTEAD = (
+INSTEAD = (
     "use the two-step call: rewritten = fxsparse.rewrite(model, [...], kwargs=batch), an optimizer over "
     'rewritten.parameters(), then torch.compile(rewritten, backend="fxsparse")'
 )
@@ -206,7 +212,7 @@ def with_inputs(
     free = [node for position, node in enumerate(originals) if position not in names]
     kept = placeholders(rewritten)
     if len(kept) != len(free):
-        raise RewriteError(f"a pass changed the number of inputs from {len(free)} to {len(kept)}; {_INSTEAD}")
+        raise RewriteError(f"a pass changed the number of inputs from {len(free)} to {len(kept)}; {INSTEAD}")
     graph = Graph()
     inputs = {node: copy_placeholder(graph, node) for node in originals}
     moved = {node: inputs[original] for node, original in zip(kept, free, strict=True)}
@@ -252,11 +258,11 @@ def _slots(rewritten: GraphModule, names: list[str], positions: dict[str, int]) 
 
 def _check_added(rewritten: GraphModule, name: str, derived: dict[str, Derived]) -> None:
     if isinstance(fx.attribute(rewritten, name), nn.Parameter):
-        raise RewriteError(f"a pass added a parameter that no optimizer has seen; {_INSTEAD}", site=name)
+        raise RewriteError(f"a pass added a parameter that no optimizer has seen; {INSTEAD}", site=name)
     if name not in derived and not name.startswith(_CONSTANT):
         raise RewriteError(
             "a pass added a buffer without saying how it follows from weights (fxsparse.derived.derive), so that it "
-            f"cannot be told for the other layers one compiled graph may serve; {_INSTEAD}",
+            f"cannot be told for the other layers one compiled graph may serve; {INSTEAD}",
             site=name,
         )
 

@@ -101,9 +101,9 @@ class _Entry:
     __slots__ = ("followed", "groups", "known", "references")
 
     def __init__(self, weights: Sequence[Tensor], key: tuple[int, ...]):
-        def forget(_: Any) -> None:
-            if _table.get(key) is self:
-                del _table[key]
+        def forget(_: Any, table: dict[tuple[int, ...], _Entry] = _table) -> None:
+            if table.get(key) is self:
+                del table[key]
 
         self.references = tuple(weakref.ref(weight, forget) for weight in weights)
         self.known: dict[State, Tensor] = {}
