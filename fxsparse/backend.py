@@ -120,8 +120,8 @@ def _lower(
     report: CompiledGraph,
 ) -> tuple[GraphModule, list[Slot]]:
     try:
+        lower.note_operators(gm, names, options, report)
         lowered, slots = lower.lower_frozen(gm, example_inputs, names, options, report)
-        lower.note_operators(lowered, names, options, report)
     except Exception as error:
         _fall_back("lowering", error, options, report)
         return gm, []
