@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-import networkx
 import sympy
+from networkx import DiGraph
 from torch.fx import GraphModule
 
 from fxsparse import dataflow, selector
@@ -236,8 +236,8 @@ class BackpropGraph:
                 closures[index] |= 1 << bit[index]
         tensors = {}
         for name in names:
-            index = self._parameters[self._resolve(name)]
-            tensors[name] = selector.Tensor(*(0, 0) if index is None else (price[index], closures[index]))
+            value = self._parameters[self._resolve(name)]
+            tensors[name] = selector.Tensor(*((0, 0) if value is None else (price[value], closures[value])))
         return selector.Instance(tensors, [price[i] for i in priced], [closures[i] for i in priced])
 
     def _importances(self, importance: Mapping[str, float]) -> tuple[dict[str, str], dict[str, float]]:
@@ -258,11 +258,11 @@ class BackpropGraph:
     # --- the graph as networkx ----------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def networkx(self) -> networkx.DiGraph:
+    def networkx(self) -> DiGraph:
         """The backward pass at the traced sizes, see `to_networkx`."""
         return self.to_networkx()
 
-    def to_networkx(self, **sizes: Any) -> networkx.DiGraph:
+    def to_networkx(self, **sizes: Any) -> DiGraph:
         """The backward pass as a directed graph from the loss to the parameters, nodes in the order autograd visits
         them.
 
@@ -270,7 +270,7 @@ class BackpropGraph:
         ``trainable``. An edge ``op -> u`` has ``flops``, the cost of the gradient of ``u`` through ``op``.
         """
         costs = self.costs(**sizes)
-        graph = networkx.DiGraph()
+        graph = DiGraph()
         active = set(self._active)
         for index in reversed(self._active):
             value = self.values[index]

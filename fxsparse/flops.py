@@ -112,7 +112,8 @@ def count_flops(gm: GraphModule, *, trained: Iterable[str] | None = None, **size
     backward = {
         index: sum(flops) for index, flops in graph.paid(graph.trainable if trained is None else trained, costs)
     }
-    total, modules = Cost(), {}
+    total = Cost()
+    modules: dict[str, Cost] = {}
     for operation in graph.operations:
         cost = Cost(
             sum(costs.forward[index] for index in operation.values),

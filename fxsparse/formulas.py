@@ -14,8 +14,8 @@ of every gradient:
 
 Formulas are plain arithmetic on shapes: they give integers for integer shapes and sympy expressions for symbolic ones.
 
-Two counts differ from torch's counter on purpose, which counts nothing for products with a vector (``mv``, ``dot``,
-``addmv``), and the weight gradient of a grouped convolution as often as there are groups.
+Two counts differ from torch's counter on purpose: it counts nothing for ``mv``, ``dot``, ``addmv`` and ``addbmm``, and
+the weight gradient of a grouped convolution as often as there are groups.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import sympy
 import torch
@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-Size = int | sympy.Expr
+Size: TypeAlias = "int | sympy.Expr"
 Kind = Literal["product", "view", "elementwise", "gather", "create", "free"]
 
 
@@ -165,7 +165,7 @@ def _attention(
     # The math form. A fused kernel recomputes the scores and pays every gradient at once: 5 products, all or none.
     rows = math.prod(out.shape[:-1])
     scored, mixed = 2 * rows * key.shape[-2] * query.shape[-1], 2 * rows * key.shape[-2] * value.shape[-1]
-    masked = {attn_mask: 0} if isinstance(attn_mask, Operand) else {}
+    masked: dict[Operand | Product, Size] = {attn_mask: 0} if isinstance(attn_mask, Operand) else {}
     scores = Product(scored, {query: scored, key: scored, **masked}, "scores")
     return scores, Product(mixed, {scores: mixed, value: mixed}, "out")
 
@@ -191,12 +191,11 @@ def _einsum(
         (b_labels, b), (a_labels, a) = factors.pop(j), factors.pop(i)
         kept = set(output).union(*(labels for labels, _ in factors))
         contracted = (a_labels & b_labels) - kept
-        # A label of one factor only is summed before the product; without a contracted label the product is
-        # elementwise.
-        labels = ((a_labels | b_labels) & kept) | contracted
-        flops = 2 * math.prod(sizes[label] for label in labels) if contracted else 0
+        # A label of one factor only is summed first; without a contracted label the product is elementwise.
+        left = ((a_labels | b_labels) & kept) | contracted
+        flops = 2 * math.prod(sizes[label] for label in left) if contracted else 0
         products.append(Product(flops, {a: flops, b: flops}, f"product{len(products)}"))
-        factors.insert(len(factors) if path else 0, (labels - contracted, products[-1]))
+        factors.insert(len(factors) if path else 0, (left - contracted, products[-1]))
     return products or (Product(0),)
 
 
@@ -219,6 +218,41 @@ def _einsum_labels(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]]
     seen = list(itertools.chain(*inputs))
     once = sorted(label for label in set(seen) if seen.count(label) == 1 and not label.startswith("..."))
     return inputs, [*spell("...", max(hidden)), *once]
+
+
+# --- products of sparse weights ---------------------------------------------------------------------------------------
+
+
+@formula("fxsparse::nm_linear")
+def _nm_linear(out: Operand, x: Operand, values: Operand, *rest: Any, **named: Any) -> Sequence[Product]:
+    # dW is computed densely and gathered (SLoPe, arXiv 2405.16325); the other two products skip what is pruned.
+    rows = math.prod(x.shape[:-1])
+    kept, dense = 2 * rows * values.numel, 2 * out.numel * x.shape[-1]
+    return (Product(kept, {x: kept, values: dense}),)
+
+
+@formula("fxsparse::masked_linear")
+def _masked_linear(out: Operand, x: Operand, weight: Operand, *rest: Any, **named: Any) -> Sequence[Product]:
+    return _linear(out, x, weight)
+
+
+@formula("fxsparse::nm_linear_low_rank", "fxsparse::masked_linear_low_rank")
+def _low_rank(
+    out: Operand,
+    x: Operand,
+    weight: Operand,
+    mask: Operand,
+    column_mask: Operand | None,
+    down: Operand,
+    up: Operand,
+    *rest: Any,
+) -> Sequence[Product]:
+    (product,) = _nm_linear(out, x, weight)  # of a dense weight this is a dense product
+    rows = math.prod(x.shape[:-1])
+    into, back = 2 * rows * down.numel, 2 * rows * up.numel
+    hidden = Product(into, {x: into, down: into}, "hidden")
+    # The hidden states are computed again for the gradient of ``up``.
+    return hidden, Product(product.flops + back, {**product.gradients, hidden: back, up: back + into})
 
 
 # --- what costs no FLOPs ----------------------------------------------------------------------------------------------
@@ -351,7 +385,7 @@ def _run(target: Any, args: Any, kwargs: Any, wanted: Iterable[Operand]) -> tupl
     made: dict[Operand, Tensor] = {}
 
     def make(operand: Operand) -> Tensor:
-        tensor = torch.empty(operand.shape, dtype=operand.dtype, device="meta")  # type: ignore[arg-type]
+        tensor = torch.empty(operand.shape, dtype=operand.dtype, device="meta")
         made[operand] = tensor.requires_grad_(any(operand is other for other in wanted))
         return made[operand]
 

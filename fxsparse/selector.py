@@ -91,6 +91,8 @@ def select(instance: Instance, importance: Mapping[str, float], budget: int) -> 
     Raises:
         OptionError: the graph has more than `UNION_LIMIT` unions: too many independent branches for an exact selection.
     """
+    if not any(importance[name] > 0 for name in instance.tensors):
+        return set()
     candidates = _Candidates.of(instance, importance)
     knapsacks = [candidates.knapsack(union, budget - cost) for union, cost in candidates.unions(budget).items()]
     best = _Selection(0.0, ())
@@ -341,7 +343,7 @@ def dp_baseline(
     resolution: int = 1000,
     rounding: Literal["floor", "ceil"] = "floor",
 ) -> set[str]:
-    """GreenTrainer's dynamic program (arXiv 2309.13192, section 3.3), for comparison.
+    """GreenTrainer's dynamic program (arXiv 2309.13192), for comparison.
 
     The tensors stand in a chain, from the output to the input; choosing one pays its own gradient and all activation
     gradients up to it. With ``t`` quantised FLOPs, ``L[k, t]`` is the greatest importance among the first k tensors,
