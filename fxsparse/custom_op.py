@@ -1,12 +1,13 @@
 """How an ``fxsparse::`` operator is made: schema, checks, shape, gradient, autocast, FLOPs and reference in one place.
 
-Operators are made with ``torch.library.custom_op``, opaque to autograd and export, because the body of a ``triton_op`` is
-traced wherever it runs, while these may launch any kernel. A compiler that should see inside gets `DECOMPOSITIONS`,
-which AOTAutograd inlines below the gradients defined here.
+Operators are made with ``torch.library.custom_op``, opaque to autograd and export, because the body of a ``triton_op``
+is traced wherever it runs, while these may launch any kernel. A compiler that should see inside inlines their references
+below the gradients defined here (``fxsparse.inline``).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from fxsparse.errors import RewriteError
 from fxsparse.nm import Pattern
 
 DECOMPOSITIONS: dict[OpOverload, Callable[..., Tensor]] = {}
-"""Operator to reference, to add to the table that ``decompositions=`` of AOTAutograd or ``compile_fx`` takes."""
+"""Operator to reference, in the form that ``decompositions=`` of AOTAutograd takes."""
 
 # A tensor whose dtype and device an operator's output has, and the output's shape.
 Output = tuple[Tensor, Sequence[int]]
@@ -43,11 +44,12 @@ def define(
     Args:
         schema: its arguments; it returns one tensor.
         compute: its reference, whose name it takes.
-        output: checks the arguments and describes the output.
+        output: called with the operator's name and its arguments; checks them and describes the output.
         flops: of the arguments, with shapes in place of tensors.
         save, backward: its gradient, as ``register_autograd`` takes them; an operator without is a gradient itself.
     """
     name = compute.__name__
+    output = functools.partial(output, name)
     op = torch.library.custom_op(
         f"fxsparse::{name}", _checked(output, compute), mutates_args=(), schema=f"({schema}) -> Tensor"
     )

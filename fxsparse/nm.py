@@ -26,10 +26,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxsparse.errors import CheckpointError, OptionError, RewriteError
+from fxsparse.transposable import transposable_blocks
 
 _PAIRWISE = 16  # largest m whose groups are ranked by comparing pairs, which beats sorting short groups
-_EXACT = 4  # largest m whose transposable blocks are enumerated
-_CHUNK = 1 << 24  # elements of a temporary while blocks are searched
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,7 @@ def nm_mask(scores: Tensor, pattern: Pattern, dim: int = -1) -> Tensor:
         RewriteError: the dimension is not a multiple of m.
     """
     _check_divisible(scores, pattern, dim)
+    scores = scores.detach()
     if scores.dtype == torch.bool:
         scores = scores.to(torch.uint8)
     elif scores.is_floating_point():
@@ -155,10 +155,8 @@ def double_prune_mask(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
 def transposable_mask(scores: Tensor, pattern: Pattern) -> Tensor:
     """Keeps n of every m along both dimensions at once, so that a weight and its transpose are both N:M.
 
-    In every m x m block each row and each column keeps n, of the highest total score: exactly the best block for
-    m <= 4, by trying all of them (90 for 2:4). For larger m entries are taken greedily by score, rows and columns that
-    this left short are completed by the best exchange, and two entries are exchanged for the other two corners of
-    their rectangle as long as the total grows.
+    In every m x m block each row and each column keeps n, of the highest total score for m <= 4, and of a high one
+    that no single exchange betters for larger m (``fxsparse.transposable`` says how).
 
     Args:
         scores: ``[out, in]``, both multiples of m; a NaN counts as the highest score.
@@ -174,115 +172,12 @@ def transposable_mask(scores: Tensor, pattern: Pattern) -> Tensor:
         raise RewriteError(f"a transposable mask needs scores [out, in], these are {list(scores.shape)}")
     _check_divisible(scores, pattern, 0)
     _check_divisible(scores, pattern, 1)
-    m = pattern.m
     if not _readable(scores):
         return torch.empty_like(scores, dtype=torch.bool)
-    if not scores.is_floating_point() or scores.dtype.itemsize < 4:
-        scores = scores.float()
-    # Finite and within the sum of a block: differences of infinite scores would have no order.
-    largest = torch.finfo(scores.dtype).max / (4 * m * m)
-    scores = scores.nan_to_num(nan=largest, posinf=largest, neginf=-largest).clamp(-largest, largest)
-    rows, columns = scores.shape
-    blocks = scores.view(rows // m, m, columns // m, m).transpose(1, 2).reshape(-1, m, m)
-    search = _best_blocks if m <= _EXACT else _good_blocks
-    step = max(1, _CHUNK // (len(_valid_blocks(pattern)) if m <= _EXACT else m**3))
-    mask = torch.cat([search(chunk, pattern) for chunk in blocks.split(step)]) if len(blocks) else blocks.bool()
+    m, (rows, columns) = pattern.m, scores.shape
+    blocks = scores.detach().view(rows // m, m, columns // m, m).transpose(1, 2).reshape(-1, m, m)
+    mask = transposable_blocks(blocks, pattern.n)
     return mask.view(rows // m, columns // m, m, m).transpose(1, 2).reshape(rows, columns)
-
-
-def _valid_blocks(pattern: Pattern) -> list[tuple[tuple[int, ...], ...]]:
-    """Every m x m block whose rows and columns sum to n, those that keep lower indices first."""
-    rows = [
-        tuple(int(i in kept) for i in range(pattern.m)) for kept in itertools.combinations(range(pattern.m), pattern.n)
-    ]
-    return [
-        block
-        for block in itertools.product(rows, repeat=pattern.m)
-        if all(sum(column) == pattern.n for column in zip(*block, strict=True))
-    ]
-
-
-def _best_blocks(scores: Tensor, pattern: Pattern) -> Tensor:
-    """The valid block of the highest total for every block of scores ``[blocks, m, m]``."""
-    candidates = torch.tensor(_valid_blocks(pattern), device=scores.device)
-    totals = scores.flatten(1) @ candidates.flatten(1).t().to(scores.dtype)
-    return candidates.bool()[totals.argmax(-1)]
-
-
-def _good_blocks(scores: Tensor, pattern: Pattern) -> Tensor:
-    """A valid block of a high total for every block of scores ``[blocks, m, m]``."""
-    mask = _greedy(scores, pattern)
-    _complete(mask, scores, pattern)
-    _exchange(mask, scores)
-    return mask
-
-
-def _greedy(scores: Tensor, pattern: Pattern) -> Tensor:
-    """Takes entries from the highest on, while their row and column keep fewer than n."""
-    count, m = len(scores), pattern.m
-    block = torch.arange(count, device=scores.device)
-    order = scores.flatten(1).sort(dim=1, descending=True, stable=True).indices
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    row_room = torch.full((count, m), pattern.n, device=scores.device)
-    column_room = row_room.clone()
-    for entry in order.unbind(1):
-        row, column = entry // m, entry % m
-        free = (row_room[block, row] > 0) & (column_room[block, column] > 0)
-        mask[block, row, column] = free
-        row_room[block, row] -= free.long()
-        column_room[block, column] -= free.long()
-    return mask
-
-
-def _complete(mask: Tensor, scores: Tensor, pattern: Pattern) -> None:
-    """Fills rows and columns that are short of n, in place.
-
-    After the greedy pass a short row i and a short column j always keep (i, j) already. Trading some kept (k, l) for
-    (i, l) and (k, j) fills both and leaves row k and column l as they were; such a (k, l) exists, because a row that
-    does not keep column j is full.
-    """
-    m = pattern.m
-    while True:
-        row_lack, column_lack = mask.sum(2) < pattern.n, mask.sum(1) < pattern.n
-        short = row_lack.any(1).nonzero().squeeze(1)
-        if not len(short):
-            return
-        i, j = row_lack[short].int().argmax(1), column_lack[short].int().argmax(1)
-        block, kept, score = torch.arange(len(short), device=mask.device), mask[short], scores[short]
-        row_kept, column_kept = kept[block, i].unsqueeze(1), kept[block, :, j].unsqueeze(2)
-        gain = score[block, i].unsqueeze(1) + score[block, :, j].unsqueeze(2) - score
-        gain = gain.masked_fill(~kept | row_kept | column_kept, -math.inf)
-        best = gain.flatten(1).argmax(1)
-        k, other = best // m, best % m
-        mask[short, k, other] = False
-        mask[short, i, other] = True
-        mask[short, k, j] = True
-
-
-def _exchange(mask: Tensor, scores: Tensor) -> None:
-    """Exchanges two kept entries for the other corners of their rectangle, the best first, in place."""
-    m = mask.shape[1]
-    active = torch.arange(len(mask), device=mask.device)
-    tolerance = 1e-6 * scores.abs().amax((1, 2))  # an exchange that rounding alone makes look good could cycle
-    while len(active):
-        kept, score = mask[active], scores[active]
-        difference = score.unsqueeze(2) - score.unsqueeze(1)  # [blocks, row i, row k, column]
-        only_i = kept.unsqueeze(2) & ~kept.unsqueeze(1)
-        only_k = only_i.transpose(1, 2)
-        lost, give = difference.masked_fill(~only_i, math.inf).min(3)
-        won, take = difference.masked_fill(~only_k, -math.inf).max(3)
-        gain, pair = (won - lost).flatten(1).max(1)
-        gains = gain > tolerance[active]
-        active, pair = active[gains], pair[gains]
-        i, k = pair // m, pair % m
-        give, take = (
-            give.flatten(1)[gains].gather(1, pair[:, None])[:, 0],
-            take.flatten(1)[gains].gather(1, pair[:, None])[:, 0],
-        )
-        mask[active, i, give] = False
-        mask[active, k, take] = False
-        mask[active, i, take] = True
-        mask[active, k, give] = True
 
 
 def extra_zeros(pattern: Pattern) -> float:

@@ -108,39 +108,47 @@ def _nm_output(
     indices: Tensor,
     column_mask: Tensor | None,
     bias: Tensor | None,
-    pattern: Pattern,
-    *branch: Tensor,
+    n: int,
+    m: int,
 ) -> Output:
     check = Check(name, x)
     check.matrix("values", values)
-    rows, in_features = values.shape[0], x.shape[-1]
-    check.compressed(rows, in_features, values, indices, column_mask, pattern)
+    rows = values.shape[0]
+    check.compressed(rows, x.shape[-1], values, indices, column_mask, Pattern(n, m))
     check.tensor("bias", bias, (rows,))
-    if branch:
-        check.branch(rows, in_features, *branch)
     return x, (*x.shape[:-1], rows)
 
 
-def _nm_linear_output(x, values, indices, column_mask, bias, n, m):  # type: ignore[no-untyped-def]
-    return _nm_output("nm_linear", x, values, indices, column_mask, bias, Pattern(n, m))
-
-
-def _nm_linear_low_rank_output(x, values, indices, column_mask, down, up, bias, n, m, scale=None):  # type: ignore[no-untyped-def]
-    return _nm_output("nm_linear_low_rank", x, values, indices, column_mask, bias, Pattern(n, m), down, up)
-
-
-def _nm_linear_grad_input_output(
-    dy: Tensor, values: Tensor, indices: Tensor, column_mask: Tensor | None, n: int, m: int
+def _nm_low_rank_output(
+    name: str,
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    column_mask: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    scale: float | None = None,
 ) -> Output:
-    check, pattern = Check("nm_linear_grad_input", dy), Pattern(n, m)
+    result = _nm_output(name, x, values, indices, column_mask, bias, n, m)
+    Check(name, x).branch(values.shape[0], x.shape[-1], down, up)
+    return result
+
+
+def _nm_grad_input_output(
+    name: str, dy: Tensor, values: Tensor, indices: Tensor, column_mask: Tensor | None, n: int, m: int
+) -> Output:
+    check, pattern = Check(name, dy), Pattern(n, m)
     check.matrix("values", values)
     in_features = values.shape[1] // n * m
     check.compressed(dy.shape[-1], in_features, values, indices, column_mask, pattern)
     return dy, (*dy.shape[:-1], in_features)
 
 
-def _nm_linear_grad_values_output(dy: Tensor, x: Tensor, indices: Tensor, n: int, m: int) -> Output:
-    check, pattern = Check("nm_linear_grad_values", dy), Pattern(n, m)
+def _nm_grad_values_output(name: str, dy: Tensor, x: Tensor, indices: Tensor, n: int, m: int) -> Output:
+    check, pattern = Check(name, dy), Pattern(n, m)
     check.tensor("x", x, (*dy.shape[:-1], x.shape[-1]))
     check.compressed(dy.shape[-1], x.shape[-1], None, indices, None, pattern)
     return dy, (dy.shape[-1], pattern.kept(x.shape[-1]))
@@ -185,21 +193,21 @@ def _nm_low_rank_backward(ctx: Any, dy: Tensor) -> _Gradients:
 nm_linear_grad_input = define(
     "Tensor dy, Tensor values, Tensor indices, Tensor? column_mask, int n, int m",
     reference.nm_linear_grad_input,
-    _nm_linear_grad_input_output,
+    _nm_grad_input_output,
     _forward_flops,
 )
 
 nm_linear_grad_values = define(
     "Tensor dy, Tensor x, Tensor indices, int n, int m",
     reference.nm_linear_grad_values,
-    _nm_linear_grad_values_output,
+    _nm_grad_values_output,
     _weight_flops,
 )
 
 nm_linear = define(
     "Tensor x, Tensor values, Tensor indices, Tensor? column_mask, Tensor? bias, int n, int m",
     reference.nm_linear,
-    _nm_linear_output,
+    _nm_output,
     _forward_flops,
     _nm_save,
     _nm_backward,
@@ -209,7 +217,7 @@ nm_linear_low_rank = define(
     "Tensor x, Tensor values, Tensor indices, Tensor? column_mask, Tensor down, Tensor up, Tensor? bias, int n, int m, "
     "float? scale=None",
     reference.nm_linear_low_rank,
-    _nm_linear_low_rank_output,
+    _nm_low_rank_output,
     _low_rank_flops,
     _nm_low_rank_save,
     _nm_low_rank_backward,
@@ -226,37 +234,44 @@ def _masked_output(
     mask: Tensor,
     column_mask: Tensor | None,
     bias: Tensor | None,
-    *branch: Tensor,
+    straight_through: bool = False,
 ) -> Output:
     check = Check(name, x)
     check.matrix("weight", weight)
-    rows, in_features = weight.shape[0], x.shape[-1]
-    check.masked((rows, in_features), weight, mask, column_mask)
+    rows = weight.shape[0]
+    check.masked((rows, x.shape[-1]), weight, mask, column_mask)
     check.tensor("bias", bias, (rows,))
-    if branch:
-        check.branch(rows, in_features, *branch)
     return x, (*x.shape[:-1], rows)
 
 
-def _masked_linear_output(x, weight, mask, column_mask, bias, straight_through=False):  # type: ignore[no-untyped-def]
-    return _masked_output("masked_linear", x, weight, mask, column_mask, bias)
+def _masked_low_rank_output(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    column_mask: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    straight_through: bool = False,
+    scale: float | None = None,
+) -> Output:
+    result = _masked_output(name, x, weight, mask, column_mask, bias)
+    Check(name, x).branch(weight.shape[0], x.shape[-1], down, up)
+    return result
 
 
-def _masked_linear_low_rank_output(  # type: ignore[no-untyped-def]
-    x, weight, mask, column_mask, down, up, bias, straight_through=False, scale=None
-):
-    return _masked_output("masked_linear_low_rank", x, weight, mask, column_mask, bias, down, up)
-
-
-def _masked_linear_grad_input_output(dy: Tensor, weight: Tensor, mask: Tensor, column_mask: Tensor | None) -> Output:
-    check = Check("masked_linear_grad_input", dy)
+def _masked_grad_input_output(
+    name: str, dy: Tensor, weight: Tensor, mask: Tensor, column_mask: Tensor | None
+) -> Output:
+    check = Check(name, dy)
     check.matrix("weight", weight)
     check.masked((dy.shape[-1], weight.shape[1]), weight, mask, column_mask)
     return dy, (*dy.shape[:-1], weight.shape[1])
 
 
-def _masked_linear_grad_weight_output(dy: Tensor, x: Tensor, mask: Tensor | None) -> Output:
-    check, shape = Check("masked_linear_grad_weight", dy), (dy.shape[-1], x.shape[-1])
+def _masked_grad_weight_output(name: str, dy: Tensor, x: Tensor, mask: Tensor | None) -> Output:
+    check, shape = Check(name, dy), (dy.shape[-1], x.shape[-1])
     check.tensor("x", x, (*dy.shape[:-1], x.shape[-1]))
     check.masked(shape, None, mask, None)
     return dy, shape
@@ -300,21 +315,21 @@ def _masked_low_rank_backward(ctx: Any, dy: Tensor) -> _Gradients:
 masked_linear_grad_input = define(
     "Tensor dy, Tensor weight, Tensor mask, Tensor? column_mask",
     reference.masked_linear_grad_input,
-    _masked_linear_grad_input_output,
+    _masked_grad_input_output,
     _forward_flops,
 )
 
 masked_linear_grad_weight = define(
     "Tensor dy, Tensor x, Tensor? mask",
     reference.masked_linear_grad_weight,
-    _masked_linear_grad_weight_output,
+    _masked_grad_weight_output,
     _weight_flops,
 )
 
 masked_linear = define(
     "Tensor x, Tensor weight, Tensor mask, Tensor? column_mask, Tensor? bias, bool straight_through=False",
     reference.masked_linear,
-    _masked_linear_output,
+    _masked_output,
     _forward_flops,
     _masked_save,
     _masked_backward,
@@ -324,7 +339,7 @@ masked_linear_low_rank = define(
     "Tensor x, Tensor weight, Tensor mask, Tensor? column_mask, Tensor down, Tensor up, Tensor? bias, "
     "bool straight_through=False, float? scale=None",
     reference.masked_linear_low_rank,
-    _masked_linear_low_rank_output,
+    _masked_low_rank_output,
     _low_rank_flops,
     _masked_low_rank_save,
     _masked_low_rank_backward,
