@@ -11,6 +11,7 @@ share of the budget, and with 1,000 and 10,000 units rounded up, which keeps it 
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import statistics
 import time
@@ -44,7 +45,7 @@ def opt_2_7b() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
 
 
 def flan_t5_xl() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    config = transformers.T5Config(
+    config = transformers.T5Config(  # type: ignore[call-arg]
         vocab_size=32128,
         d_model=2048,
         d_ff=5120,
@@ -91,12 +92,13 @@ def timed(function: Callable[[], Any], repeats: int) -> tuple[float, Any]:
 
 
 def rows(model: str, graph: BackpropGraph, rho: float, draws: int, repeats: int) -> list[tuple[str, ...]]:
-    budget, found = graph.budget(rho), []
+    budget = graph.budget(rho)
+    found: list[tuple[str, ...]] = []
     for distribution, draw in DRAWS.items():
         for seed in range(draws):
             rng = random.Random(seed)
             importance = {name: draw(rng) for name in sorted(graph.trainable)}
-            seconds, chosen = timed(lambda importance=importance: graph.select(importance, rho), repeats)
+            seconds, chosen = timed(functools.partial(graph.select, importance, rho), repeats)
             instance = graph.instance(importance)
             published = dp_baseline(instance, importance, budget)
             within = [dp_baseline(instance, importance, budget, resolution=n, rounding="ceil") for n in (1_000, 10_000)]

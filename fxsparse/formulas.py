@@ -120,6 +120,12 @@ def _addbmm(out: Operand, bias: Operand, a: Operand, b: Operand, **scaling: Any)
     return _product(2 * out.numel * a.shape[0] * a.shape[-1], a, b)
 
 
+@formula("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+def _grouped_matmul(out: Operand, tokens: Operand, experts: Operand, *rest: Any, **named: Any) -> Sequence[Product]:
+    # [tokens, in] x [experts, in, out]: every token meets one expert. Torch's counter counts nothing for it.
+    return _product(2 * tokens.numel * experts.shape[-1], tokens, experts)
+
+
 @formula("aten::linear")
 def _linear(out: Operand, x: Operand, weight: Operand, bias: Operand | None = None) -> Sequence[Product]:
     return _product(2 * out.numel * x.shape[-1], x, weight)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from families import FAMILIES
 from torch import Tensor, nn
 from torch.export import Dim
@@ -125,6 +126,18 @@ def test_a_grouped_convolution_costs_a_group_of_channels_each() -> None:
     assert graph.forward() == expected == measured(gm, [], torch.randn(2, 3))[0]
     assert graph.cost({"p.0"}) == expected == measured(gm, ["p.0"], torch.randn(2, 3))[1]
     assert graph.cost({"p.1"}) == expected  # torch's counter says three times that
+
+
+def test_experts_cost_what_the_tokens_routed_to_them_do() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads, use_cache=False))  # type: ignore[arg-type]
+    ids = torch.randint(2, 64, (3, 5))
+    count = count_flops(trace(model, kwargs={"input_ids": ids, "labels": ids}))
+    experts = next(cost for path, cost in count.modules.items() if path.endswith("experts"))
+    assert experts.forward == 2 * (3 * 5 * 2) * 3 * 32 * 48
+    assert experts.backward == 2 * experts.forward
+    assert not count.uncounted
 
 
 # --- sparse operators -------------------------------------------------------------------------------------------------
