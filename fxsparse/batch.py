@@ -8,18 +8,50 @@ is found here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
+import sympy
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
-from fxsparse.capture import Inputs, left_as_it_was, tensors, where_batch_was_fixed
+from fxsparse.capture import Inputs, left_as_it_was, quote_guard, tensors, where_batch_was_fixed
 from fxsparse.errors import TraceError
+
+CONDITIONS_KEY = "fxsparse_size_conditions"
+
+
+@dataclass(frozen=True)
+class SizeCondition:
+    """What a size had to be for the model's Python to take the branch that was captured.
+
+    Attributes:
+        expression: over the symbols of the graph's sizes.
+        where: the line of the model, quoted.
+    """
+
+    expression: sympy.Basic
+    where: str
+
+    def __str__(self) -> str:
+        return f"the graph is the model where {self.expression}{self.where}"
+
+
+def size_conditions(gm: GraphModule) -> tuple[SizeCondition, ...]:
+    """The conditions under which ``gm`` is the model, but for those that only torch's own code asked about."""
+    environment = fx.fake_mode(gm).shape_env
+    found: dict[str, SizeCondition] = {}
+    for guard in environment.guards if environment else ():
+        where = quote_guard(guard)
+        expression = guard.expr.xreplace(environment.replacements) if where and environment else guard.expr
+        if where and expression.free_symbols:
+            found[f"{expression}{where}"] = SizeCondition(expression, where)
+    return tuple(found.values())
 
 
 def with_two_rows(model: nn.Module, example: Inputs) -> Inputs:
@@ -32,11 +64,15 @@ def with_two_rows(model: nn.Module, example: Inputs) -> Inputs:
             f"{type(model).__name__}: the first example input has one row and others have {max(rows)}; a batch of 1 is "
             "captured as the only batch size. Give an example of at least two rows, or dynamic_batch=False."
         )
-    return pytree.tree_map_only(Tensor, _repeat, example)  # type: ignore[no-any-return]
+    return pytree.tree_map_only(Tensor, _repeat, example)
 
 
 def _repeat(tensor: Tensor) -> Tensor:
     return torch.cat([tensor, tensor]) if tensor.dim() else tensor
+
+
+def _is_free(size: int | SymInt) -> TypeGuard[SymInt]:
+    return isinstance(size, SymInt) and bool(size.node.expr.free_symbols)
 
 
 def tensor_inputs(gm: GraphModule) -> list[Node]:
@@ -47,7 +83,7 @@ def tensor_inputs(gm: GraphModule) -> list[Node]:
 def check_batch_is_free(model: nn.Module, gm: GraphModule, example: Inputs) -> list[str]:
     """Notes on inputs whose dimension 0 is fixed; TraceError where that is so for all that the model reads."""
     inputs = [node for node in tensor_inputs(gm) if node.users and fx.value(node).dim()]
-    fixed = [node for node in inputs if isinstance(fx.value(node).shape[0], int)]
+    fixed = [node for node in inputs if not _is_free(fx.value(node).shape[0])]
     if inputs and len(fixed) == len(inputs):
         with left_as_it_was(model):
             where = where_batch_was_fixed(model, example)
@@ -68,38 +104,41 @@ def check_one_row(model: nn.Module, gm: GraphModule, example: Inputs) -> None:
             shapes.append([tuple(tensor.shape) for tensor in tensors(module(*args, **kwargs))])
     if shapes[0] != shapes[1]:
         raise TraceError(
-            f"{type(model).__name__}: with one row the model returns sizes {shapes[0]}, the graph captured with two rows "
-            f"{shapes[1]}. Give an example of at least two rows, or dynamic_batch=False."
+            f"{type(model).__name__}: with one row the model returns sizes {shapes[0]}, the graph captured with two "
+            f"rows {shapes[1]}. Give an example of at least two rows, or dynamic_batch=False."
         )
 
 
 @torch._dynamo.disable
 def check_inputs(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """TraceError where an input is not what ``gm`` was captured for: another size, or another constant."""
-    info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    values = dict(zip((name for name in info.orig_args if name != "self"), args, strict=False)) | dict(kwargs)
-    positional, named = gm._in_spec.children_specs
-    try:
-        names = list(values)[: positional.num_children]
-        leaves = fx_pytree.tree_flatten_spec(
-            ([values[name] for name in names], {name: values[name] for name in named.context}), gm._in_spec
-        )
-    except (KeyError, ValueError, TypeError):
+    names = [name for name in gm.graph._codegen.pytree_info.orig_args if name != "self"]  # type: ignore[attr-defined]
+    values = dict(zip(names, args, strict=False)) | dict(kwargs)
+    if len(args) > len(names) or values.keys() != set(names):
         return  # missing or unexpected arguments: forward says so
+    spec = gm._in_spec
+    positional, named = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+    arranged = [values[name] for name in names[: positional.num_children]], {key: values[key] for key in named.context}
+    leaves = fx_pytree.tree_flatten_spec(arranged, spec)
+    sizes: dict[sympy.Basic, int] = {}
     for node, leaf in zip(gm.graph.find_nodes(op="placeholder"), leaves, strict=False):
         expected = node.meta.get("val")
-        if isinstance(expected, Tensor) and isinstance(leaf, Tensor):
-            if expected.dim() != leaf.dim():
-                raise TraceError(
-                    f"{node.name} has {leaf.dim()} dimensions, the graph was captured with {expected.dim()}"
-                )
-            for dim, (size, given) in enumerate(zip(expected.shape, leaf.shape, strict=True)):
-                if isinstance(size, int) and size != given:
-                    raise TraceError(
-                        f"{node.name} has size {given} in dimension {dim}, the graph was captured with {size}; "
-                        "trace the model with an example of that size"
-                    )
-        elif isinstance(expected, Tensor) or isinstance(leaf, Tensor) or leaf != expected:
+        if not isinstance(expected, Tensor) or not isinstance(leaf, Tensor):
+            if isinstance(expected, Tensor) or isinstance(leaf, Tensor) or leaf != expected:
+                raise TraceError(f"{node.name} is {leaf!r}, but {expected!r} was captured; trace the model with that")
+        elif not _fits(leaf.shape, expected.shape):
             raise TraceError(
-                f"{node.name} is {leaf!r}, the graph was captured with {expected!r}; trace the model with it"
+                f"{node.name} has sizes {tuple(leaf.shape)}, but the graph takes "
+                f"({', '.join(map(str, expected.shape))}); trace the model with an example of those sizes"
             )
+        else:
+            sizes |= {s.node.expr: n for s, n in zip(expected.shape, leaf.shape, strict=True) if _is_free(s)}
+    for condition in gm.meta.get(CONDITIONS_KEY, ()):
+        if condition.expression.subs(sizes) == sympy.false:
+            raise TraceError(f"the batch size is outside what was captured; {condition}")
+
+
+def _fits(sizes: torch.Size, captured: torch.Size) -> bool:
+    if len(sizes) != len(captured):
+        return False
+    return all(_is_free(expected) or given == expected for given, expected in zip(sizes, captured, strict=True))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, ShapeGuard
 from torch.utils import _pytree as pytree
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -40,12 +40,12 @@ _NOT_THE_MODEL = tuple(
     )
 )
 _STACK_LINE = re.compile(r'File "(.+)", line (\d+), in (.+)')
-_SHAPES_LOG = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+_NOISY = tuple(map(logging.getLogger, ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")))
 
 
 def export(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> ExportedProgram:
     """``torch.export`` of ``model`` in the mode its modules are in, with dimension 0 of every tensor input free."""
-    shapes = ShapesCollection()
+    shapes: Any = ShapesCollection()  # export takes one, its annotation does not say so
     for tensor in tensors(inputs) if dynamic_batch else ():
         if tensor.dim():
             shapes[tensor] = {0: Dim.AUTO}
@@ -61,14 +61,13 @@ def tensors(tree: Any) -> list[Tensor]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """A failing export prints the graph so far and logs advice; our error says what matters."""
-    was_disabled = _SHAPES_LOG.disabled
-    _SHAPES_LOG.disabled = True
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        _SHAPES_LOG.disabled = was_disabled
+    with contextlib.ExitStack() as stack:
+        for log in _NOISY:
+            stack.enter_context(mock.patch.object(log, "disabled", True))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
 
 
 @contextlib.contextmanager
@@ -119,7 +118,8 @@ def innermost_module(frames: Sequence[Frame], model: nn.Module) -> nn.Module | N
     """The module of ``model`` whose method is the deepest in ``frames``."""
     modules = {id(module) for module in model.modules()}
     for frame, _ in reversed(frames):
-        owner = frame.f_locals.get("self")
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if isinstance(owner, nn.Module) and id(owner) in modules:
             return owner
     return None
@@ -130,16 +130,27 @@ def quote(frames: Sequence[Frame]) -> str:
     if not frames:
         return ""
     frame, line = frames[-1]
-    code = frame.f_code
-    return f"\n  {code.co_filename}:{line}, in {code.co_name}\n    {linecache.getline(code.co_filename, line).strip()}"
+    return _quote_line(frame.f_code.co_filename, line, frame.f_code.co_name)
+
+
+def _quote_line(filename: str, line: int, function: str) -> str:
+    return f"\n  {filename}:{line}, in {function}\n    {linecache.getline(filename, line).strip()}"
 
 
 def quote_node(node: Node) -> str:
     """The same for the line of the model that a captured node came from."""
     for filename, line, function in reversed(_STACK_LINE.findall(node.meta.get("stack_trace") or "")):
         if not _is_library(filename):
-            return f"\n  {filename}:{line}, in {function}\n    {linecache.getline(filename, int(line)).strip()}"
+            return _quote_line(filename, int(line), function)
     return ""
+
+
+def quote_guard(guard: ShapeGuard) -> str:
+    """The same for the line of the model whose Python decided on a size; nothing where torch's own code asked."""
+    frame = guard.sloc.framework_loc
+    if not isinstance(frame, traceback.FrameSummary) or _is_library(frame.filename):
+        return ""
+    return _quote_line(frame.filename, frame.lineno or 0, frame.name)
 
 
 def where_batch_was_fixed(model: nn.Module, inputs: Inputs) -> str:

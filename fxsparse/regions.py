@@ -60,13 +60,14 @@ def _inline(gm: GraphModule, call: Node, region: GraphModule, inputs: list[Any])
             if inner.op == "get_attr":  # a region inside the region
                 copies[inner].target = _free_name(gm, str(inner.target))
                 setattr(gm, str(copies[inner].target), fx.attribute(region, str(inner.target)))
-        results: list[Any] = [copies[inner] for inner in region.graph.output_node().args[0]]
+        outputs: Any = region.graph.output_node().args[0]
+        results: list[Any] = [copies[inner] for inner in outputs]
         if differentiable:
             results = [_detach(gm, result) for result in results]
     for user in list(call.users):
         if user.target is not operator.getitem:
             raise TypeError(f"{user} reads a region of several outputs without getitem")
-        fx.replace(user, results[user.args[1]])
+        fx.replace(user, results[user.args[1]])  # type: ignore[index]
     gm.graph.erase_node(call)
 
 

@@ -20,7 +20,15 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
-from fxsparse.batch import check_batch_is_free, check_inputs, check_one_row, tensor_inputs, with_two_rows
+from fxsparse.batch import (
+    CONDITIONS_KEY,
+    check_batch_is_free,
+    check_inputs,
+    check_one_row,
+    size_conditions,
+    tensor_inputs,
+    with_two_rows,
+)
 from fxsparse.capture import (
     Inputs,
     depends_on_data,
@@ -61,11 +69,11 @@ class TracedModule(GraphModule):
         return super().__call__(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
-        info = self.graph._codegen.pytree_info  # type: ignore[attr-defined]
-        memo.setdefault(id(info), info)  # immutable, and torch warns when it copies one
-        for spec in (self._in_spec, self._out_spec):
-            memo.setdefault(id(spec), spec)
-        return super().__deepcopy__(memo)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch copies its own tree specs in a deprecated way
+            copy = super().__deepcopy__(memo)
+        fx.copy_tree(self, copy, memo)  # torch copies what the graph reads, and forgets which buffers are persistent
+        return copy
 
 
 def trace(
@@ -81,8 +89,9 @@ def trace(
     included) and holds the model's own Parameter objects under their original names, tied ones under all of them;
     ``state_dict()`` has the model's keys. ``train()`` and ``eval()`` work. It runs on the device of the example.
 
-    A module whose training is not a graph (it branches on data, as layer drop does) or runs other operators than its
-    evaluation (stochastic depth) is captured as it evaluates; the notes of the trace say so, and a warning.
+    A module whose training is not a graph (layer drop branches on a random number) or draws random numbers that its
+    evaluation does not (stochastic depth) is captured as it evaluates; the notes of the trace say so, and a warning. So
+    is one that was given in evaluation mode and computes something else in training.
 
     Args:
         model: any module that ``torch.export`` can follow. It is left as it was: mode, configuration, random state.
@@ -106,6 +115,8 @@ def trace(
     gm = _capture(model, example, dynamic_batch, notes)
     if dynamic_batch:
         notes += check_batch_is_free(model, gm, example)
+    gm.meta[CONDITIONS_KEY] = size_conditions(gm)
+    notes += map(str, gm.meta[CONDITIONS_KEY])
     if example is not given:
         check_one_row(model, gm, given)
         notes.append("captured with two rows, the example's one row repeated")
@@ -152,18 +163,16 @@ def _capture(model: nn.Module, example: Inputs, dynamic_batch: bool, notes: list
             path = difference.path
             while path and type(model.get_submodule(path)) in held:
                 path = path.rpartition(".")[0]
-            culprit = type(model.get_submodule(path))
-            reason = f"in training it runs other operators than in evaluation{quote_node(difference.training)}"
-            error: Exception = difference
+            module, error = model.get_submodule(path), _modes_differ(model, path, difference)
+            if type(module) in held or (module.training and not difference.is_random(path)):
+                raise error from difference
+            held[type(module)] = f"in training it runs other operators{_where(difference)}"
         except Exception as failure:
             frames = model_frames(failure)
             owner = innermost_module(frames, model) if depends_on_data(failure) else None
-            if owner is None:
+            if owner is None or type(owner) in held:
                 raise _cannot_capture(model, failure) from failure
-            culprit, reason, error = type(owner), f"in training it branches on data{quote(frames)}", failure
-        if culprit in held:
-            raise _cannot_capture(model, error) from error
-        held[culprit] = reason
+            held[type(owner)] = f"in training it branches on data{quote(frames)}"
     for kind, reason in held.items():
         note = f"{kind.__name__} is captured as it evaluates, because {reason}"
         warnings.warn(f"{note}\nTraining the graph runs it that way too.", stacklevel=3)
@@ -171,13 +180,20 @@ def _capture(model: nn.Module, example: Inputs, dynamic_batch: bool, notes: list
     return gm
 
 
+def _where(difference: ModesDiffer) -> str:
+    return quote_node(difference.training) or quote_node(difference.evaluation)
+
+
+def _modes_differ(model: nn.Module, path: str, difference: ModesDiffer) -> TraceError:
+    site = f"{type(model).__name__}{f', {path}' if path else ''}"
+    return TraceError(
+        f"{site}: training computes something else than evaluation, which one graph cannot hold{_where(difference)}\n"
+        "Call eval() on that module before tracing to capture what it evaluates, or move the difference out of it."
+    )
+
+
 def _cannot_capture(model: nn.Module, error: Exception) -> TraceError:
-    name = type(model).__name__
-    if isinstance(error, ModesDiffer):
-        return TraceError(
-            f"{name} cannot be captured: training and evaluation run different operators{quote_node(error.training)}"
-        )
-    where = quote(model_frames(error))
+    name, where = type(model).__name__, quote(model_frames(error))
     if depends_on_data(error):
         return TraceError(
             f"{name} cannot be captured: Python needs the value of a tensor here, and a graph has none{where}\n"
@@ -219,8 +235,8 @@ def _flat_module(program: ExportedProgram) -> GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gm = program.module(check_guards=False)
-    for part in gm.modules():
-        for node in list(part.graph.nodes) if isinstance(part, GraphModule) else ():
+    for part in [module for module in gm.modules() if isinstance(module, GraphModule)]:
+        for node in list(part.graph.nodes):
             if node.target in _ASSERTIONS and _always_holds(node):
                 part.graph.erase_node(node)
     inline_no_grad(gm)

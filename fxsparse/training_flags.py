@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -18,12 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
 
 aten = torch.ops.aten
+
+_FROM_DATA = {aten.item.default, aten._local_scalar_dense.default}
 
 
 class ModesDiffer(Exception):
@@ -37,6 +40,18 @@ class ModesDiffer(Exception):
     def path(self) -> str:
         """Path of the module that decides: the deeper of the two the nodes came from."""
         return max(scope(self.training), scope(self.evaluation), key=len)
+
+    def is_random(self, path: str) -> bool:
+        """Whether the module at ``path`` draws random numbers in training that it does not draw in evaluation."""
+        drawn = [_draws(node.graph, path) for node in (self.training, self.evaluation)]
+        return bool(drawn[0] - drawn[1])
+
+
+def _draws(graph: Graph, path: str) -> Counter[Any]:
+    inside = (node for node in graph.nodes if f"{scope(node)}.".startswith(f"{path}." if path else ""))
+    return Counter(
+        node.target for node in inside if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,8 @@ def scope(node: Node) -> str:
     """Path of the module ``node`` came from; an empty string for the model itself."""
     stack = node.meta.get("nn_module_stack")
     path = str(next(reversed(stack.values()))[0]) if stack else ""
+    if path.startswith("_empty_nn_module_stack"):  # what export writes on sizes that it read itself
+        return ""
     return re.sub(r"@\d+", "", path)  # a module that is called again has a numbered path
 
 
@@ -121,6 +138,9 @@ def _differences(gm: GraphModule, evaluation: GraphModule) -> Iterator[_Flag | _
                         raise ModesDiffer(node, other)
                 elif not isinstance(leaf, Node):
                     if not _equal(leaf, other_leaf):
+                        raise ModesDiffer(node, other)
+                elif _is_size(leaf) and _is_size(other_leaf):
+                    if str(fx.value(leaf)) != str(fx.value(other_leaf)):
                         raise ModesDiffer(node, other)
                 elif twin.get(_before_copy(leaf)) is not _before_copy(other_leaf):
                     raise ModesDiffer(node, other)
@@ -155,7 +175,14 @@ def _equal(item: Any, other: Any) -> bool:
 
 
 def _is_step(node: Node) -> bool:
-    return node.op in {"call_function", "output"} and not _is_copy(node)
+    return node.op in {"call_function", "output"} and not _is_copy(node) and not _is_size(node)
+
+
+def _is_size(leaf: Any) -> bool:
+    """Whether ``leaf`` computes with sizes; capture reads a size once, wherever it is needed first."""
+    if not isinstance(leaf, Node) or leaf.target in _FROM_DATA:
+        return False
+    return isinstance(leaf.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat))
 
 
 def _is_copy(node: Node) -> bool:
