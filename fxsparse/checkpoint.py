@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse.errors import CheckpointError
-from fxsparse.record import Record, record_of
+from fxsparse.nm import Pattern, validate
+from fxsparse.record import HeldWeight, Record, record_of
 from fxsparse.rewriting import replay
 
 _RECORD = "fxsparse"
@@ -91,5 +92,15 @@ def _fill(gm: GraphModule, tensors: Mapping[str, Tensor], path: str) -> None:
     for what, names in (("lacks", missing), ("has unknown", unexpected), ("has other shapes for", sorted(misfits))):
         if names:
             raise CheckpointError(f"{path} {what} {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
+    for weight in record_of(gm).weights:
+        if weight.storage == "compressed":
+            parts = (tensors.get(f"{weight.name}_{part}") for part in ("values", "indices", "column_mask"))
+            _check(weight, *parts)
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
+
+
+def _check(weight: HeldWeight, values: Tensor | None, indices: Tensor | None, column_mask: Tensor | None) -> None:
+    if values is None or indices is None:  # _fill has said so of a weight that the graph reads
+        return
+    validate(values, indices, Pattern.parse(weight.pattern), weight.in_features, column_mask, name=weight.name)

@@ -43,27 +43,31 @@ class Linear:
 
     Attributes:
         node: the node that computes ``y``.
-        input: the node of ``x``, ``[..., in_features]``.
         weight: the ``get_attr`` node of the parameter.
-        bias: the node of ``b``, or None.
         transposed: True where the parameter is stored ``[in, out]`` (Hugging Face ``Conv1D``).
+        path: path of the module it is, such as ``model.layers.0.fc1``; a tied weight's linear has its own, ``lm_head``.
     """
 
     node: Node
-    input: Node
     weight: Node
-    bias: Node | None
     transposed: bool
+    path: str
+
+    @property
+    def input(self) -> Node:
+        """The node of ``x``, ``[..., in_features]``, as the graph is now."""
+        return self.node.args[_DENSE_LINEARS[self.node.target][0]]  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Node | None:
+        """The node of ``b``, or None."""
+        at = _DENSE_LINEARS[self.node.target][2]
+        return self.node.args[at] if at is not None and at < len(self.node.args) else None  # type: ignore[return-value]
 
     @property
     def name(self) -> str:
         """Full name of the weight parameter, such as ``model.layers.0.fc1.weight``."""
         return str(self.weight.target)
-
-    @property
-    def path(self) -> str:
-        """Path of the module the weight belongs to, such as ``model.layers.0.fc1``."""
-        return module_path(self.name)
 
     @property
     def out_features(self) -> int:
@@ -76,15 +80,16 @@ class Linear:
 
 def linears(gm: GraphModule) -> Iterator[Linear]:
     """The dense linears of a graph whose weight is a two-dimensional parameter, in order of execution."""
+    names = parameter_names(gm)
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in _DENSE_LINEARS:
-            linear = _as_linear(gm, node)
+            linear = _as_linear(gm, node, names)
             if linear is not None:
                 yield linear
 
 
-def _as_linear(gm: GraphModule, node: Node) -> Linear | None:
-    at_input, at_weight, at_bias, transposed = _DENSE_LINEARS[node.target]
+def _as_linear(gm: GraphModule, node: Node, names: dict[int, list[str]]) -> Linear | None:
+    _, at_weight, _, transposed = _DENSE_LINEARS[node.target]
     if any(factor != 1 for factor in node.kwargs.values()):  # addmm's alpha and beta
         return None
     weight = node.args[at_weight]
@@ -92,12 +97,12 @@ def _as_linear(gm: GraphModule, node: Node) -> Linear | None:
         return None
     if weight.op != "get_attr" and is_transpose(weight):
         weight, transposed = weight.args[0], not transposed  # type: ignore[assignment]
-    if weight.op != "get_attr" or not isinstance(attribute(gm, str(weight.target)), nn.Parameter):
+    parameter = attribute(gm, str(weight.target)) if weight.op == "get_attr" else None
+    if not isinstance(parameter, nn.Parameter) or parameter.dim() != 2:
         return None
-    if len(value(weight).shape) != 2:
-        return None
-    bias = node.args[at_bias] if at_bias is not None and at_bias < len(node.args) else None
-    return Linear(node, node.args[at_input], weight, bias, transposed)  # type: ignore[arg-type]
+    paths = [module_path(name) for name in names.get(id(parameter), ())]
+    path = stack_path(node) if stack_path(node) in paths else module_path(str(weight.target))
+    return Linear(node, weight, transposed, path)
 
 
 def is_transpose(node: Node) -> bool:
@@ -117,7 +122,7 @@ def applies_parameter(gm: GraphModule, node: Node) -> bool:
     if node.op != "call_function":
         return False
     if node.target in _DENSE_LINEARS:
-        return _as_linear(gm, node) is not None
+        return _as_linear(gm, node, {}) is not None
     return node.target in _CONVOLUTIONS or str(node.target).startswith("fxsparse.")
 
 
@@ -313,6 +318,28 @@ def copy_sharing_state(gm: GraphModule) -> GraphModule:
     """A copy with a graph and a module tree of its own whose parameters and buffers are the same tensors."""
     shared = {id(tensor): tensor for tensor in (*gm.parameters(), *gm.buffers())}
     return copy.deepcopy(gm, shared)
+
+
+def copy_tree(source: nn.Module, target: nn.Module, memo: dict[int, Any]) -> None:
+    """Gives ``target`` the modules, parameters, buffers and flags of ``source``, copied as ``copy.deepcopy`` does with
+    ``memo``, in the same order. Modules that ``target`` has already stay."""
+    done: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module, twin: nn.Module) -> nn.Module:
+        done[id(module)] = twin
+        twin.training = module.training
+        twin._parameters = copy.deepcopy(module._parameters, memo)
+        twin._buffers = copy.deepcopy(module._buffers, memo)
+        twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+        present, twin._modules = twin._modules, {}
+        for name, child in module._modules.items():
+            if child is None or id(child) in done:
+                twin._modules[name] = None if child is None else done[id(child)]
+            else:
+                twin._modules[name] = visit(child, present.get(name) or nn.Module())
+        return twin
+
+    visit(source, target)
 
 
 def eliminate_dead_code(gm: GraphModule) -> None:

@@ -117,7 +117,7 @@ class AddLowRankBranches(Pass):
 
     def _register(self, gm: GraphModule, linear: Linear | SparseLinear, rank: int) -> None:
         source = fx.attribute(gm, _holder(linear))
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(linear.name.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(linear.name.encode(), self.seed))
         down = torch.randn(rank, linear.in_features, generator=generator).to(source)
         up = torch.zeros(linear.out_features, rank, dtype=source.dtype, device=source.device)
         fx.set_parameter(gm, f"{linear.name}_down", down)

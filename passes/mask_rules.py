@@ -51,7 +51,7 @@ class NMMask:
         if dense.device.type == "meta":
             return dense.abs()
         salt = self.name.encode() or dense.flatten()[:4096].float().cpu().numpy().tobytes()
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(salt))
+        generator = torch.Generator().manual_seed(zlib.crc32(salt, self.seed))
         return torch.rand(dense.shape, generator=generator).to(dense.device)
 
 

@@ -109,6 +109,6 @@ def _run(item: Pass, gm: GraphModule) -> None:
     fx.delete_state(gm, read_before - fx.state_read(gm))
     milliseconds = (time.perf_counter() - start) * 1e3
     if not any(change.rewritten for change in changes):
-        reason = f" ({changes[0]})" if changes else ""
-        warnings.warn(f"{item} rewrote nothing{reason}", stacklevel=3)
+        reasons = list({change.detail: str(change) for change in changes}.values())
+        warnings.warn(f"{item} rewrote nothing ({'; '.join(reasons[:4]) or 'it found no site'})", stacklevel=3)
     append(gm, Entry(str(item), changes, before, costs(gm), milliseconds))
