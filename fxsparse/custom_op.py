@@ -1,8 +1,8 @@
 """How an ``fxsparse::`` operator is made: schema, checks, shape, gradient, autocast, FLOPs and reference in one place.
 
 Operators are made with ``torch.library.custom_op``, opaque to autograd and export, because the body of a ``triton_op``
-is traced wherever it runs, while these may launch any kernel. A compiler that should see inside inlines their references
-below the gradients defined here (``fxsparse.inline``).
+is traced wherever it runs, while these may launch any kernel. A compiler that should see inside inlines their
+references below the gradients defined here (``fxsparse.inline``).
 """
 
 from __future__ import annotations
