@@ -1,0 +1,188 @@
+"""A linear on chosen rows and columns of a weight, its slices never copied, and both gradients.
+
+    S = W[rows][:, columns]  [N, K]
+    forward      y  [M, N] = x  [M, K] S^T, then an epilogue
+    grad_input   dx [M, K] = dy [M, N] S
+    grad_weight  dW [rows][:, columns] = dy^T x; the rest of dW is left as it is
+
+The index vectors are int64; without one a kernel takes all rows or all columns. An index may appear once only where
+the gradient of the weight is taken. (What a step of sparse fine-tuning computes: SAT, arXiv 2406.01392.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from fxsparse.codegen.epilogue import Epilogue
+from fxsparse.codegen.parts import fill, module, multiply, optional, order
+from fxsparse.codegen.spec import Argument, Spec
+from fxsparse.errors import OptionError
+
+
+@dataclass(frozen=True)
+class GatherLinear(Spec):
+    """The kernels.
+
+    Attributes:
+        product: ``"forward"``, ``"grad_input"`` or ``"grad_weight"``.
+        rows, columns: whether there is an index vector of each.
+        precision: of float32 products, ``"ieee"`` or ``"tf32"``.
+        epilogue: of the forward kernel; its bias is indexed by ``rows`` as the weight is.
+    """
+
+    PRODUCTS: ClassVar[tuple[str, ...]] = ("forward", "grad_input", "grad_weight")
+
+    product: str = "forward"
+    rows: bool = False
+    columns: bool = False
+    precision: str = "ieee"
+    epilogue: Epilogue = field(default_factory=Epilogue)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.product not in self.PRODUCTS:
+            raise OptionError(f"product={self.product!r} is none of {', '.join(self.PRODUCTS)}")
+
+    @property
+    def name(self) -> str:
+        suffix = "" if self.product == "forward" else f"_{self.product}"
+        return f"gather_linear{suffix}_{self.short_dtype}"
+
+    @property
+    def _tensors(self) -> tuple[str, str, str]:
+        """The two operands and the result."""
+        return {
+            "forward": ("x", "weight", "y"),
+            "grad_input": ("dy", "weight", "dx"),
+            "grad_weight": ("dy", "x", "weight_grad"),
+        }[self.product]
+
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        return (
+            *(Argument(name, self.pointer) for name in self._tensors),
+            *((Argument("row_index", "*i64"),) if self.rows else ()),
+            *((Argument("column_index", "*i64"),) if self.columns else ()),
+            *self.epilogue.arguments(self.pointer),
+            *(Argument(name, "i32") for name in ("M", "N", "K")),
+            *(Argument(f"{name}_stride", "i32") for name in self._tensors),
+        )
+
+    def render(self) -> str:
+        tile = self.tile
+        sizes = {
+            "forward": ("M_TILE", "N_TILE", "K_TILE"),
+            "grad_input": ("M_TILE", "K_TILE", "N_TILE"),
+            "grad_weight": ("N_TILE", "K_TILE", "M_TILE"),
+        }[self.product]
+        part = "W" + optional(self.rows, "[rows]") + optional(self.columns, "[:, columns]")
+        title = {
+            "forward": f"y = {self.epilogue.formula(f'x {part}^T')}",
+            "grad_input": f"dx = dy {part}",
+            "grad_weight": f"d{part} = dy^T x",
+        }[self.product]
+        return module(
+            self,
+            title=f"{title}, {self.dtype}.",
+            text="x [M, K], y [M, N]; rows [N] and columns [K] are int64 and choose from a larger weight.",
+            constants=dict(zip(sizes, (tile.rows, tile.columns, tile.depth), strict=True)),
+            functions=[order(sizes[0], sizes[1], tile.group), multiply(self, self.precision)],
+            body=self._body(),
+        )
+
+    def _index(self, axis: str, numbers: str, end: str) -> str:
+        """Which row (or column) of the weight each of ``numbers`` is, int64."""
+        given = self.rows if axis == "row" else self.columns
+        if given:
+            return f"tl.load({axis}_index + {numbers}, mask={numbers} < {end}, other=0)"
+        return f"{numbers}.to(tl.int64)"
+
+    def _body(self) -> str:
+        if self.product == "forward":
+            return fill(
+                _FORWARD,
+                w_rows=self._index("row", "columns", "N"),
+                w_columns=self._index("column", "depth", "K"),
+                epilogue=self.epilogue.lines(
+                    column="columns[None, :]",
+                    offset="y_rows[:, None]",
+                    mask="exists",
+                    column_mask="(columns < N)[None, :]",
+                ).replace("bias + columns[None, :]", "bias + w_rows[None, :]"),
+                dtype=self.dtype,
+            )
+        template = _GRAD_INPUT if self.product == "grad_input" else _GRAD_WEIGHT
+        rows = ("depth", "N") if self.product == "grad_input" else ("rows", "N")
+        return fill(
+            template,
+            w_rows=self._index("row", *rows),
+            w_columns=self._index("column", "columns", "K"),
+            dtype=self.dtype,
+        )
+
+
+_FORWARD = """
+row_tile, column_tile = program_tile(M, N)
+rows = row_tile * M_TILE + tl.arange(0, M_TILE)
+columns = column_tile * N_TILE + tl.arange(0, N_TILE)
+x_rows = tl.minimum(rows, M - 1).to(tl.int64)
+w_rows = $w_rows
+product = tl.zeros((M_TILE, N_TILE), tl.float32)
+for k in range(0, K, K_TILE):
+    depth = k + tl.arange(0, K_TILE)
+    w_columns = $w_columns
+    x_tile = tl.load(x + x_rows[:, None] * x_stride + depth[None, :], mask=(depth < K)[None, :], other=0.0)
+    w_tile = tl.load(
+        weight + w_rows[:, None] * weight_stride + w_columns[None, :],
+        mask=(columns < N)[:, None] & (depth < K)[None, :],
+        other=0.0,
+    )
+    product = multiply(x_tile, tl.trans(w_tile), product)
+t = product
+y_rows = rows.to(tl.int64)
+exists = (rows < M)[:, None] & (columns < N)[None, :]
+$epilogue
+tl.store(y + y_rows[:, None] * y_stride + columns[None, :], t.to(tl.$dtype), mask=exists)
+"""
+
+_GRAD_INPUT = """
+row_tile, column_tile = program_tile(M, K)
+rows = row_tile * M_TILE + tl.arange(0, M_TILE)
+columns = column_tile * K_TILE + tl.arange(0, K_TILE)
+dy_rows = tl.minimum(rows, M - 1).to(tl.int64)
+w_columns = $w_columns
+product = tl.zeros((M_TILE, K_TILE), tl.float32)
+for n in range(0, N, N_TILE):
+    depth = n + tl.arange(0, N_TILE)
+    w_rows = $w_rows
+    dy_tile = tl.load(dy + dy_rows[:, None] * dy_stride + depth[None, :], mask=(depth < N)[None, :], other=0.0)
+    w_tile = tl.load(
+        weight + w_rows[:, None] * weight_stride + w_columns[None, :],
+        mask=(depth < N)[:, None] & (columns < K)[None, :],
+        other=0.0,
+    )
+    product = multiply(dy_tile, w_tile, product)
+exists = (rows < M)[:, None] & (columns < K)[None, :]
+tl.store(dx + rows.to(tl.int64)[:, None] * dx_stride + columns[None, :], product.to(tl.$dtype), mask=exists)
+"""
+
+_GRAD_WEIGHT = """
+row_tile, column_tile = program_tile(N, K)
+rows = row_tile * N_TILE + tl.arange(0, N_TILE)
+columns = column_tile * K_TILE + tl.arange(0, K_TILE)
+product = tl.zeros((N_TILE, K_TILE), tl.float32)
+for m in range(0, M, M_TILE):
+    depth = m + tl.arange(0, M_TILE)
+    tokens = depth.to(tl.int64)[:, None]
+    present = (depth < M)[:, None]
+    dy_tile = tl.load(dy + tokens * dy_stride + rows[None, :], mask=present & (rows < N)[None, :], other=0.0)
+    x_tile = tl.load(x + tokens * x_stride + columns[None, :], mask=present & (columns < K)[None, :], other=0.0)
+    product = multiply(tl.trans(dy_tile), x_tile, product)
+w_rows = $w_rows
+w_columns = $w_columns
+exists = (rows < N)[:, None] & (columns < K)[None, :]
+tl.store(
+    weight_grad + w_rows[:, None] * weight_grad_stride + w_columns[None, :], product.to(tl.$dtype), mask=exists
+)
+"""

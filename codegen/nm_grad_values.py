@@ -1,0 +1,105 @@
+"""The gradient of the kept values: dW = dy^T x at the kept positions, the dense gradient never leaving registers.
+
+    values_grad[o, j] = sum over rows r of dy[r, o] x[r, column of kept value j]
+
+(SLoPe, arXiv 2405.16325, eq. 5.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxsparse.codegen.parts import fill, join, load_words, module, multiply, optional, order, planes, position
+from fxsparse.codegen.spec import Argument, NMSpec
+
+
+@dataclass(frozen=True)
+class NMGradValues(NMSpec):
+    """The kernel; its tile's rows are along N, its columns along K, its depth along M.
+
+    Attributes:
+        even: all three sizes are multiples of the tile's, so that nothing is masked.
+        precision: of float32 products, ``"ieee"`` or ``"tf32"``.
+    """
+
+    even: bool = False
+    precision: str = "ieee"
+
+    @property
+    def name(self) -> str:
+        return f"nm_linear_grad_values_{self.n}_{self.m}_{self.short_dtype}"
+
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        return (
+            *(Argument(name, self.pointer) for name in ("dy", "x")),
+            Argument("indices", "*u8"),
+            Argument("values_grad", self.pointer),
+            *(Argument(name, "i32") for name in ("M", "N", "K")),
+            *(Argument(f"{name}_stride", "i32") for name in ("dy", "x", "indices", "values_grad")),
+        )
+
+    def render(self) -> str:
+        tile, n, m = self.tile, self.n, self.m
+        masked = not self.even
+        return module(
+            self,
+            title=f"dW = dy^T x where W {n}:{m} keeps values, {self.dtype}.",
+            text=fill(_TEXT, n=str(n), m=str(m), bits=str(self.index_bits)),
+            constants={"N_TILE": tile.rows, "K_TILE": tile.columns, "M_TILE": tile.depth, "GROUPS": tile.columns // m},
+            functions=[order("N_TILE", "K_TILE", tile.group), multiply(self, self.precision)],
+            body=fill(
+                _BODY,
+                dy_mask=optional(masked, ", mask=(depth < M)[:, None] & (rows < N)[None, :], other=0.0"),
+                x_mask=optional(masked, ", mask=(depth < M)[:, None] & (columns < K)[None, :], other=0.0"),
+                n=str(n),
+                m=str(m),
+                load_index=load_words("indices", "index", n * self.index_bits, ends=masked),
+                planes=planes("product", m, "d"),
+                select=self._select(),
+                kept=join([f"v{j}" for j in range(n)]),
+                dtype=self.dtype,
+            ),
+        )
+
+    def _select(self) -> str:
+        """Of the m elements of a group, the one at each kept position; positions ascend."""
+        lines = []
+        for j in range(self.n):
+            lines += [f"p{j} = {position(self, j)}", f"v{j} = d{j}"]
+            lines += [f"v{j} = tl.where(p{j} == {i}, d{i}, v{j})" for i in range(j + 1, self.m - self.n + j + 1)]
+        return "\n".join(lines)
+
+
+_TEXT = """
+dy [M, N], x [M, K], values_grad [N, K / $m * $n]; indices [N, bytes] hold the position of each kept value inside its
+group of $m, $bits bits, ascending, lowest bits first.
+Each program accumulates one dense tile of dW in registers, picks from it what is kept, and stores only that.
+"""
+
+_BODY = """
+row_tile, column_tile = program_tile(N, K)
+rows = row_tile * N_TILE + tl.arange(0, N_TILE)
+columns = column_tile * K_TILE + tl.arange(0, K_TILE)
+product = tl.zeros((N_TILE, K_TILE), tl.float32)
+for m in range(0, M, M_TILE):
+    depth = m + tl.arange(0, M_TILE)
+    tokens = depth.to(tl.int64)[:, None]
+    dy_tile = tl.load(dy + tokens * dy_stride + rows[None, :]$dy_mask)
+    x_tile = tl.load(x + tokens * x_stride + columns[None, :]$x_mask)
+    product = multiply(tl.trans(dy_tile), x_tile, product)
+$planes
+group = column_tile * GROUPS
+groups = K // $m
+exists = (rows < N)[:, None]
+rows = tl.minimum(rows, N - 1).to(tl.int64)
+$load_index
+$select
+kept = tl.reshape($kept, (N_TILE, GROUPS * $n))
+place = group * $n + tl.arange(0, GROUPS * $n)
+tl.store(
+    values_grad + rows[:, None] * values_grad_stride + place[None, :],
+    kept.to(tl.$dtype),
+    mask=exists & (place < groups * $n)[None, :],
+)
+"""

@@ -1,0 +1,73 @@
+"""The kernels loaded in this process and how often each was launched."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fxsparse.codegen import source
+from fxsparse.codegen.spec import Spec
+
+
+@dataclass
+class Kernel:
+    """A generated kernel.
+
+    Attributes:
+        spec: what it was made from.
+        file: its source, for a person to read.
+        function: the Triton function in that file.
+        launches: times it was launched by this process. A CUDA graph replays without launching anew, so its kernels
+            count once a capture.
+    """
+
+    spec: Spec
+    file: Path
+    function: Any
+    launches: int = 0
+
+    def launch(self, grid: tuple[int, ...], *args: Any) -> None:
+        """Runs it on the current device and stream, without waiting for it."""
+        self.launches += 1
+        for counts in _recordings:
+            counts[self.file] = counts.get(self.file, 0) + 1
+        options: dict[str, int] = {"num_warps": self.spec.tile.warps}
+        if not self.spec.gluon:
+            options["num_stages"] = self.spec.tile.stages
+        self.function[grid](*args, **options)
+
+
+_kernels: dict[Path, Kernel] = {}
+_recordings: list[dict[Path, int]] = []
+_lock = threading.Lock()
+
+
+@functools.cache
+def kernel(spec: Spec) -> Kernel:
+    """The kernel of a spec: rendered, stored and loaded the first time it is asked for."""
+    with _lock:
+        file = source.write(spec.name, spec.render())
+        if file not in _kernels:
+            _kernels[file] = Kernel(spec, file, getattr(source.load(file), spec.name))
+        return _kernels[file]
+
+
+def kernels() -> list[Kernel]:
+    """Every kernel this process has loaded, the most launched first."""
+    return sorted(_kernels.values(), key=lambda kernel: (-kernel.launches, kernel.file.name))
+
+
+@contextmanager
+def recording() -> Iterator[dict[Path, int]]:
+    """Launches inside the block, by source file."""
+    counts: dict[Path, int] = {}
+    _recordings.append(counts)
+    try:
+        yield counts
+    finally:
+        _recordings[:] = [other for other in _recordings if other is not counts]

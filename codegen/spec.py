@@ -1,0 +1,130 @@
+"""What a generated kernel is made from: a frozen spec, its tile, and the arguments the kernel takes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from fxsparse.errors import OptionError
+
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+"""Element types a kernel can be made for, and Triton's short names of them."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The part of the output that one program computes, and how.
+
+    Attributes:
+        rows, columns: of the output tile.
+        depth: of one step along the reduced dimension.
+        warps: of 32 threads, a program.
+        stages: steps whose loads are in flight at once.
+        group: tiles of rows visited together before the next tile of columns, so that operands stay in the L2 cache.
+        weight_first: the weight is the left operand of the tensor core, which for few rows of x wastes least.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int = 4
+    stages: int = 3
+    group: int = 8
+    weight_first: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "columns", "depth", "warps"):
+            size = getattr(self, name)
+            if size < 1 or size & (size - 1):
+                raise OptionError(f"{name}={size} of a tile must be a power of two")
+        if self.stages < 1 or self.group < 1:
+            raise OptionError(f"stages={self.stages} and group={self.group} of a tile must be at least 1")
+
+    def __str__(self) -> str:
+        first = " weight first" if self.weight_first else ""
+        return f"{self.rows}x{self.columns}x{self.depth} {self.warps} warps {self.stages} stages{first}"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A parameter of a kernel: its name and Triton type, such as ``*bf16``, ``i32`` or ``fp32``."""
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True)
+class Spec(ABC):
+    """Everything a generated kernel depends on; equal specs give the same source.
+
+    Attributes:
+        dtype: element type of the operands and the result; products accumulate in float32.
+        tile: the shape of the work.
+    """
+
+    gluon: ClassVar[bool] = False
+
+    dtype: str
+    tile: Tile
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise OptionError(f"no kernel for {self.dtype}; there are kernels for {', '.join(DTYPES)}")
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Name of the kernel function, as profilers show it."""
+
+    @property
+    @abstractmethod
+    def arguments(self) -> tuple[Argument, ...]:
+        """Its parameters, in order."""
+
+    @abstractmethod
+    def render(self) -> str:
+        """Its source."""
+
+    @property
+    def short_dtype(self) -> str:
+        return DTYPES[self.dtype]
+
+    @property
+    def pointer(self) -> str:
+        """Triton type of a tensor of the spec's dtype."""
+        return f"*{self.short_dtype}"
+
+    @property
+    def bits(self) -> int:
+        """Bits of an element."""
+        return 32 if self.dtype == "float32" else 16
+
+    def describe(self) -> str:
+        """The spec as readable lines, for the header of the source."""
+        return "\n".join(f"    {field.name} = {getattr(self, field.name)}" for field in fields(self))
+
+
+@dataclass(frozen=True)
+class NMSpec(Spec):
+    """A spec of a kernel on an N:M weight.
+
+    Attributes:
+        n, m: n of every m consecutive weights of a row are kept.
+    """
+
+    n: int
+    m: int
+
+    PATTERNS: ClassVar[tuple[tuple[int, int], ...]] = ((1, 2), (2, 4), (1, 4), (2, 8), (4, 8))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.n, self.m) not in self.PATTERNS:
+            known = ", ".join(f"{n}:{m}" for n, m in self.PATTERNS)
+            raise OptionError(f"no kernel for pattern {self.n}:{self.m}; there are kernels for {known}")
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of one packed index."""
+        return 2 if self.m <= 4 else 4

@@ -1,0 +1,79 @@
+"""Which tile a kernel runs with: a result of tuning where there is one, else a default for the number of rows.
+
+`SHIPPED` lists every default, and the suite compiles each ahead of time for sm_80 and sm_90: none spills registers or
+needs more shared memory than the device has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxsparse.codegen.spec import Tile
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product is run.
+
+    Attributes:
+        tile: of each launch.
+        square: a weight taller than wide is split along its rows into square blocks, one launch each, that write
+            columns of one result (SLoPe, arXiv 2405.16325, section on tiling): less of the weight at a time competes
+            for the L2 cache.
+    """
+
+    tile: Tile
+    square: bool = False
+
+
+DECODE, SMALL, LARGE = "decode", "small", "large"
+SHAPES = ((16, DECODE), (64, SMALL))
+"""Most rows of the input for which a regime is the default; beyond them it is LARGE."""
+
+SHIPPED: dict[str, dict[str, Tile]] = {
+    "nm_linear": {
+        DECODE: Tile(16, 32, 128, warps=4, stages=4, weight_first=True),
+        SMALL: Tile(64, 64, 64, warps=4, stages=3),
+        LARGE: Tile(128, 128, 64, warps=8, stages=3),
+    },
+    "nm_linear_grad_input": {
+        DECODE: Tile(16, 64, 64, warps=4, stages=3),
+        SMALL: Tile(64, 64, 64, warps=4, stages=3),
+        LARGE: Tile(128, 128, 32, warps=8, stages=3),
+    },
+    "nm_linear_grad_values": {LARGE: Tile(128, 64, 64, warps=8, stages=3)},
+    "gather_linear": {
+        DECODE: Tile(16, 64, 64, warps=4, stages=4),
+        SMALL: Tile(64, 64, 64, warps=4, stages=3),
+        LARGE: Tile(128, 128, 32, warps=8, stages=3),
+    },
+    "gather_linear_grad_weight": {LARGE: Tile(128, 128, 32, warps=8, stages=3)},
+    "demux_linear": {
+        DECODE: Tile(16, 64, 64, warps=4, stages=4),
+        SMALL: Tile(64, 64, 64, warps=4, stages=3),
+        LARGE: Tile(128, 128, 32, warps=8, stages=3),
+    },
+    "nm_prune": {LARGE: Tile(16, 128, 1, warps=4, stages=1)},
+    "mux": {LARGE: Tile(16, 128, 1, warps=4, stages=1)},
+}
+
+# Elements of 32 bits take twice the shared memory and registers, and their exact product runs on ordinary cores.
+FLOAT32 = {
+    DECODE: Tile(16, 32, 32, warps=4, stages=2),
+    SMALL: Tile(32, 64, 32, warps=4, stages=2),
+    LARGE: Tile(64, 64, 32, warps=4, stages=2),
+}
+
+
+def regime(rows: int) -> str:
+    """The regime of a number of rows."""
+    return next((name for most, name in SHAPES if rows <= most), LARGE)
+
+
+def default(kernel: str, rows: int, dtype: str = "bfloat16") -> Tile:
+    """The shipped tile of a kernel for an input of ``rows`` rows."""
+    tiles = SHIPPED[kernel]
+    name = regime(rows) if len(tiles) > 1 else LARGE
+    if dtype == "float32" and tiles[LARGE].depth > 1:
+        return FLOAT32[name]
+    return tiles[name]

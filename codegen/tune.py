@@ -1,0 +1,104 @@
+"""Tuning: measuring tiles for a shape on the device at hand, and remembering the fastest.
+
+Nothing is measured unless :func:`measure` is called: a launch looks up what an earlier tuning found, in this process or
+in ``tuning.json`` of the cache directory, and takes the shipped default otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fxsparse.codegen import source, tiles
+from fxsparse.codegen.spec import Tile
+from fxsparse.codegen.tiles import Plan
+from fxsparse.errors import OptionError
+
+
+def plan(
+    kernel: str, rows: int, columns: int, depth: int, like: Tensor, n: int | None = None, m: int | None = None
+) -> Plan:
+    """How to run a product of this size on a tensor's device and dtype."""
+    dtype = str(like.dtype).removeprefix("torch.")
+    found = _tuned().get(key(kernel, rows, columns, depth, dtype, n, m)) if like.is_cuda else None
+    return found or _default(kernel, tiles.regime(rows), dtype)
+
+
+@functools.cache
+def _default(kernel: str, regime: str, dtype: str) -> Plan:
+    rows = next((most for most, name in tiles.SHAPES if name == regime), 1 << 30)
+    return Plan(tiles.default(kernel, rows, dtype))
+
+
+def key(
+    kernel: str, rows: int, columns: int, depth: int, dtype: str, n: int | None = None, m: int | None = None
+) -> str:
+    """What tuning results are kept under; numbers of rows share one up to the next power of two."""
+    bucket = 1 << max(0, rows - 1).bit_length()
+    pattern = "" if n is None else f" {n}:{m}"
+    return f"{kernel}{pattern} {dtype} {bucket}x{columns}x{depth} {_device()}"
+
+
+@functools.cache
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+
+
+def candidates(kernel: str, dtype: str = "bfloat16", *, tall: bool = False) -> list[Plan]:
+    """The shipped tiles of a kernel; for a weight taller than wide also with square blocks."""
+    shapes = (1, 64, 1 << 30)
+    found = list(dict.fromkeys(tiles.default(kernel, rows, dtype) for rows in shapes))
+    return [Plan(tile, square) for tile in found for square in ([False, True] if tall else [False])]
+
+
+def measure(name: str, run: Callable[[Plan], object], plans: Iterable[Plan]) -> dict[Plan, float]:
+    """Times plans for one product and remembers the fastest.
+
+    Args:
+        name: of :func:`key`.
+        run: runs the product with a plan.
+        plans: to try.
+
+    Returns:
+        milliseconds of each, the median.
+
+    Raises:
+        OptionError: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise OptionError("tuning measures on a GPU and this machine has none")
+    from triton.testing import do_bench
+
+    times = {plan: float(do_bench(functools.partial(run, plan), quantiles=[0.5])) for plan in plans}
+    remember(name, min(times, key=lambda plan: times[plan]))
+    return times
+
+
+def remember(name: str, best: Plan) -> None:
+    """Keeps a plan for this process and later ones."""
+    _tuned()[name] = best
+    stored = {**_read(_path()), name: {**asdict(best.tile), "square": best.square}}
+    source.replace(_path(), json.dumps(stored, indent=1, sort_keys=True))
+
+
+@functools.cache
+def _tuned() -> dict[str, Plan]:
+    plans = {}
+    for name, fields in _read(_path()).items():
+        square = fields.pop("square")
+        plans[name] = Plan(Tile(**fields), square)
+    return plans
+
+
+def _path() -> Path:
+    return source.cache_dir() / "tuning.json"
+
+
+def _read(path: Path) -> dict[str, dict[str, int]]:
+    return json.loads(path.read_text()) if path.is_file() else {}
