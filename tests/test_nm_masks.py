@@ -11,6 +11,7 @@ import torch
 from families import FAMILIES
 from oracle import masks_of
 from torch import Tensor, nn
+from traced import traced
 
 import fxsparse
 from fxsparse.errors import OptionError, RewriteError
@@ -40,8 +41,7 @@ def test_first_linears_heads_and_tied_weights_stay_dense_with_their_reason() -> 
         "sequential": {"layers.0": "first", "layers.6": "head"},
     }  # fmt: skip
     for name, sites in expected.items():
-        family = FAMILIES[name]()
-        found = skips(record_of(fxsparse.rewrite(family.model, "nm-masks", kwargs=family.make_batch())))
+        found = skips(record_of(fxsparse.rewrite(traced(name)[1], "nm-masks")))
         assert found.keys() == sites.keys(), name
         for site, word in sites.items():
             assert word in found[site], (site, found[site])
@@ -110,9 +110,9 @@ def test_complex_and_double_weights() -> None:
 
 
 def test_globs_choose_patterns_and_must_match() -> None:
-    family = FAMILIES["opt"]()
+    _, base = traced("opt")
     pattern = {"*.layers.0.fc*": "2:4", "*.layers.[1-2].fc*": "2:8"}
-    gm = fxsparse.rewrite(family.model, [InsertNMMasks(pattern)], kwargs=family.make_batch())
+    gm = fxsparse.rewrite(base, [InsertNMMasks(pattern)])
     found = {weight.name.removeprefix("model.decoder.layers.")[:5]: weight.pattern for weight in record_of(gm).weights}
     assert found == {"0.fc1": "2:4", "0.fc2": "2:4", "1.fc1": "2:8", "1.fc2": "2:8", "2.fc1": "2:8", "2.fc2": "2:8"}
     assert (
@@ -120,9 +120,9 @@ def test_globs_choose_patterns_and_must_match() -> None:
         == "kept dense, no glob of the pattern matches it"
     )
     with pytest.raises(RewriteError, match=r"'\*\.layer\.\*' matches no linear; there are: model.decoder"):
-        fxsparse.rewrite(family.model, [InsertNMMasks({"*.layer.*": "2:4"})], kwargs=family.make_batch())
+        fxsparse.rewrite(base, [InsertNMMasks({"*.layer.*": "2:4"})])
     with pytest.raises(RewriteError, match="'lm_haed' matches no linear"):
-        fxsparse.rewrite(family.model, [InsertNMMasks(exclude="lm_haed")], kwargs=family.make_batch())
+        fxsparse.rewrite(base, [InsertNMMasks(exclude="lm_haed")])
 
 
 @pytest.mark.parametrize("pattern", ["4:2", "0:4", "4:4", "2-4", "", "a:b", "2:4:8", "-1:4"])
@@ -175,11 +175,11 @@ def test_transposable_masks_are_nm_both_ways(pattern: str) -> None:
 
 
 def test_every_linear_is_accounted_for() -> None:
-    for name, build in FAMILIES.items():
-        family = build()
+    for name in FAMILIES:
+        family, base = traced(name)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            gm = fxsparse.rewrite(family.model, "nm-masks{pattern=2:4}", kwargs=family.make_batch())
+            gm = fxsparse.rewrite(base, "nm-masks{pattern=2:4}")
         entry = record_of(gm).entries[-1]
         sites = [change.site for change in entry.changes]
         assert len(sites) == len(set(sites)), name

@@ -11,6 +11,7 @@ from families import FAMILIES
 from oracle import dense_gradient, masks_of, oracle_of
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from traced import traced
 
 import fxsparse
 from fxsparse.nm import Pattern, nm_mask
@@ -35,9 +36,9 @@ def logits_of(output: Any) -> Tensor:
 @pytest.mark.parametrize("storage", ["compressed", "masked"])
 @pytest.mark.parametrize("name", CORE)
 def test_training_step_equals_the_method_in_plain_torch(name: str, storage: str) -> None:
-    family = FAMILIES[name]()
+    family, base = traced(name)
     passes = [InsertNMMasks("2:4", storage=storage), DoublePruneBackward()]
-    gm = fxsparse.rewrite(family.model, passes, kwargs=family.make_batch(batch=4))
+    gm = fxsparse.rewrite(base, passes)
     rewritten = [len(entry.rewritten) for entry in record_of(gm).entries]
     assert rewritten == [SPARSE[name], SPARSE[name]]
     oracle = oracle_of(family.model, gm)
@@ -78,8 +79,8 @@ def _assert_gradients_equal(gm: GraphModule, oracle: nn.Module) -> None:
 
 @pytest.mark.parametrize("pattern", ["1:2", "1:4", "2:8", "4:8"])
 def test_other_patterns(pattern: str) -> None:
-    family = FAMILIES["opt"]()
-    gm = fxsparse.rewrite(family.model, f"nm-masks{{pattern={pattern}}},double-prune", kwargs=family.make_batch())
+    family, base = traced("opt")
+    gm = fxsparse.rewrite(base, f"nm-masks{{pattern={pattern}}},double-prune")
     n, m = map(int, pattern.split(":"))
     for weight in record_of(gm).weights:
         mask, column_mask = masks_of(gm, weight)
@@ -95,8 +96,8 @@ def test_other_patterns(pattern: str) -> None:
 
 @pytest.mark.parametrize("name", CORE)
 def test_magnitude_masks_keep_the_largest(name: str) -> None:
-    family = FAMILIES[name]()
-    gm = fxsparse.rewrite(family.model, "nm-masks", kwargs=family.make_batch())
+    family, base = traced(name)
+    gm = fxsparse.rewrite(base, "nm-masks")
     original = dict(family.model.named_parameters())
     for weight in record_of(gm).weights:
         dense = original[weight.name].detach()
@@ -106,8 +107,8 @@ def test_magnitude_masks_keep_the_largest(name: str) -> None:
 
 @pytest.mark.parametrize("name", CORE)
 def test_zeros_stay_zero_and_the_pattern_stays_through_training(name: str) -> None:
-    family = FAMILIES[name]()
-    gm = fxsparse.rewrite(family.model, "nm-masks,double-prune{every=3}", kwargs=family.make_batch())
+    family, base = traced(name)
+    gm = fxsparse.rewrite(base, "nm-masks,double-prune{every=3}")
     before = {weight.name: masks_of(gm, weight)[0].clone() for weight in record_of(gm).weights}
     columns = {weight.name: masks_of(gm, weight)[1].clone() for weight in record_of(gm).weights}
     start = fxsparse.dense_state_dict(gm)
@@ -132,9 +133,9 @@ def test_zeros_stay_zero_and_the_pattern_stays_through_training(name: str) -> No
 
 @pytest.mark.parametrize("name", CORE)
 def test_branches_change_nothing_at_insertion_and_then_train(name: str) -> None:
-    family = FAMILIES[name]()
+    family, base = traced(name)
     batch = family.make_batch()
-    sparse = fxsparse.rewrite(family.model, "nm-masks,double-prune", kwargs=batch)
+    sparse = fxsparse.rewrite(base, "nm-masks,double-prune")
     branched = fxsparse.rewrite(sparse, [AddLowRankBranches(rank=3, start=0.0)])
     assert len(record_of(branched).entries[-1].rewritten) == SPARSE[name]
     assert all(linear.has_branch for linear in sparse_linears(branched))
@@ -172,9 +173,9 @@ def test_every_sample_gets_its_own_branch_output() -> None:
 
 @pytest.mark.parametrize("name", CORE)
 def test_merged_equals_unmerged(name: str) -> None:
-    family = FAMILIES[name]()
+    family, base = traced(name)
     batch = family.make_batch()
-    gm = fxsparse.rewrite(family.model, [InsertNMMasks(), AddLowRankBranches(rank=3, start=0.0)], kwargs=batch).eval()
+    gm = fxsparse.rewrite(base, [InsertNMMasks(), AddLowRankBranches(rank=3, start=0.0)]).eval()
     for linear in sparse_linears(gm):
         nn.init.normal_(gm.get_parameter(f"{linear.name}_up"), std=0.3)
     dense = copy.deepcopy(family.model).eval()
@@ -184,9 +185,9 @@ def test_merged_equals_unmerged(name: str) -> None:
 
 @pytest.mark.parametrize("name", CORE)
 def test_compiled_equals_eager(name: str) -> None:
-    family = FAMILIES[name]()
+    family, base = traced(name)
     passes = "nm-masks,double-prune,low-rank{rank=2,start=0.0}"
-    gm = fxsparse.rewrite(family.model, passes, kwargs=family.make_batch())
+    gm = fxsparse.rewrite(base, passes)
     for linear in sparse_linears(gm):
         nn.init.normal_(gm.get_parameter(f"{linear.name}_up"), std=0.1)
     compiled = torch.compile(gm, backend="aot_eager")

@@ -12,6 +12,7 @@ from families import FAMILIES
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from traced import traced
 
 import fxsparse
 from fxsparse.errors import CheckpointError
@@ -24,8 +25,8 @@ PASSES = "nm-masks{pattern=2:4},double-prune{every=2},low-rank{rank=2,start=0.5}
 @pytest.mark.parametrize("storage", ["compressed", "masked"])
 @pytest.mark.parametrize("name", CORE)
 def test_dense_state_dict_has_the_original_keys_and_loads(name: str, storage: str) -> None:
-    family = FAMILIES[name]()
-    gm = fxsparse.rewrite(family.model, f"nm-masks{{storage={storage}}},double-prune", kwargs=family.make_batch())
+    family, base = traced(name)
+    gm = fxsparse.rewrite(base, f"nm-masks{{storage={storage}}},double-prune")
     dense = fxsparse.dense_state_dict(gm)
     original = family.model.state_dict()
     assert dense.keys() == original.keys()
@@ -45,10 +46,8 @@ def _tensors(output: object) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", CORE)
 def test_a_saved_model_loads_into_a_fresh_one(name: str, tmp_path: Path) -> None:
-    family = FAMILIES[name]()
-    gm = fxsparse.rewrite(
-        family.model, "nm-masks,double-prune,low-rank{rank=2,start=0.0}", kwargs=family.make_batch()
-    ).eval()
+    family, base = traced(name)
+    gm = fxsparse.rewrite(base, "nm-masks,double-prune,low-rank{rank=2,start=0.0}").eval()
     with torch.no_grad():
         for parameter in gm.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -86,7 +85,7 @@ def test_resuming_is_bit_identical(stop_at: int, compiled: bool, tmp_path: Path)
 
     def batches(count: int) -> list[dict[str, Tensor]]:
         torch.manual_seed(7)
-        return [FAMILIES["gpt2"]().make_batch() for _ in range(count)]
+        return [family.make_batch() for _ in range(count)]
 
     def start(gm: torch.fx.GraphModule) -> tuple[object, torch.optim.Optimizer, fxsparse.Schedule]:
         optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-2)
@@ -102,17 +101,18 @@ def test_resuming_is_bit_identical(stop_at: int, compiled: bool, tmp_path: Path)
             optimizer.zero_grad()
             schedule.step()
 
-    family, data = FAMILIES["gpt2"](), batches(8)
-    whole = fxsparse.rewrite(family.model, PASSES, kwargs=data[0])
+    family, base = traced("gpt2")
+    data = batches(8)
+    whole = fxsparse.rewrite(base, PASSES)
     train(start(whole), data)
 
-    first = fxsparse.rewrite(FAMILIES["gpt2"]().model, PASSES, kwargs=data[0])
+    first = fxsparse.rewrite(traced("gpt2")[1], PASSES)
     parts = start(first)
     train(parts, data[:stop_at])
     fxsparse.save(first, tmp_path / "model.safetensors")
     torch.save({"optimizer": parts[1].state_dict(), "schedule": parts[2].state_dict()}, tmp_path / "rest.pt")
 
-    second = fxsparse.load(tmp_path / "model.safetensors", FAMILIES["gpt2"]().model, kwargs=data[0])
+    second = fxsparse.load(tmp_path / "model.safetensors", traced("gpt2")[0].model, kwargs=data[0])
     parts = start(second)
     rest = torch.load(tmp_path / "rest.pt")
     parts[1].load_state_dict(rest["optimizer"])
@@ -124,14 +124,12 @@ def test_resuming_is_bit_identical(stop_at: int, compiled: bool, tmp_path: Path)
 
 
 def test_files_that_do_not_fit_say_why(tmp_path: Path) -> None:
-    family = FAMILIES["opt"]()
-    gm = fxsparse.rewrite(family.model, "nm-masks", kwargs=family.make_batch())
+    gm = fxsparse.rewrite(traced("opt")[1], "nm-masks")
     path = tmp_path / "model.safetensors"
     fxsparse.save(gm, path)
 
     def load(file: Path) -> None:
-        fresh = FAMILIES["opt"]()
-        fxsparse.load(file, fresh.model, kwargs=fresh.make_batch())
+        fxsparse.load(file, traced("opt")[1])
 
     with safe_open(path, "pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
