@@ -42,7 +42,7 @@ from fxsparse.capture import (
 from fxsparse.causal import drop_open_masks, restore_is_causal
 from fxsparse.errors import TraceError
 from fxsparse.regions import inline_no_grad
-from fxsparse.training_flags import ModesDiffer, bind_training_flags
+from fxsparse.training_flags import ModesDiffer, bind_training_flags, is_random
 
 META_KEY = "fxsparse_trace"
 
@@ -157,7 +157,8 @@ def _capture(model: nn.Module, example: Inputs, dynamic_batch: bool, notes: list
     while True:
         try:
             gm = _assemble(model, exported(training=True))
-            bind_training_flags(gm, _flat_module(exported(training=False)))
+            paths = {path for path, module in model.named_modules() if type(module) in held}
+            bind_training_flags(gm, _flat_module(exported(training=False)), paths)
             break
         except ModesDiffer as difference:
             path = difference.path
@@ -175,7 +176,7 @@ def _capture(model: nn.Module, example: Inputs, dynamic_batch: bool, notes: list
             held[type(owner)] = f"in training it branches on data{quote(frames)}"
     for kind, reason in held.items():
         note = f"{kind.__name__} is captured as it evaluates, because {reason}"
-        warnings.warn(f"{note}\nTraining the graph runs it that way too.", stacklevel=3)
+        warnings.warn(f"{note}\nTraining the graph runs it that way too, but for its dropout.", stacklevel=3)
         notes.append(note)
     return gm
 
@@ -240,12 +241,23 @@ def _flat_module(program: ExportedProgram) -> GraphModule:
             if node.target in _ASSERTIONS and _always_holds(node):
                 part.graph.erase_node(node)
     inline_no_grad(gm)
+    gm.graph.eliminate_dead_code(is_impure_node=_has_effect)
     for node in gm.graph.nodes:
         node.meta.setdefault("val", None)
     return gm
 
 
 _ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default}
+
+
+def _has_effect(node: Node) -> bool:
+    """Whether ``node`` matters although nothing reads it: it writes, moves the random state or asserts."""
+    if node.op != "call_function":
+        return node.op in {"placeholder", "output"}
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return isinstance(node.target, torch._ops.HigherOrderOperator)
+    return bool(schema.is_mutable) or is_random(node) or node.target in _ASSERTIONS
 
 
 def _always_holds(node: Node) -> bool:

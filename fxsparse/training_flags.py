@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -26,6 +26,8 @@ from fxsparse import graph as fx
 
 aten = torch.ops.aten
 
+_DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.alpha_dropout.default, aten.feature_dropout.default}
+_CONVERSIONS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other}
 _FROM_DATA = {aten.item.default, aten._local_scalar_dense.default}
 
 
@@ -49,9 +51,7 @@ class ModesDiffer(Exception):
 
 def _draws(graph: Graph, path: str) -> Counter[Any]:
     inside = (node for node in graph.nodes if f"{scope(node)}.".startswith(f"{path}." if path else ""))
-    return Counter(
-        node.target for node in inside if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    )
+    return Counter(node.target for node in inside if is_random(node))
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,15 @@ class _Flag:
 
 
 @dataclass(frozen=True)
-class _Copy:
-    """An input of ``node`` that evaluation makes contiguous first; in training it happened to be contiguous."""
+class _Input:
+    """A node and one of its inputs."""
 
     gm: GraphModule
     node: Node
-    input: Node
+    leaf: Any
 
 
-def bind_training_flags(gm: GraphModule, evaluation: GraphModule) -> int:
+def bind_training_flags(gm: GraphModule, evaluation: GraphModule, held: Collection[str] = ()) -> int:
     """Replaces every constant of ``gm`` that depends on the mode by one computed from ``<module>.training``.
 
     A flag becomes the attribute itself, a probability that is 0 in evaluation becomes ``probability * training``.
@@ -83,6 +83,7 @@ def bind_training_flags(gm: GraphModule, evaluation: GraphModule) -> int:
     Args:
         gm: the model captured in training mode; edited in place.
         evaluation: the same model captured in evaluation mode.
+        held: paths of modules that were in evaluation mode in both; their own dropout is given its flag all the same.
 
     Returns:
         the number of constants replaced.
@@ -91,6 +92,7 @@ def bind_training_flags(gm: GraphModule, evaluation: GraphModule) -> int:
         ModesDiffer: the graphs differ in more than constants; ``gm`` was not changed.
     """
     differences = list(_differences(gm, evaluation))
+    differences += _held_dropouts(gm, held)
     reads: dict[tuple[int, str], Node] = {}
     for difference in differences:
         if isinstance(difference, _Flag):
@@ -111,7 +113,7 @@ def scope(node: Node) -> str:
     return re.sub(r"@\d+", "", path)  # a module that is called again has a numbered path
 
 
-def _differences(gm: GraphModule, evaluation: GraphModule) -> Iterator[_Flag | _Copy]:
+def _differences(gm: GraphModule, evaluation: GraphModule) -> Iterator[_Flag | _Input]:
     counts = {node for node in gm.graph.nodes if _counts_batches(node)}
     yield from (_Flag(gm, node, 1, True) for node in counts)  # evaluation does not count
     ours = [node for node in gm.graph.nodes if _is_step(node) and node not in counts]
@@ -130,26 +132,39 @@ def _differences(gm: GraphModule, evaluation: GraphModule) -> Iterator[_Flag | _
             if spec != other_spec:
                 raise ModesDiffer(node, other)
             for leaf, other_leaf in zip(leaves, other_leaves, strict=True):
-                if isinstance(leaf, Node) and leaf.op == "get_attr":
-                    held, other_held = _held(gm, leaf), _held(evaluation, other_leaf)
-                    if isinstance(held, GraphModule) and isinstance(other_held, GraphModule):
-                        yield from _differences(held, other_held)
-                    elif not _equal(held, other_held):
-                        raise ModesDiffer(node, other)
-                elif not isinstance(leaf, Node):
-                    if not _equal(leaf, other_leaf):
-                        raise ModesDiffer(node, other)
-                elif _is_size(leaf) and _is_size(other_leaf):
-                    if str(fx.value(leaf)) != str(fx.value(other_leaf)):
-                        raise ModesDiffer(node, other)
-                elif twin.get(_before_copy(leaf)) is not _before_copy(other_leaf):
-                    raise ModesDiffer(node, other)
-                elif _is_copy(other_leaf) and not _is_copy(leaf):
-                    yield _Copy(gm, node, leaf)
+                yield from _compare(_Input(gm, node, leaf), _Input(evaluation, other, other_leaf), twin)
         twin[node] = other
     if len(ours) != len(theirs):
         at = min(len(ours), len(theirs)) - 1
         raise ModesDiffer(ours[at], theirs[at])
+
+
+def _compare(ours: _Input, theirs: _Input, twin: dict[Node, Node]) -> Iterator[_Flag | _Input]:
+    leaf, other = _origin(ours.leaf), _origin(theirs.leaf)
+    if not isinstance(leaf, Node) or not isinstance(other, Node):
+        same = _equal(leaf, other)
+    elif leaf.op == "get_attr":
+        held, other_held = _held(ours.gm, leaf), _held(theirs.gm, other)
+        same = _equal(held, other_held)
+        if isinstance(held, GraphModule) and isinstance(other_held, GraphModule):
+            same = True
+            yield from _differences(held, other_held)
+    elif _is_size(leaf):
+        same = str(fx.value(leaf)) == str(fx.value(other))
+    else:
+        same = twin.get(leaf) is other
+    if not same:
+        raise ModesDiffer(ours.node, theirs.node)
+    if _is_copied(theirs.leaf) and not _is_copied(ours.leaf):
+        yield ours  # in training it happened to be contiguous, in evaluation it may not be
+
+
+def _held_dropouts(gm: GraphModule, held: Collection[str]) -> Iterator[_Flag]:
+    for node in gm.graph.nodes if held else ():
+        if node.target in _DROPOUTS and scope(node) in held:
+            probability, training = _arguments(node)[1:3]
+            if probability and training is False:
+                yield _Flag(gm, node, 2, True)
 
 
 def _arguments(node: Node) -> list[Any]:
@@ -175,7 +190,19 @@ def _equal(item: Any, other: Any) -> bool:
 
 
 def _is_step(node: Node) -> bool:
-    return node.op in {"call_function", "output"} and not _is_copy(node) and not _is_size(node)
+    if node.op == "call_function":
+        return not _returns_its_input(node) and not _is_size(node) and not _is_unread_draw(node)
+    return node.op == "output"
+
+
+def _is_unread_draw(node: Node) -> bool:
+    """Whether ``node`` only moves the random state, as layer drop at a rate of 0 does."""
+    return not node.users and is_random(node) and not node.target._schema.is_mutable  # type: ignore[union-attr]
+
+
+def is_random(node: Node) -> bool:
+    """Whether ``node`` draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _is_size(leaf: Any) -> bool:
@@ -185,19 +212,35 @@ def _is_size(leaf: Any) -> bool:
     return isinstance(leaf.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat))
 
 
-def _is_copy(node: Node) -> bool:
-    """Whether ``node`` is a ``contiguous``; capture leaves it out where the mode's attention kernel needs none."""
-    return node.target is aten.contiguous.default
+def _returns_its_input(node: Node) -> bool:
+    """Whether ``node`` is a ``contiguous``, or a ``to`` that converts nothing.
+
+    Either may return its input, and then it matters to a capture which other calls did: the modes may differ in it.
+    """
+    if node.target is aten.contiguous.default:
+        return True
+    if node.target not in _CONVERSIONS:
+        return False
+    source, result = fx.value(node.args[0]), fx.value(node)  # type: ignore[arg-type]
+    return bool(source.dtype == result.dtype and source.device == result.device)
 
 
-def _before_copy(leaf: Any) -> Any:
-    while isinstance(leaf, Node) and _is_copy(leaf):
+def _origin(leaf: Any) -> Any:
+    while isinstance(leaf, Node) and leaf.op == "call_function" and _returns_its_input(leaf):
         leaf = leaf.args[0]
     return leaf
 
 
-def _make_contiguous(difference: _Copy) -> None:
-    node, source = difference.node, difference.input
+def _is_copied(leaf: Any) -> bool:
+    while isinstance(leaf, Node) and leaf.op == "call_function" and _returns_its_input(leaf):
+        if leaf.target is aten.contiguous.default:
+            return True
+        leaf = leaf.args[0]
+    return False
+
+
+def _make_contiguous(difference: _Input) -> None:
+    node, source = difference.node, difference.leaf
     with difference.gm.graph.inserting_before(node):
         copied = difference.gm.graph.call_function(aten.contiguous.default, (source,))
     copied.meta = dict(source.meta)
