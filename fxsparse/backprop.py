@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -203,12 +204,12 @@ class BackpropGraph:
 
     def budget(self, rho: float, **sizes: Any) -> int:
         """What a share ``rho`` of a full training step leaves for the backward pass, in FLOPs."""
-        if isinstance(rho, bool) or not isinstance(rho, (int, float)) or not 0 < rho <= 1:
+        if isinstance(rho, bool) or not isinstance(rho, numbers.Real) or not 0 < rho <= 1:
             raise OptionError(f"must lie in (0, 1], not {rho!r}", site="rho")
         if not self.trainable:
             raise OptionError("the model has no trainable tensor: no parameter requires a gradient")
         forward, full = self.forward(**sizes), self.full(**sizes)
-        budget = math.floor(Fraction(rho) * (forward + full)) - forward
+        budget = math.floor(Fraction(float(rho)) * (forward + full)) - forward
         if budget < 0:
             least = math.ceil(Fraction(forward, forward + full) * 10_000) / 10_000
             raise OptionError(

@@ -143,6 +143,7 @@ class _Reader:
         self.sizes = Sizes(gm)
         self.at: dict[Node, Any] = {}  # a node's value; a list of them for a submodule's outputs; None for no tensor
         self.rewritten: dict[int, int] = {}  # what an in-place write turned a value into
+        self.prefix = ""  # of the names in a submodule, which has a namespace of its own
 
     def read(self, gm: GraphModule, *, enabled: bool, module: str) -> None:
         for node in gm.graph.nodes:
@@ -150,7 +151,7 @@ class _Reader:
             if node.op == "get_attr":
                 self.at[node] = self.attribute(gm, str(node.target))
             elif node.op == "placeholder" and node not in self.at:
-                self.at[node] = self.add(Value(node.name, "input", where)) if tensors_of(node) else None
+                self.at[node] = self.add(Value(self.prefix + node.name, "input", where)) if tensors_of(node) else None
             elif node.op == "call_function" and node.target is torch._C._set_grad_enabled:
                 enabled = bool(node.args[0])
             elif node.op == "call_function":
@@ -176,13 +177,18 @@ class _Reader:
             self.at[node] = source[node.args[1]] if isinstance(source, list) else source  # type: ignore[index]
         elif name in _INLINED and isinstance(node.target, torch._ops.HigherOrderOperator):
             self.inline(gm, node, name, where, enabled)
-        elif kind == "free" or name in _AUTOCAST_MARKS or ("val" in node.meta and not tensors_of(node)):
+        elif kind == "free" or name in _AUTOCAST_MARKS or self.is_no_tensor(node):
             self.at[node] = None
         elif kind == "view" and self.is_passed_on(node):
             self.at[node] = self.current(node.all_input_nodes[0])
             self.flow.operations.append(Operation(node, kind, where, range(0)))
         else:
             self.compute(node, *self.counted(node, kind), where, enabled)
+
+    def is_no_tensor(self, node: Node) -> bool:
+        """Whether a call neither yields a tensor nor writes into one."""
+        schema = getattr(node.target, "_schema", None)
+        return "val" in node.meta and not tensors_of(node) and not (schema is not None and schema.is_mutable)
 
     def is_passed_on(self, node: Node) -> bool:
         """Whether a view passes gradients on to what it views."""
@@ -194,7 +200,9 @@ class _Reader:
         placeholders = [inner_node for inner_node in inner.graph.nodes if inner_node.op == "placeholder"]
         for placeholder, argument in zip(placeholders, node.args[at + 1 :], strict=True):
             self.at[placeholder] = self.at.get(argument) if isinstance(argument, Node) else None
+        outer, self.prefix = self.prefix, f"{self.prefix}{node.name}."
         self.read(inner, enabled=bool(node.args[0]) if name == "wrap_with_set_grad_enabled" else enabled, module=where)
+        self.prefix = outer
         (returned,) = inner.graph.output_node().args
         outputs = [self.at.get(out) if isinstance(out, Node) else None for out in tree_leaves(returned)]
         self.at[node] = outputs if isinstance(returned, (list, tuple)) else outputs[0]
@@ -220,7 +228,7 @@ class _Reader:
             sources = [(source, None) for source in map(self.current, node.all_input_nodes) if source is not None]
             if kind == "view" or _operator(node) in _SHAPED_LIKE:
                 sources = sources[:1]
-            self.add(Value(node.name, _operator(node), where, tuple(sources) if flows else ()))
+            self.add(Value(self.prefix + node.name, _operator(node), where, tuple(sources) if flows else ()))
         else:
             self.add_products(call, where, flows)
         self.at[node] = len(self.flow.values) - 1
@@ -239,7 +247,7 @@ class _Reader:
                 source = computed[factor] if isinstance(factor, Product) else self.current(operands[factor])
                 if flows and source is not None:
                     sources.append((source, position if position < len(product.gradients) else None))
-            name = call.node.name if is_last else f"{call.node.name}:{product.name}"
+            name = self.prefix + call.node.name + ("" if is_last else f":{product.name}")
             computed[product] = self.add(Value(name, _operator(call.node), where, tuple(sources)))
 
     def write(self, node: Node) -> None:

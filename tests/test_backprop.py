@@ -165,6 +165,28 @@ def test_gradients_stop_where_autograd_stops_them(between: str) -> None:
         assert graph.cost(trained) == counter.get_total_flops() - forward, trained
 
 
+class Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) * 2
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.second(x) * 3
+        with torch.autocast("cpu", enabled=False):
+            x = (x.float() * 2) @ torch.ones(8, 8)
+        return (x * 3).sum()
+
+
+def test_regions_under_autocast_are_part_of_the_graph() -> None:
+    gm = trace(Autocast(), (torch.randn(4, 8),))
+    graph = BackpropGraph(gm)
+    assert graph.trainable <= set(graph.networkx)
+    assert sum(flops for _, _, flops in graph.networkx.edges(data="flops")) == graph.full() == 5 * 2 * 4 * 8 * 8 - 512
+    assert [graph.cost({name}) // 512 for name in ("first.weight", "second.weight", "second.bias")] == [3, 2, 1]
+
+
 def test_a_detached_parameter_costs_nothing() -> None:
     gm = trace(Chain(BETWEEN["sum"]), (torch.randn(4, 8),))
     full = BackpropGraph(gm)
