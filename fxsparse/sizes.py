@@ -56,7 +56,10 @@ class Sizes:
 
         named: dict[sympy.Symbol, int] = {}
         symbols = {str(symbol): symbol for symbol in traced}
+        flags = {str(node.target) for node in gm.graph.nodes if node.op == "placeholder"} - set(inputs)
         for name, sizes in (given or {}).items():
+            if name in flags:
+                continue
             if name in inputs:
                 _bind(name, inputs[name], getattr(sizes, "shape", sizes), named)
             elif name in symbols:
