@@ -642,3 +642,34 @@ def test_references_inlined_after_the_partition_keep_no_weight_between_the_passe
 def test_reference_agrees_with_the_operator_of_its_name() -> None:
     for op, compute in ops.DECOMPOSITIONS.items():
         assert compute is getattr(reference, op._opname)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", range(len(_calls(Case()))))
+@pytest.mark.parametrize("leading", [(), (0,), (2, 3)], ids=str)
+def test_cuda_computes_what_the_cpu_does(which: int, leading: tuple[int, ...]) -> None:
+    op, args = _calls(Case("2:4", leading))[which]
+    here = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
+    there = [arg.cuda() if isinstance(arg, Tensor) else arg for arg in here]
+    torch.testing.assert_close(op(*there).cpu(), op(*here), rtol=2e-3, atol=2e-3)  # TF32 may be on
+    torch.library.opcheck(op.default, tuple(there))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["nm", "masked"])
+def test_autocast_on_cuda(kind: str, dtype: torch.dtype) -> None:
+    model, dense = (each.cuda() for each in _models(kind, "dense"))
+    x = torch.randn(5, 16, device="cuda")
+    for each in (model, dense):
+        with torch.autocast("cuda", dtype=dtype):
+            y = each(x)
+        assert y.dtype == dtype
+        y.float().square().mean().backward()
+    for ours, theirs in zip(model, dense, strict=True):
+        if isinstance(ours, Layer):
+            assert ours.weight.grad.dtype == torch.float32
+            torch.testing.assert_close(ours.as_dense(ours.weight.grad), theirs.weight.grad, rtol=2e-2, atol=2e-2)
