@@ -51,7 +51,9 @@ def compile_for(spec: Spec, capability: int, *, aligned: bool = True) -> Any:
     function = kernel(spec).function
     types = {argument.name: argument.type for argument in spec.arguments}
     attributes = {
-        (position,): [["tt.divisibility", 16]] for position, kind in enumerate(types.values()) if kind != "fp32" and aligned
+        (position,): [["tt.divisibility", 16]]
+        for position, kind in enumerate(types.values())
+        if kind != "fp32" and aligned
     }
     options = {"num_warps": spec.tile.warps}
     if spec.gluon:

@@ -120,7 +120,8 @@ def _forward(
     y = x.new_empty(*x.shape[:-1], columns)
     if not y.numel():
         return y
-    plan = plan or tune.plan("nm_linear", rows, columns, depth, x, n, m)
+    name = "nm_linear" if branch is None else "nm_linear_low_rank"
+    plan = plan or tune.plan(name, rows, columns, depth, x, n, m)
     values, indices, others = values.contiguous(), indices.contiguous(), [_rows(operand) for operand in operands]
     low_rank, rank = "none", 16
     if branch is not None and branch[0].shape[0]:

@@ -32,9 +32,14 @@ SHAPES = ((16, DECODE), (64, SMALL))
 
 SHIPPED: dict[str, dict[str, Tile]] = {
     "nm_linear": {
-        DECODE: Tile(16, 32, 128, warps=4, stages=4, weight_first=True),
+        DECODE: Tile(16, 32, 256, warps=4, stages=3, weight_first=True),
         SMALL: Tile(64, 64, 64, warps=4, stages=3),
         LARGE: Tile(128, 128, 64, warps=8, stages=3),
+    },
+    "nm_linear_low_rank": {
+        DECODE: Tile(16, 32, 128, warps=4, stages=3, weight_first=True),
+        SMALL: Tile(64, 64, 64, warps=4, stages=3),
+        LARGE: Tile(128, 128, 32, warps=8, stages=3),
     },
     "nm_linear_grad_input": {
         DECODE: Tile(16, 64, 64, warps=4, stages=3),
@@ -51,7 +56,7 @@ SHIPPED: dict[str, dict[str, Tile]] = {
     "demux_linear": {
         DECODE: Tile(16, 64, 64, warps=4, stages=4),
         SMALL: Tile(64, 64, 64, warps=4, stages=3),
-        LARGE: Tile(128, 128, 32, warps=8, stages=3),
+        LARGE: Tile(64, 128, 32, warps=8, stages=3),
     },
     "nm_prune": {LARGE: Tile(16, 128, 1, warps=4, stages=1)},
     "mux": {LARGE: Tile(16, 128, 1, warps=4, stages=1)},
@@ -61,7 +66,7 @@ SHIPPED: dict[str, dict[str, Tile]] = {
 FLOAT32 = {
     DECODE: Tile(16, 32, 32, warps=4, stages=2),
     SMALL: Tile(32, 64, 32, warps=4, stages=2),
-    LARGE: Tile(64, 64, 32, warps=4, stages=2),
+    LARGE: Tile(64, 64, 16, warps=8, stages=2),
 }
 
 
