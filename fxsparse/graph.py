@@ -296,6 +296,15 @@ def insert_call(
     return node
 
 
+def replace_with_call(gm: GraphModule, old: Node, target: Any, args: tuple[Any, ...]) -> Node:
+    """Replaces ``old`` by a call of ``target`` whose result has the same shape and dtype."""
+    with gm.graph.inserting_before(old):
+        node = gm.graph.call_function(target, args)
+    node.meta = dict(old.meta)
+    replace(old, node)
+    return node
+
+
 def refresh(gm: GraphModule, node: Node) -> None:
     """Recomputes the fake value of a call from the fake values of its arguments."""
     with fake_mode(gm), torch.no_grad():

@@ -108,6 +108,8 @@ def nm_mask(scores: Tensor, pattern: Pattern, dim: int = -1) -> Tensor:
         RewriteError: the dimension is not a multiple of m.
     """
     _check_divisible(scores, pattern, dim)
+    if scores.is_meta:
+        return torch.empty_like(scores, dtype=torch.bool)
     scores = scores.detach()
     if scores.dtype == torch.bool:
         scores = scores.to(torch.uint8)

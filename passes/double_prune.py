@@ -25,14 +25,7 @@ from fxsparse.nm import Pattern
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
 from fxsparse.passes.mask_rules import ColumnMask
-from fxsparse.passes.sparse_linear import (
-    SparseLinear,
-    arguments,
-    call,
-    dense_and_mask,
-    sparse_linears,
-    store_column_mask,
-)
+from fxsparse.passes.sparse_linear import SparseLinear, dense_and_mask, replace_call, sparse_linears, store_column_mask
 from fxsparse.record import Change, rewrote, skipped
 
 
@@ -72,8 +65,7 @@ class DoublePruneBackward(Pass):
                 yield rewrote(linear.path, f"backward {self.pattern_of(linear)} along {linear.out_features} rows")
             done.add(linear.name)
             column_mask = fx.insert_attribute(graph, f"{linear.name}_column_mask", before=linear.node)
-            named = {**arguments(linear.node), "column_mask": column_mask}
-            fx.replace(linear.node, call(graph, linear.node.target, named, like=linear.node))
+            replace_call(graph, linear.node, linear.node.target, column_mask=column_mask)
 
     def pattern_of(self, linear: SparseLinear) -> Pattern:
         return Pattern.parse(self.pattern) if self.pattern else linear.pattern

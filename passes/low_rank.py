@@ -25,7 +25,7 @@ from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import Linear
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
-from fxsparse.passes.sparse_linear import SparseLinear, arguments, call, sparse_linears
+from fxsparse.passes.sparse_linear import SparseLinear, replace_call, sparse_linears
 from fxsparse.record import Change, rewrote, skipped, substitute
 
 _WITH_BRANCH = {
@@ -174,8 +174,7 @@ def insert_branches(gm: GraphModule) -> list[tuple[str, tuple[str, str]]]:
         down, up = f"{linear.name}_down", f"{linear.name}_up"
         nodes = (fx.insert_attribute(gm, down, before=linear.node), fx.insert_attribute(gm, up, before=linear.node))
         if isinstance(linear, SparseLinear):
-            named = {**arguments(linear.node), "down": nodes[0], "up": nodes[1]}
-            fx.replace(linear.node, call(gm, _WITH_BRANCH[linear.node.target], named, like=linear.node))
+            replace_call(gm, linear.node, _WITH_BRANCH[linear.node.target], down=nodes[0], up=nodes[1])
         else:
             _add_beside(gm, linear, *nodes)
         inserted[linear.name] = (_holder(linear), (down, up))

@@ -114,8 +114,11 @@ class InsertNMMasks(Pass):
         for linear in sparse_linears(graph):
             yield skipped(linear.path, f"is already {linear.pattern}")
         norms = self._norms(graph, [site for site, _ in chosen])
+        names = fx.parameter_names(graph)
         for site, pattern in chosen:
-            yield self._sparsify(graph, site, pattern, norms.get(site[0].name))
+            name = site[0].name
+            all_names = tuple(names[id(fx.attribute(graph, name))])
+            yield self._sparsify(graph, site, pattern, norms.get(name), all_names)
 
     # --- which weights ---
 
@@ -164,7 +167,9 @@ class InsertNMMasks(Pass):
             raise RewriteError("wanda needs calibration=[batch, ...]", pass_name=self.name)
         return activation_norms(graph, [linear for site in sites for linear in site], self.calibration)
 
-    def _sparsify(self, gm: GraphModule, site: list[Linear], pattern: Pattern, norms: Tensor | None) -> Change:
+    def _sparsify(
+        self, gm: GraphModule, site: list[Linear], pattern: Pattern, norms: Tensor | None, names: tuple[str, ...]
+    ) -> Change:
         borrowed = bool(gm.meta.get(BORROWED))
         storage = "masked" if borrowed else self.storage
         name, transposed = site[0].name, site[0].transposed
@@ -183,7 +188,6 @@ class InsertNMMasks(Pass):
                 derive(gm, f"{name}_mask", Derived(rule, (name,)))
         for linear in site:
             _call_compressed(gm, linear, pattern) if storage == "compressed" else self._call_masked(gm, linear)
-        names = tuple(fx.parameter_names(gm).get(id(weight), (name,)))
         hold(gm, [HeldWeight(name, storage, str(pattern), transposed, site[0].in_features, names)])
         kind = "transposable " if self.transposable else ""
         return rewrote(site[0].path, f"{kind}{pattern}, {self.criterion}, {storage}")
@@ -194,7 +198,7 @@ class InsertNMMasks(Pass):
             weight = fx.insert_call(gm, torch.ops.aten.t.default, (weight,), like=linear.node)
         mask = fx.insert_attribute(gm, f"{linear.name}_mask", before=linear.node)
         args = (linear.input, weight, mask, None, linear.bias, self.dynamic)
-        fx.replace(linear.node, fx.insert_call(gm, torch.ops.fxsparse.masked_linear.default, args, like=linear.node))
+        fx.replace_with_call(gm, linear.node, torch.ops.fxsparse.masked_linear.default, args)
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if self.dynamic:
@@ -205,7 +209,7 @@ def _call_compressed(gm: GraphModule, linear: Linear, pattern: Pattern) -> None:
     values = fx.insert_attribute(gm, f"{linear.name}_values", before=linear.node)
     indices = fx.insert_attribute(gm, f"{linear.name}_indices", before=linear.node)
     args = (linear.input, values, indices, None, linear.bias, pattern.n, pattern.m)
-    fx.replace(linear.node, fx.insert_call(gm, torch.ops.fxsparse.nm_linear.default, args, like=linear.node))
+    fx.replace_with_call(gm, linear.node, torch.ops.fxsparse.nm_linear.default, args)
 
 
 def _canonical(pattern: Any) -> str | FrozenMapping:

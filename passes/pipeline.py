@@ -13,7 +13,7 @@ from fxsparse import graph as fx
 from fxsparse.costs import costs
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.passes.base import Pass, parse_passes
-from fxsparse.record import Entry, append, record_of
+from fxsparse.record import Costs, Entry, append, record_of
 
 STRUCTURE_ONLY = "fxsparse_structure_only"
 
@@ -65,8 +65,9 @@ class Pipeline:
         if structure_only:
             copy.meta[STRUCTURE_ONLY] = True
         try:
+            before = costs(copy)
             for item in self.passes:
-                _run(item, copy)
+                before = _run(item, copy, before)
         finally:
             copy.meta.pop(STRUCTURE_ONLY, None)
         copy.recompile()
@@ -95,8 +96,9 @@ def structure_only(gm: GraphModule) -> bool:
     return bool(gm.meta.get(STRUCTURE_ONLY))
 
 
-def _run(item: Pass, gm: GraphModule) -> None:
-    before, read_before = costs(gm), fx.state_read(gm)
+def _run(item: Pass, gm: GraphModule, before: Costs) -> Costs:
+    """Runs one pass on ``gm`` itself and records it; returns the costs after it."""
+    read_before = fx.state_read(gm)
     start = time.perf_counter()
     try:
         changes = tuple(item.rewrite(gm))
@@ -111,4 +113,6 @@ def _run(item: Pass, gm: GraphModule) -> None:
     if not any(change.rewritten for change in changes):
         reasons = list({change.detail: str(change) for change in changes}.values())
         warnings.warn(f"{item} rewrote nothing ({'; '.join(reasons[:4]) or 'it found no site'})", stacklevel=3)
-    append(gm, Entry(str(item), changes, before, costs(gm), milliseconds))
+    after = costs(gm)
+    append(gm, Entry(str(item), changes, before, after, milliseconds))
+    return after

@@ -96,10 +96,11 @@ def arguments(node: Node) -> dict[str, Any]:
     return named
 
 
-def call(gm: GraphModule, target: Any, named: dict[str, Any], *, like: Node) -> Node:
-    """A call of ``target`` before ``like`` with those of the named arguments that its schema has."""
+def replace_call(gm: GraphModule, node: Node, target: Any, **changed: Any) -> Node:
+    """Replaces a call of an operator by one of ``target`` with the same arguments but for those that changed."""
+    named = {**arguments(node), **changed}
     args = tuple(named.get(argument.name, argument.default_value) for argument in target._schema.arguments)
-    return fx.insert_call(gm, target, args, like=like)
+    return fx.replace_with_call(gm, node, target, args)
 
 
 def dense_and_mask(gm: GraphModule, linear: SparseLinear) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,50 @@
+"""Measuring on noisy machines: rivals take turns, medians are compared, and every table says where it was made."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+import fxsparse
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each turn of one rival."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def ratio(self, baseline: Times) -> tuple[float, float, float]:
+        """Median, lower and upper quartile of the ratios to a baseline, turn by turn."""
+        ratios = [mine / its for mine, its in zip(self.seconds, baseline.seconds, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        return middle, low, high
+
+
+def interleaved(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3) -> dict[str, Times]:
+    """Times the rivals in turn, so that a machine that speeds up or slows down does so for all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for turn in range(warmup + rounds):
+        for name, run in rivals.items():
+            begin = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: Times(tuple(values)) for name, values in seconds.items()}
+
+
+def environment() -> str:
+    """Device and versions, for the head of a table."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
+    return f"{device}, torch {torch.__version__}, Python {platform.python_version()}, fxsparse {fxsparse.__version__}"
