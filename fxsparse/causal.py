@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
+from fxsparse.training_flags import is_random
 
 aten = torch.ops.aten
 
@@ -142,7 +143,7 @@ def _cone(mask: Node) -> list[Node] | None:
             return None
         if node.op not in {"get_attr", "call_function"}:
             return None
-        if node.op == "call_function" and _is_random(node):
+        if is_random(node):
             return None
         found.add(node)
         if node.target not in _READS_SIZES_ONLY:
@@ -150,11 +151,10 @@ def _cone(mask: Node) -> list[Node] | None:
         else:
             pending.extend(arg for arg in node.all_input_nodes if arg is not node.args[0])
         pending.extend(write for write in _writes_to(node) if write not in found)
-    return [node for node in mask.graph.nodes if node in found]
-
-
-def _is_random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    position = {node: index for index, node in enumerate(mask.graph.nodes)}
+    if max(position[node] for node in found) > min(position[user] for user in mask.users if user.target is _SDPA):
+        return None  # written into after it was read
+    return sorted(found, key=position.__getitem__)
 
 
 def _writes_to(node: Node) -> Iterator[Node]:

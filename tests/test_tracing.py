@@ -108,7 +108,7 @@ def test_gradients_equal_eager(name: str) -> None:
     found = gradients(gm, seeded(gm, **inputs))
     assert any(gradient is not None for gradient in expected)
     for one, other in zip(expected, found, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=8e-6)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)  # grouped queries: 3e-8
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in {"llama", "mistral", "qwen2"}])
@@ -141,12 +141,30 @@ def test_compiles_to_one_graph_per_mode(name: str) -> None:
 @pytest.mark.inductor
 def test_compiles_with_inductor() -> None:
     family, gm = traced("sequential")
-    gm.eval()
-    family.model.eval()
+    compiled = torch.compile(gm, dynamic=True)
+    torch._dynamo.utils.counters.clear()
     inputs = family.make_batch(batch=3)
-    loss, logits = torch.compile(gm)(**inputs)
-    expected = family.model(**inputs)
-    torch.testing.assert_close((loss, logits), expected)
+    gm.eval()
+    torch.testing.assert_close(compiled(**inputs), family.model.eval()(**inputs))
+    gm.train()
+    assert not torch.equal(compiled(**inputs)[0], compiled(**inputs)[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_compiles_inside_another_module() -> None:
+    class Outer(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **inputs: Tensor) -> Tensor:
+            return self.inner(**inputs)[1] * 2
+
+    family, gm = traced("sequential")
+    outer = Outer(gm).eval()
+    inputs = family.make_batch(batch=3)
+    expected = family.model.eval()(**inputs)[1] * 2
+    assert_same(expected, torch.compile(outer, backend="aot_eager", fullgraph=True)(**inputs))
 
 
 @pytest.mark.parametrize("name", CORE_FAMILIES)
@@ -353,6 +371,61 @@ def test_random_training_is_held_in_evaluation(kind: type[nn.Module], line: str)
         model.train(training)
         gm.train(training)
         model[0].eval(), model[2].eval()
+        assert_same(seeded(model, x), seeded(gm, x))
+
+
+class HeldDropout(nn.Module):
+    """Layer drop in the module that also drops activations, as BART's encoder does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, 0.5, self.training)
+        for layer in self.layers:
+            if not self.training or torch.rand([]) >= 0.0:
+                x = layer(x)
+        return x
+
+
+def test_dropout_of_a_held_module_still_trains() -> None:
+    model = HeldDropout()
+    with pytest.warns(UserWarning, match="HeldDropout is captured as it evaluates"):
+        gm = trace(model, (torch.randn(4, 16),))
+    x = torch.randn(3, 16)
+    torch.manual_seed(1)
+    expected = model.layers[1](model.layers[0](F.dropout(x, 0.5, True)))
+    assert_same(expected, seeded(gm, x))
+    assert_same(model.eval()(x), gm.eval()(x))
+
+
+class SameInBothModes(nn.Module):
+    """Modes that look different and are not: dead code, a read through a conversion, another memory layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(16))
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.scale.float() * x.float()
+            torch.rand([])
+        heads = (self.linear(x) * self.scale).view(-1, 4, 2, 8).transpose(1, 2)
+        probability = 0.2 if self.training else 0.0
+        heads = F.scaled_dot_product_attention(heads, heads, heads, dropout_p=probability)
+        return heads.contiguous().view(x.shape[0] // 4, 64)
+
+
+def test_what_is_the_same_in_both_modes_is_one_graph() -> None:
+    model = SameInBothModes()
+    gm = trace(model, (torch.randn(8, 16),))
+    assert gm.meta[META_KEY].notes == ()
+    x = torch.randn(12, 16)
+    for training in (True, False):
+        model.train(training)
+        gm.train(training)
         assert_same(seeded(model, x), seeded(gm, x))
 
 
