@@ -92,11 +92,11 @@ def _as_linear(gm: GraphModule, node: Node, names: dict[int, list[str]]) -> Line
     _, at_weight, _, transposed = _DENSE_LINEARS[node.target]
     if any(factor != 1 for factor in node.kwargs.values()):  # addmm's alpha and beta
         return None
-    weight = node.args[at_weight]
+    weight: Any = node.args[at_weight]
     if not isinstance(weight, Node):
         return None
     if weight.op != "get_attr" and is_transpose(weight):
-        weight, transposed = weight.args[0], not transposed  # type: ignore[assignment]
+        weight, transposed = weight.args[0], not transposed
     parameter = attribute(gm, str(weight.target)) if weight.op == "get_attr" else None
     if not isinstance(parameter, nn.Parameter) or parameter.dim() != 2:
         return None

@@ -61,7 +61,8 @@ def explain_compiled(graphs: Sequence[CompiledGraph]) -> str:
             lines += [f"  {line}" if line else "" for line in explain_record(graph.record).splitlines()]
         rows = [("  operator", "runs", "where", "why")]
         rows += [(f"  {c.op}", c.implementation, where, c.reason) for c, where in _choices(graph.choices)]
-        lines += table(rows) if graph.choices else ["  no fxsparse operator and no frozen N:M weight: all of it is Inductor's"]
+        nothing = ["  no fxsparse operator and no frozen N:M weight: all of it is Inductor's"]
+        lines += table(rows) if graph.choices else nothing
         lines += [""]
     return "\n".join(lines[:-1])
 

@@ -83,7 +83,7 @@ def _differs(item: Pass, option: Field[Any]) -> bool:
 def pass_classes() -> dict[str, type[Pass]]:
     """Every pass class by its name: fxsparse's own and any subclass that was imported."""
     found: dict[str, type[Pass]] = {}
-    pending: list[type[Pass]] = [Pass]
+    pending: list[type[Pass]] = [Pass]  # type: ignore[type-abstract]
     while pending:
         for cls in pending.pop().__subclasses__():
             pending.append(cls)

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from fxsparse.passes.event import Event
 from fxsparse.passes.sparse_linear import SparseLinear, replace_call, sparse_linears
 from fxsparse.record import Change, rewrote, skipped, substitute
 
-_WITH_BRANCH = {
+_WITH_BRANCH: dict[Any, Any] = {
     torch.ops.fxsparse.nm_linear.default: torch.ops.fxsparse.nm_linear_low_rank.default,
     torch.ops.fxsparse.masked_linear.default: torch.ops.fxsparse.masked_linear_low_rank.default,
 }
@@ -106,7 +106,7 @@ class AddLowRankBranches(Pass):
                     pass_name=self.name,
                 )
             return list(sparse)
-        every = [*sparse, *fx.linears(gm)]
+        every: list[Linear | SparseLinear] = [*sparse, *fx.linears(gm)]
         for glob in self.layers:
             if not any(fnmatchcase(linear.path, glob) for linear in every):
                 shown = ", ".join(linear.path for linear in every[:4])
@@ -162,7 +162,8 @@ def waiting_branches(gm: GraphModule) -> Iterable[Linear | SparseLinear]:
     """The linears whose branch exists but takes no part yet."""
     used = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
     present = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
-    for linear in [*sparse_linears(gm), *fx.linears(gm)]:
+    linears: list[Linear | SparseLinear] = [*sparse_linears(gm), *fx.linears(gm)]
+    for linear in linears:
         if f"{linear.name}_down" in present - used:
             yield linear
 

@@ -153,7 +153,9 @@ def test_default_is_the_last_hundredth() -> None:
     gm = rewritten("nm-masks,low-rank{rank=2}")
     optimizer = torch.optim.SGD(gm.parameters(), lr=0.0)
     schedule = fxsparse.Schedule(gm, optimizer, total_steps=200)
-    first = next(number for number in range(1, 201) if schedule.step() or any(linear.has_branch for linear in sparse_linears(gm)))
+    first = next(
+        number for number in range(1, 201) if schedule.step() or any(linear.has_branch for linear in sparse_linears(gm))
+    )
     assert first == 198
 
 
