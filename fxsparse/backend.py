@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import lower
@@ -87,8 +87,12 @@ def _compile_graph(gm: GraphModule, example_inputs: list[Any], options: BackendO
     rewritten = _run_passes(gm, example_inputs, options, origin.module, report)
     before, slots = (rewritten.module, rewritten.slots) if rewritten is not None else (gm, [])
     names = rewritten.names if rewritten is not None else state_names(gm, example_inputs, origin.module)
+    report.shapes = {name: tuple(example_inputs[position].shape) for position, name in names.items()}
     lowered, further = _lower(before, example_inputs, names, options, report)
-    inner = _compile(lowered, [*example_inputs, *_values([*slots, *further], example_inputs)], options)
+    values = _values([*slots, *further], example_inputs)
+    fixed = _of_fixed_size(values)
+    inner = _compile(lowered, [*example_inputs, *values], options)
+    del fixed
     if rewritten is not None or further:
         dense = _Dense(before, slots, options, report) if further else None
         inner = _with_states(inner, [*slots, *further], rewritten, dense)
@@ -153,22 +157,23 @@ def _compile(gm: GraphModule, inputs: list[Any], options: BackendOptions) -> Cal
 
     patches = config_patches(options)
     table = None
-    if any(True for _ in lower.operators(gm)):
+    if next(lower.operators(gm), None) is not None:
         with config.patch(patches):
-            table = {**select_decomp_table(), **lower.decompositions(options)}
+            table = lower.Decompositions(select_decomp_table(), options)
     return compile_fx(gm, inputs, config_patches=patches, decompositions=table)
 
 
-def _values(slots: list[Slot], example_inputs: list[Any]) -> list[Any]:
-    """The values of the further inputs for the weights that are compiled with, of fixed size to torch."""
-    tensors = [tensor for slot in slots for tensor in slot.get(example_inputs) or ()]
+def _values(slots: list[Slot], example_inputs: list[Any]) -> list[Tensor]:
+    """The further inputs for the weights that are compiled with."""
+    return [tensor for slot in slots for tensor in slot.get(example_inputs) or ()]
+
+
+def _of_fixed_size(tensors: list[Tensor]) -> list[Any]:
+    """Fake tensors that keep torch, for as long as they live, from making symbols of the sizes of ``tensors``."""
     context = torch._guards.TracingContext.try_get()
-    if context is not None and context.fake_mode is not None:
-        for tensor in tensors:
-            context.fake_mode.from_tensor(
-                tensor, static_shapes=True
-            )  # remembered: torch will not make the sizes symbols
-    return tensors
+    if context is None or context.fake_mode is None:
+        return []
+    return [context.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
 
 
 def _with_states(

@@ -47,6 +47,7 @@ class CompiledGraph:
     Attributes:
         name: Dynamo's number of the graph, ``0/0``; what follows the slash counts recompiles.
         options: what was asked for.
+        shapes: of the parameters and buffers it was compiled with, by their full names.
         record: of the passes that ran on the graph; None in the bare call.
         choices: the implementation of every fxsparse operator and of every frozen N:M weight found.
         notes: why something asked for did not happen, at compile time or later.
@@ -54,6 +55,7 @@ class CompiledGraph:
 
     name: str
     options: BackendOptions
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     record: Record | None = None
     choices: list[Choice] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -106,11 +108,13 @@ def compiled_graphs(compiled: Callable[..., Any]) -> list[CompiledGraph]:
 
     Returns:
         graphs in the order they were compiled, one for every piece between graph breaks, every mode and every
-        recompile. Empty before the first call, and after ``torch._dynamo.reset()``.
+        recompile. Empty before the first call, and after ``torch._dynamo.reset()``. A module of the same class and
+        shapes as one that was compiled before it runs that one's graphs, which are then given.
     """
-    options = _options(compiled)
+    options, target = _options(compiled), _target(compiled)
     with _lock:
-        return [graph for graph in _graphs_of(_target(compiled)) if options is None or graph.options == options]
+        graphs = _graphs_of(target) or _graphs_of_twins(target)
+        return [graph for graph in graphs if options is None or graph.options == options]
 
 
 def forget_all() -> None:
@@ -130,6 +134,16 @@ def _graphs_of(target: Any) -> list[CompiledGraph]:
 
         known = _graphs[key] = (weakref.ref(target, forget), [])
     return known[1]
+
+
+def _graphs_of_twins(target: Any) -> list[CompiledGraph]:
+    """Graphs compiled for other modules like ``target``: Dynamo keeps them by the code, not by the module."""
+    if not isinstance(target, nn.Module):
+        return []
+    state = (*target.named_parameters(remove_duplicate=False), *target.named_buffers(remove_duplicate=False))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state}
+    alike = (graphs for reference, graphs in list(_graphs.values()) if type(reference()) is type(target))
+    return [graph for graphs in alike for graph in graphs if graph.shapes.items() <= shapes.items()]
 
 
 def _target(compiled: Any) -> Any:

@@ -7,7 +7,7 @@ compressed, or leave the dense weight that is in memory anyway?) and for fxspars
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,15 +68,23 @@ def choose(site: Site, pinned: str = "auto") -> tuple[str, str]:
 # --- operators in the graph -------------------------------------------------------------------------------------------
 
 
-def operators(gm: GraphModule) -> Iterator[Node]:
-    """The calls of fxsparse operators in a graph."""
-    for node in gm.graph.nodes:
-        if (
-            node.op == "call_function"
-            and isinstance(node.target, torch._ops.OpOverload)
-            and node.target.namespace == "fxsparse"
-        ):
-            yield node
+def operators(gm: GraphModule) -> Iterator[tuple[str, Node]]:
+    """Names and calls of the fxsparse operators in a graph and in the graphs it calls, such as checkpointed regions."""
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                name = _operator_name(node.target) if node.op == "call_function" else None
+                if name:
+                    yield name, node
+
+
+def _operator_name(target: Any) -> str | None:
+    """``nm_linear`` for ``torch.ops.fxsparse.nm_linear`` and its overload; None for anything else."""
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return None
+    namespace, _, name = str(packet._qualified_op_name).partition("::")
+    return name if namespace == "fxsparse" else None
 
 
 def note_operators(gm: GraphModule, names: dict[int, str], options: BackendOptions, report: CompiledGraph) -> None:
@@ -87,16 +95,30 @@ def note_operators(gm: GraphModule, names: dict[int, str], options: BackendOptio
         names: full names of those inputs that are parameters or buffers, by position.
     """
     named = {node: names[position] for position, node in enumerate(placeholders(gm)) if position in names}
-    for node in operators(gm):
-        op, fake = node.target._opname, node.meta["example_value"]  # type: ignore[union-attr]
+    for op, node in operators(gm):
+        fake = node.meta.get("example_value", node.meta.get("val"))
+        if fake is None:
+            continue
         implementation, reason = choose(Site(op, fake.device.type, fake.dtype), options.pinned(op))
         site = next((named[source] for source in node.all_input_nodes if source in named), node.name)
         report.choices.append(Choice(op, site, implementation, reason))
 
 
-def decompositions(options: BackendOptions) -> dict[Any, Callable[..., Any]]:
-    """The references of those operators that :func:`choose` wants inlined; decided call by call."""
-    return {op: _unless_kernel(op, reference, options) for op, reference in ops.DECOMPOSITIONS.items()}
+class Decompositions(dict[Any, Callable[..., Any]]):
+    """Inductor's decompositions and the references of those operators that :func:`choose` wants inlined.
+
+    torch puts the table it is given into its caches' keys. Functions have no stable form there, so that graphs would
+    stay out of the caches; the table stands for the text of the options, and :mod:`fxsparse.fingerprint` for what the
+    references do.
+    """
+
+    def __init__(self, inductor: Mapping[Any, Callable[..., Any]], options: BackendOptions):
+        super().__init__(inductor)
+        self.update((op, _unless_kernel(op, reference, options)) for op, reference in ops.DECOMPOSITIONS.items())
+        self._text = str(options)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (self._text,)
 
 
 def _unless_kernel(op: Any, reference: Callable[..., Any], options: BackendOptions) -> Callable[..., Any]:
