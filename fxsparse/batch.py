@@ -25,6 +25,8 @@ from fxsparse.errors import TraceError
 
 CONDITIONS_KEY = "fxsparse_size_conditions"
 
+_INSTEAD = "give an example of at least two rows, or dynamic_batch=False"
+
 
 @dataclass(frozen=True)
 class SizeCondition:
@@ -62,7 +64,7 @@ def with_two_rows(model: nn.Module, example: Inputs) -> Inputs:
     if any(count != 1 for count in rows):
         raise TraceError(
             f"{type(model).__name__}: the first example input has one row and others have {max(rows)}; a batch of 1 is "
-            "captured as the only batch size. Give an example of at least two rows, or dynamic_batch=False."
+            f"captured as the only batch size; {_INSTEAD}"
         )
     return pytree.tree_map_only(Tensor, _repeat, example)
 
@@ -96,16 +98,19 @@ def check_batch_is_free(model: nn.Module, gm: GraphModule, example: Inputs) -> l
 
 def check_one_row(model: nn.Module, gm: GraphModule, example: Inputs) -> None:
     """TraceError where the model does something else with one row (``squeeze``) than the graph captured with two."""
-    shapes = []
+    name, shapes = type(model).__name__, []
     for module in (model, gm):
         with left_as_it_was(module), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             module.eval()
             args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, example)
-            shapes.append([tuple(tensor.shape) for tensor in tensors(module(*args, **kwargs))])
+            try:
+                shapes.append([tuple(tensor.shape) for tensor in tensors(module(*args, **kwargs))])
+            except Exception as error:
+                raise TraceError(f"{name} does not run with one row, {_INSTEAD}: {error}") from error
     if shapes[0] != shapes[1]:
         raise TraceError(
-            f"{type(model).__name__}: with one row the model returns sizes {shapes[0]}, the graph captured with two "
-            f"rows {shapes[1]}. Give an example of at least two rows, or dynamic_batch=False."
+            f"{name}: with one row the model returns sizes {shapes[0]}, the graph captured with two rows {shapes[1]}; "
+            f"{_INSTEAD}"
         )
 
 

@@ -30,15 +30,10 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Frame = tuple[FrameType, int]
 """A frame of the model's code and the line it was at."""
 
-_NOT_THE_MODEL = tuple(
-    os.path.realpath(folder) + os.sep
-    for folder in (
-        os.path.dirname(torch.__file__),
-        os.path.dirname(sympy.__file__),
-        sysconfig.get_path("stdlib"),
-        os.path.dirname(__file__),
-    )
+_PACKAGES = tuple(
+    os.path.dirname(os.path.realpath(file)) + os.sep for file in (torch.__file__, sympy.__file__, __file__)
 )
+_STANDARD_LIBRARY = os.path.realpath(sysconfig.get_path("stdlib")) + os.sep
 _STACK_LINE = re.compile(r'File "(.+)", line (\d+), in (.+)')
 _NOISY = tuple(map(logging.getLogger, ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")))
 
@@ -173,4 +168,7 @@ def _of_the_model(frames: Any) -> list[Frame]:
 
 
 def _is_library(filename: str) -> bool:
-    return filename.startswith("<") or os.path.realpath(filename).startswith(_NOT_THE_MODEL)
+    path = os.path.realpath(filename)
+    installed = f"{os.sep}site-packages{os.sep}" in path or f"{os.sep}dist-packages{os.sep}" in path
+    in_standard_library = path.startswith(_STANDARD_LIBRARY) and not installed
+    return filename.startswith("<") or path.startswith(_PACKAGES) or in_standard_library

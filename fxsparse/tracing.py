@@ -109,7 +109,8 @@ def trace(
         model = model._orig_mod
     if isinstance(model, GraphModule) and META_KEY in model.meta:
         return model
-    given: Inputs = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), dict(kwargs or {})))
+    with torch.inference_mode(False):
+        given: Inputs = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), dict(kwargs or {})))
     example = with_two_rows(model, given) if dynamic_batch else given
     notes: list[str] = []
     gm = _capture(model, example, dynamic_batch, notes)
@@ -269,6 +270,7 @@ def _always_holds(node: Node) -> bool:
 
 
 def _mirror(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    """A bare tree of modules with the names, the flags, the parameters and the buffers of ``module``."""
     if id(module) not in done:
         copy = done[id(module)] = nn.Module()
         copy.training = module.training

@@ -185,7 +185,11 @@ def _depends_on_mode(training: Any, evaluation: Any) -> bool:
 def _equal(item: Any, other: Any) -> bool:
     """Equality of constants and of held tensors: a parameter is only itself, a constant of capture may be a copy."""
     if isinstance(item, Tensor) and isinstance(other, Tensor):
-        return item is other or (not isinstance(item, nn.Parameter) and torch.equal(item, other))
+        if item is other or isinstance(item, nn.Parameter):
+            return item is other
+        if item.is_meta or other.is_meta:
+            return item.shape == other.shape and item.dtype == other.dtype
+        return torch.equal(item, other)
     return type(item) is type(other) and bool(item == other)
 
 

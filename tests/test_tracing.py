@@ -295,6 +295,16 @@ def test_autocast_and_no_grad_around_the_call_are_not_captured() -> None:
         assert_same(model(x), gm(x))
 
 
+def test_model_without_storage() -> None:
+    """On the meta device a model of any size can be traced, to know what it would cost."""
+    with torch.device("meta"):
+        config = transformers.GPTNeoXConfig(num_hidden_layers=2, use_cache=False)
+        model = transformers.GPTNeoXForCausalLM(config)
+        gm = trace(model, kwargs={"input_ids": torch.zeros(2, 16, dtype=torch.long)})
+        assert gm(torch.zeros(3, 16, dtype=torch.long)).logits.shape == (3, 16, config.vocab_size)
+    assert attentions(gm) == [(None, True)] * 2
+
+
 # --- modes ------------------------------------------------------------------------------------------------------------
 
 
