@@ -1,6 +1,6 @@
 """What the backend costs where it has nothing to do: compile time and run time against Inductor, on CPU or GPU.
 
-    python benchmarks/compile_overhead.py [--model opt|bert|mlp] [--repeats 7] [--device cpu]
+    python benchmarks/compile_overhead.py [--model opt|bert|mlp] [--rounds 7] [--device cpu]
 
 Compiled and timed, all in training mode (forward and backward):
 
@@ -9,22 +9,21 @@ Compiled and timed, all in training mode (forward and backward):
 * `traced`: ``fxsparse.trace(model)`` under Inductor;
 * `rewritten by nothing`: ``fxsparse.rewrite(model, [])`` under Inductor.
 
-Variants take turns in every repeat, so that a slow minute of the machine meets all of them. Times are medians over the
-repeats, ratios are medians of each repeat's ratio to `inductor`. Compile caches are off: every compilation is cold.
+Variants take turns, in compiling and in every step, so that a slow minute of the machine meets all of them; ratios are
+medians of each turn's ratio to `inductor`, with their quartiles. Compile caches are off: every compilation is cold.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from timing import Times, environment, interleaved
 from torch import nn
 
 from fxsparse.rewriting import rewrite
@@ -51,41 +50,38 @@ def build(name: str, device: str) -> tuple[nn.Module, dict[str, Any]]:
     return model.to(device).train(), {"input_ids": ids, "labels": ids}
 
 
-def step(model: Callable[..., Any], batch: dict[str, Any], device: str) -> float:
-    """Seconds of one forward and backward pass."""
-    start = time.perf_counter()
-    out = model(**batch)
-    (out if isinstance(out, torch.Tensor) else out.loss).sum().backward()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def entry(model: nn.Module, batch: dict[str, Any], backend: str, name: str) -> Callable[[], None]:
+    """A compiled step, forward and backward, of its own code object: Dynamo keeps what it compiled by the code."""
+
+    def forward(**batch: Any) -> Any:
+        return model(**batch)
+
+    forward.__code__ = forward.__code__.replace(co_name=name.replace(" ", "_"))
+    compiled = torch.compile(forward, backend=backend)
+
+    def step() -> None:
+        out = compiled(**batch)
+        (out if isinstance(out, torch.Tensor) else out.loss).sum().backward()
+
+    return step
 
 
-def measure(
-    variants: dict[str, tuple[nn.Module, str]], batch: dict[str, Any], repeats: int, steps: int, device: str
-) -> Any:
-    """Compile and run times in seconds, by variant, one for every repeat."""
-    compiling: dict[str, list[float]] = {name: [] for name in variants}
-    running: dict[str, list[float]] = {name: [] for name in variants}
-    for repeat in range(repeats + 1):
-        compiled = {}
-        for name, (model, backend) in variants.items():
-            torch._dynamo.reset()
-            gc.collect()
-            compiled[name] = torch.compile(model, backend=backend)
-            seconds = step(compiled[name], batch, device)
-            samples = [step(compiled[name], batch, device) for _ in range(steps)]
-            if repeat:  # the first round warms Inductor's own imports up
-                compiling[name].append(seconds - statistics.median(samples))
-                running[name].append(statistics.median(samples))
-    return compiling, running
+def compile_seconds(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Seconds of the first call of each step."""
+    seconds = {}
+    for name, step in steps.items():
+        gc.collect()
+        begin = time.perf_counter()
+        step()
+        seconds[name] = time.perf_counter() - begin
+    return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("opt", "bert", "mlp"), default="opt")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=30, help="steps timed after every compilation")
+    parser.add_argument("--rounds", type=int, default=7, help="compilations of every variant")
+    parser.add_argument("--steps", type=int, default=200, help="steps of every variant")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -98,20 +94,25 @@ def main() -> None:
         "traced": (trace(model, *arguments), "inductor"),
         "rewritten by nothing": (rewrite(model, [], *arguments), "inductor"),
     }
-    compiling, running = measure(variants, batch, options.repeats, options.steps, options.device)
-    where = platform.processor() or platform.machine()
-    if options.device != "cpu":
-        where = torch.cuda.get_device_name()
-    print(f"$ {' '.join(['python', *sys.argv])}")
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {where}, {torch.get_num_threads()} threads")
-    print(f"{'':22}{'compile s':>11}{'ratio':>8}{'step ms':>11}{'ratio':>8}")
+    compiled: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(options.rounds + 1):
+        torch._dynamo.reset()
+        steps = {name: entry(each, batch, backend, name) for name, (each, backend) in variants.items()}
+        seconds = compile_seconds(steps)
+        if turn:  # the first turn pays for imports
+            for name in variants:
+                compiled[name].append(seconds[name])
+    running = interleaved(steps, rounds=options.steps)
+    print(f"$ python {' '.join(sys.argv)}")
+    print(environment())
+    print(f"{'':22}{'compile s':>10}{'ratio (quartiles)':>24}{'step ms':>10}{'ratio (quartiles)':>24}")
     for name in variants:
+        compiling = Times(tuple(compiled[name]))
         ratios = [
-            statistics.median(ours / base for ours, base in zip(times[name], times[BASE], strict=True))
-            for times in (compiling, running)
+            "{:.3f} ({:.3f}, {:.3f})".format(*times.ratio(base))
+            for times, base in ((compiling, Times(tuple(compiled[BASE]))), (running[name], running[BASE]))
         ]
-        compile_s, run_ms = statistics.median(compiling[name]), statistics.median(running[name]) * 1e3
-        print(f"{name:22}{compile_s:11.2f}{ratios[0]:8.3f}{run_ms:11.3f}{ratios[1]:8.3f}")
+        print(f"{name:22}{compiling.median:10.2f}{ratios[0]:>24}{running[name].median * 1e3:10.2f}{ratios[1]:>24}")
 
 
 if __name__ == "__main__":
