@@ -63,7 +63,8 @@ def start(name: str, passes: list[Pass], model: torch.nn.Module, batch: torch.Te
     optimizer = torch.optim.AdamW(gm.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps))
     schedule = fxsparse.Schedule(gm, optimizer, total_steps=args.steps)
-    return Run(name, gm, torch.compile(gm, backend="fxsparse"), optimizer, schedule, warmup)
+    compiled = torch.compile(gm, backend="fxsparse", options={"compiler": args.compiler})
+    return Run(name, gm, compiled, optimizer, schedule, warmup)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -185,6 +186,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compiler", default="inductor", choices=("inductor", "aot_eager", "eager"))
     parser.add_argument("--out", type=Path, default=Path("out"))
     return parser.parse_args()
 
@@ -207,7 +209,7 @@ def main() -> None:
     validation = [random_windows(corpus.validation, 16, args.length, held_out).to(device) for _ in range(8)]
     example = random_windows(corpus.train, args.batch, args.length, batches).to(device)
     runs = [start(name, passes, model, example, args) for name, passes in ways(args).items()]
-    console.print(fxsparse.explain(runs[-1].model), highlight=False)
+    console.print(fxsparse.explain(runs[-1].model), highlight=False, soft_wrap=True)
 
     every = max(1, args.steps // 10)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
