@@ -82,3 +82,19 @@ def default(kernel: str, rows: int, dtype: str = "bfloat16") -> Tile:
     if dtype == "float32" and tiles[LARGE].depth > 1:
         return FLOAT32[name]
     return tiles[name]
+
+
+SPARSE: dict[str, tuple[Tile, int, int]] = {
+    DECODE: (Tile(16, 128, 128, warps=4, stages=3), 16, 32),
+    SMALL: (Tile(64, 64, 64, warps=4, stages=4), 32, 32),
+    LARGE: (Tile(128, 128, 64, warps=4, stages=3), 64, 64),
+    "large with steps": (Tile(128, 128, 64, warps=8, stages=3), 64, 32),
+}
+"""Tiles on sparse tensor cores, each with the rows and columns of one warp. The largest part of a warp leaves no
+registers for pointwise steps, so with them the same tile takes more warps."""
+
+
+def sparse(rows: int, steps: bool) -> tuple[Tile, int, int]:
+    """The shipped tile on sparse tensor cores for ``rows`` rows, and the rows and columns of a warp."""
+    name = regime(rows)
+    return SPARSE["large with steps" if steps and name == LARGE else name]

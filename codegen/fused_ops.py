@@ -1,0 +1,110 @@
+"""Operators that exist for the kernels' sake: a product with its epilogue, and the product on sparse tensor cores.
+
+They are made with ``custom_op`` because the compiler cannot look into a kernel, they run on a CPU through plain torch,
+and have no gradients: they stand in graphs that are not differentiated, or below the gradients.
+
+    nm_linear_epilogue(x, values, indices, bias?, n, m, steps, operands)
+    sparse_tensor_core_linear(x, values, metadata, bias?, steps, operands)
+
+``steps`` are names of :class:`~fxsparse.codegen.epilogue.Epilogue` separated by blanks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fxsparse.codegen import launch
+from fxsparse.codegen.metadata import unpack_metadata
+from fxsparse.errors import OptionError
+from fxsparse.nm import Pattern, unpack
+
+_STEPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def apply_steps(y: Tensor, steps: str, operands: list[Tensor]) -> Tensor:
+    """An epilogue's steps in plain torch."""
+    rest: Iterator[Tensor] = iter(operands)
+    for step in steps.split():
+        if step == "mul":
+            y = y * next(rest)
+        elif step == "add":
+            y = y + next(rest)
+        elif step in _STEPS:
+            y = _STEPS[step](y)
+        else:
+            raise OptionError(f"no epilogue step {step!r}")
+    return y
+
+
+@torch.library.custom_op("fxsparse::nm_linear_epilogue", mutates_args=(), device_types="cuda")
+def nm_linear_epilogue(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    steps: str,
+    operands: list[Tensor],
+) -> Tensor:
+    """steps(x W^T + bias); arguments as for ``launch.nm_linear``."""
+    return launch.nm_linear(x, values, indices, None, bias, n, m, steps=steps.split(), operands=operands)
+
+
+@nm_linear_epilogue.register_kernel("cpu")
+def _(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    steps: str,
+    operands: list[Tensor],
+) -> Tensor:
+    weight = unpack(values, indices, Pattern(n, m), x.shape[-1])
+    return apply_steps(F.linear(x, weight, bias), steps, operands).contiguous()
+
+
+@nm_linear_epilogue.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    steps: str,
+    operands: list[Tensor],
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+@torch.library.custom_op("fxsparse::sparse_tensor_core_linear", mutates_args=(), device_types="cuda")
+def sparse_tensor_core_linear(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, steps: str, operands: list[Tensor]
+) -> Tensor:
+    """steps(x W^T + bias), W 2:4; arguments as for ``launch.sparse_tensor_core_linear``."""
+    return launch.sparse_tensor_core_linear(x, values, metadata, bias, steps=steps.split(), operands=operands)
+
+
+@sparse_tensor_core_linear.register_kernel("cpu")
+def _(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, steps: str, operands: list[Tensor]) -> Tensor:
+    indices = unpack_metadata(metadata, values.shape[0], x.shape[-1])
+    weight = unpack(values, indices, Pattern(2, 4), x.shape[-1])
+    return apply_steps(F.linear(x, weight, bias), steps, operands).contiguous()
+
+
+@sparse_tensor_core_linear.register_fake
+def _(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, steps: str, operands: list[Tensor]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])

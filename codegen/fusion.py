@@ -1,0 +1,161 @@
+"""Which pointwise operators after a linear its kernel can take over.
+
+Read from ATen nodes: gelu (both forms), relu, silu, tanh, and multiplication by or addition of a tensor of the result's
+own shape and dtype. The chain ends at the first node that is something else, or whose input something else reads too.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fxsparse.codegen.epilogue import Epilogue
+
+aten = torch.ops.aten
+
+_UNARY: dict[Any, str] = {
+    aten.relu.default: "relu",
+    aten.silu.default: "silu",
+    aten.tanh.default: "tanh",
+    torch.relu: "relu",
+    torch.tanh: "tanh",
+    torch.nn.functional.relu: "relu",
+    torch.nn.functional.silu: "silu",
+}
+_BINARY: dict[Any, str] = {
+    aten.mul.Tensor: "mul",
+    aten.add.Tensor: "add",
+    operator.mul: "mul",
+    operator.add: "add",
+    torch.mul: "mul",
+    torch.add: "add",
+}
+_GELU = (aten.gelu.default, torch.nn.functional.gelu)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What a kernel can take over after a linear.
+
+    Attributes:
+        steps: of :class:`Epilogue`.
+        operands: the further tensors these take, in order.
+        nodes: the nodes taken over, in order; the last one's value is the kernel's result.
+    """
+
+    steps: tuple[str, ...] = ()
+    operands: tuple[Node, ...] = ()
+    nodes: tuple[Node, ...] = ()
+
+    def __len__(self) -> int:
+        """How many nodes were understood."""
+        return len(self.nodes)
+
+    def epilogue(self, bias: bool) -> Epilogue:
+        return Epilogue(bias, self.steps)
+
+
+def following(linear: Node) -> Fusion:
+    """The longest chain after a linear that its kernel can take over; empty where there is none."""
+    steps: list[str] = []
+    operands: list[Node] = []
+    nodes: list[Node] = []
+    last = linear
+    while len(last.users) == 1:
+        node = next(iter(last.users))
+        step, operand = _step(node, last)
+        if step is None:
+            break
+        steps.append(step)
+        operands += [] if operand is None else [operand]
+        nodes.append(node)
+        last = node
+    return Fusion(tuple(steps), tuple(operands), tuple(nodes))
+
+
+def fuse(gm: GraphModule, replace: Callable[[GraphModule, Node, Fusion], Node | None]) -> int:
+    """Takes chains over throughout a graph.
+
+    Args:
+        gm: changed in place.
+        replace: is called with each node that something follows, with the insertion point after the chain; it returns
+            the node that computes the whole chain, or None to leave this one.
+
+    Returns:
+        nodes taken over.
+    """
+    count = 0
+    for node in list(gm.graph.nodes):
+        fusion = following(node) if node.op == "call_function" else Fusion()
+        if not fusion:
+            continue
+        end = fusion.nodes[-1]
+        with gm.graph.inserting_after(end):
+            fused = replace(gm, node, fusion)
+        if fused is None:
+            continue
+        fused.meta = {**end.meta, **fused.meta}
+        end.replace_all_uses_with(fused, delete_user_cb=lambda user, fused=fused: user is not fused)
+        for old in reversed([node, *fusion.nodes]):
+            gm.graph.erase_node(old)
+        count += len(fusion)
+    if count:
+        gm.graph.lint()
+        gm.recompile()
+    return count
+
+
+def fuse_nm_linear(gm: GraphModule, unwanted: Callable[[Node], bool] = lambda node: False) -> int:
+    """Lets the kernel of every ``fxsparse::nm_linear`` in an inference graph take over what follows it.
+
+    Args:
+        gm: a graph of ATen and fxsparse operators that is not differentiated; changed in place.
+        unwanted: linears to leave alone.
+
+    Returns:
+        nodes taken over.
+    """
+    from fxsparse.codegen import fused_ops  # noqa: F401  registers the operator
+
+    def replace(gm: GraphModule, node: Node, fusion: Fusion) -> Node | None:
+        if node.target is not torch.ops.fxsparse.nm_linear.default or unwanted(node):
+            return None
+        x, values, indices, _, bias, n, m = node.args
+        args = (x, values, indices, bias, n, m, " ".join(fusion.steps), list(fusion.operands))
+        return gm.graph.call_function(torch.ops.fxsparse.nm_linear_epilogue.default, args)
+
+    return fuse(gm, replace)
+
+
+def _step(node: Node, value: Node) -> tuple[str | None, Node | None]:
+    """The epilogue step that a node is when ``value`` is the running result, and the tensor it takes."""
+    nothing = (None, None)
+    if node.op != "call_function":
+        return nothing
+    if node.target in _GELU:
+        form = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
+        step = {"none": "gelu", "tanh": "gelu_tanh"}.get(str(form))
+        return (step, None) if node.args[:1] == (value,) else nothing
+    if node.target in _UNARY:
+        inplace = node.kwargs.get("inplace", len(node.args) > 1 and node.args[1])
+        return (_UNARY[node.target], None) if node.args[:1] == (value,) and not inplace else nothing
+    if node.target not in _BINARY or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1 or "out" in node.kwargs:
+        return nothing
+    left, right = node.args
+    other = right if left is value else left
+    if not isinstance(other, Node) or other is value or not _alike(other, value) or not _alike(node, value):
+        return nothing
+    return _BINARY[node.target], other
+
+
+def _alike(left: Node, right: Node) -> bool:
+    """Whether two nodes hold tensors of one shape, dtype and device."""
+    a, b = (node.meta.get("val", node.meta.get("example_value")) for node in (left, right))
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
