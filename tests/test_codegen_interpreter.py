@@ -1,0 +1,25 @@
+"""Runs ``interpreted_kernels.py`` in Triton's interpreter, which has to be chosen before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_kernels_in_the_interpreter(tmp_path):
+    seed = str(random.SystemRandom().randrange(1 << 30))
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "FXSPARSE_CACHE_DIR": str(tmp_path),
+        "FXSPARSE_TEST_SEED": seed,
+    }
+    worker = Path(__file__).with_name("interpreted_kernels.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(worker)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=worker.parent)
+    print(run.stdout[-4000:])
+    assert run.returncode == 0, f"FXSPARSE_TEST_SEED={seed}\n{run.stdout[-8000:]}\n{run.stderr[-2000:]}"
+    assert " passed" in run.stdout
