@@ -118,7 +118,7 @@ def _is_lower_triangle(mask: Tensor) -> bool:
     """Whether a boolean or an additive mask keeps exactly the keys up to the query."""
     if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
         return False
-    kept = torch.ones(mask.shape[-2:], dtype=torch.bool).tril()
+    kept = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
     if mask.dtype is torch.bool:
         return bool((mask == kept).all())
     if not mask.is_floating_point():
@@ -223,7 +223,7 @@ def _evaluate(gm: GraphModule, cone: list[Node], sizes: dict[Any, int]) -> dict[
         fake = fx.value(node)  # outside the cone: only its sizes are read
         return torch.empty([concrete(size) for size in fake.shape], dtype=fake.dtype)
 
-    with torch.no_grad():
+    with torch.no_grad(), torch.device("cpu"):
         for node in cone:
             if node.op == "get_attr":
                 results[node] = fx.attribute(gm, str(node.target)).detach().to("cpu", copy=True)
