@@ -19,6 +19,13 @@ from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
 
+# Nobody reads what these return, yet they decide how the nodes after them run.
+_MODE_SWITCHES = {
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+}
+
 _TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
 _CONVOLUTIONS = {
     aten.conv1d.default,
@@ -352,15 +359,17 @@ def copy_tree(source: nn.Module, target: nn.Module, memo: dict[int, Any]) -> Non
 
 
 def eliminate_dead_code(gm: GraphModule) -> None:
-    """Removes nodes nothing reads, dropout included, and keeps writes to buffers and inputs."""
-    gm.graph.eliminate_dead_code(is_impure_node=_writes_state)
+    """Removes nodes nothing reads, dropout included, and keeps writes to buffers and inputs, and switches of modes."""
+    gm.graph.eliminate_dead_code(is_impure_node=_acts_beyond_its_result)
 
 
-def _writes_state(node: Node) -> bool:
+def _acts_beyond_its_result(node: Node) -> bool:
     if node.op in {"placeholder", "output"}:
         return True
     if node.op != "call_function":
         return False
+    if node.target in _MODE_SWITCHES:
+        return True
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:
         return False
