@@ -5,7 +5,7 @@ Dynamo's graph goes down this list; every step leaves a graph that torch takes f
 1. with ``options={"passes": ...}``: to the training IR, through the passes, and back (``one_line``);
 2. frozen N:M weights run from compressed form where that pays (``lower``);
 3. what the graph needs beyond Dynamo's inputs is looked up by the weights' identity on every call (``runtime_state``);
-4. the rest is Inductor's, with the references of our operators to inline (``lower``, ``fingerprint``).
+4. the rest is Inductor's, which inlines the references of our operators (``inductor``, ``inline``).
 
 The bare call runs no passes and computes what eager computes.
 """
@@ -27,7 +27,7 @@ from fxsparse import lower
 from fxsparse.compiled import CompiledGraph, Origin, compiled_graphs, forget_all
 from fxsparse.dynamo_graph import copy_dynamo_graph, state_names
 from fxsparse.errors import FxsparseError, LoweringError
-from fxsparse.fingerprint import config_patches
+from fxsparse.inductor import config_patches
 from fxsparse.one_line import RewrittenGraph
 from fxsparse.options import BackendOptions
 from fxsparse.runtime_state import Slot, invalidate
@@ -151,16 +151,10 @@ def _compile(gm: GraphModule, inputs: list[Any], options: BackendOptions) -> Cal
         from torch._dynamo.backends.debugging import aot_eager
 
         return aot_eager(gm, inputs)
-    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
 
-    patches = config_patches(options)
-    table = None
-    if next(lower.operators(gm), None) is not None:
-        with config.patch(patches):
-            table = lower.Decompositions(select_decomp_table(), options)
-    return compile_fx(gm, inputs, config_patches=patches, decompositions=table)
+    compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=config_patches(options))
+    return compiled
 
 
 def _values(slots: list[Slot], example_inputs: list[Any]) -> list[Tensor]:

@@ -29,6 +29,7 @@ Output = tuple[Tensor, Sequence[int]]
 _AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 _library = torch.library.Library("fxsparse", "FRAGMENT")
 _outputs: dict[CustomOpDef, Callable[..., Output]] = {}
+_kernels: set[tuple[str, str]] = set()
 
 
 def define(
@@ -75,10 +76,16 @@ def implement(op: CustomOpDef, device_type: str) -> Callable[[Callable[..., Tens
     """
 
     def register(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        _kernels.add((op._name, device_type))
         op.register_kernel(device_type)(_checked(_outputs[op], kernel))
         return kernel
 
     return register
+
+
+def has_kernel(name: str, device_type: str) -> bool:
+    """Whether an operator runs anything but its reference on a device."""
+    return (name, device_type) in _kernels
 
 
 def _checked(output: Callable[..., Output], kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:

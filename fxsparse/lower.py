@@ -7,7 +7,7 @@ compressed, or leave the dense weight that is in memory anyway?) and for fxspars
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxsparse import ops
 from fxsparse.compiled import Choice, CompiledGraph
+from fxsparse.custom_op import has_kernel
 from fxsparse.dynamo_graph import add_placeholder, copy_dynamo_graph, placeholders, static_fake
 from fxsparse.frozen import Compress, FrozenLinear, frozen_linears
 from fxsparse.options import BackendOptions
@@ -57,12 +57,14 @@ def choose(site: Site, pinned: str = "auto") -> tuple[str, str]:
                 "dense",
                 "the dense weight is in memory anyway, and on a CPU decompressing every call costs more than it saves",
             )
+        if not has_kernel(site.op, site.device):
+            return "dense", f"the dense weight is in memory anyway, and there is no kernel for {site.device}"
         return "compressed", f"it reads fewer bytes on {site.device}"
-    if site.device == "cpu":
-        return "reference", "inlined as ATen for the compiler to fuse; a CPU has no kernel of its own"
     if pinned == "dense":
         return "reference", f'pinned by options={{"lower": {{"{site.op}": "dense"}}}}'
-    return "operator", f"the operator's own kernel on {site.device}"
+    if has_kernel(site.op, site.device):
+        return "operator", f"the operator's own kernel on {site.device}"
+    return "reference", f"inlined as ATen for the compiler to fuse; there is no kernel for {site.device}"
 
 
 # --- operators in the graph -------------------------------------------------------------------------------------------
@@ -104,37 +106,14 @@ def note_operators(gm: GraphModule, names: dict[int, str], options: BackendOptio
         report.choices.append(Choice(op, site, implementation, reason))
 
 
-class Decompositions(dict[Any, Callable[..., Any]]):
-    """Inductor's decompositions and the references of those operators that :func:`choose` wants inlined.
-
-    torch puts the table it is given into its caches' keys. Functions have no stable form there, so that graphs would
-    stay out of the caches; the table stands for the text of the options, and :mod:`fxsparse.fingerprint` for what the
-    references do.
-    """
-
-    def __init__(self, inductor: Mapping[Any, Callable[..., Any]], options: BackendOptions):
-        super().__init__(inductor)
-        self.update((op, _unless_kernel(op, reference, options)) for op, reference in ops.DECOMPOSITIONS.items())
-        self._text = str(options)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return str, (self._text,)
-
-
-def _unless_kernel(op: Any, reference: Callable[..., Any], options: BackendOptions) -> Callable[..., Any]:
-    name = op._opname
-
-    def decomposition(*args: Any, **kwargs: Any) -> Any:
-        x = next(arg for arg in args if isinstance(arg, Tensor))
-        implementation, _ = choose(Site(name, x.device.type, x.dtype), options.pinned(_forward_of(name)))
-        return reference(*args, **kwargs) if implementation == "reference" else NotImplemented
-
-    return decomposition
-
-
-def _forward_of(name: str) -> str:
-    """A backward operator follows the choice for its forward one."""
-    return name.partition("_grad_")[0]
+def runs_reference(call: Node, options: BackendOptions) -> bool:
+    """Whether :func:`choose` wants the reference of an operator in a lowered graph; a gradient follows its operator."""
+    name = _operator_name(call.target)
+    like = next(value for node in call.all_input_nodes if isinstance(value := node.meta.get("val"), Tensor))
+    if name is None:
+        return False
+    site = Site(name, like.device.type, like.dtype)
+    return choose(site, options.pinned(name.partition("_grad_")[0]))[0] == "reference"
 
 
 # --- frozen N:M weights -----------------------------------------------------------------------------------------------

@@ -1,0 +1,74 @@
+"""What Inductor is told: to inline our references, and to keep its caches apart.
+
+One custom graph pass does both. It runs on the forward and on the backward graph, after AOTAutograd has parted them
+(``fxsparse.inline`` says why then). And its ``uuid`` stands in the keys of torch's compile caches, which hold the graph
+and Inductor's configuration but not the Python behind our operators: without it a changed autograd formula, or other
+options, would go on running as they were first compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from fxsparse import lower
+from fxsparse.inline import inline_references
+from fxsparse.options import BackendOptions
+
+_SLOT = "post_grad_custom_pre_pass"
+
+
+class InlineReferences(CustomGraphPass):
+    """Inlines the references of the operators that ``lower.choose`` has no kernel for.
+
+    Args:
+        options: of the backend.
+        then: the pass that the user gave Inductor for the same place; it runs afterwards.
+    """
+
+    def __init__(self, options: BackendOptions, then: Any = None):
+        self.options, self.then = options, then
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        inline_references(graph, lambda call: lower.runs_reference(call, self.options))
+        if self.then is not None:
+            self.then(graph)
+
+    def uuid(self) -> bytes | None:
+        """Of the sources, the options and the user's pass; None, which means no caching, where that has none."""
+        own = hashlib.sha256(sources() + str(self.options).encode())
+        if self.then is not None:
+            theirs = self.then.uuid() if isinstance(self.then, CustomGraphPass) else None
+            if theirs is None:
+                return None
+            own.update(repr(theirs).encode())
+        return own.digest()
+
+
+@functools.cache
+def sources() -> bytes:
+    """A hash of every source file of the package, passes and code generation included."""
+    import fxsparse
+    import fxsparse.codegen
+    import fxsparse.passes
+
+    digest = hashlib.sha256(torch.__version__.encode())
+    for package in (fxsparse, fxsparse.passes, fxsparse.codegen):
+        for root in package.__path__:
+            for path in sorted(Path(root).rglob("*.py")):
+                digest.update(path.name.encode())
+                digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def config_patches(options: BackendOptions) -> dict[str, Any]:
+    """Inductor's configuration for ``options``."""
+    from torch._inductor import config
+
+    theirs = options.inductor.get(_SLOT, getattr(config, _SLOT))
+    return {**options.inductor, _SLOT: InlineReferences(options, theirs)}
