@@ -8,6 +8,7 @@ named by their fully qualified name, ``node.meta["val"]`` is a fake tensor with 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -210,9 +211,12 @@ def example_of(arg: Any) -> Any:
 
 
 def stack_path(node: Node) -> str:
-    """The module path ``node`` came from, or an empty string."""
+    """Path of the module ``node`` came from; an empty string for the model itself."""
     stack = node.meta.get("nn_module_stack")
-    return str(next(reversed(stack.values()))[0]) if stack else ""
+    path = str(next(reversed(stack.values()))[0]) if stack else ""
+    if path.startswith("_empty_nn_module_stack"):  # what export writes on sizes that it read itself
+        return ""
+    return re.sub(r"@\d+", "", path)  # a module that is called again has a numbered path
 
 
 def parameter_names(gm: nn.Module) -> dict[int, list[str]]:
@@ -319,7 +323,7 @@ def refresh(gm: GraphModule, node: Node) -> None:
 
 
 def _inherit(node: Node, source: Node) -> None:
-    for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+    for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "recompute", "ac_graph_id"):
         if key in source.meta:
             node.meta[key] = source.meta[key]
 
