@@ -32,12 +32,12 @@ SHAPES = ((16, DECODE), (64, SMALL))
 
 SHIPPED: dict[str, dict[str, Tile]] = {
     "nm_linear": {
-        DECODE: Tile(16, 32, 256, warps=4, stages=3, weight_first=True),
+        DECODE: Tile(16, 32, 256, warps=4, stages=3),
         SMALL: Tile(64, 64, 64, warps=4, stages=3),
         LARGE: Tile(128, 128, 64, warps=8, stages=3),
     },
     "nm_linear_low_rank": {
-        DECODE: Tile(16, 32, 128, warps=4, stages=3, weight_first=True),
+        DECODE: Tile(16, 32, 128, warps=4, stages=3),
         SMALL: Tile(64, 64, 64, warps=4, stages=3),
         LARGE: Tile(128, 128, 32, warps=8, stages=3),
     },
@@ -49,7 +49,7 @@ SHIPPED: dict[str, dict[str, Tile]] = {
     "nm_linear_grad_values": {LARGE: Tile(128, 64, 64, warps=8, stages=3)},
     "gather_linear": {
         DECODE: Tile(16, 64, 64, warps=4, stages=4),
-        SMALL: Tile(64, 64, 64, warps=4, stages=3),
+        SMALL: Tile(64, 64, 32, warps=4, stages=3),
         LARGE: Tile(128, 128, 32, warps=8, stages=3),
     },
     "gather_linear_grad_weight": {LARGE: Tile(128, 128, 32, warps=8, stages=3)},
@@ -58,7 +58,7 @@ SHIPPED: dict[str, dict[str, Tile]] = {
         SMALL: Tile(64, 64, 64, warps=4, stages=3),
         LARGE: Tile(64, 128, 32, warps=8, stages=3),
     },
-    "nm_prune": {LARGE: Tile(16, 128, 1, warps=4, stages=1)},
+    "nm_prune": {LARGE: Tile(8, 128, 1, warps=4, stages=1)},
     "mux": {LARGE: Tile(16, 128, 1, warps=4, stages=1)},
 }
 
@@ -75,10 +75,16 @@ def regime(rows: int) -> str:
     return next((name for most, name in SHAPES if rows <= most), LARGE)
 
 
-def default(kernel: str, rows: int, dtype: str = "bfloat16") -> Tile:
-    """The shipped tile of a kernel for an input of ``rows`` rows."""
+def default(kernel: str, rows: int, dtype: str = "bfloat16", *, aligned: bool = True) -> Tile:
+    """The shipped tile of a kernel for an input of ``rows`` rows.
+
+    Sizes that are not multiples of 16 are not ``aligned``: elements are then copied one by one, which takes registers
+    that the largest tiles do not have.
+    """
     tiles = SHIPPED[kernel]
     name = regime(rows) if len(tiles) > 1 else LARGE
+    if name == LARGE and not aligned and SMALL in tiles:
+        name = SMALL
     if dtype == "float32" and tiles[LARGE].depth > 1:
         return FLOAT32[name]
     return tiles[name]

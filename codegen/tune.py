@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -27,13 +27,7 @@ def plan(
     """How to run a product of this size on a tensor's device and dtype."""
     dtype = str(like.dtype).removeprefix("torch.")
     found = _tuned().get(key(kernel, rows, columns, depth, dtype, n, m)) if like.is_cuda else None
-    return found or _default(kernel, tiles.regime(rows), dtype)
-
-
-@functools.cache
-def _default(kernel: str, regime: str, dtype: str) -> Plan:
-    rows = next((most for most, name in tiles.SHAPES if name == regime), 1 << 30)
-    return Plan(tiles.default(kernel, rows, dtype))
+    return found or Plan(tiles.default(kernel, rows, dtype, aligned=columns % 16 == 0 and depth % 16 == 0))
 
 
 def key(
@@ -50,11 +44,18 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
 
 
-def candidates(kernel: str, dtype: str = "bfloat16", *, tall: bool = False) -> list[Plan]:
-    """The shipped tiles of a kernel; for a weight taller than wide also with square blocks."""
-    shapes = (1, 64, 1 << 30)
-    found = list(dict.fromkeys(tiles.default(kernel, rows, dtype) for rows in shapes))
-    return [Plan(tile, square) for tile in found for square in ([False, True] if tall else [False])]
+def candidates(kernel: str, rows: int, dtype: str = "bfloat16", *, tall: bool = False) -> list[Plan]:
+    """Plans worth measuring for an input of ``rows`` rows.
+
+    The shipped tiles of the kernel; for few rows also twice as many columns, and the weight as the left operand; for a
+    ``tall`` weight, of more rows than columns, also square blocks.
+    """
+    found = [tiles.default(kernel, number, dtype) for number in (1, 64, 1 << 30)]
+    if rows <= 64 and kernel.startswith("nm_linear") and "grad" not in kernel:
+        small = found[0]
+        found += [replace(small, weight_first=True), replace(small, columns=2 * small.columns, depth=small.depth // 2)]
+    blocks = [False, True] if tall else [False]
+    return [Plan(tile, square) for tile in dict.fromkeys(found) for square in blocks]
 
 
 def measure(name: str, run: Callable[[Plan], object], plans: Iterable[Plan]) -> dict[Plan, float]:
