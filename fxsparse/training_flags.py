@@ -10,7 +10,6 @@ attribute. What the model hard-codes is the same in both graphs and stays.
 from __future__ import annotations
 
 import operator
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
+from fxsparse.graph import stack_path
 
 aten = torch.ops.aten
 
@@ -41,7 +41,7 @@ class ModesDiffer(Exception):
     @property
     def path(self) -> str:
         """Path of the module that decides: the deeper of the two the nodes came from."""
-        return max(scope(self.training), scope(self.evaluation), key=len)
+        return max(stack_path(self.training), stack_path(self.evaluation), key=len)
 
     def is_random(self, path: str) -> bool:
         """Whether the module at ``path`` draws random numbers in training that it does not draw in evaluation."""
@@ -50,7 +50,7 @@ class ModesDiffer(Exception):
 
 
 def _draws(graph: Graph, path: str) -> Counter[Any]:
-    inside = (node for node in graph.nodes if f"{scope(node)}.".startswith(f"{path}." if path else ""))
+    inside = (node for node in graph.nodes if f"{stack_path(node)}.".startswith(f"{path}." if path else ""))
     return Counter(node.target for node in inside if is_random(node))
 
 
@@ -104,15 +104,6 @@ def bind_training_flags(gm: GraphModule, evaluation: GraphModule, held: Collecti
     return sum(isinstance(difference, _Flag) for difference in differences)
 
 
-def scope(node: Node) -> str:
-    """Path of the module ``node`` came from; an empty string for the model itself."""
-    stack = node.meta.get("nn_module_stack")
-    path = str(next(reversed(stack.values()))[0]) if stack else ""
-    if path.startswith("_empty_nn_module_stack"):  # what export writes on sizes that it read itself
-        return ""
-    return re.sub(r"@\d+", "", path)  # a module that is called again has a numbered path
-
-
 def _differences(gm: GraphModule, evaluation: GraphModule) -> Iterator[_Flag | _Input]:
     counts = {node for node in gm.graph.nodes if _counts_batches(node)}
     yield from (_Flag(gm, node, 1, True) for node in counts)  # evaluation does not count
@@ -161,7 +152,7 @@ def _compare(ours: _Input, theirs: _Input, twin: dict[Node, Node]) -> Iterator[_
 
 def _held_dropouts(gm: GraphModule, held: Collection[str]) -> Iterator[_Flag]:
     for node in gm.graph.nodes if held else ():
-        if node.target in _DROPOUTS and scope(node) in held:
+        if node.target in _DROPOUTS and stack_path(node) in held:
             probability, training = _arguments(node)[1:3]
             if probability and training is False:
                 yield _Flag(gm, node, 2, True)
@@ -266,7 +257,7 @@ def _counts_batches(node: Node) -> bool:
 
 
 def _bind(flag: _Flag, root: GraphModule, reads: dict[tuple[int, str], Node]) -> None:
-    graph, node, path = flag.gm.graph, flag.node, scope(flag.node)
+    graph, node, path = flag.gm.graph, flag.node, stack_path(flag.node)
     _hold_flag(flag.gm, path, root)
     key = id(flag.gm), path
     with graph.inserting_before(node):
