@@ -6,6 +6,7 @@ names and ATen operators. Dynamo's own graph is never edited: torch still needs 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from fxsparse import graph as fx
 from fxsparse.derived import Derived, derived_buffers
@@ -145,6 +147,26 @@ class _MetaKeepingInterpreter(Interpreter):
     def run_node(self, n: Node) -> Any:
         with torch.fx.traceback.set_current_meta(n):
             return super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is not torch.ops.higher_order.tag_activation_checkpoint:
+            return super().call_function(target, args, kwargs)
+        region, *inputs = args
+        if "_checkpoint_context_fn" in region.meta:
+            raise ValueError("passes cannot look into selective activation checkpointing (context_fn=...)")
+        return _MetaKeepingInterpreter(_marked_to_recompute(region)).run(*inputs)
+
+
+_regions = itertools.count(1_000_000)  # numbers of checkpointed regions, apart from torch's own
+
+
+def _marked_to_recompute(region: GraphModule) -> GraphModule:
+    """A copy of a checkpointed region whose nodes ask to be recomputed in the backward pass, as torch marks them."""
+    graph, moved, number = Graph(), dict[Node, Node](), next(_regions)
+    for node in region.graph.nodes:
+        moved[node] = graph.node_copy(node, moved.__getitem__)
+        moved[node].meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=number)
+    return GraphModule(region, graph)
 
 
 def _fresh(fake: Any) -> Any:

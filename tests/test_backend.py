@@ -15,6 +15,7 @@ import torch
 from families import FAMILIES, Family
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 from fxsparse import graph as fx
 from fxsparse import runtime_state
@@ -397,3 +398,51 @@ def test_nothing_is_warned_about_in_the_bare_call() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.compile(Block(), backend="fxsparse", options={"compiler": "aot_eager"})(torch.randn(3, 16))
+
+
+# --- modes and regions ------------------------------------------------------------------------------------------------
+
+
+def test_autocast_and_no_grad_regions_stay() -> None:
+    class Regions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                low = self.down(torch.relu(self.up(x)))
+            with torch.no_grad():
+                constant = self.down(torch.relu(self.up(x)))
+            return low, constant
+
+    model, x = Regions(), torch.randn(4, 16)
+    compiled = torch.compile(model, **one_line())
+    ours, theirs = compiled(x), masked_copy(model, compiled)(x)
+    for mine, its in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, its)
+        assert mine.requires_grad is its.requires_grad
+
+
+def test_checkpointed_regions_are_rewritten_and_stay_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, x, use_reentrant=False) * 2
+
+    lowered: list[GraphModule] = []
+
+    def keep(gm: GraphModule, inputs: list[Any], options: Any) -> Any:
+        lowered.append(gm)
+        return gm.forward
+
+    monkeypatch.setattr("fxsparse.backend._compile", keep)
+    model, x = Checkpointed(), torch.randn(4, 16)
+    compiled = torch.compile(model, **one_line())
+    torch.testing.assert_close(compiled(x), masked_copy(model, compiled)(x))
+    marks = {node.name: "recompute" in node.meta for node in lowered[0].graph.nodes if node.op == "call_function"}
+    assert [name for name, marked in marks.items() if not marked] == ["mul"]
+    assert sum(name.startswith("masked_linear") for name in marks) == 2
