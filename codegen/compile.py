@@ -25,12 +25,12 @@ class Resources:
 
     Attributes:
         registers: a thread.
-        spilled: bytes of stack and local memory a thread: registers that did not fit.
+        spills: instructions that move a register that did not fit to or from local memory.
         shared: bytes of shared memory.
     """
 
     registers: int
-    spilled: int
+    spills: int
     shared: int
 
 
@@ -68,13 +68,20 @@ def compile_for(spec: Spec, capability: int, *, aligned: bool = True) -> Any:
 
 def resources(compiled: Any) -> Resources:
     """What a compiled kernel uses, read from its binary."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared)
+        usage = _inspect("cuobjdump", "--dump-resource-usage", file.name)
+        assembly = _inspect("nvdisasm", "-c", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump tells no registers: {usage}")
+    spills = re.findall(r"\b(?:LDL|STL)\b", assembly)
+    return Resources(int(registers[1]), len(spills), compiled.metadata.shared)
+
+
+def _inspect(tool: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout

@@ -77,27 +77,25 @@ class NMPrune(NMSpec):
         )
 
     def _ranks(self) -> str:
-        """How many of its group come before each weight."""
+        """Whether fewer than n of its group come before each weight, 0 or 1."""
         terms: list[list[str]] = [[] for _ in range(self.m)]
         lines = []
         for i, j in itertools.combinations(range(self.m), 2):
             lines.append(f"c{i}{j} = (s{i} >= s{j}).to(tl.int32)")
             terms[j].append(f"c{i}{j}")
             terms[i].append(f"(1 - c{i}{j})")
-        return "\n".join([*lines, *(f"k{i} = {' + '.join(terms[i])} < {self.n}" for i in range(self.m))])
+        return "\n".join([*lines, *(f"k{i} = ({' + '.join(terms[i])} < {self.n}).to(tl.int32)" for i in range(self.m))])
 
     def _slots(self) -> str:
-        """The position and value of each kept weight."""
-        lines = ["before0 = tl.zeros((N_TILE, GROUPS), tl.int32)"]
-        lines += [f"before{i} = before{i - 1} + k{i - 1}.to(tl.int32)" for i in range(1, self.m)]
+        """Which kept value each weight is, n for none; and the position and value of each kept one."""
+        lines = []
+        for i in range(self.m):
+            before = " + ".join(f"k{earlier}" for earlier in range(i)) or "0"
+            lines.append(f"o{i} = tl.where(k{i} != 0, {before}, {self.n})")
         for j in range(self.n):
             lines += [f"p{j} = tl.full((N_TILE, GROUPS), {j}, tl.int32)", f"v{j} = w{j}"]
             for i in range(j + 1, self.m - self.n + j + 1):
-                lines += [
-                    f"hit = k{i} & (before{i} == {j})",
-                    f"p{j} = tl.where(hit, {i}, p{j})",
-                    f"v{j} = tl.where(hit, w{i}, v{j})",
-                ]
+                lines += [f"p{j} = tl.where(o{i} == {j}, {i}, p{j})", f"v{j} = tl.where(o{i} == {j}, w{i}, v{j})"]
         return "\n".join(lines)
 
     def _store_indices(self) -> str:

@@ -58,7 +58,7 @@ SHIPPED: dict[str, dict[str, Tile]] = {
         SMALL: Tile(64, 64, 64, warps=4, stages=3),
         LARGE: Tile(64, 128, 32, warps=8, stages=3),
     },
-    "nm_prune": {LARGE: Tile(8, 128, 1, warps=4, stages=1)},
+    "nm_prune": {LARGE: Tile(16, 128, 1, warps=4, stages=1)},
     "mux": {LARGE: Tile(16, 128, 1, warps=4, stages=1)},
 }
 
