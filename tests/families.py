@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 VOCABULARY = 64
 HIDDEN = 32
@@ -34,6 +35,12 @@ class Family:
     model: nn.Module
     make_batch: Callable[..., dict[str, Any]]
     causal: bool = False
+
+
+def draws_alike(gm: GraphModule) -> bool:
+    """Whether a traced model draws the random numbers of the original in training; layer drop (OPT of older
+    transformers) draws some of its own that no graph can branch on."""
+    return not any("captured as it evaluates" in note for note in gm.meta["fxsparse_trace"].notes)
 
 
 class MLP(nn.Module):
