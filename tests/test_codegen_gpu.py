@@ -1,0 +1,214 @@
+"""Kernels on a GPU: equality, gradients, CUDA graphs, memory errors. Skipped where there is none."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fxsparse import nm, ops, reference
+from fxsparse.codegen import launch, tune
+from fxsparse.codegen.metadata import SparseTranspose, pack_metadata
+from fxsparse.codegen.spec import NMSpec
+from fxsparse.nm import Pattern
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 2e-5}
+ROWS = (1, 13, 64, 300)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Memory that was not written holds NaN."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def randn(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def weight(rows: int, columns: int, pattern: Pattern, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Dense and pruned, values, indices, column mask."""
+    dense = randn(rows, columns, dtype=dtype)
+    mask = nm.nm_mask(torch.rand(rows, columns, device="cuda"), pattern)
+    kept = torch.rand(rows, columns, device="cuda") < 0.7
+    return dense * mask, *nm.pack(dense, mask, pattern), nm.pack_column_mask(kept, mask, pattern)
+
+
+def close(result: Tensor, expected: Tensor) -> None:
+    error = (result.double() - expected).abs().max() / expected.abs().max()
+    assert float(error) < TOLERANCE[result.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", NMSpec.PATTERNS, ids=lambda pattern: f"{pattern[0]}:{pattern[1]}")
+def test_nm_products(pattern, dtype):
+    for rows in ROWS:
+        columns, depth = random.randint(1, 400), pattern[1] * random.randint(1, 60)
+        dense, values, indices, column_mask = weight(columns, depth, Pattern(*pattern), dtype)
+        x, dy, bias = (
+            randn(rows, depth, dtype=dtype),
+            randn(rows, columns, dtype=dtype),
+            randn(columns, dtype=dtype),
+        )
+        close(
+            launch.nm_linear(x, values, indices, None, bias, *pattern),
+            F.linear(x.double(), dense.double(), bias.double()),
+        )
+        close(
+            launch.nm_linear_grad_input(dy, values, indices, column_mask, *pattern),
+            reference.nm_linear_grad_input(dy.double(), values.double(), indices, column_mask, *pattern),
+        )
+        close(
+            launch.nm_linear_grad_values(dy, x, indices, *pattern),
+            nm.gather_kept(dy.double().t() @ x.double(), indices, Pattern(*pattern)),
+        )
+        for rank in (8, 100):
+            down, up = randn(rank, depth, dtype=dtype), randn(columns, rank, dtype=dtype)
+            branch = x.double() @ down.double().t() @ up.double().t() / rank
+            close(
+                launch.nm_linear_low_rank(x, values, indices, None, down, up, None, *pattern),
+                F.linear(x.double(), dense.double()) + branch,
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("steps", ["", "gelu", "silu mul"])
+def test_sparse_tensor_cores(dtype, steps):
+    for rows, columns, depth in [(1, 40, 64), (16, 128, 256), (50, 200, 208), (300, 257, 512)]:
+        dense, values, indices, _ = weight(columns, depth, Pattern(2, 4), dtype)
+        x, bias, gate = (randn(*shape, dtype=dtype) for shape in ((rows, depth), (columns,), (rows, columns)))
+        operands = [gate] if "mul" in steps else []
+        y = launch.sparse_tensor_core_linear(
+            x, values, pack_metadata(indices), bias, steps=steps.split(), operands=operands
+        )
+        expected = F.linear(x.double(), dense.double(), bias.double())
+        if steps:
+            expected = F.gelu(expected) if steps == "gelu" else F.silu(expected) * gate.double()
+        close(y, expected)
+
+
+def test_input_gradient_on_sparse_tensor_cores():
+    dense, values, indices, _ = weight(192, 256, Pattern(2, 4), torch.bfloat16)
+    mask = nm.unpack_mask(indices, Pattern(2, 4), 256)
+    kept = nm.double_prune_mask(dense, mask, Pattern(2, 4))
+    transpose = SparseTranspose.of(values, indices, nm.pack_column_mask(kept, mask, Pattern(2, 4)))
+    dy = randn(70, 192, dtype=torch.bfloat16)
+    close(launch.sparse_tensor_core_grad_input(dy, transpose), dy.double() @ (dense * kept).double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prune_gather_mux(dtype):
+    dense = randn(100, 240, dtype=dtype)
+    for n, m in NMSpec.PATTERNS:
+        values, indices = launch.nm_prune(dense, n, m)
+        expected = nm.pack(dense, nm.nm_mask(dense.abs(), Pattern(n, m)), Pattern(n, m))
+        assert torch.equal(values, expected[0])
+        assert torch.equal(indices, expected[1])
+    rows = torch.randperm(100, device="cuda")[:33]
+    x, dy = randn(77, 240, dtype=dtype), randn(77, 33, dtype=dtype)
+    close(launch.gather_linear(x, dense, rows, None, None), x.double() @ dense[rows].double().t())
+    close(launch.gather_linear_grad_input(dy, dense, rows, None), dy.double() @ dense[rows].double())
+    grad = torch.zeros(100, 240, dtype=torch.double, device="cuda")
+    grad[rows] = dy.double().t() @ x.double()
+    close(launch.gather_linear_grad_weight(dy, x, rows, None, (100, 240)), grad)
+    h, keys = randn(6, 9, 240, dtype=dtype), randn(3, 240, dtype=dtype)
+    close(launch.mux(h, keys, 3), (h.double().view(2, 3, 9, 240) * keys.double()[:, None]).mean(1))
+    both = randn(50, 480, dtype=dtype)
+    pairs = torch.cat([keys[None, :, None].expand(6, 3, 9, 240), h[:, None].expand(6, 3, 9, 240)], -1)
+    close(launch.demux_linear(h, keys, both, None), F.linear(pairs.double(), both.double()).flatten(0, 1))
+
+
+def test_gradients_of_the_operators():
+    from fxsparse.codegen import operators  # noqa: F401
+
+    _, values, indices, column_mask = weight(96, 128, Pattern(2, 4), torch.float32)
+    x, bias = randn(40, 128, dtype=torch.float32), randn(96, dtype=torch.float32)
+    down, up = randn(8, 128, dtype=torch.float32), randn(96, 8, dtype=torch.float32)
+    inputs = [tensor.requires_grad_() for tensor in (x, values, down, up, bias)]
+
+    def run(device: str) -> list[Tensor]:
+        x, values, down, up, bias = (t.detach().to(device).requires_grad_() for t in inputs)
+        packed = indices.to(device), column_mask.to(device)
+        y = ops.nm_linear_low_rank(x, values, *packed, down, up, bias, 2, 4)
+        y.square().sum().backward()
+        return [y, *(tensor.grad for tensor in (x, values, down, up, bias))]
+
+    for gpu, cpu in zip(run("cuda"), run("cpu"), strict=True):
+        torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-4, atol=1e-4 * float(cpu.detach().abs().max()))
+
+
+def test_cuda_graph_replays():
+    _, values, indices, column_mask = weight(256, 512, Pattern(2, 4), torch.bfloat16)
+    metadata, x = pack_metadata(indices), randn(32, 512, dtype=torch.bfloat16)
+
+    def run() -> list[Tensor]:
+        y = launch.nm_linear(x, values, indices, None, None, 2, 4, steps=["relu"])
+        return [
+            y,
+            launch.sparse_tensor_core_linear(x, values, metadata, None),
+            launch.nm_linear_grad_input(y, values, indices, column_mask, 2, 4),
+            launch.nm_linear_grad_values(y, x, indices, 2, 4),
+        ]
+
+    run()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        x.copy_(randn(32, 512, dtype=torch.bfloat16))
+        graph.replay()
+        for replayed, eager in zip(captured, run(), strict=True):
+            assert torch.equal(replayed, eager)
+
+
+def test_tuning_chooses_a_plan(monkeypatch, tmp_path):
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
+    tune._tuned.cache_clear()
+    _, values, indices, _ = weight(1024, 512, Pattern(2, 4), torch.bfloat16)
+    x = randn(128, 512, dtype=torch.bfloat16)
+    key = tune.key("nm_linear", 128, 1024, 512, "bfloat16", 2, 4)
+    times = tune.measure(
+        key,
+        lambda plan: launch.nm_linear(x, values, indices, None, None, 2, 4, plan=plan),
+        tune.candidates("nm_linear", 128, tall=True),
+    )
+    assert tune.plan("nm_linear", 128, 1024, 512, x, 2, 4) == min(times, key=lambda plan: times[plan])
+    tune._tuned.cache_clear()
+
+
+_SANITIZED = """
+import torch
+from fxsparse import nm
+from fxsparse.codegen import launch
+from fxsparse.codegen.metadata import pack_metadata
+weight = torch.randn(70, 80, device="cuda").bfloat16()
+values, indices = launch.nm_prune(weight, 2, 4)
+x = torch.randn(37, 80, device="cuda").bfloat16()
+launch.nm_linear(x, values, indices, None, None, 2, 4)
+launch.sparse_tensor_core_linear(x, values, pack_metadata(indices), None)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_sanitizer_finds_nothing(tool):
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "7", sys.executable, "-c", _SANITIZED]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
