@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import io
 import re
 from typing import Any
@@ -11,22 +10,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import CORE_FAMILIES, FAMILIES, Family, causal_lm_batch, draws_alike, padding_mask, token_ids
+from families import CORE_FAMILIES, FAMILIES, causal_lm_batch, draws_alike, padding_mask, token_ids
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+from traced import traced
 
 from fxsparse.errors import TraceError
 from fxsparse.tracing import META_KEY, trace
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
-
-
-@functools.cache
-def traced(name: str) -> tuple[Family, GraphModule]:
-    family = FAMILIES[name]()
-    return family, trace(family.model, kwargs=family.make_batch(batch=4))
 
 
 def seeded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
