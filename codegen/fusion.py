@@ -6,6 +6,7 @@ own shape and dtype. The chain ends at the first node that is something else, or
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def fuse(gm: GraphModule, replace: Callable[[GraphModule, Node, Fusion], Node | 
         if fused is None:
             continue
         fused.meta = {**end.meta, **fused.meta}
-        end.replace_all_uses_with(fused, delete_user_cb=lambda user, fused=fused: user is not fused)
+        end.replace_all_uses_with(fused, delete_user_cb=functools.partial(operator.is_not, fused))
         for old in reversed([node, *fusion.nodes]):
             gm.graph.erase_node(old)
         count += len(fusion)

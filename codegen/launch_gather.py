@@ -47,7 +47,7 @@ def gather_linear(
         spec = GatherLinear(
             dtype_of(x), tile, "forward", rows is not None, columns is not None, precision_of(x), epilogue
         )
-        extra = [*given(bias), *others, *(other.stride(0) for other in others)]
+        extra: list[Tensor | int] = [*given(bias), *others, *(other.stride(0) for other in others)]
         _gather(spec, size[:2], (inputs, dense, rows_of(y)), rows, columns, extra, size)
     return y
 

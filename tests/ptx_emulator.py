@@ -173,7 +173,9 @@ class Warp:
             return np.full(LANES, int(text[2:], 16), U64)
         if text in ("true", "false"):
             return np.full(LANES, text == "true")
-        raise ValueError(f"operand {text} was never written")
+        if re.fullmatch(r"%(?:r|rd|rs)\d+", text):  # never written: the compiler leaves undefined what it does not use
+            return np.full(LANES, 0xA5A5A5A5A5A5A5A5, U64)
+        raise ValueError(f"operand {text}")
 
     def _set(self, name: str, value: Array, active: Array) -> None:
         if name == "_":
@@ -284,6 +286,11 @@ class Warp:
             self._mma(instruction, active)
         elif kind == "mov" and (args[0].startswith("{") or args[1].startswith("{")):
             self._move_parts(parts, args, active)
+        elif kind == "shfl":
+            lanes = {"idx": 0, "bfly": _LANE}[parts[2]] ^ self._value(args[2]).astype(int)
+            if int(args[3], 0) != LANES - 1 or "|" in args[0]:
+                raise NotImplementedError(str(instruction))
+            self._set(args[0], self._value(args[1])[lanes % LANES], active)
         elif kind == "cvt":
             self._set(args[0], _convert(instruction.opcode, parts, [self._value(arg) for arg in args[1:]]), active)
         else:
