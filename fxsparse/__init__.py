@@ -1,8 +1,8 @@
 """fxsparse: rewrite PyTorch transformers to sparse, smaller or multiplexed ones, and compile them.
 
-    sparse = fxsparse.rewrite(model, [InsertNMMasks("2:4"), DoublePruneBackward()], kwargs=batch)
-    print(fxsparse.explain(sparse))
-    fast = torch.compile(sparse, backend="fxsparse")
+sparse = fxsparse.rewrite(model, [InsertNMMasks("2:4"), DoublePruneBackward()], kwargs=batch)
+print(fxsparse.explain(sparse))
+fast = torch.compile(sparse, backend="fxsparse")
 """
 
 from fxsparse.backend import invalidate
@@ -10,6 +10,7 @@ from fxsparse.backprop import BackpropGraph
 from fxsparse.checkpoint import load, save
 from fxsparse.errors import CheckpointError, FxsparseError, LoweringError, OptionError, RewriteError, TraceError
 from fxsparse.flops import count_flops
+from fxsparse.importance import tensor_importance
 from fxsparse.passes import Pass, Pipeline
 from fxsparse.recipes import recipe
 from fxsparse.record import Record, record_of
@@ -43,5 +44,6 @@ __all__ = [
     "replay",
     "rewrite",
     "save",
+    "tensor_importance",
     "trace",
 ]

@@ -28,6 +28,7 @@ _MODE_SWITCHES = {
 }
 
 _TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
+FROZEN = "fxsparse_frozen"  # marks a ``detach`` that keeps a parameter from being trained
 _CONVOLUTIONS = {
     aten.conv1d.default,
     aten.conv2d.default,
@@ -103,14 +104,20 @@ def _as_linear(gm: GraphModule, node: Node, names: dict[int, list[str]]) -> Line
     weight: Any = node.args[at_weight]
     if not isinstance(weight, Node):
         return None
+    weight = read_of(weight)
     if weight.op != "get_attr" and is_transpose(weight):
-        weight, transposed = weight.args[0], not transposed
+        weight, transposed = read_of(weight.args[0]), not transposed  # type: ignore[arg-type]
     parameter = attribute(gm, str(weight.target)) if weight.op == "get_attr" else None
     if not isinstance(parameter, nn.Parameter) or parameter.dim() != 2:
         return None
     paths = [module_path(name) for name in names.get(id(parameter), ())]
     path = stack_path(node) if stack_path(node) in paths else module_path(str(weight.target))
     return Linear(node, weight, transposed, path)
+
+
+def read_of(node: Node) -> Node:
+    """The node behind the ``detach`` that freezes a parameter; ``node`` itself where there is none."""
+    return node.args[0] if FROZEN in node.meta else node  # type: ignore[return-value]
 
 
 def is_transpose(node: Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,12 +32,22 @@ class Schedule:
         gm: a rewritten graph module.
         optimizer: the optimizer that trains it.
         total_steps: optimizer steps of the whole training.
+        signals: options that vary, as functions of the optimizer step (from 1), by pass and option:
+            ``{"select-tensors.rho": lambda step: 0.4 if is_noon() else 0.7}``.
 
     Raises:
-        OptionError: ``total_steps`` is not positive, or the optimizer trains none of the graph's parameters.
+        OptionError: ``total_steps`` is not positive, the optimizer trains none of the graph's parameters, or a signal
+            is for an option that nothing here reads.
     """
 
-    def __init__(self, gm: GraphModule, optimizer: torch.optim.Optimizer, *, total_steps: int):
+    def __init__(
+        self,
+        gm: GraphModule,
+        optimizer: torch.optim.Optimizer,
+        *,
+        total_steps: int,
+        signals: Mapping[str, Callable[[int], float]] | None = None,
+    ):
         if total_steps < 1:
             raise OptionError(f"total_steps={total_steps} must be at least 1")
         own = {id(parameter) for parameter in gm.parameters()}
@@ -48,12 +59,34 @@ class Schedule:
         self.total_steps = total_steps
         self.steps_done = 0
         self.events: dict[str, Event] = {}
+        signals = dict(signals or {})
+        read: set[str] = set()
         for entry in record_of(gm).entries:
             for item in parse_passes(entry.text):
                 for event in item.schedule(gm, optimizer, total_steps):
+                    own_signals = {name: f"{item.name}.{name}" for name in event.varying}
+                    event.signals = {name: signals[key] for name, key in own_signals.items() if key in signals}
+                    read |= set(own_signals.values())
                     self.events[f"{item.name}.{len(self.events)}"] = event
+        if unknown := sorted(set(signals) - read):
+            raise OptionError(
+                f"no signal is called {', '.join(unknown)}; there are: {', '.join(sorted(read)) or 'none'}"
+            )
         # The gradients are final, unscaled and clipped, only inside optimizer.step().
         self._hook = optimizer.register_step_pre_hook(self._before_step)
+
+    def observe(self, batch: Any, *, loss: Callable[[Any], torch.Tensor] | None = None) -> None:
+        """Shows the schedule the batch of the next step; call it before the forward pass.
+
+        Passes that choose by what a batch shows (``select-tensors{rho=...}``) do so here on the steps they are due, and
+        ignore it on others. Under gradient accumulation the step's first batch counts.
+
+        Args:
+            batch: what the graph is called with: a mapping of keyword inputs, a tuple of positional ones, or a tensor.
+            loss: the scalar loss of what the graph returns; by default its ``loss``, or its one scalar.
+        """
+        for event in self.events.values():
+            event.observe(self.steps_done + 1, batch, loss)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for event in self.events.values():

@@ -6,6 +6,7 @@ from fxsparse.passes.event import Event
 from fxsparse.passes.low_rank import AddLowRankBranches
 from fxsparse.passes.nm_masks import InsertNMMasks
 from fxsparse.passes.pipeline import Pipeline
+from fxsparse.passes.select_tensors import SelectTensors
 from fxsparse.record import Change, rewrote, skipped
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "InsertNMMasks",
     "Pass",
     "Pipeline",
+    "SelectTensors",
     "rewrote",
     "skipped",
 ]

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 
 class Event:
     """Something that varies with the training step; a ``Schedule`` drives it.
 
     Steps count optimizer steps from 1. Edits of buffers are in place, so that compiled code sees them.
+
+    Attributes:
+        varying: names of the pass's options that may be functions of the step.
+        signals: those that are, as the ``Schedule`` was given them.
     """
+
+    varying: ClassVar[tuple[str, ...]] = ()
+    signals: Mapping[str, Callable[[int], float]] = {}
+
+    def observe(self, step: int, batch: Any, loss: Callable[[Any], Any] | None) -> None:
+        """Called with the batch of optimizer step ``step`` before its forward pass, see ``Schedule.observe``."""
 
     def before_step(self, step: int) -> None:
         """Called when the gradients of optimizer step ``step`` are final, before the optimizer uses them."""

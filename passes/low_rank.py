@@ -51,6 +51,7 @@ class AddLowRankBranches(Pass):
     """
 
     name: ClassVar[str] = "low-rank"
+    cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors",)
     rank: int | None = None
     ratio: float | None = None
     start: float = 0.99

@@ -69,6 +69,7 @@ class InsertNMMasks(Pass):
     """
 
     name: ClassVar[str] = "nm-masks"
+    cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors",)
     pattern: Any = "2:4"
     criterion: str = "magnitude"
     storage: str = "compressed"

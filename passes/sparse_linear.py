@@ -83,7 +83,7 @@ def sparse_linears(gm: GraphModule) -> Iterator[SparseLinear]:
 
 def _weight_name(node: Node) -> str:
     if node.target in COMPRESSED:
-        return str(arguments(node)["values"].target).removesuffix("_values")
+        return str(fx.read_of(arguments(node)["values"]).target).removesuffix("_values")
     return str(arguments(node)["mask"].target).removesuffix("_mask")
 
 

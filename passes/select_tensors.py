@@ -1,0 +1,280 @@
+"""Training some of a model's tensors: GreenTrainer (arXiv 2309.13192), and simpler choices on the same footing.
+
+    maximise  sum of I_k over S    subject to    forward + cost(S) <= rho * full training step
+
+S is the set of tensors that are trained. The others are read through ``detach`` and require no gradient, so that what
+only their gradients need is not computed, compiled or kept. I is `fxsparse.tensor_importance`, cost and the exact
+choice are those of `fxsparse.BackpropGraph`.
+
+Other published choices are ways to name S: ``select-tensors{tensors=["*bias"]}`` is BitFit (arXiv 2106.10199),
+``select-tensors{last_layers=2}`` trains the last two layers, and ``low-rank{rank=8,start=0.0,layers=["*.q_proj",
+"*.v_proj"]},select-tensors{tensors=["*_down","*_up"]}`` is LoRA (arXiv 2106.09685) on queries and values.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fxsparse import graph as fx
+from fxsparse.backprop import BackpropGraph
+from fxsparse.costs import costs
+from fxsparse.derived import weights_borrowed
+from fxsparse.errors import OptionError, RewriteError, nearest
+from fxsparse.importance import tensor_importance
+from fxsparse.passes.base import Pass
+from fxsparse.passes.event import Event
+from fxsparse.record import META_KEY, Change, record_of, rewrote, skipped
+from fxsparse.training_set import fully_trained, replace_by_frozen, set_trained, trainable, trained
+
+
+@dataclass(frozen=True)
+class SelectTensors(Pass):
+    """Trains some tensors and freezes the others.
+
+    Without ``rho`` the tensors named are trained. With it, a ``Schedule`` chooses among them, by the batch that
+    ``schedule.observe(batch)`` shows it: at the first step, and again as ``every`` or ``times`` says. Until then all of
+    them are trained. Every new choice is a new graph for a running compile.
+
+    A tensor that is frozen keeps its optimizer state (moments, step count) as it was, is neither updated nor decayed
+    while it is frozen, and goes on from that state when it is trained again.
+
+    Attributes:
+        tensors: names or globs of the tensors to train, or to choose from; none is all that can be trained.
+        rho: share of a full training step's FLOPs that a step may cost, forward included, in (0, 1]. A full step trains
+            everything that can be trained, whatever ``tensors`` says.
+        last_layers: train only, or choose from, this many last blocks and what follows them.
+        every: optimizer steps between two choices.
+        times: how often to choose, evenly over the training; as often as there are epochs, it is once at the start of
+            each.
+        metric: what to choose by, see `fxsparse.tensor_importance`.
+        chosen: the names that are trained now; written by the schedule, so that the record gives the graph as it is.
+
+    Raises:
+        OptionError: an option is out of range, or rho is below what the forward pass alone costs.
+        RewriteError: nothing can be trained, or a name or glob matches no trainable tensor.
+    """
+
+    name: ClassVar[str] = "select-tensors"
+    tensors: tuple[str, ...] | None = None
+    rho: float | None = None
+    last_layers: int | None = None
+    every: int | None = None
+    times: int | None = None
+    metric: str = "importance"
+    chosen: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("tensors", "chosen"):
+            names = getattr(self, field)
+            if names is not None:
+                object.__setattr__(self, field, (names,) if isinstance(names, str) else tuple(names))
+        if self.tensors is not None and self.last_layers is not None:
+            raise OptionError("give tensors or last_layers, not both", pass_name=self.name)
+        for field in ("last_layers", "every", "times"):
+            number = getattr(self, field)
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise OptionError(f"{field}={number} must be a positive whole number", pass_name=self.name)
+        if self.every is not None and self.times is not None:
+            raise OptionError("give every or times, not both", pass_name=self.name)
+        if self.rho is None and (self.every or self.times):
+            raise OptionError("every and times need rho, the budget to choose within", pass_name=self.name)
+        if self.rho is not None and (isinstance(self.rho, bool) or not 0 < self.rho <= 1):
+            raise OptionError(f"rho={self.rho} must lie in (0, 1]", pass_name=self.name)
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        names = self._pool(graph)
+        if self.rho is not None:
+            if weights_borrowed(graph):
+                raise RewriteError(
+                    "choosing needs an optimizer and batches, which a one-line call does not see; call "
+                    "fxsparse.rewrite and drive the result with a fxsparse.Schedule, or name the tensors",
+                    pass_name=self.name,
+                )
+            BackpropGraph(graph, trainable=trainable(graph)).budget(self.rho)
+        if self.chosen is not None:
+            names = self._matching(graph, self.chosen)
+        candidates = trainable(graph)
+        set_trained(graph, names)
+        for name in candidates:
+            if name not in names and not weights_borrowed(graph):
+                replace_by_frozen(graph, name)
+        if self.rho is not None and self.chosen is None:
+            yield rewrote("model", f"a schedule chooses among {len(names)} tensors, all trained until then")
+        yield from _changes(candidates, names)
+
+    def _pool(self, gm: GraphModule) -> set[str]:
+        """The tensors to train, or to choose from."""
+        names = set(trainable(gm))
+        if not names:
+            raise RewriteError(
+                "the model has no trainable tensor: no parameter that the graph reads requires a gradient",
+                pass_name=self.name,
+            )
+        if self.last_layers is not None:
+            return names & _last_blocks(gm, self.last_layers)
+        return names if self.tensors is None else self._matching(gm, self.tensors)
+
+    def _matching(self, gm: GraphModule, globs: Iterable[str]) -> set[str]:
+        """The trainable tensors that globs match by any of their names."""
+        candidates = set(trainable(gm))
+        aliases = {name: names[0] for names in fx.parameter_names(gm).values() for name in names}
+        found = set()
+        for glob in globs:
+            named = {aliases[name] for name in aliases if name == glob or fnmatchcase(name, glob)}
+            if not named & candidates:
+                why = "names only frozen or unused parameters" if named else "matches no parameter"
+                hint = nearest(glob, aliases) if not named else ""
+                raise RewriteError(f"{glob!r} {why}; {hint}".rstrip("; "), pass_name=self.name)
+            found |= named & candidates
+        return found
+
+    def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
+        yield _Reselect(self, graph, optimizer, total_steps)
+
+
+def _changes(candidates: Iterable[str], names: Collection[str]) -> list[Change]:
+    return [skipped(name, "trained") if name in names else rewrote(name, "frozen") for name in candidates]
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+_BLOCK = re.compile(r"(?:(.*?)\.)?(\d+)\.")
+
+
+def _last_blocks(gm: GraphModule, count: int) -> set[str]:
+    """Names of the parameters of the last ``count`` blocks of the list of blocks that runs last, and of those that are
+    first used after them."""
+    place = {node: position for position, node in enumerate(gm.graph.nodes)}
+    used: dict[str, list[int]] = {}
+    aliases = {name: names[0] for names in fx.parameter_names(gm).values() for name in names}
+    for read in gm.graph.find_nodes(op="get_attr"):
+        if str(read.target) in aliases:
+            used.setdefault(aliases[str(read.target)], []).extend(place[user] for user in _users(read))
+    blocks: dict[str, dict[int, list[str]]] = {}
+    for name in used:
+        if match := _BLOCK.match(name):
+            blocks.setdefault(match[1] or "", {}).setdefault(int(match[2]), []).append(name)
+    lists = {path: numbered for path, numbered in blocks.items() if len(numbered) > 1}
+    if not lists:
+        raise RewriteError("found no list of blocks; name the tensors to train", pass_name=SelectTensors.name)
+    ends = {
+        path: max(place for names in numbered.values() for n in names for place in used[n])
+        for path, numbered in lists.items()
+    }
+    last = max(ends, key=ends.__getitem__)
+    numbers = sorted(lists[last])[-count:]
+    chosen = {name for number in numbers for name in lists[last][number]}
+    return chosen | {name for name, places in used.items() if min(places, default=0) > ends[last]}
+
+
+def _users(read: Node) -> Iterable[Node]:
+    """The nodes that use a parameter, seen through detached and transposed reads of it."""
+    for user in read.users:
+        if fx.FROZEN in user.meta:
+            yield from _users(user)
+        else:
+            yield user
+
+
+# --- choosing while training ------------------------------------------------------------------------------------------
+
+
+class _Reselect(Event):
+    """Chooses the tensors to train anew on the steps that are due; tensors that join the graph later (low-rank branches
+    at their start) are trained until the next choice."""
+
+    varying = ("rho",)
+
+    def __init__(self, owner: SelectTensors, gm: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int):
+        self.owner, self.gm, self.optimizer, self.total_steps = owner, gm, optimizer, total_steps
+        self.chosen_at = 0
+        self.code, self.trained = gm.code, set(trained(gm))
+
+    def is_due(self, step: int) -> bool:
+        """Whether optimizer step ``step`` starts with a choice."""
+        if self.owner.rho is None:
+            return False
+        if self.owner.every is not None:
+            return (step - 1) % self.owner.every == 0
+        times = self.owner.times or 1
+        return any(step - 1 == -(-turn * self.total_steps // times) for turn in range(times))
+
+    def observe(self, step: int, batch: Any, loss: Callable[[Any], Any] | None) -> None:
+        if not self.is_due(step) or self.chosen_at == step:
+            return
+        rho = self.signals["rho"](step) if "rho" in self.signals else self.owner.rho
+        full = fully_trained(self.gm)
+        graph = BackpropGraph(full, trainable=trainable(self.gm))
+        graph.budget(rho)
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        pool = [name for name in self.owner._pool(full) if id(full.get_parameter(name)) in held]
+        importance = tensor_importance(
+            self.gm, self.optimizer, batch, metric=self.owner.metric, tensors=pool, rho=rho, loss=loss
+        )
+        chosen = graph.select(importance, rho) if importance else set()
+        if not chosen:
+            raise RewriteError(
+                f"no tensor that lowers the loss can be trained within rho={rho}; "
+                f"the least rho that trains anything is {_least(graph, pool)}",
+                pass_name=self.owner.name,
+            )
+        self._train(chosen)
+        self.chosen_at = step
+
+    def before_step(self, step: int) -> None:
+        if self.is_due(step) and self.chosen_at != step:
+            raise OptionError(
+                f"a choice is due at optimizer step {step} and no batch was shown: call schedule.observe(batch) before "
+                "the forward pass of each step",
+                pass_name=self.owner.name,
+            )
+
+    def after_step(self, step: int) -> None:
+        if self.code is not self.gm.code:
+            self.code = self.gm.code
+            if self.trained != set(trained(self.gm)):
+                self._note(trained(self.gm))
+
+    def _train(self, chosen: Collection[str]) -> None:
+        candidates = trainable(self.gm)
+        set_trained(self.gm, chosen)
+        for name in candidates:
+            parameter = self.gm.get_parameter(name)
+            parameter.requires_grad_(name in chosen)
+            if name not in chosen:
+                parameter.grad = None  # an optimizer moves and decays whatever has a gradient, however old
+        self.gm.recompile()
+        self._note(chosen)
+
+    def _note(self, chosen: Collection[str]) -> None:
+        """A replay of the record gives the graph as it is from here on."""
+        now = replace(self.owner, chosen=tuple(sorted(chosen)))
+        changes = tuple(_changes(trainable(self.gm), chosen))
+        record, text = record_of(self.gm), str(self.owner)
+        entries = tuple(
+            replace(entry, text=str(now), changes=changes, after=costs(self.gm)) if entry.text == text else entry
+            for entry in record.entries
+        )
+        self.gm.meta[META_KEY] = replace(record, entries=entries)
+        self.owner, self.code, self.trained = now, self.gm.code, set(chosen)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"chosen_at": self.chosen_at, "chosen": list(self.owner.chosen or ())} if self.chosen_at else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._train(state["chosen"])
+        self.chosen_at = state["chosen_at"]
+
+
+def _least(graph: BackpropGraph, names: Iterable[str]) -> float:
+    forward, full = graph.forward(), graph.full()
+    least = forward + min(graph.cost([name]) for name in names)
+    return math.ceil(least / (forward + full) * 10_000) / 10_000
