@@ -1,6 +1,6 @@
 """What the backend costs where it has nothing to do: compile time and run time against Inductor, on CPU or GPU.
 
-    python benchmarks/compile_overhead.py [--model opt|bert|mlp] [--rounds 7] [--device cpu]
+    python -m benchmarks.compile_overhead [--model opt|bert|mlp] [--rounds 7] [--device cpu]
 
 Compiled and timed, all in training mode (forward and backward):
 
@@ -23,9 +23,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import Times, environment, interleaved
 from torch import nn
 
+from benchmarks.timing import Times, environment, interleaved
 from fxsparse.rewriting import rewrite
 from fxsparse.tracing import trace
 
@@ -98,12 +98,13 @@ def main() -> None:
     for turn in range(options.rounds + 1):
         torch._dynamo.reset()
         steps = {name: entry(each, batch, backend, name) for name, (each, backend) in variants.items()}
-        seconds = compile_seconds(steps)
+        order = list(variants)[turn % len(variants) :] + list(variants)[: turn % len(variants)]  # none is always first
+        seconds = compile_seconds({name: steps[name] for name in order})
         if turn:  # the first turn pays for imports
             for name in variants:
                 compiled[name].append(seconds[name])
     running = interleaved(steps, rounds=options.steps)
-    print(f"$ python {' '.join(sys.argv)}")
+    print(f"$ python -m benchmarks.compile_overhead {' '.join(sys.argv[1:])}")
     print(environment())
     print(f"{'':22}{'compile s':>10}{'ratio (quartiles)':>24}{'step ms':>10}{'ratio (quartiles)':>24}")
     for name in variants:
