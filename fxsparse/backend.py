@@ -153,7 +153,7 @@ def _compile(gm: GraphModule, inputs: list[Any], options: BackendOptions) -> Cal
         return aot_eager(gm, inputs)
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=config_patches(options))
+    compiled: Any = compile_fx(gm, inputs, config_patches=config_patches(options))
     return compiled
 
 
