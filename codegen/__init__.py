@@ -4,7 +4,7 @@
 
 A spec (``nm_linear``, ``nm_grad_values``, ``nm_prune``, ``gather``, ``multiplex``, ``sparse_tensor_cores``) is frozen
 and renders to one readable file (``source``, ``registry``). ``launch`` takes tensors; ``tiles`` and ``tune`` choose the
-shape of the work; ``fusion`` reads epilogues from a graph; ``operators`` puts it all behind the ``fxsparse::`` operators.
+shape of the work, ``fusion`` reads epilogues from a graph, ``operators`` puts it all behind the ``fxsparse::`` names.
 """
 
 from fxsparse.codegen.registry import Kernel, kernels, recording

@@ -41,6 +41,7 @@ class NMLinear(NMSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_depth()
         if self.low_rank not in ("none", "inside", "after"):
             raise OptionError(f"low_rank={self.low_rank!r} is none of none, inside, after")
 
@@ -133,6 +134,10 @@ class NMGradInput(NMSpec):
     column_mask: bool = False
     even: bool = False
     precision: str = "ieee"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_depth()
 
     @property
     def name(self) -> str:

@@ -124,6 +124,15 @@ class NMSpec(Spec):
             known = ", ".join(f"{n}:{m}" for n, m in self.PATTERNS)
             raise OptionError(f"no kernel for pattern {self.n}:{self.m}; there are kernels for {known}")
 
+    def require_depth(self) -> None:
+        """Refuses steps that Triton 3.6 compiles to wrong code.
+
+        It gives a thread of a tensor core operand 8 adjacent elements of the reduced dimension because the operand is
+        made from bytes, and where 4 threads of 8 elements exceed the step it reads some elements twice.
+        """
+        if self.tile.depth < 32:
+            raise OptionError(f"tile {self.tile} of a product with a compressed weight needs a depth of at least 32")
+
     @property
     def index_bits(self) -> int:
         """Bits of one packed index."""

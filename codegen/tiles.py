@@ -66,7 +66,7 @@ SHIPPED: dict[str, dict[str, Tile]] = {
 FLOAT32 = {
     DECODE: Tile(16, 32, 32, warps=4, stages=2),
     SMALL: Tile(32, 64, 32, warps=4, stages=2),
-    LARGE: Tile(64, 64, 16, warps=8, stages=2),
+    LARGE: Tile(64, 64, 32, warps=8, stages=2),
 }
 
 

@@ -99,7 +99,7 @@ class TestNM:
     def test_grad_input(self, draw, pattern, dtype):
         rows, columns, depth = sizes(draw, pattern[1])
         weight, dy = Weight(columns, depth, Pattern(*pattern), dtype), torch.randn(rows, columns).to(dtype)
-        plan = Plan(Tile(16, 64, draw.choice([16, 32])))
+        plan = Plan(Tile(16, 64, draw.choice([32, 64])))
         args = (dy, weight.values, weight.indices)
         close(
             launch.nm_linear_grad_input(*args, weight.column_mask, *pattern, plan=plan),
@@ -109,7 +109,7 @@ class TestNM:
 
     def test_grad_input_without_masks(self, draw, pattern, dtype):
         weight, dy = Weight(32, 64, Pattern(*pattern), dtype), torch.randn(7, 32).to(dtype)
-        plan = Plan(Tile(16, 32, 16))
+        plan = Plan(Tile(16, 32, 32))
         dx = launch.nm_linear_grad_input(dy, weight.values, weight.indices, weight.column_mask, *pattern, plan=plan)
         close(dx, dy.double() @ weight.twice_pruned)
 

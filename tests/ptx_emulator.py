@@ -246,9 +246,22 @@ class Warp:
             low, high = matrix[_G, 2 * _T].astype(U64), matrix[_G, 2 * _T + 1].astype(U64)
             self._set(name, low | high << U64(16), active)
 
+    def _stmatrix(self, instruction: Instruction) -> None:
+        addresses = self._address(instruction.args[0])
+        for i, name in enumerate(_names(instruction.args[1])):
+            matrix = _bytes(self._value(name), 4).reshape(8, 16).view(np.uint16)
+            if ".trans" in instruction.opcode:
+                matrix = np.ascontiguousarray(matrix.T)
+            where = addresses[8 * i : 8 * i + 8, None] + np.arange(16)
+            _check(where, len(self.shared), "shared")
+            self.shared[where] = matrix.view(np.uint8)
+
     # --- matrix products ---
 
     def _mma(self, instruction: Instruction, active: Array) -> None:
+        if "m16n8k8.row.col.f32.tf32.tf32.f32" in instruction.opcode:
+            self._mma_tf32(instruction, active)
+            return
         sparse = instruction.opcode.startswith("mma.sp")
         expected = "m16n8k32" if sparse else "m16n8k16"
         halves = "bf16" if ".bf16.bf16." in instruction.opcode else "f16"
@@ -269,6 +282,18 @@ class Warp:
             total = product[_G + 8 * (i // 2), 2 * _T + i % 2] + _float(c[:, i])
             self._set(name, _raw(total), active)
 
+    def _mma_tf32(self, instruction: Instruction, active: Array) -> None:
+        """19 bits of every operand count; the hardware cuts the rest off."""
+        a, b, c = ([_float(self._value(name)) for name in _names(arg)] for arg in instruction.args[1:4])
+        left, right = np.zeros((16, 8), np.float32), np.zeros((8, 8), np.float32)
+        for i in range(4):
+            left[_G + 8 * (i % 2), _T + 4 * (i // 2)] = _float(_raw(a[i]) & U64(0xFFFFE000))
+        for i in range(2):
+            right[_T + 4 * i, _G] = _float(_raw(b[i]) & U64(0xFFFFE000))
+        product = left @ right
+        for i, name in enumerate(_names(instruction.args[0])):
+            self._set(name, _raw(product[_G + 8 * (i // 2), 2 * _T + i % 2] + c[i]), active)
+
     # --- everything else ---
 
     def _execute(self, kind: str, instruction: Instruction) -> None:
@@ -282,6 +307,8 @@ class Warp:
             self._copy(instruction, active)
         elif kind == "ldmatrix":
             self._ldmatrix(instruction, active)
+        elif kind == "stmatrix":
+            self._stmatrix(instruction)
         elif kind == "mma":
             self._mma(instruction, active)
         elif kind == "mov" and (args[0].startswith("{") or args[1].startswith("{")):
@@ -433,6 +460,8 @@ def _compute(opcode: str, parts: list[str], args: list[Array]) -> Array:
 def _compare(relation: str, type_: str, args: list[Array]) -> Array:
     if type_ == "f32":
         left, right = map(_float, args)
+        if relation in ("num", "nan"):
+            return (np.isnan(left) | np.isnan(right)) == (relation == "nan")
         if relation.endswith("u") and len(relation) == 3:  # also true where one is not a number
             return _COMPARE[relation[:2]](left, right) | np.isnan(left) | np.isnan(right)
         return _COMPARE[relation](left, right)
@@ -453,6 +482,8 @@ def _integer_result(opcode: str, parts: list[str], kind: str, args: list[Array],
         return _LOGIC[kind](*args)
     if kind == "not":
         return ~args[0]
+    if kind == "popc":
+        return sum((read(args[0]) >> U64(i)) & U64(1) for i in range(bits))
     if kind == "neg":
         return U64(0) - args[0]
     if kind == "add":

@@ -85,13 +85,15 @@ def test_processes_may_write_at_once(tmp_path):
 
 
 def test_what_the_generator_refuses():
-    tile = Tile(16, 16, 16)
+    tile = Tile(16, 16, 32)
     with pytest.raises(OptionError, match="power of two"):
         Tile(16, 48, 16)
     with pytest.raises(OptionError, match="no kernel for pattern 3:4"):
         NMLinear("bfloat16", tile, 3, 4)
     with pytest.raises(OptionError, match="no kernel for float64"):
         NMLinear("float64", tile, 2, 4)
+    with pytest.raises(OptionError, match="depth of at least 32"):
+        NMGradInput("bfloat16", Tile(32, 32, 16), 2, 4)
     with pytest.raises(OptionError, match="product='sideways'"):
         GatherLinear("bfloat16", tile, "sideways")
     assert launch.unsupported(torch.bfloat16, 2, 4) is None
