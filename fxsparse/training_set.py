@@ -59,14 +59,14 @@ def fully_trained(gm: GraphModule) -> GraphModule:
     return copy
 
 
-def replace_by_frozen(gm: GraphModule, name: str) -> None:
-    """Puts a parameter with the same values that requires no gradient in the place of the one called ``name``, under
-    all its names: the model the graph was made from keeps its own as it was."""
+def own_parameter(gm: GraphModule, name: str, *, requires_grad: bool) -> None:
+    """Puts a parameter of the graph's own, with the same memory, in the place of the one called ``name``, under all its
+    names: whether it requires a gradient is then no matter of the model that the graph was made from."""
     old = gm.get_parameter(name)
-    frozen = nn.Parameter(old.detach(), requires_grad=False)
+    own = nn.Parameter(old.detach(), requires_grad=requires_grad)
     for alias in fx.parameter_names(gm)[id(old)]:
         path, _, leaf = alias.rpartition(".")
-        gm.get_submodule(path).register_parameter(leaf, frozen)
+        gm.get_submodule(path).register_parameter(leaf, own)
 
 
 def _frozen(read: Node) -> bool:

@@ -28,11 +28,11 @@ from fxsparse.backprop import BackpropGraph
 from fxsparse.costs import costs
 from fxsparse.derived import weights_borrowed
 from fxsparse.errors import OptionError, RewriteError, nearest
-from fxsparse.importance import tensor_importance
+from fxsparse.importance import METRICS, tensor_importance
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
 from fxsparse.record import META_KEY, Change, record_of, rewrote, skipped
-from fxsparse.training_set import fully_trained, replace_by_frozen, set_trained, trainable, trained
+from fxsparse.training_set import fully_trained, own_parameter, set_trained, trainable, trained
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ class SelectTensors(Pass):
             each.
         metric: what to choose by, see `fxsparse.tensor_importance`.
         chosen: the names that are trained now; written by the schedule, so that the record gives the graph as it is.
+
+    The parameters whose ``requires_grad`` the graph decides are its own and share their memory with the model's: build
+    the optimizer from the graph module's parameters.
 
     Raises:
         OptionError: an option is out of range, or rho is below what the forward pass alone costs.
@@ -86,6 +89,8 @@ class SelectTensors(Pass):
             raise OptionError("give every or times, not both", pass_name=self.name)
         if self.rho is None and (self.every or self.times):
             raise OptionError("every and times need rho, the budget to choose within", pass_name=self.name)
+        if self.metric not in METRICS:
+            raise OptionError(f"metric={self.metric!r} is none of {', '.join(METRICS)}", pass_name=self.name)
         if self.rho is not None and (isinstance(self.rho, bool) or not 0 < self.rho <= 1):
             raise OptionError(f"rho={self.rho} must lie in (0, 1]", pass_name=self.name)
 
@@ -104,8 +109,8 @@ class SelectTensors(Pass):
         candidates = trainable(graph)
         set_trained(graph, names)
         for name in candidates:
-            if name not in names and not weights_borrowed(graph):
-                replace_by_frozen(graph, name)
+            if not weights_borrowed(graph) and (self.rho is not None or name not in names):
+                own_parameter(graph, name, requires_grad=name in names)
         if self.rho is not None and self.chosen is None:
             yield rewrote("model", f"a schedule chooses among {len(names)} tensors, all trained until then")
         yield from _changes(candidates, names)
@@ -211,11 +216,10 @@ class _Reselect(Event):
         if not self.is_due(step) or self.chosen_at == step:
             return
         rho = self.signals["rho"](step) if "rho" in self.signals else self.owner.rho
-        full = fully_trained(self.gm)
-        graph = BackpropGraph(full, trainable=trainable(self.gm))
+        graph = BackpropGraph(fully_trained(self.gm), trainable=trainable(self.gm))
         graph.budget(rho)
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        pool = [name for name in self.owner._pool(full) if id(full.get_parameter(name)) in held]
+        pool = [name for name in self.owner._pool(self.gm) if id(self.gm.get_parameter(name)) in held]
         importance = tensor_importance(
             self.gm, self.optimizer, batch, metric=self.owner.metric, tensors=pool, rho=rho, loss=loss
         )
