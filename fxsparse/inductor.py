@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,22 @@ class InlineReferences(CustomGraphPass):
 
     Args:
         options: of the backend.
-        then: the pass that the user gave Inductor for the same place; it runs afterwards.
+        then: the passes that the user gave Inductor for the same place; they run afterwards.
     """
 
-    def __init__(self, options: BackendOptions, then: Any = None):
-        self.options, self.then = options, then
+    def __init__(self, options: BackendOptions, then: Sequence[Any] = ()):
+        self.options, self.then = options, tuple(then)
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         inline_references(graph, lambda call: lower.runs_reference(call, self.options))
-        if self.then is not None:
-            self.then(graph)
+        for theirs in self.then:
+            theirs(graph)
 
     def uuid(self) -> bytes | None:
-        """Of the sources, the options and the user's pass; None, which means no caching, where that has none."""
+        """Of the sources, the options and the user's passes; None, and no caching, where one of those has none."""
         own = hashlib.sha256(sources() + str(self.options).encode())
-        if self.then is not None:
-            theirs = self.then.uuid() if isinstance(self.then, CustomGraphPass) else None
+        for item in self.then:
+            theirs = item.uuid() if isinstance(item, CustomGraphPass) else None
             if theirs is None:
                 return None
             own.update(repr(theirs).encode())
@@ -70,5 +71,8 @@ def config_patches(options: BackendOptions) -> dict[str, Any]:
     """Inductor's configuration for ``options``."""
     from torch._inductor import config
 
-    theirs = options.inductor.get(_SLOT, getattr(config, _SLOT))
-    return {**options.inductor, _SLOT: InlineReferences(options, theirs)}
+    theirs = options.inductor.get(_SLOT, getattr(config, _SLOT)) or ()
+    return {
+        **options.inductor,
+        _SLOT: InlineReferences(options, theirs if isinstance(theirs, (list, tuple)) else [theirs]),
+    }

@@ -109,8 +109,9 @@ def note_operators(gm: GraphModule, names: dict[int, str], options: BackendOptio
 def runs_reference(call: Node, options: BackendOptions) -> bool:
     """Whether :func:`choose` wants the reference of an operator in a lowered graph; a gradient follows its operator."""
     name = _operator_name(call.target)
-    like = next(value for node in call.all_input_nodes if isinstance(value := node.meta.get("val"), Tensor))
-    if name is None:
+    values = (node.meta.get("val") for node in call.all_input_nodes)
+    like = next((value for value in values if isinstance(value, Tensor)), None)
+    if name is None or like is None:
         return False
     site = Site(name, like.device.type, like.dtype)
     return choose(site, options.pinned(name.partition("_grad_")[0]))[0] == "reference"

@@ -187,3 +187,16 @@ def test_every_linear_is_accounted_for() -> None:
             path for path, module in family.model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")
         }
         assert modules == set(sites), name
+
+
+@pytest.mark.parametrize("storage", ["compressed", "masked"])
+def test_linears_that_feed_each_other_directly(storage: str) -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    gm = fxsparse.rewrite(
+        model, f"nm-masks{{storage={storage},keep_first=false,keep_head=false}}", (torch.randn(2, 8),)
+    )
+    assert len(record_of(gm).weights) == 4
+    dense = copy.deepcopy(model)
+    dense.load_state_dict(fxsparse.dense_state_dict(gm))
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(gm(x), dense(x))
