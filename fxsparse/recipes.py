@@ -9,6 +9,8 @@ RECIPES: dict[str, str] = {
     # SLoPe (arXiv 2405.16325); without branches it also serves the one-line call, whose optimizer knows of none.
     "slope": "nm-masks{pattern=2:4},double-prune",
     "slope-low-rank": "nm-masks{pattern=2:4},double-prune,low-rank{ratio=0.015625}",
+    # GreenTrainer (arXiv 2309.13192) at half the FLOPs; a Schedule chooses by the batches it observes.
+    "greentrainer": "select-tensors{rho=0.5,times=3}",
 }
 
 

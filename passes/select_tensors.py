@@ -215,7 +215,7 @@ class _Reselect(Event):
     def observe(self, step: int, batch: Any, loss: Callable[[Any], Any] | None) -> None:
         if not self.is_due(step) or self.chosen_at == step:
             return
-        rho = self.signals["rho"](step) if "rho" in self.signals else self.owner.rho
+        rho = self._rho(step)
         graph = BackpropGraph(fully_trained(self.gm), trainable=trainable(self.gm))
         graph.budget(rho)
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -232,6 +232,9 @@ class _Reselect(Event):
             )
         self._train(chosen)
         self.chosen_at = step
+
+    def _rho(self, step: int) -> float:
+        return self.signals["rho"](step) if "rho" in self.signals else self.owner.rho  # type: ignore[return-value]
 
     def before_step(self, step: int) -> None:
         if self.is_due(step) and self.chosen_at != step:

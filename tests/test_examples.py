@@ -27,3 +27,13 @@ def test_pretrain_slope(tmp_path: Path) -> None:
         assert name.split()[0] in printed
     assert "nm-masks{pattern=2:4}: 7 rewritten, 2 skipped" in printed
     assert (tmp_path / "pretrain_slope.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finetune_greentrainer(tmp_path: Path) -> None:
+    sizes = ("--pretrain-steps", 5, "--epochs", 2, "--epoch-steps", 3, "--batch", 2, "--length", 32, "--layers", 3)
+    printed = run_example(
+        "finetune_greentrainer.py", *sizes, "--hidden", 32, "--out", tmp_path, "--device", "cpu", "--compiler", "eager"
+    )
+    for name in ("full", "rho 0.4", "rho 0.5", "rho 0.7", "last two", "BitFit", "LoRA"):
+        assert name in printed
+    assert (tmp_path / "finetune_greentrainer.png").read_bytes().startswith(b"\x89PNG")
