@@ -69,6 +69,9 @@ FLOAT32 = {
     LARGE: Tile(64, 64, 32, warps=8, stages=2),
 }
 
+# Dense operands come with addresses of their own to keep.
+FLOAT32_DENSE = {**FLOAT32, LARGE: Tile(64, 64, 16, warps=8, stages=2)}
+
 
 def regime(rows: int) -> str:
     """The regime of a number of rows."""
@@ -86,7 +89,7 @@ def default(kernel: str, rows: int, dtype: str = "bfloat16", *, aligned: bool = 
     if name == LARGE and not aligned and SMALL in tiles:
         name = SMALL
     if dtype == "float32" and tiles[LARGE].depth > 1:
-        return FLOAT32[name]
+        return (FLOAT32 if kernel.startswith("nm_linear") else FLOAT32_DENSE)[name]
     return tiles[name]
 
 

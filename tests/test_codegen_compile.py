@@ -18,7 +18,7 @@ from fxsparse.codegen.nm_prune import NMPrune
 from fxsparse.codegen.registry import kernel
 from fxsparse.codegen.sparse_tensor_cores import SparseTensorCoreLinear
 from fxsparse.codegen.spec import NMSpec, Spec, Tile
-from fxsparse.codegen.tiles import DECODE, FLOAT32, LARGE, SHIPPED, SPARSE
+from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, LARGE, SHIPPED, SPARSE
 
 BIAS = Epilogue(True)
 GELU = Epilogue(True, ("gelu",))
@@ -52,7 +52,11 @@ def single_precision() -> Iterator[Spec]:
     yield NMLinear("float32", large, 2, 4, even=True, precision="tf32")
     yield NMLinear("float32", large, 2, 4, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
     yield NMGradValues("float32", large, 2, 4, even=True)
-    yield GatherLinear("float32", large, "forward", rows=True)
+    for tile in FLOAT32_DENSE.values():
+        yield GatherLinear("float32", tile, "forward", rows=True)
+    for product in ("grad_input", "grad_weight"):
+        yield GatherLinear("float32", FLOAT32_DENSE[LARGE], product, rows=True)
+    yield DemuxLinear("float32", FLOAT32_DENSE[LARGE], members=5, epilogue=GELU)
 
 
 def others() -> Iterator[Spec]:
@@ -133,7 +137,12 @@ def test_defaults_are_shipped():
     for name, shipped in SHIPPED.items():
         for rows in (1, 16, 17, 64, 65, 5000):
             assert tiles.default(name, rows) in shipped.values()
-            assert tiles.default(name, rows, "float32") in (*FLOAT32.values(), *shipped.values())
+            single = tiles.default(name, rows, "float32")
+            assert single in (*FLOAT32.values(), *FLOAT32_DENSE.values(), *shipped.values())
+                *FLOAT32.values(),
+                *FLOAT32_DENSE.values(),
+                *shipped.values(),
+            )
 
 
 def test_kernel_of_equal_specs_is_one():
