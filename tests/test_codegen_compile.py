@@ -139,10 +139,6 @@ def test_defaults_are_shipped():
             assert tiles.default(name, rows) in shipped.values()
             single = tiles.default(name, rows, "float32")
             assert single in (*FLOAT32.values(), *FLOAT32_DENSE.values(), *shipped.values())
-                *FLOAT32.values(),
-                *FLOAT32_DENSE.values(),
-                *shipped.values(),
-            )
 
 
 def test_kernel_of_equal_specs_is_one():
