@@ -166,7 +166,7 @@ def smooth(points: list[tuple[int, float]], decay: float = 0.9) -> list[tuple[in
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a text file or folder; default: the Python standard library's source")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")
     parser.add_argument("--layers", type=int, default=4)
