@@ -95,14 +95,17 @@ class SelectTensors(Pass):
             raise OptionError(f"rho={self.rho} must lie in (0, 1]", pass_name=self.name)
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        if weights_borrowed(graph) and (self.rho is not None or self.last_layers is not None):
+            raise RewriteError(
+                "a one-line call sees no optimizer and no batches to choose by, and perhaps only a part of the layers; "
+                "name the tensors, or call fxsparse.rewrite and drive its result with a fxsparse.Schedule",
+                pass_name=self.name,
+            )
+        if weights_borrowed(graph) and not trainable(graph):
+            yield skipped("model", "this part of it reads no parameter that requires a gradient")
+            return
         names = self._pool(graph)
         if self.rho is not None:
-            if weights_borrowed(graph):
-                raise RewriteError(
-                    "choosing needs an optimizer and batches, which a one-line call does not see; call "
-                    "fxsparse.rewrite and drive the result with a fxsparse.Schedule, or name the tensors",
-                    pass_name=self.name,
-                )
             BackpropGraph(graph, trainable=trainable(graph)).budget(self.rho)
         if self.chosen is not None:
             names = self._matching(graph, self.chosen)
@@ -134,7 +137,8 @@ class SelectTensors(Pass):
         found = set()
         for glob in globs:
             named = {aliases[name] for name in aliases if name == glob or fnmatchcase(name, glob)}
-            if not named & candidates:
+            # Where the compiler broke the model into graphs, each reads a part of the parameters.
+            if not named & candidates and not weights_borrowed(gm):
                 why = "names only frozen or unused parameters" if named else "matches no parameter"
                 hint = nearest(glob, aliases) if not named else ""
                 raise RewriteError(f"{glob!r} {why}; {hint}".rstrip("; "), pass_name=self.name)
