@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 import statistics
 import sysconfig
 import time
@@ -151,6 +152,12 @@ def result_table(runs: list[Run], args: argparse.Namespace) -> Table:
     return table
 
 
+def from_the_input(graph: fxsparse.BackpropGraph) -> list[str]:
+    """The tensors in the order in which the forward pass first uses them."""
+    place = {node: position for position, node in enumerate(reversed(list(graph.networkx)))}
+    return sorted(graph.trainable, key=lambda name: min(place[user] for user in graph.networkx.predecessors(name)))
+
+
 def plot(runs: list[Run], names: list[str], path: Path) -> None:
     import matplotlib
 
@@ -173,7 +180,9 @@ def plot(runs: list[Run], names: list[str], path: Path) -> None:
     for place, run in enumerate(run for run in runs if run.chosen):
         choices.axvline(place * epochs - 0.5, color="black", linewidth=0.8)
         choices.text((place + 0.5) * epochs - 0.5, -1.5, run.name, ha="center")
-    choices.set_yticks(range(len(names)), [name.removeprefix("model.decoder.") for name in names], fontsize=4)
+    blocks = [re.sub(r"(layers\.\d+|[^.]+)\..*", r"\1", name.removeprefix("model.decoder.")) for name in names]
+    firsts = [place for place, block in enumerate(blocks) if place == 0 or blocks[place - 1] != block]
+    choices.set_yticks(firsts, [blocks[place] for place in firsts], fontsize=7)
     choices.set(xlabel="epoch")
     choices.set_title("trained tensors, input at the top", pad=20)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +199,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrain-data", default=str(library / "email"), help="a text file or folder")
     parser.add_argument("--data", default=str(library / "asyncio"), help="a text file or folder to fine-tune on")
-    parser.add_argument("--pretrain-steps", type=int, default=200)
+    parser.add_argument("--pretrain-steps", type=int, default=500)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--epoch-steps", type=int, default=25, help="optimizer steps in an epoch")
     parser.add_argument("--batch", type=int, default=8)
@@ -251,8 +260,7 @@ def main() -> None:
     for run in runs:
         validate(run, held_out)
     console.print(result_table(runs, args))
-    order = [name for name in reversed(list(graph.networkx)) if name in graph.trainable]
-    plot(runs, order, args.out / "finetune_greentrainer.png")
+    plot(runs, from_the_input(graph), args.out / "finetune_greentrainer.png")
     console.print(f"plot: {args.out / 'finetune_greentrainer.png'}")
 
 
