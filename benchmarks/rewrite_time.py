@@ -1,6 +1,6 @@
 """How long tracing and rewriting take as a model grows: OPT on the meta device, 8 to 64 layers.
 
-    python -m benchmarks.rewrite_time [--layers 8 16 32 64] [--hidden 2560]
+python -m benchmarks.rewrite_time [--layers 8 16 32 64] [--hidden 2560]
 """
 
 from __future__ import annotations
