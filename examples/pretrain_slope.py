@@ -146,7 +146,9 @@ def plot(runs: list[Run], path: Path) -> None:
         steps, losses = zip(*smooth(run.losses), strict=True)
         axes.plot(steps, losses, color=f"C{position}", alpha=0.35, linewidth=1)
         steps, losses = zip(*run.validation, strict=True)
-        axes.plot(steps, losses, color=f"C{position}", marker="o", markersize=3, label=run.name)
+        # Until the branches start, SLoPe with them is SLoPe: dashes let both be seen.
+        style = "--" if "lazy" in run.name else "-"
+        axes.plot(steps, losses, color=f"C{position}", linestyle=style, marker="o", markersize=3, label=run.name)
     axes.set(xlabel="step", ylabel="loss (nats per byte)", title="training loss (thin) and validation loss (dots)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -84,8 +84,7 @@ def tensor_inputs(gm: GraphModule) -> list[Node]:
 
 def check_batch_is_free(model: nn.Module, gm: GraphModule, example: Inputs) -> list[str]:
     """Notes on inputs whose dimension 0 is fixed; TraceError where that is so for all that the model reads."""
-    inputs = [node for node in tensor_inputs(gm) if node.users and fx.value(node).dim()]
-    fixed = [node for node in inputs if not _is_free(fx.value(node).shape[0])]
+    inputs, fixed = _read_inputs(gm, 0), _fixed(gm, 0)
     if inputs and len(fixed) == len(inputs):
         with left_as_it_was(model):
             where = where_batch_was_fixed(model, example)
@@ -93,7 +92,22 @@ def check_batch_is_free(model: nn.Module, gm: GraphModule, example: Inputs) -> l
             f"{type(model).__name__}: the model works at batch size {fx.value(fixed[0]).shape[0]} only{where}\n"
             "Write sizes as x.shape[0] or -1, or trace with dynamic_batch=False."
         )
-    return [f"{node.name}: dimension 0 stays {fx.value(node).shape[0]}" for node in fixed]
+    return fixed_dimensions(gm, 0)
+
+
+def fixed_dimensions(gm: GraphModule, dimension: int) -> list[str]:
+    """Notes on the inputs that the graph reads and whose ``dimension`` is that of the example."""
+    return [
+        f"{node.name}: dimension {dimension} stays {fx.value(node).shape[dimension]}" for node in _fixed(gm, dimension)
+    ]
+
+
+def _read_inputs(gm: GraphModule, dimension: int) -> list[Node]:
+    return [node for node in tensor_inputs(gm) if node.users and fx.value(node).dim() > dimension]
+
+
+def _fixed(gm: GraphModule, dimension: int) -> list[Node]:
+    return [node for node in _read_inputs(gm, dimension) if not _is_free(fx.value(node).shape[dimension])]
 
 
 def check_one_row(model: nn.Module, gm: GraphModule, example: Inputs) -> None:
@@ -140,7 +154,7 @@ def check_inputs(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, An
             sizes |= {s.node.expr: n for s, n in zip(expected.shape, leaf.shape, strict=True) if _is_free(s)}
     for condition in gm.meta.get(CONDITIONS_KEY, ()):
         if condition.expression.subs(sizes) == sympy.false:
-            raise TraceError(f"the batch size is outside what was captured; {condition}")
+            raise TraceError(f"a size is outside what was captured; {condition}")
 
 
 def _fits(sizes: torch.Size, captured: torch.Size) -> bool:

@@ -38,12 +38,13 @@ _STACK_LINE = re.compile(r'File "(.+)", line (\d+), in (.+)')
 _NOISY = tuple(map(logging.getLogger, ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")))
 
 
-def export(model: nn.Module, inputs: Inputs, dynamic_batch: bool) -> ExportedProgram:
-    """``torch.export`` of ``model`` in the mode its modules are in, with dimension 0 of every tensor input free."""
+def export(model: nn.Module, inputs: Inputs, free: Sequence[int]) -> ExportedProgram:
+    """``torch.export`` of ``model`` in the mode its modules are in, with these dimensions of every tensor input free,
+    where the model leaves them so."""
     shapes: Any = ShapesCollection()  # export takes one, its annotation does not say so
-    for tensor in tensors(inputs) if dynamic_batch else ():
-        if tensor.dim():
-            shapes[tensor] = {0: Dim.AUTO}
+    for tensor in tensors(inputs):
+        if dimensions := {dimension: Dim.AUTO for dimension in free if dimension < tensor.dim()}:
+            shapes[tensor] = dimensions
     with _quiet(), torch.inference_mode(False), torch.enable_grad(), _without_autocast():
         return torch.export.export(model, *inputs, dynamic_shapes=shapes, strict=False)
 

@@ -21,6 +21,7 @@ def rewrite(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool = True,
+    dynamic_sequence: bool = False,
 ) -> GraphModule:
     """Traces ``model`` and runs passes on it.
 
@@ -29,7 +30,7 @@ def rewrite(
             ``kwargs`` are not needed).
         passes: passes, their text, or a pipeline.
         args, kwargs: an example batch, as for :func:`fxsparse.trace`.
-        dynamic_batch: whether other batch sizes will be used.
+        dynamic_batch, dynamic_sequence: whether other batch sizes and sequence lengths will be used.
 
     Returns:
         a graph module that takes the same arguments and shares those parameters of ``model`` that no pass replaced.
@@ -40,7 +41,7 @@ def rewrite(
         RewriteError: a pass refused; nothing was changed.
     """
     pipeline = passes if isinstance(passes, Pipeline) else Pipeline(passes)
-    return pipeline(_traced(model, args, kwargs, dynamic_batch))
+    return pipeline(_traced(model, args, kwargs, dynamic_batch=dynamic_batch, dynamic_sequence=dynamic_sequence))
 
 
 def replay(
@@ -74,9 +75,7 @@ def replay(
     return rewritten
 
 
-def _traced(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_batch: bool = True
-) -> GraphModule:
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, **free: bool) -> GraphModule:
     if isinstance(model, GraphModule) and TRACE_KEY in model.meta:
         return model
-    return trace(model, args, dict(kwargs or {}), dynamic_batch=dynamic_batch)
+    return trace(model, args, dict(kwargs or {}), **free)

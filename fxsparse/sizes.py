@@ -24,7 +24,8 @@ from fxsparse.formulas import Operand, Size
 
 def expression(size: Any) -> Size:
     """A dimension of a fake tensor as an integer or a sympy expression."""
-    return size.node.expr if isinstance(size, torch.SymInt) else int(size)
+    found = size.node.expr if isinstance(size, torch.SymInt) else size
+    return int(found) if getattr(found, "is_number", True) else found
 
 
 class Sizes:
@@ -116,7 +117,8 @@ def _bind(name: str, shape: Iterable[Any], sizes: Any, named: dict[sympy.Symbol,
         if isinstance(size, int):
             if size != number:
                 raise OptionError(
-                    f"dimension {position} was traced with the fixed size {size}; {number} needs a trace of that size",
+                    f"dimension {position} was traced with the fixed size {size}; {number} needs a trace of that size"
+                    + (", or one with dynamic_sequence=True" if position == 1 else ""),
                     site=name,
                 )
         elif bound := _solve(size, number):

@@ -25,6 +25,7 @@ from fxsparse.batch import (
     check_batch_is_free,
     check_inputs,
     check_one_row,
+    fixed_dimensions,
     size_conditions,
     tensor_inputs,
     with_two_rows,
@@ -82,6 +83,7 @@ def trace(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool = True,
+    dynamic_sequence: bool = False,
 ) -> GraphModule:
     """Captures ``model`` as a training-IR graph.
 
@@ -98,8 +100,10 @@ def trace(
             A graph module that was traced before is returned as it is, a compiled module stands for what it compiles.
         args: example positional inputs.
         kwargs: example keyword inputs; what is not a tensor (None, flags) becomes part of the graph.
-        dynamic_batch: let dimension 0 of every tensor input vary. Every other size stays that of the example. An
-            example of one row is repeated for capture, because a size of 1 cannot be told from a broadcast.
+        dynamic_batch: let dimension 0 of every tensor input vary. An example of one row is repeated for capture,
+            because a size of 1 cannot be told from a broadcast.
+        dynamic_sequence: let dimension 1 of every tensor input vary as well, where the model does. Every other size
+            stays that of the example.
 
     Raises:
         TraceError: the model cannot be captured, or not with a free batch size; the message quotes the line that
@@ -113,9 +117,12 @@ def trace(
         given: Inputs = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), dict(kwargs or {})))
     example = with_two_rows(model, given) if dynamic_batch else given
     notes: list[str] = []
-    gm = _capture(model, example, dynamic_batch, notes)
+    free = [dimension for dimension, wanted in enumerate((dynamic_batch, dynamic_sequence)) if wanted]
+    gm = _capture(model, example, free, notes)
     if dynamic_batch:
         notes += check_batch_is_free(model, gm, example)
+    if dynamic_sequence:
+        notes += fixed_dimensions(gm, 1)
     gm.meta[CONDITIONS_KEY] = size_conditions(gm)
     notes += map(str, gm.meta[CONDITIONS_KEY])
     if example is not given:
@@ -145,7 +152,7 @@ def _example_sizes(node: Node) -> tuple[int, ...]:
 # --- capture ----------------------------------------------------------------------------------------------------------
 
 
-def _capture(model: nn.Module, example: Inputs, dynamic_batch: bool, notes: list[str]) -> GraphModule:
+def _capture(model: nn.Module, example: Inputs, free: list[int], notes: list[str]) -> GraphModule:
     """Captures both modes as one graph; what only works in evaluation mode is held there."""
     held: dict[type[nn.Module], str] = {}
 
@@ -153,7 +160,7 @@ def _capture(model: nn.Module, example: Inputs, dynamic_batch: bool, notes: list
         with left_as_it_was(model):
             for module in model.modules():
                 module.training = training and type(module) not in held
-            return export(model, example, dynamic_batch)
+            return export(model, example, free)
 
     while True:
         try:

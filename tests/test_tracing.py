@@ -94,6 +94,26 @@ def test_outputs_equal_eager_at_other_batch_sizes(name: str, training: bool) -> 
         assert_same(seeded(family.model, **inputs), seeded(gm, **inputs))
 
 
+@pytest.mark.parametrize("name", ["bert", "opt", "t5"])
+def test_outputs_equal_eager_at_other_lengths(name: str) -> None:
+    family = FAMILIES[name]()
+    gm = trace(family.model, kwargs=family.make_batch(batch=4, seq=16), dynamic_sequence=True)
+    if draws_alike(gm):
+        for batch, seq in ((1, 10), (3, 32)):
+            inputs = family.make_batch(batch=batch, seq=seq)
+            assert_same(seeded(family.model, **inputs), seeded(gm, **inputs))
+    family.model.eval()
+    gm.eval()
+    inputs = family.make_batch(batch=2, seq=24)
+    assert_same(seeded(family.model, **inputs), seeded(gm, **inputs))
+
+
+def test_a_length_that_the_model_fixes_is_noted() -> None:
+    family = FAMILIES["vit"]()
+    gm = trace(family.model, kwargs=family.make_batch(batch=2), dynamic_sequence=True)
+    assert "pixel_values: dimension 1 stays 3" in gm.meta[META_KEY].notes
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_equal_eager(name: str) -> None:
     family, gm = traced(name)
