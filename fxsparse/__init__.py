@@ -5,9 +5,11 @@ print(fxsparse.explain(sparse))
 fast = torch.compile(sparse, backend="fxsparse")
 """
 
+from fxsparse import autoprumux
 from fxsparse.backend import invalidate
 from fxsparse.backprop import BackpropGraph
 from fxsparse.checkpoint import load, save
+from fxsparse.compiled import kernels
 from fxsparse.errors import CheckpointError, FxsparseError, LoweringError, OptionError, RewriteError, TraceError
 from fxsparse.flops import count_flops
 from fxsparse.importance import tensor_importance
@@ -34,10 +36,12 @@ __all__ = [
     "Schedule",
     "TraceError",
     "__version__",
+    "autoprumux",
     "count_flops",
     "dense_state_dict",
     "explain",
     "invalidate",
+    "kernels",
     "load",
     "recipe",
     "record_of",

@@ -1,0 +1,442 @@
+"""Auto-PruMUX: which (N, s) to train, from a few that were measured (PruMUX, ACL Findings 2023, section 4).
+
+    zeta(N, s) = f_T(N, s) * g(f_A(N, s)),    g(a) = 1 if a >= threshold else 0;    the best is argmax zeta
+
+N inputs share a forward pass, a share s of the encoder is pruned. The accuracy model f_A is piecewise bilinear,
+
+    f_A(N, s) = k00 + k01 s + k10 N + k11 N s    in each cell of the measured points,
+
+and equals the measurement at every measured point. The paper has a full grid; here a cell is the smallest box around
+(N, s) whose corners were all measured, so any set of points will do. The paper's throughput model is a table of one
+task, used for all others; here its gaps are filled by the same interpolation of log throughput over (log N, s), which
+is exact where throughput is a power of N. A point inside no cell is extrapolated from the points near it, and says so.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fxsparse.errors import OptionError
+
+Point = tuple[int, float]
+"""(N, s)."""
+
+_COLUMNS = {
+    "members": ("members", "n"),
+    "sparsity": ("sparsity", "s"),
+    "accuracy": ("accuracy",),
+    "throughput": ("throughput",),
+}
+_STEP = 0.05  # of the sparsities that are predicted unless others are asked for, as in the paper
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A model's value at a point.
+
+    Attributes:
+        value: accuracy in the unit it was given in, or throughput.
+        basis: the measured points it comes from.
+        extrapolated: whether the point lies in no cell of measured points.
+    """
+
+    value: float
+    basis: tuple[Point, ...]
+    extrapolated: bool
+
+    @property
+    def measured(self) -> bool:
+        return len(self.basis) == 1 and not self.extrapolated
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A candidate that meets the threshold; a list of them is ranked by throughput, the best first.
+
+    Attributes:
+        members: N.
+        sparsity: s.
+        accuracy, throughput: what the models say.
+        reason: why it stands where it stands, in words.
+    """
+
+    members: int
+    sparsity: float
+    accuracy: Estimate
+    throughput: Estimate
+    reason: str
+
+    @property
+    def point(self) -> Point:
+        return self.members, self.sparsity
+
+    @property
+    def extrapolated(self) -> bool:
+        return self.accuracy.extrapolated or self.throughput.extrapolated
+
+    def __str__(self) -> str:
+        return f"N={self.members}, s={self.sparsity:g}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What a model says of a measured point when it has not seen it.
+
+    Attributes:
+        point: (N, s).
+        measured: the measurement.
+        predicted: the model's value without it.
+    """
+
+    point: Point
+    measured: float
+    predicted: Estimate
+
+    @property
+    def error(self) -> float:
+        """Predicted less measured."""
+        return self.predicted.value - self.measured
+
+
+class Surface:
+    """An interpolation of measured points, exact at each, bilinear in the smallest measured box around a point.
+
+    Args:
+        values: the measurements by (N, s).
+        scale: of N, the coordinate that the surface is linear in.
+
+    Raises:
+        OptionError: there is no point.
+    """
+
+    def __init__(self, values: Mapping[Point, float], scale: Callable[[float], float] = float):
+        if not values:
+            raise OptionError("nothing was measured", site="autoprumux")
+        self.values, self.scale = dict(values), scale
+        axes = np.array([(scale(n), s) for n, s in self.values])
+        self._spread = np.maximum(np.ptp(axes, axis=0), 1e-12)
+
+    def __call__(self, members: float, sparsity: float) -> Estimate:
+        box = self._box(members, sparsity)
+        if box is None:
+            return self._extrapolate(members, sparsity)
+        (n0, n1), (s0, s1) = box
+        across = _fraction(self.scale(members), self.scale(n0), self.scale(n1))
+        along = _fraction(sparsity, s0, s1)
+        corners = {(n0, s0): (1 - across) * (1 - along)}
+        for corner, weight in (((n1, s0), across * (1 - along)), ((n0, s1), (1 - across) * along)):
+            corners[corner] = corners.get(corner, 0.0) + weight
+        corners[n1, s1] = corners.get((n1, s1), 0.0) + across * along
+        value = sum(weight * self.values[corner] for corner, weight in corners.items())
+        return Estimate(float(value), tuple(corners), extrapolated=False)
+
+    def _box(self, members: float, sparsity: float) -> tuple[tuple[int, int], tuple[float, float]] | None:
+        """The smallest box, a segment or a point included, that holds the point and whose corners were measured."""
+        counts = _around(members, {n for n, _ in self.values})
+        shares = _around(sparsity, {s for _, s in self.values})
+        boxes = [(n, s) for n in counts for s in shares if all((a, b) in self.values for a in n for b in s)]
+        return min(boxes, key=self._size, default=None)
+
+    def _size(self, box: tuple[tuple[int, int], tuple[float, float]]) -> float:
+        (n0, n1), (s0, s1) = box
+        return float(np.dot((self.scale(n1) - self.scale(n0), s1 - s0), 1 / self._spread))
+
+    def _extrapolate(self, members: float, sparsity: float) -> Estimate:
+        """Least squares of the bilinear form, near points weighing most; of fewer terms where points are too few."""
+        points = list(self.values)
+        offsets = np.array([(self.scale(n) - self.scale(members), s - sparsity) for n, s in points]) / self._spread
+        values = np.array([self.values[point] for point in points])
+        weights = 1 / np.square(offsets).sum(axis=1)
+        one, x, y = np.ones(len(points)), offsets[:, 0], offsets[:, 1]
+        for terms in ((one, x, y, x * y), (one, x, y), (one, x), (one, y), (one,)):
+            design = np.stack(terms, axis=1)
+            if np.linalg.matrix_rank(design, tol=1e-9) == len(terms):
+                break
+        solution = np.linalg.lstsq(design * weights[:, None], values * weights, rcond=None)[0]
+        return Estimate(float(solution[0]), tuple(points), extrapolated=True)
+
+
+def _around(at: float, known: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Pairs of known coordinates, perhaps twice the same, that enclose ``at``."""
+    return [(low, high) for low, high in combinations_with_replacement(sorted(known), 2) if low <= at <= high]
+
+
+def _fraction(at: float, low: float, high: float) -> float:
+    return 0.0 if high == low else (at - low) / (high - low)
+
+
+class AutoPruMUX:
+    """Predicts the best (N, s) from measured points; build it with :meth:`fit`.
+
+    Attributes:
+        accuracy: f_A, an :class:`Estimate` of (N, s).
+        baseline: the accuracy that a loss budget is counted from: that of the plain model, (1, 0).
+    """
+
+    def __init__(
+        self, accuracies: Mapping[Point, float], throughputs: Mapping[Point, float], baseline: float | None = None
+    ):
+        self.accuracies, self.throughputs = dict(accuracies), dict(throughputs)
+        self.accuracy = Surface(self.accuracies)
+        self._log_throughput = Surface({point: math.log(v) for point, v in self.throughputs.items()}, math.log)
+        self.baseline = self.accuracies.get((1, 0.0)) if baseline is None else baseline
+
+    @classmethod
+    def fit(
+        cls,
+        table: str | os.PathLike[str] | Mapping[Point, Any],
+        *,
+        throughput: Mapping[Point, float] | None = None,
+        baseline: float | None = None,
+    ) -> AutoPruMUX:
+        """Fits both models to measurements.
+
+        Args:
+            table: a CSV file with columns N (or members), s (or sparsity), accuracy and throughput, in which a cell may
+                be empty; or a mapping from (N, s) to (accuracy, throughput), to a mapping with these names, or to the
+                accuracy alone. Accuracy is in any unit, throughput in inputs a second or relative to anything.
+            throughput: by (N, s), measured on another task, which the paper finds to be good enough.
+            baseline: the accuracy of the plain model, where (1, 0) was not measured.
+
+        Raises:
+            OptionError: a number is missing or out of range; it names the row.
+        """
+        rows = _read_csv(Path(table)) if isinstance(table, (str, os.PathLike)) else _read_mapping(table)
+        accuracies: dict[Point, float] = {}
+        throughputs: dict[Point, float] = {}
+        for row, (members, sparsity, accuracy, speed) in rows:
+            point = _point(members, sparsity, row)
+            if point in accuracies or point in throughputs:
+                raise OptionError(f"N={point[0]}, s={point[1]:g} is given twice", site=row)
+            if accuracy is not None:
+                accuracies[point] = _number(accuracy, "accuracy", row)
+            if speed is not None:
+                throughputs[point] = _number(speed, "throughput", row)
+        for key, speed in (throughput or {}).items():
+            throughputs[_point(*key, f"throughput[{key}]")] = _number(speed, "throughput", f"throughput[{key}]")
+        for key, speed in throughputs.items():
+            if speed <= 0:
+                raise OptionError(f"the throughput of N={key[0]}, s={key[1]:g} is {speed:g}, not positive")
+        if not accuracies or not throughputs:
+            missing = "accuracy" if not accuracies else "throughput"
+            raise OptionError(f"no {missing} was measured; the table needs some of each", site="autoprumux")
+        return cls(accuracies, throughputs, baseline)
+
+    def throughput(self, members: float, sparsity: float) -> Estimate:
+        """f_T, in the unit of the measurements."""
+        estimate = self._log_throughput(members, sparsity)
+        return Estimate(math.exp(estimate.value), estimate.basis, estimate.extrapolated)
+
+    def candidates(self) -> list[Point]:
+        """The measured points, and for every measured N the sparsities in steps of 0.05 that need no extrapolation."""
+        measured = set(self.accuracies) & set(self.throughputs)
+        steps = [round(_STEP * step, 10) for step in range(round(1 / _STEP))]
+        found = {(n, s) for n, _ in self.accuracies for s in steps if not self._extrapolates(n, s)}
+        return sorted(measured | found)
+
+    def _extrapolates(self, members: int, sparsity: float) -> bool:
+        return self.accuracy(members, sparsity).extrapolated or self.throughput(members, sparsity).extrapolated
+
+    def predict(
+        self,
+        *,
+        threshold: float | None = None,
+        loss_budget: float | None = None,
+        candidates: Iterable[Point] | None = None,
+        top: int = 3,
+    ) -> list[Prediction]:
+        """The candidates with the largest zeta, the best first.
+
+        Args:
+            threshold: the least accuracy that will do.
+            loss_budget: the same as what may be lost of the baseline's accuracy, in points of accuracy.
+            candidates: (N, s) to choose among; :meth:`candidates` by default.
+            top: how many to return.
+
+        Raises:
+            OptionError: both or neither of threshold and budget are given, the baseline is not known, or no candidate
+                reaches the threshold; the message has the one that comes nearest.
+        """
+        if (threshold is None) == (loss_budget is None):
+            raise OptionError("give threshold or loss_budget, one of them", site="autoprumux")
+        if threshold is None:
+            if self.baseline is None:
+                raise OptionError("a loss budget needs the accuracy at N=1, s=0: measure it or give baseline=")
+            threshold = self.baseline - float(loss_budget or 0)
+        chosen = self.candidates() if candidates is None else [_point(n, s, f"({n}, {s})") for n, s in candidates]
+        pool = [(point, self.accuracy(*point), self.throughput(*point)) for point in chosen]
+        able = [item for item in pool if item[1].value >= threshold - 1e-9]
+        if not able:
+            (members, sparsity), nearest, _ = max(pool, key=lambda item: item[1].value)
+            raise OptionError(
+                f"no candidate reaches the accuracy {threshold:g}; the best, N={members}, s={sparsity:g}, is predicted "
+                f"{nearest.value:.2f}",
+                site="autoprumux",
+            )
+        able.sort(key=lambda item: (-item[2].value, -item[1].value))
+        return [
+            Prediction(*point, accuracy, speed, _reason(place, accuracy, speed, threshold, able[0][2].value))
+            for place, (point, accuracy, speed) in enumerate(able[:top])
+        ]
+
+    def leave_one_out(self) -> dict[str, list[LeftOut]]:
+        """How well each model predicts each measured point from the others: ``accuracy`` and ``throughput``.
+
+        A point at the edge of what was measured is extrapolated from the others; ``predicted.extrapolated`` says so.
+        The paper asks for an accuracy error below 1.5 points and a throughput error below 20 %.
+        """
+        return {
+            "accuracy": [_left_out(self.accuracies, point) for point in _others_remain(self.accuracies)],
+            "throughput": [
+                _left_out(self.throughputs, point, logarithmic=True) for point in _others_remain(self.throughputs)
+            ],
+        }
+
+    def frontier(self, candidates: Iterable[Point] | None = None) -> list[tuple[Point, float, float]]:
+        """The candidates no other beats in accuracy and throughput, fastest last: ((N, s), accuracy, throughput)."""
+        points = self.candidates() if candidates is None else candidates
+        pool = [(point, self.accuracy(*point).value, self.throughput(*point).value) for point in points]
+        pool.sort(key=lambda item: (-item[2], -item[1]))
+        best, kept = -math.inf, []
+        for item in pool:
+            if item[1] > best:
+                kept.append(item)
+                best = item[1]
+        return kept[::-1]
+
+    def plot(self, path: str | os.PathLike[str], *, title: str = "") -> None:
+        """Draws accuracy over throughput: measured points by kind, predictions between them, and the frontier.
+
+        Needs matplotlib (``pip install fxsparse[plots]``).
+        """
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        measured = sorted(set(self.accuracies) & set(self.throughputs))
+        for color, (kind, belongs) in enumerate(_KINDS.items()):
+            points = [point for point in measured if belongs(*point)]
+            if points:
+                axes.plot(
+                    [self.throughputs[p] for p in points], [self.accuracies[p] for p in points], "o",
+                    color=f"C{color}", label=kind,
+                )  # fmt: skip
+            for point in points:
+                axes.annotate(
+                    f"{point[0]}, {point[1]:g}", (self.throughputs[point], self.accuracies[point]), fontsize=7,
+                    xytext=(4, 3), textcoords="offset points",
+                )  # fmt: skip
+        between = [point for point in self.candidates() if point not in measured]
+        if between:
+            speeds = [self.throughput(*point).value for point in between]
+            axes.plot(speeds, [self.accuracy(*p).value for p in between], ".", color="0.7", label="predicted")
+        frontier = self.frontier()
+        axes.plot([item[2] for item in frontier], [item[1] for item in frontier], "k--", linewidth=1, label="frontier")
+        axes.set(xlabel="throughput", ylabel="accuracy", xscale="log", title=title or "labels are N, s")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+_KINDS: dict[str, Callable[[int, float], bool]] = {
+    "plain": lambda members, sparsity: members == 1 and sparsity == 0,
+    "pruned": lambda members, sparsity: members == 1 and sparsity > 0,
+    "multiplexed": lambda members, sparsity: members > 1 and sparsity == 0,
+    "PruMUX": lambda members, sparsity: members > 1 and sparsity > 0,
+}
+
+
+def _reason(place: int, accuracy: Estimate, speed: Estimate, threshold: float, best: float) -> str:
+    rank = "the largest throughput" if place == 0 else f"{speed.value / best:.2f} of the best's throughput"
+    reached = f"accuracy {accuracy.value:.2f} reaches {threshold:.2f}"
+    return f"{rank}, {speed.value:.4g} ({_source(speed)}); {reached} ({_source(accuracy)})"
+
+
+def _source(estimate: Estimate) -> str:
+    if estimate.measured:
+        return "measured"
+    if estimate.extrapolated:
+        return "extrapolated: outside what was measured"
+    return "between " + ", ".join(f"({n}, {s:g})" for n, s in estimate.basis)
+
+
+def _others_remain(values: Mapping[Point, float]) -> list[Point]:
+    return list(values) if len(values) > 1 else []
+
+
+def _left_out(values: Mapping[Point, float], point: Point, logarithmic: bool = False) -> LeftOut:
+    others = {other: value for other, value in values.items() if other != point}
+    if not logarithmic:
+        return LeftOut(point, values[point], Surface(others)(*point))
+    estimate = Surface({other: math.log(value) for other, value in others.items()}, math.log)(*point)
+    return LeftOut(point, values[point], Estimate(math.exp(estimate.value), estimate.basis, estimate.extrapolated))
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+_Row = tuple[str, tuple[Any, Any, Any, Any]]  # where it stands; N, s, accuracy, throughput
+
+
+def _read_csv(path: Path) -> list[_Row]:
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        found = {name.strip().lower(): name for name in reader.fieldnames or ()}
+        columns = {}
+        for column, names in _COLUMNS.items():
+            columns[column] = next((found[name] for name in names if name in found), None)
+            if columns[column] is None and column in ("members", "sparsity"):
+                raise OptionError(f"has no column {' or '.join(names)}, only {', '.join(found)}", site=str(path))
+        return [
+            (f"{path}, line {reader.line_num}", tuple(_cell(row, columns[column]) for column in _COLUMNS))  # type: ignore[misc]
+            for row in reader
+        ]
+
+
+def _cell(row: Mapping[str, str | None], column: str | None) -> str | None:
+    text = row[column] if column is not None else None
+    return text.strip() or None if text is not None else None
+
+
+def _read_mapping(table: Mapping[Point, Any]) -> list[_Row]:
+    rows: list[_Row] = []
+    for key, entry in table.items():
+        if isinstance(entry, Mapping):
+            accuracy, speed = entry.get("accuracy"), entry.get("throughput")
+        elif isinstance(entry, (tuple, list)):
+            accuracy, speed = entry
+        else:
+            accuracy, speed = entry, None
+        rows.append((f"table[{key}]", (*key, accuracy, speed)))
+    return rows
+
+
+def _point(members: Any, sparsity: Any, row: str) -> Point:
+    count, share = _number(members, "N", row), _number(sparsity, "s", row)
+    if count < 1 or count != int(count):
+        raise OptionError(f"N is {count:g}, not a positive whole number", site=row)
+    if not 0 <= share < 1:
+        raise OptionError(f"s is {share:g}, not in [0, 1)", site=row)
+    return int(count), round(share, 10)
+
+
+def _number(text: Any, what: str, row: str) -> float:
+    try:
+        number = float(text)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise OptionError(f"{what} is {text!r}, not a number", site=row)
+    return number
