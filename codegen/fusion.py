@@ -111,24 +111,32 @@ def fuse(gm: GraphModule, replace: Callable[[GraphModule, Node, Fusion], Node | 
     return count
 
 
-def fuse_nm_linear(gm: GraphModule, unwanted: Callable[[Node], bool] = lambda node: False) -> int:
-    """Lets the kernel of every ``fxsparse::nm_linear`` in an inference graph take over what follows it.
+def fuse_linears(gm: GraphModule, unwanted: Callable[[Node], bool] = lambda node: False) -> int:
+    """Lets the kernel of every sparse linear in an inference graph take over what follows it.
 
     Args:
-        gm: a graph of ATen and fxsparse operators that is not differentiated; changed in place.
+        gm: a graph that calls ``fxsparse::nm_linear`` or ``fxsparse::sparse_tensor_core_linear`` and is not
+            differentiated, with ATen or torch functions in between; changed in place.
         unwanted: linears to leave alone.
 
     Returns:
         nodes taken over.
     """
-    from fxsparse.codegen import fused_ops  # noqa: F401  registers the operator
+    from fxsparse.codegen import fused_ops  # noqa: F401  registers the operators
+
+    fxsparse = torch.ops.fxsparse
 
     def replace(gm: GraphModule, node: Node, fusion: Fusion) -> Node | None:
-        if node.target is not torch.ops.fxsparse.nm_linear.default or unwanted(node):
+        if unwanted(node):
             return None
-        x, values, indices, _, bias, n, m = node.args
-        args = (x, values, indices, bias, n, m, " ".join(fusion.steps), list(fusion.operands))
-        return gm.graph.call_function(torch.ops.fxsparse.nm_linear_epilogue.default, args)
+        steps, operands = " ".join(fusion.steps), list(fusion.operands)
+        if node.target is fxsparse.nm_linear.default:
+            x, values, indices, _, bias, n, m = node.args
+            args = (x, values, indices, bias, n, m, steps, operands)
+            return gm.graph.call_function(fxsparse.nm_linear_epilogue.default, args)
+        if node.target is fxsparse.sparse_tensor_core_linear.default and not node.args[4]:
+            return gm.graph.call_function(node.target, (*node.args[:4], steps, operands))
+        return None
 
     return fuse(gm, replace)
 

@@ -1,17 +1,20 @@
-"""Puts the kernels behind the ``fxsparse::`` operators on CUDA devices. Importing this module does it.
+"""Puts the kernels behind the ``fxsparse::`` operators on CUDA devices. Importing this module does it, where Triton is.
 
 What has no kernel (float64, patterns such as 2:16) runs the reference.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from fxsparse import ops, reference
-from fxsparse.codegen import launch
+from fxsparse.codegen import fused_ops, launch  # noqa: F401  fused_ops registers operators
+from fxsparse.custom_op import declare_kernel, implement
 
 
 def _nm_linear(
@@ -55,7 +58,16 @@ def _choose(
     return kernel if launch.unsupported(dtype, n, m) is None else plain
 
 
-ops.implement(ops.nm_linear, "cuda")(_nm_linear)
-ops.implement(ops.nm_linear_grad_input, "cuda")(_nm_linear_grad_input)
-ops.implement(ops.nm_linear_grad_values, "cuda")(_nm_linear_grad_values)
-ops.implement(ops.nm_linear_low_rank, "cuda")(_nm_linear_low_rank)
+KERNELS: dict[CustomOpDef, Callable[..., Tensor]] = {
+    ops.nm_linear: _nm_linear,
+    ops.nm_linear_grad_input: _nm_linear_grad_input,
+    ops.nm_linear_grad_values: _nm_linear_grad_values,
+    ops.nm_linear_low_rank: _nm_linear_low_rank,
+}
+"""What an operator runs on a GPU."""
+
+if importlib.util.find_spec("triton") is not None:
+    for _op, _kernel in KERNELS.items():
+        implement(_op, "cuda")(_kernel)
+    declare_kernel("nm_linear_epilogue", "cuda")
+    declare_kernel("sparse_tensor_core_linear", "cuda")

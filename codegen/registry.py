@@ -63,11 +63,21 @@ def kernels() -> list[Kernel]:
 
 
 @contextmanager
-def recording() -> Iterator[dict[Path, int]]:
-    """Launches inside the block, by source file."""
-    counts: dict[Path, int] = {}
-    _recordings.append(counts)
+def recording(counts: dict[Path, int] | None = None) -> Iterator[dict[Path, int]]:
+    """Launches inside the block, by source file; added to ``counts`` where given."""
+    counts = {} if counts is None else counts
+    start(counts)
     try:
         yield counts
     finally:
-        _recordings[:] = [other for other in _recordings if other is not counts]
+        stop(counts)
+
+
+def start(counts: dict[Path, int]) -> None:
+    """Adds every launch to ``counts`` from here on; at most once, however often it is started."""
+    if not any(other is counts for other in _recordings):
+        _recordings.append(counts)
+
+
+def stop(counts: dict[Path, int]) -> None:
+    _recordings[:] = [other for other in _recordings if other is not counts]

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import lower
-from fxsparse.compiled import CompiledGraph, Origin, compiled_graphs, forget_all
+from fxsparse.compiled import CompiledGraph, Origin, compiled_graphs, forget_all, record_launches
 from fxsparse.dynamo_graph import copy_dynamo_graph, state_names
 from fxsparse.errors import FxsparseError, LoweringError
 from fxsparse.inductor import config_patches
+from fxsparse.lowering import lower_graph
 from fxsparse.one_line import RewrittenGraph
 from fxsparse.options import BackendOptions
 from fxsparse.runtime_state import Slot, invalidate
@@ -93,6 +94,8 @@ def _compile_graph(gm: GraphModule, example_inputs: list[Any], options: BackendO
     fixed = _of_fixed_size(values)
     inner = _compile(lowered, [*example_inputs, *values], options)
     del fixed
+    if any(choice.implementation in lower.LAUNCHING for choice in report.choices):
+        inner = record_launches(inner, report.launches)
     if rewritten is not None or further:
         dense = _Dense(before, slots, options, report) if further else None
         inner = _with_states(inner, [*slots, *further], rewritten, dense)
@@ -125,7 +128,7 @@ def _lower(
 ) -> tuple[GraphModule, list[Slot]]:
     try:
         lower.note_operators(gm, names, options, report)
-        lowered, slots = lower.lower_frozen(gm, example_inputs, names, options, report)
+        lowered, slots = lower_graph(gm, example_inputs, names, options, report)
     except Exception as error:
         _fall_back("lowering", error, options, report)
         return gm, []

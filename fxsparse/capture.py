@@ -160,7 +160,7 @@ def where_batch_was_fixed(model: nn.Module, inputs: Inputs) -> str:
         decide(self, symbol, target, *rest)
 
     with mock.patch.object(ShapeEnv, "_set_replacement", watch), contextlib.suppress(Exception):
-        export(model, inputs, dynamic_batch=True)
+        export(model, inputs, free=[0])
     return next((quote(frames) for frames in found if frames), "")
 
 

@@ -7,12 +7,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import external_utils
 from torch._dynamo.eval_frame import OptimizedModule
 
+from fxsparse.codegen.registry import recording, start, stop
 from fxsparse.options import BackendOptions
 from fxsparse.record import Record
 
@@ -51,6 +53,7 @@ class CompiledGraph:
         record: of the passes that ran on the graph; None in the bare call.
         choices: the implementation of every fxsparse operator and of every frozen N:M weight found.
         notes: why something asked for did not happen, at compile time or later.
+        launches: of generated kernels, by source file; forward and backward.
     """
 
     name: str
@@ -59,6 +62,7 @@ class CompiledGraph:
     record: Record | None = None
     choices: list[Choice] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    launches: dict[Path, int] = field(default_factory=dict)
 
     def note(self, text: str) -> None:
         """Adds a note once."""
@@ -115,6 +119,55 @@ def compiled_graphs(compiled: Callable[..., Any]) -> list[CompiledGraph]:
     with _lock:
         graphs = _graphs_of(target) or _graphs_of_twins(target)
         return [graph for graph in graphs if options is None or graph.options == options]
+
+
+@dataclass(frozen=True)
+class Launches:
+    """A generated kernel that ran in a compiled model.
+
+    Attributes:
+        name: of the function, as profilers show it.
+        file: its source, for a person to read.
+        count: launches so far, forward and backward; a CUDA graph counts once, when it is captured.
+    """
+
+    name: str
+    file: Path
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.count} launch{'es' if self.count != 1 else ''}, {self.file}"
+
+
+def kernels(compiled: Callable[..., Any]) -> list[Launches]:
+    """The generated kernels that ran in what ``torch.compile(..., backend="fxsparse")`` returned, most launched first.
+
+    Empty where operators run as ATen that Inductor fuses, which is so on every CPU; ``explain`` says why.
+    """
+    total: dict[Path, int] = {}
+    for graph in compiled_graphs(compiled):
+        for file, count in graph.launches.items():
+            total[file] = total.get(file, 0) + count
+    names = {file: file.stem.rpartition("_")[0] for file in total}
+    return sorted(
+        (Launches(names[file], file, count) for file, count in total.items()), key=lambda item: (-item.count, item.name)
+    )
+
+
+def record_launches(inner: Callable[..., Any], launches: dict[Path, int]) -> Callable[..., Any]:
+    """``inner``, with the generated kernels that it and its backward pass launch added to ``launches``."""
+
+    def call(*args: Any) -> Any:
+        with recording(launches):
+            outputs = inner(*args)
+        tensors = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+        node = next((t.grad_fn for t in tensors if isinstance(t, Tensor) and t.grad_fn is not None), None)
+        if node is not None:  # all of a compiled graph's outputs have the one backward pass
+            node.register_prehook(lambda gradients: start(launches))
+            node.register_hook(lambda inputs, gradients: stop(launches))
+        return outputs
+
+    return call
 
 
 def forget_all() -> None:

@@ -76,11 +76,16 @@ def implement(op: CustomOpDef, device_type: str) -> Callable[[Callable[..., Tens
     """
 
     def register(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        _kernels.add((op._name, device_type))
+        declare_kernel(op._name, device_type)
         op.register_kernel(device_type)(_checked(_outputs[op], kernel))
         return kernel
 
     return register
+
+
+def declare_kernel(name: str, device_type: str) -> None:
+    """Says that an operator which was not made with :func:`define` has a kernel for a device."""
+    _kernels.add((name, device_type))
 
 
 def has_kernel(name: str, device_type: str) -> bool:

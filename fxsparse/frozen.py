@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxsparse.codegen.metadata import pack_metadata
 from fxsparse.dynamo_graph import placeholders
 from fxsparse.nm import Pattern, mask_of, pack, satisfies
 
@@ -53,16 +54,22 @@ class FrozenLinear:
 
 @dataclass(frozen=True)
 class Compress:
-    """A frozen weight's values and indices, None where it does not satisfy the pattern."""
+    """A frozen weight's values and indices, None where it does not satisfy the pattern.
+
+    Attributes:
+        metadata: gives the indices as sparse tensor cores read them.
+    """
 
     pattern: Pattern
     transposed: bool
+    metadata: bool = False
 
     def __call__(self, weight: Tensor) -> tuple[Tensor, ...] | None:
         dense = weight.t() if self.transposed else weight
         if not satisfies(dense, self.pattern):
             return None
-        return pack(dense, mask_of(dense, self.pattern), self.pattern)
+        values, indices = pack(dense, mask_of(dense, self.pattern), self.pattern)
+        return values, pack_metadata(indices) if self.metadata else indices
 
 
 def frozen_linears(gm: GraphModule, example_inputs: Sequence[Any], state: dict[int, str]) -> Iterator[FrozenLinear]:

@@ -106,7 +106,7 @@ def _as_linear(gm: GraphModule, node: Node, names: dict[int, list[str]]) -> Line
         return None
     weight = read_of(weight)
     if weight.op != "get_attr" and is_transpose(weight):
-        weight, transposed = read_of(weight.args[0]), not transposed  # type: ignore[arg-type]
+        weight, transposed = read_of(weight.args[0]), not transposed
     parameter = attribute(gm, str(weight.target)) if weight.op == "get_attr" else None
     if not isinstance(parameter, nn.Parameter) or parameter.dim() != 2:
         return None

@@ -7,7 +7,7 @@ compressed, or leave the dense weight that is in memory anyway?) and for fxspars
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,18 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxsparse.codegen import operators as _kernels  # noqa: F401  puts the kernels behind the operators
+from fxsparse.codegen.launch_sparse import unsupported_sparse
 from fxsparse.compiled import Choice, CompiledGraph
 from fxsparse.custom_op import has_kernel
-from fxsparse.dynamo_graph import add_placeholder, copy_dynamo_graph, placeholders, static_fake
-from fxsparse.frozen import Compress, FrozenLinear, frozen_linears
+from fxsparse.dynamo_graph import placeholders
+from fxsparse.nm import Pattern
 from fxsparse.options import BackendOptions
-from fxsparse.runtime_state import FollowedStates, Slot
+
+SPARSE_TENSOR_CORES = "sparse_tensor_cores"
+SPARSE_TENSOR_CORES_OP = "sparse_tensor_core_linear"
+LAUNCHING = {"operator", "compressed", SPARSE_TENSOR_CORES}
+"""Implementations that may launch generated kernels."""
 
 
 @dataclass(frozen=True)
@@ -32,39 +38,64 @@ class Site:
         device: device type of its tensors.
         dtype: of the weight or its values.
         shape: ``(out, in)`` of the weight where it is known.
+        pattern: of the weight where it is known.
         frozen: whether the dense weight is a frozen parameter of the model, so that dense costs no extra memory.
+        inference: whether the graph is not differentiated.
     """
 
     op: str
     device: str
     dtype: torch.dtype
     shape: tuple[int, ...] = ()
+    pattern: Pattern | None = None
     frozen: bool = False
+    inference: bool = False
 
 
 def choose(site: Site, pinned: str = "auto") -> tuple[str, str]:
     """An implementation and the reason for it.
 
     Returns:
-        ``compressed`` or ``dense`` for a frozen weight; ``operator`` (the operator's own kernel) or ``reference``
-        (inlined as ATen) for an operator in the graph.
+        for a frozen weight ``dense``, ``compressed`` or ``sparse_tensor_cores``; for an operator in the graph
+        ``operator`` (the operator's own kernel), ``reference`` (inlined as ATen) or ``sparse_tensor_cores``.
     """
+    note = ""
+    if pinned == SPARSE_TENSOR_CORES:
+        obstacle = no_sparse_tensor_cores(site)
+        if obstacle is None:
+            return pinned, _pinned_by(site, pinned)
+        note = f"not on sparse tensor cores as pinned, because {obstacle}; "
+    elif pinned != "auto":
+        if site.frozen:
+            return pinned, _pinned_by(site, pinned)
+        if pinned == "dense":
+            return "reference", _pinned_by(site, pinned)
+    kernel = has_kernel(site.op, site.device)
     if site.frozen:
-        if pinned != "auto":
-            return pinned, f'pinned by options={{"lower": {{"{site.op}": "{pinned}"}}}}'
+        in_memory = f"{note}the dense weight is in memory anyway, and "
         if site.device == "cpu":
-            return (
-                "dense",
-                "the dense weight is in memory anyway, and on a CPU decompressing every call costs more than it saves",
-            )
-        if not has_kernel(site.op, site.device):
-            return "dense", f"the dense weight is in memory anyway, and there is no kernel for {site.device}"
-        return "compressed", f"it reads fewer bytes on {site.device}"
-    if pinned == "dense":
-        return "reference", f'pinned by options={{"lower": {{"{site.op}": "dense"}}}}'
-    if has_kernel(site.op, site.device):
-        return "operator", f"the operator's own kernel on {site.device}"
-    return "reference", f"inlined as ATen for the compiler to fuse; there is no kernel for {site.device}"
+            return "dense", f"{in_memory}on a CPU decompressing every call costs more than it saves"
+        if not kernel:
+            return "dense", f"{in_memory}there is no kernel for {site.device}"
+        return "compressed", f"{note}it reads fewer bytes on {site.device}"
+    if kernel:
+        return "operator", f"{note}the operator's own kernel on {site.device}"
+    return "reference", f"{note}inlined as ATen for the compiler to fuse; there is no kernel for {site.device}"
+
+
+def no_sparse_tensor_cores(site: Site) -> str | None:
+    """Why a linear cannot run on sparse tensor cores; None where it can."""
+    if site.op != "nm_linear" or site.pattern is None or len(site.shape) != 2:
+        return f"they run nm_linear, not {site.op}"
+    if not has_kernel(SPARSE_TENSOR_CORES_OP, site.device):
+        return f"there are none on {site.device}"
+    if not site.inference:
+        return "the graph is differentiated"
+    return unsupported_sparse(site.dtype, site.shape[1], site.pattern.n, site.pattern.m)
+
+
+def _pinned_by(site: Site, pinned: str) -> str:
+    return f'pinned by options={{"lower": {{"{site.op}": "{pinned}"}}}}'
 
 
 # --- operators in the graph -------------------------------------------------------------------------------------------
@@ -75,12 +106,12 @@ def operators(gm: GraphModule) -> Iterator[tuple[str, Node]]:
     for module in gm.modules():
         if isinstance(module, GraphModule):
             for node in module.graph.nodes:
-                name = _operator_name(node.target) if node.op == "call_function" else None
+                name = operator_name(node.target) if node.op == "call_function" else None
                 if name:
                     yield name, node
 
 
-def _operator_name(target: Any) -> str | None:
+def operator_name(target: Any) -> str | None:
     """``nm_linear`` for ``torch.ops.fxsparse.nm_linear`` and its overload; None for anything else."""
     packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
     if not isinstance(packet, torch._ops.OpOverloadPacket):
@@ -97,87 +128,47 @@ def note_operators(gm: GraphModule, names: dict[int, str], options: BackendOptio
         names: full names of those inputs that are parameters or buffers, by position.
     """
     named = {node: names[position] for position, node in enumerate(placeholders(gm)) if position in names}
+    inference = is_inference(gm)
     for op, node in operators(gm):
-        fake = node.meta.get("example_value", node.meta.get("val"))
-        if fake is None:
+        site = site_of(op, node, inference)
+        if site is None:
             continue
-        implementation, reason = choose(Site(op, fake.device.type, fake.dtype), options.pinned(op))
-        site = next((named[source] for source in node.all_input_nodes if source in named), node.name)
-        report.choices.append(Choice(op, site, implementation, reason))
+        implementation, reason = choose(site, options.pinned(op))
+        where = next((named[source] for source in node.all_input_nodes if source in named), node.name)
+        report.choices.append(Choice(op, where, implementation, reason))
+
+
+def site_of(op: str, node: Node, inference: bool) -> Site | None:
+    """A call of an operator as a site; None where its result is not known."""
+    fake = fake_of(node)
+    if fake is None:
+        return None
+    shape: tuple[int, ...] = ()
+    pattern = None
+    if op == "nm_linear":
+        x, *_, n, m = node.args
+        pattern, shape = Pattern(n, m), (int(fake.shape[-1]), int(fake_of(x).shape[-1]))  # type: ignore[arg-type]
+    return Site(op, fake.device.type, fake.dtype, shape, pattern, inference=inference)
+
+
+def is_inference(gm: GraphModule) -> bool:
+    """Whether nothing that a graph computes is differentiated or cast on the way."""
+    changes = {torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast}
+    plain = all(node.target not in changes for node in gm.graph.nodes if node.op == "call_function")
+    autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return plain and not autocast and not torch.is_grad_enabled()
+
+
+def fake_of(node: Any) -> Any:
+    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def runs_reference(call: Node, options: BackendOptions) -> bool:
     """Whether :func:`choose` wants the reference of an operator in a lowered graph; a gradient follows its operator."""
-    name = _operator_name(call.target)
+    name = operator_name(call.target)
     values = (node.meta.get("val") for node in call.all_input_nodes)
     like = next((value for value in values if isinstance(value, Tensor)), None)
     if name is None or like is None:
         return False
     site = Site(name, like.device.type, like.dtype)
     return choose(site, options.pinned(name.partition("_grad_")[0]))[0] == "reference"
-
-
-# --- frozen N:M weights -----------------------------------------------------------------------------------------------
-
-
-def lower_frozen(
-    gm: GraphModule,
-    example_inputs: Sequence[Any],
-    names: dict[int, str],
-    options: BackendOptions,
-    report: CompiledGraph,
-) -> tuple[GraphModule, list[Slot]]:
-    """Lets the frozen N:M weights of a graph run from compressed form where that pays.
-
-    Args:
-        gm: Dynamo's graph, or one like it; it stays as it is.
-        example_inputs: its real inputs.
-        names: full names of those that are parameters or buffers, by position.
-
-    Returns:
-        a copy with further inputs and where they come from; ``gm`` itself and nothing where no weight runs compressed.
-    """
-    sites = []
-    for linear in frozen_linears(gm, example_inputs, names):
-        weight = example_inputs[linear.position]
-        site = Site("nm_linear", weight.device.type, weight.dtype, tuple(weight.shape), frozen=True)
-        implementation, reason = choose(site, options.pinned("nm_linear"))
-        if implementation == "compressed" and weight.is_inference():
-            implementation, reason = "dense", "it was made in inference mode, where changes cannot be followed"
-        found = f"frozen and {linear.pattern}; {reason}"
-        report.choices.append(Choice("nm_linear", names[linear.position], implementation, found))
-        if implementation == "compressed":
-            sites.append(linear)
-    return _compress(gm, example_inputs, names, sites) if sites else (gm, [])
-
-
-def _compress(
-    gm: GraphModule, example_inputs: Sequence[Any], names: dict[int, str], sites: list[FrozenLinear]
-) -> tuple[GraphModule, list[Slot]]:
-    copy = copy_dynamo_graph(gm)
-    twins = dict(zip(gm.graph.nodes, copy.graph.nodes, strict=True))
-    slots: dict[tuple[int, Compress], tuple[Slot, list[Node]]] = {}
-    after = placeholders(copy)[-1]
-    for site in sites:
-        rule = Compress(site.pattern, site.transposed)
-        key = (site.position, rule)
-        if key not in slots:
-            name = names[site.position]
-            slot = Slot((site.position,), FollowedStates(rule), (f"{name}_values", f"{name}_indices"))
-            inputs = []
-            for input_name, tensor in zip(slot.names, slot.get(example_inputs) or (), strict=True):
-                with copy.graph.inserting_after(after):
-                    after = add_placeholder(copy.graph, input_name, static_fake(gm, tensor))
-                inputs.append(after)
-            slots[key] = (slot, inputs)
-        values, indices = slots[key][1]
-        node = twins[site.node]
-        args = (twins[site.input], values, indices, None, twins.get(site.bias), site.pattern.n, site.pattern.m)
-        with copy.graph.inserting_before(node):
-            call = copy.graph.call_function(torch.ops.fxsparse.nm_linear.default, args)
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        copy.graph.erase_node(node)
-    copy.graph.lint()
-    copy.recompile()
-    return copy, [slot for slot, _ in slots.values()]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 OWN = ("passes", "recipe", "lower", "fallback", "compiler")
 COMPILERS = ("inductor", "aot_eager", "eager")
 # What `options={"lower": {op: choice}}` may pin.
-LOWERINGS: dict[str, tuple[str, ...]] = {"nm_linear": ("auto", "compressed", "dense")}
+LOWERINGS: dict[str, tuple[str, ...]] = {"nm_linear": ("auto", "compressed", "sparse_tensor_cores", "dense")}
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,11 @@ def explain_compiled(graphs: Sequence[CompiledGraph]) -> str:
         rows += [(f"  {c.op}", c.implementation, where, c.reason) for c, where in _choices(graph.choices)]
         nothing = ["  no fxsparse operator and no frozen N:M weight: all of it is Inductor's"]
         lines += table(rows) if graph.choices else nothing
+        if graph.launches:
+            found = [("  generated kernel", "launches", "source")]
+            counts = sorted(graph.launches.items(), key=lambda item: -item[1])
+            found += [(f"  {file.stem.rpartition('_')[0]}", str(count), str(file)) for file, count in counts]
+            lines += table(found, right=(1,))
         lines += [""]
     return "\n".join(lines[:-1])
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fxsparse import ops  # noqa: F401  the operators
 from fxsparse.codegen.epilogue import Epilogue
 from fxsparse.codegen.fused_ops import nm_linear_epilogue, sparse_tensor_core_linear
-from fxsparse.codegen.fusion import following, fuse_nm_linear
+from fxsparse.codegen.fusion import following, fuse_linears
 from fxsparse.codegen.metadata import pack_metadata
 from fxsparse.errors import OptionError
 from fxsparse.nm import Pattern, nm_mask, pack
@@ -48,7 +48,7 @@ def test_chains_that_are_understood(function, steps):
         gm, found = chain(function, x, gate, residual)
         assert " ".join(found.steps) == steps
         assert len(found) == len(found.steps)
-        assert fuse_nm_linear(gm) == len(found)
+        assert fuse_linears(gm) == len(found)
         calls = [node.target for node in gm.graph.nodes if node.op == "call_function"]
         assert calls == [torch.ops.fxsparse.nm_linear_epilogue.default]
         torch.testing.assert_close(gm(x, gate, residual), function(x, gate, residual))
@@ -72,7 +72,7 @@ def test_what_is_not_understood_stays_outside(function, steps):
     with torch.no_grad():
         gm, found = chain(function, x, gate)
         assert " ".join(found.steps) == steps
-        fuse_nm_linear(gm)
+        fuse_linears(gm)
         torch.testing.assert_close(gm(x, gate), function(x, gate))
 
 
@@ -85,14 +85,14 @@ def test_an_operand_computed_after_the_linear():
     with torch.no_grad():
         gm, found = chain(function, x, gate)
         assert found.steps == ("silu", "mul")
-        fuse_nm_linear(gm)
+        fuse_linears(gm)
         torch.testing.assert_close(gm(x, gate), function(x, gate))
 
 
 def test_linears_that_are_unwanted_are_left_alone():
     with torch.no_grad():
         gm, _ = chain(lambda x: F.relu(linear(x)), torch.randn(5, 32))
-        assert fuse_nm_linear(gm, unwanted=lambda node: True) == 0
+        assert fuse_linears(gm, unwanted=lambda node: True) == 0
         assert any(node.target is torch.ops.fxsparse.nm_linear.default for node in gm.graph.nodes)
 
 

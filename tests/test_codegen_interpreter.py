@@ -1,4 +1,4 @@
-"""Runs ``interpreted_kernels.py`` in Triton's interpreter, which has to be chosen before Triton is imported."""
+"""Runs the ``interpreted_*`` files in Triton's interpreter, which has to be chosen before Triton is imported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _LOOPS_FAIL = triton.__version__.startswith("3.6.") and tuple(map(int, numpy.__v
 
 
 @pytest.mark.skipif(_LOOPS_FAIL, reason="the interpreter of Triton 3.6 needs numpy < 2.4")
-def test_kernels_in_the_interpreter(tmp_path):
+@pytest.mark.parametrize("file", ["interpreted_kernels.py", "interpreted_backend.py"])
+def test_in_the_interpreter(tmp_path, file):
     seed = str(random.SystemRandom().randrange(1 << 30))
     environment = {
         **os.environ,
@@ -25,7 +26,7 @@ def test_kernels_in_the_interpreter(tmp_path):
         "FXSPARSE_CACHE_DIR": str(tmp_path),
         "FXSPARSE_TEST_SEED": seed,
     }
-    worker = Path(__file__).with_name("interpreted_kernels.py")
+    worker = Path(__file__).with_name(file)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(worker)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=worker.parent)
     assert run.returncode == 0, f"FXSPARSE_TEST_SEED={seed}\n{run.stdout[-8000:]}\n{run.stderr[-2000:]}"

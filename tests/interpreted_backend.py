@@ -1,0 +1,118 @@
+"""The backend with generated kernels behind its operators, in Triton's interpreter.
+
+``test_codegen_interpreter.py`` runs this in a process of its own: here the CPU has kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxsparse
+from fxsparse.codegen import fused_ops, launch, operators
+from fxsparse.custom_op import declare_kernel, implement
+from fxsparse.passes import AddLowRankBranches, DoublePruneBackward, InsertNMMasks
+
+for op, kernel in operators.KERNELS.items():
+    implement(op, "cpu")(kernel)
+
+
+@fused_ops.nm_linear_epilogue.register_kernel("cpu")
+def _(x, values, indices, bias, n, m, steps, operands):
+    return launch.nm_linear(x, values, indices, None, bias, n, m, steps=steps.split(), operands=operands)
+
+
+declare_kernel("nm_linear_epilogue", "cpu")
+declare_kernel("sparse_tensor_core_linear", "cpu")  # which runs plain torch here
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+PASSES = [InsertNMMasks("2:4", keep_first=False), DoublePruneBackward()]
+
+
+def launches(compiled, beginning: str) -> int:
+    return sum(item.count for item in fxsparse.kernels(compiled) if item.name.startswith(beginning))
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_training_launches_generated_kernels(low_rank):
+    extra = [AddLowRankBranches(rank=4, start=0.0)] if low_rank else []
+    gm = fxsparse.rewrite(Block(), [*PASSES, *extra], (torch.randn(4, 32),))
+    compiled = torch.compile(gm, backend="fxsparse", options={"compiler": "aot_eager", "fallback": False})
+    x = torch.randn(5, 32, requires_grad=True)
+    compiled(x).square().sum().backward()
+    found = [x.grad, *(p.grad for p in gm.parameters())]
+    with torch.no_grad():
+        for p in (x, *gm.parameters()):
+            p.grad = None
+    double = copy.deepcopy(gm).double()  # has no kernels
+    y = x.detach().double().requires_grad_()
+    double(y).square().sum().backward()
+    for mine, exact in zip(found, [y.grad, *(p.grad for p in double.parameters())], strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-4)
+    for beginning in ("nm_linear_2_4", "nm_linear_grad_input", "nm_linear_grad_values"):
+        assert launches(compiled, beginning) == 3, fxsparse.kernels(compiled)
+    assert "generated kernel" in fxsparse.explain(compiled)
+    for item in fxsparse.kernels(compiled):
+        assert "import triton" in item.file.read_text()
+
+
+def test_inference_takes_over_what_follows():
+    gm = fxsparse.rewrite(Block(), PASSES, (torch.randn(4, 32),))
+    compiled = torch.compile(gm, backend="fxsparse", options={"compiler": "aot_eager", "fallback": False})
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), copy.deepcopy(gm).double()(x.double()).float(), rtol=1e-4, atol=1e-4)
+    sources = [item.file.read_text() for item in fxsparse.kernels(compiled)]
+    assert sum(item.count for item in fxsparse.kernels(compiled)) == 3
+    assert any("silu" in source for source in sources)
+    assert any("bias + add" in source or "add" in source for source in sources)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sparse_tensor_cores_where_pinned_and_possible(dtype):
+    gm = fxsparse.rewrite(Block(), PASSES, (torch.randn(4, 32),)).to(dtype)
+    options = {"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": "sparse_tensor_cores"}}
+    compiled = torch.compile(gm, backend="fxsparse", options=options)
+    x = torch.randn(3, 32).to(dtype)
+    with torch.no_grad():
+        exact = copy.deepcopy(gm).double()(x.double())
+        assert (compiled(x) - exact).abs().max() < 0.05
+    report = fxsparse.explain(compiled)
+    assert ("sparse_tensor_cores" in report) if dtype == torch.bfloat16 else ("not on sparse tensor cores" in report)
+    assert "the graph is differentiated" not in report
+    gm.get_parameter("up.weight_values").data.zero_()  # values are read, not copied
+    with torch.no_grad():
+        assert (compiled(x) - copy.deepcopy(gm).double()(x.double())).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("choice", ["compressed", "sparse_tensor_cores"])
+def test_frozen_weights_run_compressed(choice):
+    torch.manual_seed(0)
+    model = Block().bfloat16().requires_grad_(False)
+    for linear in (model.up, model.gate, model.down):
+        mask = fxsparse.nm.nm_mask(linear.weight.abs(), fxsparse.nm.Pattern(2, 4))
+        linear.weight.mul_(mask)
+    compiled = torch.compile(
+        model, backend="fxsparse", options={"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": choice}}
+    )
+    x = torch.randn(3, 32).bfloat16()
+    with torch.no_grad():
+        assert (compiled(x) - copy.deepcopy(model).double()(x.double())).abs().max() < 0.05
+        assert fxsparse.explain(compiled).count(choice) >= 1
+        model.up.weight.mul_(-1)  # noticed
+        assert (compiled(x) - copy.deepcopy(model).double()(x.double())).abs().max() < 0.05
+        model.up.weight.add_(1)  # no longer 2:4: the dense graph runs
+        assert (compiled(x) - copy.deepcopy(model).double()(x.double())).abs().max() < 0.5
