@@ -1,12 +1,13 @@
-"""Operators that exist for the kernels' sake: a product with its epilogue, and the product on sparse tensor cores.
-
-They are made with ``custom_op`` because the compiler cannot look into a kernel, they run on a CPU through plain torch,
-and have no gradients: they stand in graphs that are not differentiated, or below the gradients.
+"""Operators that exist for the kernels' sake: a product with its epilogue, and 2:4 products on sparse tensor cores.
 
     nm_linear_epilogue(x, values, indices, bias?, n, m, steps, operands)
     sparse_tensor_core_linear(x, values, metadata, bias?, steps, operands)
+    cusparselt_linear(x, packed, bias?, out_features)
 
-``steps`` are names of :class:`~fxsparse.codegen.epilogue.Epilogue` separated by blanks.
+``steps`` are names of :class:`~fxsparse.codegen.epilogue.Epilogue` separated by blanks; the last operator is NVIDIA's
+library through torch. They are made with ``custom_op`` because the compiler cannot look into a kernel, they run on a
+CPU through plain torch (but for the library's, whose packed form only it can read), and have no gradients: they stand
+in graphs that are not differentiated, or below the gradients.
 """
 
 from __future__ import annotations
@@ -108,3 +109,18 @@ def _(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, steps: s
 @sparse_tensor_core_linear.register_fake
 def _(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, steps: str, operands: list[Tensor]) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+@torch.library.custom_op("fxsparse::cusparselt_linear", mutates_args=(), device_types="cuda")
+def cusparselt_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """x W^T + bias, W ``[out_features, in]`` as ``torch._cslt_compress`` packs it; 16-bit."""
+    inputs = x.reshape(-1, x.shape[-1])
+    rows = inputs.shape[0]
+    padded = F.pad(inputs, (0, 0, 0, -rows % 16))  # what the library asks of a dense operand
+    y = torch._cslt_sparse_mm(packed, padded.t(), bias=bias, transpose_result=True)
+    return y[:rows].reshape(*x.shape[:-1], out_features).contiguous()
+
+
+@cusparselt_linear.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)

@@ -127,7 +127,6 @@ def _lower(
     report: CompiledGraph,
 ) -> tuple[GraphModule, list[Slot]]:
     try:
-        lower.note_operators(gm, names, options, report)
         lowered, slots = lower_graph(gm, example_inputs, names, options, report)
     except Exception as error:
         _fall_back("lowering", error, options, report)

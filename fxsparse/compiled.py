@@ -15,6 +15,7 @@ from torch._dynamo import external_utils
 from torch._dynamo.eval_frame import OptimizedModule
 
 from fxsparse.codegen.registry import recording, start, stop
+from fxsparse.cost_model import Work
 from fxsparse.options import BackendOptions
 from fxsparse.record import Record
 
@@ -31,12 +32,14 @@ class Choice:
         site: full name of the weight, or the module path.
         implementation: ``compressed``, ``dense``, ``reference`` or ``operator``.
         reason: why.
+        work: the product, where it is known.
     """
 
     op: str
     site: str
     implementation: str
     reason: str
+    work: Work | None = None
 
     def __str__(self) -> str:
         return f"{self.site}: {self.op} runs {self.implementation}, {self.reason}"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from fxsparse import lower
+from fxsparse import lower, measured
 from fxsparse.inline import inline_references
 from fxsparse.options import BackendOptions
 
@@ -42,7 +42,7 @@ class InlineReferences(CustomGraphPass):
 
     def uuid(self) -> bytes | None:
         """Of the sources, the options and the user's passes; None, and no caching, where one of those has none."""
-        own = hashlib.sha256(sources() + str(self.options).encode())
+        own = hashlib.sha256(sources() + f"{self.options};{measured.digest()}".encode())
         for item in self.then:
             theirs = item.uuid() if isinstance(item, CustomGraphPass) else None
             if theirs is None:

@@ -1,32 +1,44 @@
 """Which implementation runs each fxsparse operator, for its shape, dtype and device, and why.
 
-`choose` is the one place that decides. It is asked for frozen N:M weights that the backend found (run them
-compressed, or leave the dense weight that is in memory anyway?) and for fxsparse operators a graph already holds
-(call the operator's own kernel, or inline its reference as ATen for Inductor to fuse?).
+`choose` is the one place that decides. It is asked for frozen N:M weights that the backend found (run them compressed,
+or leave the dense weight that is in memory anyway?) and for fxsparse operators a graph already holds.
+
+    dense                 a dense product; the weight of a compressed frozen one is expanded once and followed
+    compressed, operator  the operator's own generated kernel, on the compressed weight
+    sparse_tensor_cores   the generated kernel on 2:4 tensor cores
+    cusparselt            NVIDIA's library through torch, on its own compressed copy
+    reference             plain ATen, inlined for the compiler to fuse
+
+What was measured on the device decides (`fxsparse.measured`), else an estimate from bytes and FLOPs where the device is
+known (`fxsparse.cost_model`), else fixed rules.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxsparse import cost_model, measured
 from fxsparse.codegen import operators as _kernels  # noqa: F401  puts the kernels behind the operators
 from fxsparse.codegen.launch_sparse import unsupported_sparse
-from fxsparse.compiled import Choice, CompiledGraph
+from fxsparse.cost_model import Work
 from fxsparse.custom_op import has_kernel
-from fxsparse.dynamo_graph import placeholders
 from fxsparse.nm import Pattern
-from fxsparse.options import BackendOptions
+from fxsparse.options import BackendOptions, Pin
 
-SPARSE_TENSOR_CORES = "sparse_tensor_cores"
+DENSE, COMPRESSED, OPERATOR, REFERENCE = "dense", "compressed", "operator", "reference"
+SPARSE_TENSOR_CORES, CUSPARSELT = "sparse_tensor_cores", "cusparselt"
 SPARSE_TENSOR_CORES_OP = "sparse_tensor_core_linear"
-LAUNCHING = {"operator", "compressed", SPARSE_TENSOR_CORES}
+LAUNCHING = {OPERATOR, COMPRESSED, SPARSE_TENSOR_CORES}
 """Implementations that may launch generated kernels."""
+
+_EXPANDABLE = {"nm_linear", "nm_linear_low_rank"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,9 @@ class Site:
         dtype: of the weight or its values.
         shape: ``(out, in)`` of the weight where it is known.
         pattern: of the weight where it is known.
-        frozen: whether the dense weight is a frozen parameter of the model, so that dense costs no extra memory.
+        rows: of the input, as in the example; None where it is not known.
+        frozen: whether nothing trains the weight.
+        in_memory: whether the dense weight is a parameter of the model, so that dense costs no extra memory.
         inference: whether the graph is not differentiated.
     """
 
@@ -48,54 +62,132 @@ class Site:
     dtype: torch.dtype
     shape: tuple[int, ...] = ()
     pattern: Pattern | None = None
+    rows: int | None = None
     frozen: bool = False
+    in_memory: bool = False
     inference: bool = False
 
+    @property
+    def work(self) -> Work | None:
+        """What it computes, as measurements and estimates are kept by; None where something is not known."""
+        if self.pattern is None or self.rows is None or len(self.shape) != 2:
+            return None
+        return Work(self.op, self.pattern, self.dtype, self.rows, *self.shape)
 
-def choose(site: Site, pinned: str = "auto") -> tuple[str, str]:
-    """An implementation and the reason for it.
 
-    Returns:
-        for a frozen weight ``dense``, ``compressed`` or ``sparse_tensor_cores``; for an operator in the graph
-        ``operator`` (the operator's own kernel), ``reference`` (inlined as ATen) or ``sparse_tensor_cores``.
-    """
-    note = ""
-    if pinned == SPARSE_TENSOR_CORES:
-        obstacle = no_sparse_tensor_cores(site)
-        if obstacle is None:
-            return pinned, _pinned_by(site, pinned)
-        note = f"not on sparse tensor cores as pinned, because {obstacle}; "
-    elif pinned != "auto":
-        if site.frozen:
-            return pinned, _pinned_by(site, pinned)
-        if pinned == "dense":
-            return "reference", _pinned_by(site, pinned)
+def candidates(site: Site) -> dict[str, str | None]:
+    """The implementations of a site, each with the reason it cannot run, None where it can."""
     kernel = has_kernel(site.op, site.device)
-    if site.frozen:
-        in_memory = f"{note}the dense weight is in memory anyway, and "
-        if site.device == "cpu":
-            return "dense", f"{in_memory}on a CPU decompressing every call costs more than it saves"
+    own = COMPRESSED if site.in_memory else OPERATOR
+    found: dict[str, str | None] = {own: None if kernel else f"there is no kernel for {site.device}"}
+    if site.in_memory:
+        found[DENSE] = None
         if not kernel:
-            return "dense", f"{in_memory}there is no kernel for {site.device}"
-        return "compressed", f"{note}it reads fewer bytes on {site.device}"
-    if kernel:
-        return "operator", f"{note}the operator's own kernel on {site.device}"
-    return "reference", f"{note}inlined as ATen for the compiler to fuse; there is no kernel for {site.device}"
+            found[COMPRESSED] = None  # its reference, where it is pinned
+    else:
+        found[REFERENCE] = None
+        if site.op in _EXPANDABLE:
+            found[DENSE] = None if site.inference and site.frozen else "its weight is trained or the graph is"
+    found[SPARSE_TENSOR_CORES] = no_sparse_tensor_cores(site)
+    found[CUSPARSELT] = no_cusparselt(site)
+    return found
+
+
+def choose(site: Site, pin: Pin | str = "auto") -> tuple[str, str]:
+    """An implementation and the reason for it."""
+    if isinstance(pin, str):
+        pin = Pin.parse(pin)
+    every = candidates(site)
+    note = ""
+    if pin.name is not None:
+        pinned = _spelled(pin.name, every)
+        if every.get(pinned, "it is none of its implementations") is None:
+            return pinned, f'pinned by options={{"lower": {{"{site.op}": "{pin.name}"}}}}'
+        if pin.name == DENSE and not site.in_memory:
+            return REFERENCE, f'pinned by options={{"lower": {{"{site.op}": "dense"}}}}; {every.get(DENSE)}'
+        note = f"not {pin.name} as pinned, because {every.get(pinned)}; "
+    possible = [name for name, obstacle in every.items() if obstacle is None and name not in pin.excluded]
+    if not possible:
+        fallback = DENSE if site.in_memory else REFERENCE
+        return fallback, f"{note}every other implementation is excluded or impossible"
+    work = site.work
+    if work is not None and (times := measured.times(work, site.device)):
+        ranked = sorted((times[name], name) for name in possible if name in times)
+        if len(ranked) > 1 or (ranked and ranked[0][1] == possible[0]):
+            return ranked[0][1], note + _measured(ranked, times)
+    if work is not None and site.device == "cuda" and (device := cost_model.device()) is not None:
+        estimates = {name: cost_model.microseconds(work, name, device) for name in possible if name in _ESTIMATED}
+        if estimates:
+            best = min(estimates, key=lambda name: estimates[name])
+            others = sorted((time, name) for name, time in estimates.items() if name != best)
+            beside = f", {others[0][1]} {others[0][0]:.0f} us" if others else ""
+            return best, f"{note}estimated from bytes and FLOPs at {estimates[best]:.0f} us{beside}; not measured"
+    return _by_rule(site, possible, note)
+
+
+# Not estimated into use: what must be measured to be trusted, and what takes memory the user did not ask for.
+_ESTIMATED = {COMPRESSED, OPERATOR, REFERENCE, DENSE}
+
+
+def _by_rule(site: Site, possible: list[str], note: str) -> tuple[str, str]:
+    if site.device == "cpu" and DENSE in possible:
+        if site.in_memory:
+            why = "the dense weight is in memory anyway, and on a CPU decompressing every call costs more than it saves"
+        else:
+            why = "frozen: expanded once, because on a CPU decompressing every call costs more than it saves"
+        return DENSE, note + why
+    if site.in_memory and not has_kernel(site.op, site.device):
+        return DENSE, f"{note}the dense weight is in memory anyway, and there is no kernel for {site.device}"
+    for name, why in (
+        (COMPRESSED, f"it reads fewer bytes on {site.device}"),
+        (OPERATOR, f"the operator's own kernel on {site.device}"),
+        (REFERENCE, f"inlined as ATen for the compiler to fuse; there is no kernel for {site.device}"),
+    ):
+        if name in possible:
+            return name, note + why
+    return possible[0], f"{note}nothing else is left"
+
+
+def _measured(ranked: list[tuple[float, str]], times: dict[str, float]) -> str:
+    best, name = ranked[0]
+    dense = times.get(DENSE) or times.get(REFERENCE)
+    parts = [f"measured {best * 1e3:.0f} us"]
+    if dense and name not in (DENSE, REFERENCE):
+        parts.append(f"{best / dense:.2f} of dense")
+    if len(ranked) > 1:
+        parts.append(f"then {ranked[1][1]} at {ranked[1][0] / best:.2f} of it")
+    return ", ".join(parts)
+
+
+def _spelled(name: str, every: dict[str, str | None]) -> str:
+    """What a pinned name stands for at a site: an operator that is in the graph is compressed whatever runs it."""
+    if name == COMPRESSED and COMPRESSED not in every:
+        return OPERATOR if every.get(OPERATOR, "") is None else REFERENCE
+    return name
 
 
 def no_sparse_tensor_cores(site: Site) -> str | None:
     """Why a linear cannot run on sparse tensor cores; None where it can."""
-    if site.op != "nm_linear" or site.pattern is None or len(site.shape) != 2:
-        return f"they run nm_linear, not {site.op}"
     if not has_kernel(SPARSE_TENSOR_CORES_OP, site.device):
         return f"there are none on {site.device}"
+    return _no_two_four(site) or unsupported_sparse(site.dtype, site.shape[1])
+
+
+def no_cusparselt(site: Site) -> str | None:
+    """Why a linear cannot run through cuSPARSELt; None where it can."""
+    if site.device != "cuda" or not torch.backends.cusparselt.is_available():
+        return f"there is no cuSPARSELt for {site.device}"
+    if site.dtype not in (torch.bfloat16, torch.float16) or any(size % 16 for size in site.shape):
+        return f"cuSPARSELt takes bfloat16 and float16 weights of multiples of 16, not {site.dtype} {list(site.shape)}"
+    return _no_two_four(site) or (None if site.frozen else "its copy of the weight would not follow training")
+
+
+def _no_two_four(site: Site) -> str | None:
+    if site.op != "nm_linear" or site.pattern is None or len(site.shape) != 2:
+        return f"they run nm_linear, not {site.op}"
     if not site.inference:
         return "the graph is differentiated"
-    return unsupported_sparse(site.dtype, site.shape[1], site.pattern.n, site.pattern.m)
-
-
-def _pinned_by(site: Site, pinned: str) -> str:
-    return f'pinned by options={{"lower": {{"{site.op}": "{pinned}"}}}}'
+    return None if site.pattern == Pattern(2, 4) else f"they take 2:4, not {site.pattern}"
 
 
 # --- operators in the graph -------------------------------------------------------------------------------------------
@@ -120,35 +212,36 @@ def operator_name(target: Any) -> str | None:
     return name if namespace == "fxsparse" else None
 
 
-def note_operators(gm: GraphModule, names: dict[int, str], options: BackendOptions, report: CompiledGraph) -> None:
-    """Reports how the operators of a graph will run.
-
-    Args:
-        gm: Dynamo's graph, or one like it.
-        names: full names of those inputs that are parameters or buffers, by position.
-    """
-    named = {node: names[position] for position, node in enumerate(placeholders(gm)) if position in names}
-    inference = is_inference(gm)
-    for op, node in operators(gm):
-        site = site_of(op, node, inference)
-        if site is None:
-            continue
-        implementation, reason = choose(site, options.pinned(op))
-        where = next((named[source] for source in node.all_input_nodes if source in named), node.name)
-        report.choices.append(Choice(op, where, implementation, reason))
-
-
-def site_of(op: str, node: Node, inference: bool) -> Site | None:
+def site_of(op: str, node: Node) -> Site | None:
     """A call of an operator as a site; None where its result is not known."""
-    fake = fake_of(node)
-    if fake is None:
+    result = fake_of(node)
+    first = next((fake_of(arg) for arg in node.args if isinstance(arg, Node)), None)
+    if not isinstance(result, Tensor) or not isinstance(first, Tensor):
         return None
-    shape: tuple[int, ...] = ()
-    pattern = None
-    if op == "nm_linear":
-        x, *_, n, m = node.args
-        pattern, shape = Pattern(n, m), (int(fake.shape[-1]), int(fake_of(x).shape[-1]))  # type: ignore[arg-type]
-    return Site(op, fake.device.type, fake.dtype, shape, pattern, inference=inference)
+    site = Site(op, result.device.type, result.dtype)
+    if not op.startswith("nm_linear"):
+        return site
+    given, rows, width = arguments_of(node), rows_of(first), int(first.shape[-1])
+    if op == "nm_linear_grad_values":
+        shape = (width, int(fake_of(node.args[1]).shape[-1]))
+    elif op == "nm_linear_grad_input":
+        shape = (width, int(result.shape[-1]))
+    else:
+        shape = (int(result.shape[-1]), width)
+    return replace(site, shape=shape, pattern=Pattern(given["n"], given["m"]), rows=rows)
+
+
+def arguments_of(node: Node) -> dict[str, Any]:
+    """The arguments of an operator's call by their names."""
+    schema = node.target.default if isinstance(node.target, torch._ops.OpOverloadPacket) else node.target
+    names = [argument.name for argument in schema._schema.arguments]  # type: ignore[union-attr]
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def rows_of(tensor: Tensor) -> int | None:
+    """The rows of a fake tensor ``[..., features]``, as in the example."""
+    sizes = [size if isinstance(size, int) else size.node.hint for size in tensor.shape[:-1]]
+    return None if any(size is None for size in sizes) else math.prod(sizes)
 
 
 def is_inference(gm: GraphModule) -> bool:
@@ -160,15 +253,15 @@ def is_inference(gm: GraphModule) -> bool:
 
 
 def fake_of(node: Any) -> Any:
+    """The fake value of a node, of Dynamo's graph or of an ATen graph."""
     return node.meta.get("example_value", node.meta.get("val"))
 
 
 def runs_reference(call: Node, options: BackendOptions) -> bool:
-    """Whether :func:`choose` wants the reference of an operator in a lowered graph; a gradient follows its operator."""
+    """Whether :func:`choose` wants the reference of an operator in a lowered graph; a pin of an operator is one of its
+    gradients."""
     name = operator_name(call.target)
-    values = (node.meta.get("val") for node in call.all_input_nodes)
-    like = next((value for value in values if isinstance(value, Tensor)), None)
-    if name is None or like is None:
+    site = site_of(name, call) if name is not None else None
+    if name is None or site is None:
         return False
-    site = Site(name, like.device.type, like.dtype)
-    return choose(site, options.pinned(name.partition("_grad_")[0]))[0] == "reference"
+    return choose(site, options.pin(name.partition("_grad_")[0]))[0] == REFERENCE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,16 +19,23 @@ from fxsparse.custom_op import has_kernel
 from fxsparse.dynamo_graph import add_placeholder, copy_dynamo_graph, placeholders, static_fake
 from fxsparse.frozen import Compress, FrozenLinear, frozen_linears
 from fxsparse.lower import (
+    CUSPARSELT,
+    DENSE,
+    REFERENCE,
     SPARSE_TENSOR_CORES,
     SPARSE_TENSOR_CORES_OP,
     Site,
+    arguments_of,
     choose,
     fake_of,
     is_inference,
     operator_name,
     operators,
+    rows_of,
     site_of,
 )
+from fxsparse.memory import available_memory
+from fxsparse.nm import Pattern, satisfies, unpack
 from fxsparse.options import BackendOptions
 from fxsparse.runtime_state import FollowedStates, Slot
 
@@ -43,6 +50,29 @@ class PackMetadata:
         return (pack_metadata(indices),)
 
 
+@dataclass(frozen=True)
+class Expand:
+    """The dense weight of values and indices."""
+
+    pattern: Pattern
+
+    def __call__(self, values: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
+        return (unpack(values, indices, self.pattern, values.shape[1] // self.pattern.n * self.pattern.m),)
+
+
+@dataclass(frozen=True)
+class PackForLibrary:
+    """A dense 2:4 weight, or the one of values and indices, as cuSPARSELt packs it; None where it is not 2:4."""
+
+    transposed: bool = False
+
+    def __call__(self, weight: Tensor, indices: Tensor | None = None) -> tuple[Tensor, ...] | None:
+        if indices is not None:
+            (weight,) = Expand(Pattern(2, 4))(weight, indices)
+        dense = (weight.t() if self.transposed else weight).contiguous()
+        return (torch._cslt_compress(dense),) if satisfies(dense, Pattern(2, 4)) else None
+
+
 def lower_graph(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -50,8 +80,9 @@ def lower_graph(
     options: BackendOptions,
     report: CompiledGraph,
 ) -> tuple[GraphModule, list[Slot]]:
-    """Lets frozen N:M weights run from compressed form, and linears on sparse tensor cores, where that is chosen; in
-    inference their kernels take over the pointwise operators that follow.
+    """Chooses how the fxsparse operators and the frozen N:M weights of a graph run, and edits a copy of it for what
+    needs that: compressed or expanded weights come in as further inputs, and in inference kernels take over the
+    pointwise operators that follow.
 
     Args:
         gm: Dynamo's graph, or one like it; it stays as it is.
@@ -66,18 +97,34 @@ def lower_graph(
     for linear in frozen_linears(gm, example_inputs, names):
         weight = example_inputs[linear.position]
         shape = tuple(weight.t().shape if linear.transposed else weight.shape)
-        site = Site("nm_linear", weight.device.type, weight.dtype, shape, linear.pattern, True, inference)
-        implementation, reason = choose(site, options.pinned("nm_linear"))
-        if implementation != "dense" and weight.is_inference():
-            implementation, reason = "dense", "it was made in inference mode, where changes cannot be followed"
+        rows = rows_of(fake_of(linear.node))
+        site = Site("nm_linear", weight.device.type, weight.dtype, shape, linear.pattern, rows, True, True, inference)
+        implementation, reason = choose(site, options.pin("nm_linear"))
+        if implementation != DENSE and weight.is_inference():
+            implementation, reason = DENSE, "it was made in inference mode, where changes cannot be followed"
         found = f"frozen and {linear.pattern}; {reason}"
-        report.choices.append(Choice("nm_linear", names[linear.position], implementation, found))
-        if implementation != "dense":
-            editor.compress(linear, sparse_tensor_cores=implementation == SPARSE_TENSOR_CORES)
+        report.choices.append(Choice("nm_linear", names[linear.position], implementation, found, site.work))
+        if implementation != DENSE:
+            editor.compress(linear, implementation)
+    named = {node: names[position] for position, node in enumerate(placeholders(gm)) if position in names}
     for op, node in operators(gm):
-        place = site_of(op, node, inference) if node.graph is gm.graph else None
-        if place is not None and choose(place, options.pinned(op))[0] == SPARSE_TENSOR_CORES:
+        place = site_of(op, node)
+        if place is None:
+            continue
+        weight = editor.inputs_of(node)
+        frozen = bool(weight) and not any(tensor.requires_grad or tensor.is_inference() for tensor in weight)
+        place = replace(place, inference=inference and bool(weight), frozen=frozen)
+        implementation, reason = choose(place, options.pin(op))
+        if implementation == DENSE and not editor.has_room_for(node):
+            implementation, reason = REFERENCE, "frozen, but there is no memory to expand it once"
+        where = next((named[source] for source in node.all_input_nodes if source in named), node.name)
+        report.choices.append(Choice(op, where, implementation, reason, place.work))
+        if implementation == SPARSE_TENSOR_CORES:
             editor.use_sparse_tensor_cores(node)
+        elif implementation == CUSPARSELT:
+            editor.use_library(node)
+        elif implementation == DENSE:
+            editor.expand(node)
     if inference:
         editor.fuse(options)
     return editor.finish()
@@ -89,7 +136,8 @@ class _Editor:
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], names: dict[int, str]):
         self.gm, self.example_inputs, self.names = gm, example_inputs, names
         self.edited = False
-        self.slots: dict[tuple[int, Any], tuple[Slot, list[Node]]] = {}
+        self.expanded = 0  # bytes
+        self.slots: dict[tuple[tuple[int, ...], Any], tuple[Slot, list[Node]]] = {}
 
     @functools.cached_property
     def copy(self) -> GraphModule:
@@ -100,33 +148,89 @@ class _Editor:
     def twins(self) -> dict[Any, Node]:
         return dict(zip(self.gm.graph.nodes, self.copy.graph.nodes, strict=True))
 
-    def compress(self, linear: FrozenLinear, *, sparse_tensor_cores: bool) -> None:
+    @functools.cached_property
+    def positions(self) -> dict[Node, int]:
+        """Where the graph's own inputs are among the real ones; what a pass added comes after those."""
+        nodes = placeholders(self.gm)[: len(self.example_inputs)]
+        return {node: position for position, node in enumerate(nodes)}
+
+    def compress(self, linear: FrozenLinear, implementation: str) -> None:
         twins = self.twins
-        x, bias = twins[linear.input], twins.get(linear.bias)
-        rule = Compress(linear.pattern, linear.transposed, sparse_tensor_cores)
-        last = "metadata" if sparse_tensor_cores else "indices"
-        values, packed = self._inputs(linear.position, rule, ("values", last))
-        if sparse_tensor_cores:
-            self._replace(twins[linear.node], ops.sparse_tensor_core_linear.default, x, values, packed, bias, "", [])
+        x, bias, node = twins[linear.input], twins.get(linear.bias), twins[linear.node]
+        if implementation == CUSPARSELT:
+            (packed,) = self._inputs((linear.position,), PackForLibrary(linear.transposed), ("packed",))
+            self._replace(node, ops.cusparselt_linear.default, x, packed, bias, int(fake_of(linear.node).shape[-1]))
+            return
+        on_tensor_cores = implementation == SPARSE_TENSOR_CORES
+        rule = Compress(linear.pattern, linear.transposed, on_tensor_cores)
+        kinds = ("values", "metadata" if on_tensor_cores else "indices")
+        values, packed = self._inputs((linear.position,), rule, kinds)
+        if on_tensor_cores:
+            self._replace(node, ops.sparse_tensor_core_linear.default, x, values, packed, bias, "", [])
         else:
             pattern = (linear.pattern.n, linear.pattern.m)
-            self._replace(twins[linear.node], ops.nm_linear.default, x, values, packed, None, bias, *pattern)
+            self._replace(node, ops.nm_linear.default, x, values, packed, None, bias, *pattern)
+
+    def inputs_of(self, node: Node) -> list[Tensor]:
+        """The values and indices of an operator where both are inputs of the graph, else nothing."""
+        if node.graph is not self.gm.graph or len(node.args) < 3:
+            return []
+        positions = [self.positions.get(arg) for arg in node.args[1:3]]  # type: ignore[arg-type]
+        return [self.example_inputs[p] for p in positions if p is not None] if None not in positions else []
+
+    def has_room_for(self, node: Node) -> bool:
+        """Whether the dense weight of an operator fits into half of the memory that is left."""
+        values = self.example_inputs[self.positions[node.args[1]]]  # type: ignore[index]
+        self.expanded += 2 * values.nbytes
+        return self.expanded < available_memory(values.device) // 2
 
     def use_sparse_tensor_cores(self, node: Node) -> None:
         x, values, indices, _, bias, _, _ = node.args
-        positions = {source: position for position, source in enumerate(placeholders(self.gm))}
-        if not isinstance(indices, Node) or indices not in positions:
-            return
         twins = self.twins
-        (metadata,) = self._inputs(positions[indices], PackMetadata(), ("metadata",))
+        (metadata,) = self._inputs((self.positions[indices],), PackMetadata(), ("metadata",))  # type: ignore[index]
         target = ops.sparse_tensor_core_linear.default
         self._replace(twins[node], target, twins[x], twins[values], metadata, twins.get(bias), "", [])
+
+    def use_library(self, node: Node) -> None:
+        x, values, indices, _, bias, _, _ = node.args
+        twins, positions = self.twins, (self.positions[values], self.positions[indices])  # type: ignore[index]
+        (packed,) = self._inputs(positions, PackForLibrary(), ("packed",))
+        target = ops.cusparselt_linear.default
+        self._replace(twins[node], target, twins[x], packed, twins.get(bias), int(fake_of(node).shape[-1]))
+
+    def expand(self, node: Node) -> None:
+        """Lets a dense product run with a weight that is expanded once."""
+        twins = self.twins
+        given = arguments_of(node)
+        rule = Expand(Pattern(given["n"], given["m"]))
+        positions = (self.positions[given["values"]], self.positions[given["indices"]])
+        (weight,) = self._inputs(positions, rule, ("dense",))
+        x, bias = twins[given["x"]], twins.get(given["bias"])
+        call = self._replace(twins[node], torch.nn.functional.linear, x, weight, bias)
+        if "down" in given:
+            down, up = twins[given["down"]], twins[given["up"]]
+            scale = given.get("scale")
+            scale = 1 / int(fake_of(given["down"]).shape[0]) if scale is None else scale
+            with call.graph.inserting_after(call):
+                branch = [call.graph.call_function(torch.nn.functional.linear, (x, down))]
+            for target, args in (
+                (torch.mul, (branch[0], scale)),
+                (torch.nn.functional.linear, (None, up)),
+                (torch.add, (call, None)),
+            ):
+                with call.graph.inserting_after(branch[-1]):
+                    filled = tuple(branch[-1] if arg is None else arg for arg in args)
+                    branch.append(call.graph.call_function(target, filled))
+            for item in branch:
+                item.meta = dict(call.meta)
+            call.replace_all_uses_with(branch[-1], delete_user_cb=lambda user: user is not branch[-1])
 
     def fuse(self, options: BackendOptions) -> None:
         """Lets kernels take over what follows their linears."""
         calls = [node for _, node in operators(self.copy if self.edited else self.gm)]
         if any(_has_own_kernel(node) and following(node) for node in calls):
-            fuse_linears(self.copy, lambda node: not _has_own_kernel(node) or options.pinned("nm_linear") == "dense")
+            pinned = options.pin("nm_linear").name == REFERENCE
+            fuse_linears(self.copy, lambda node: pinned or not _has_own_kernel(node))
 
     def finish(self) -> tuple[GraphModule, list[Slot]]:
         if not self.edited:
@@ -135,12 +239,12 @@ class _Editor:
         self.copy.recompile()
         return self.copy, [slot for slot, _ in self.slots.values()]
 
-    def _inputs(self, position: int, rule: Any, kinds: tuple[str, ...]) -> list[Node]:
-        """The further inputs that follow from the tensor at a position."""
-        key = (position, rule)
+    def _inputs(self, positions: tuple[int, ...], rule: Any, kinds: tuple[str, ...]) -> list[Node]:
+        """The further inputs that follow from the tensors at some positions."""
+        key = (positions, rule)
         if key not in self.slots:
-            name = self.names.get(position, f"input_{position}")
-            slot = Slot((position,), FollowedStates(rule), tuple(f"{name}_{kind}" for kind in kinds))
+            name = self.names.get(positions[0], f"input_{positions[0]}")
+            slot = Slot(positions, FollowedStates(rule), tuple(f"{name}_{kind}" for kind in kinds))
             after, inputs = placeholders(self.copy)[-1], []
             for input_name, tensor in zip(slot.names, slot.get(self.example_inputs) or (), strict=True):
                 with self.copy.graph.inserting_after(after):
@@ -149,12 +253,13 @@ class _Editor:
             self.slots[key] = (slot, inputs)
         return self.slots[key][1]
 
-    def _replace(self, node: Node, target: Any, *args: Any) -> None:
+    def _replace(self, node: Node, target: Any, *args: Any) -> Node:
         with node.graph.inserting_before(node):
             call = node.graph.call_function(target, args)
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         node.graph.erase_node(node)
+        return call
 
 
 def _has_own_kernel(node: Node) -> bool:

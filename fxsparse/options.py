@@ -15,8 +15,31 @@ if TYPE_CHECKING:
 
 OWN = ("passes", "recipe", "lower", "fallback", "compiler")
 COMPILERS = ("inductor", "aot_eager", "eager")
-# What `options={"lower": {op: choice}}` may pin.
-LOWERINGS: dict[str, tuple[str, ...]] = {"nm_linear": ("auto", "compressed", "sparse_tensor_cores", "dense")}
+# What `options={"lower": {op: choice}}` may pin, or exclude with a minus in front.
+LOWERINGS: dict[str, tuple[str, ...]] = {
+    "nm_linear": ("auto", "compressed", "sparse_tensor_cores", "cusparselt", "reference", "dense"),
+    "nm_linear_low_rank": ("auto", "compressed", "reference", "dense"),
+}
+
+
+@dataclass(frozen=True)
+class Pin:
+    """What was said of an operator's implementations.
+
+    Attributes:
+        name: the only one wanted, None for any.
+        excluded: those not wanted.
+    """
+
+    name: str | None = None
+    excluded: frozenset[str] = frozenset()
+
+    @classmethod
+    def parse(cls, text: str) -> Pin:
+        """Reads ``dense``, ``-cusparselt`` or ``-cusparselt,-sparse_tensor_cores``."""
+        words = [word.strip() for word in text.split(",")]
+        names = [word for word in words if not word.startswith("-") and word != "auto"]
+        return cls(names[0] if names else None, frozenset(word[1:] for word in words if word.startswith("-")))
 
 
 @dataclass(frozen=True)
@@ -54,9 +77,9 @@ class BackendOptions:
             inductor=_inductor(given, mode),
         )
 
-    def pinned(self, op: str) -> str:
-        """The implementation pinned for an operator, ``auto`` where none is."""
-        return dict(self.lower).get(op, "auto")
+    def pin(self, op: str) -> Pin:
+        """What was said of an operator's implementations."""
+        return Pin.parse(dict(self.lower).get(op, "auto"))
 
     def __str__(self) -> str:
         """Equal options have equal text; it is part of the compile caches' key."""
@@ -92,7 +115,12 @@ def _lower(given: Any) -> tuple[tuple[str, str], ...]:
     for op, choice in given.items():
         if op not in LOWERINGS:
             raise OptionError(f"lower: {_unknown('operator', op, LOWERINGS)}")
-        _one_of(f"lower[{op!r}]", choice, LOWERINGS[op])
+        words = [word.strip() for word in choice.split(",")] if isinstance(choice, str) else [choice]
+        excludes = all(isinstance(word, str) and word.startswith("-") for word in words)
+        if len(words) > 1 and not excludes:
+            raise OptionError(f"lower[{op!r}]={choice!r} must be one name, or names to exclude, each after a minus")
+        for word in words:
+            _one_of(f"lower[{op!r}]", word[1:] if excludes else word, LOWERINGS[op][1 if excludes else 0 :])
     return tuple(sorted((op, choice) for op, choice in given.items() if choice != "auto"))
 
 

@@ -73,25 +73,24 @@ class StaticStates:
 
 @dataclass(frozen=True)
 class FollowedStates:
-    """States of one frozen weight that follow its contents: recomputed when it was written to.
+    """States of frozen tensors that follow their contents: recomputed when one was written to.
 
     Attributes:
-        rule: gives the states, or None where the contents no longer allow them.
+        rule: gives the states of the tensors, or None where their contents no longer allow them.
 
     Writes through ``.data`` or an alias outside torch leave no trace: :func:`invalidate`.
     """
 
-    rule: Callable[[Tensor], tuple[Tensor, ...] | None]
+    rule: Callable[..., tuple[Tensor, ...] | None]
 
     def get(self, entry: _Entry, weights: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        (weight,) = weights
-        if weight.is_inference():  # such a tensor has no version to follow
+        if any(weight.is_inference() for weight in weights):  # such a tensor has no version to follow
             return None
-        stamp = (weight._version, weight.data_ptr(), weight.device)
+        stamp = tuple((weight._version, weight.data_ptr(), weight.device) for weight in weights)
         found = entry.followed.get(self)
         if found is None or found[0] != stamp:
             with _lock, torch.no_grad():
-                found = entry.followed[self] = (stamp, self.rule(weight.detach()))
+                found = entry.followed[self] = (stamp, self.rule(*(weight.detach() for weight in weights)))
         return found[1]
 
 
@@ -153,12 +152,12 @@ class Slot:
 
 
 def invalidate(model: torch.nn.Module) -> None:
-    """Forgets compressed copies of a model's weights: call it after writing to them behind autograd's back.
+    """Forgets compressed and expanded copies of a model's weights: call it after writes behind autograd's back.
 
     In-place operations, ``load_state_dict`` and replaced parameters are noticed without it; writes through ``.data``,
     NumPy or DLPack are not.
     """
-    weights = {id(parameter) for parameter in model.parameters()}
+    weights = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     with _lock:
         for key, entry in list(_table.items()):
             if weights & set(key):

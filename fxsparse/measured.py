@@ -1,0 +1,163 @@
+"""What was measured: the time of each implementation of a product on a device, kept on disk.
+
+One JSON file for a device and the versions that matter (torch, triton, this package's kernel sources), in
+``$FXSPARSE_CACHE_DIR/measured``. Several processes may write it at once: each reads it again under a lock, adds its
+own and replaces the file whole; a lock that is not had in time leaves the file to the others. A file that cannot be
+read, or is of something else, is ignored with a warning; one that cannot be written leaves the times to this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxsparse.codegen import source
+from fxsparse.cost_model import Work
+
+FORMAT = 1
+PATIENCE = 5.0
+"""Seconds that a process waits for the lock of a file."""
+
+_lock = threading.Lock()
+_known: dict[Path, dict[str, dict[str, float]]] = {}
+
+
+def key(work: Work) -> str:
+    """What the times of a product are kept under; numbers of rows share one up to the next power of two."""
+    rows = 1 << max(0, work.rows - 1).bit_length()
+    dtype = str(work.dtype).removeprefix("torch.")
+    return f"{work.op} {work.pattern} {dtype} {rows}x{work.out_features}x{work.in_features}"
+
+
+def times(work: Work, device: str) -> dict[str, float]:
+    """Milliseconds of each implementation measured, by its name; empty where none was."""
+    path = _path(device)
+    with _lock:
+        if path not in _known:
+            _known[path] = _read(path, device)
+        return dict(_known[path].get(key(work), {}))
+
+
+def remember(work: Work, device: str, found: Mapping[str, float]) -> None:
+    """Keeps times, in milliseconds, for this process and later ones."""
+    path = _path(device)
+    with _lock:
+        if path not in _known:
+            _known[path] = _read(path, device)
+        _known[path][key(work)] = {**_known[path].get(key(work), {}), **found}
+        try:
+            with _locked(path):
+                rows = _read(path, device) if path.is_file() else {}
+                rows[key(work)] = {**rows.get(key(work), {}), **found}
+                content = {"format": FORMAT, **_identity(device), "milliseconds": rows}
+                source.replace(path, json.dumps(content, indent=1, sort_keys=True))
+        except (OSError, TimeoutError) as error:
+            _warn(f"cannot keep what was measured in {path} ({error}); it serves this process only")
+
+
+def forget() -> None:
+    """Forgets what this process has read and measured; files stay."""
+    with _lock:
+        _known.clear()
+        _path.cache_clear()
+        _identity.cache_clear()
+        _warned.clear()
+
+
+def digest() -> str:
+    """A hash of all times this process chooses by: compiled code of other choices must not be served for these."""
+    with _lock:
+        text = json.dumps({str(path): rows for path, rows in sorted(_known.items())}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def _identity(device: str) -> dict[str, str]:
+    """What a file is of. Not cached across changes of the environment: a process has one."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "none"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    kernels = hashlib.sha256()
+    for path in sorted(Path(source.__file__).parent.glob("*.py")):
+        kernels.update(path.read_bytes())
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "kernels": kernels.hexdigest()[:16],
+    }
+
+
+@functools.cache
+def _path(device: str) -> Path:
+    identity = json.dumps(_identity(device), sort_keys=True)
+    name = "".join(letter if letter.isalnum() else "-" for letter in _identity(device)["device"]).strip("-")
+    return source.cache_dir() / "measured" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
+
+
+def _read(path: Path, device: str) -> dict[str, dict[str, float]]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _warn(f"{path} cannot be read and is ignored: {error}")
+        return {}
+    wanted: dict[str, Any] = {"format": FORMAT, **_identity(device)}
+    if not isinstance(content, dict) or any(content.get(name) != value for name, value in wanted.items()):
+        _warn(f"{path} is of another device, version or format and is ignored")
+        return {}
+    rows = content.get("milliseconds")
+    if not isinstance(rows, dict) or not all(map(_is_row, rows.values())):
+        _warn(f"{path} holds something else than times and is ignored")
+        return {}
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict):
+        return False
+    return all(isinstance(t, float) and math.isfinite(t) and t > 0 for t in row.values())
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a file; the system lets go of it when a process ends, however it ends."""
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as file:
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"another process held it for {PATIENCE:g} s") from None
+                time.sleep(0.01)
+        yield
+
+
+_warned: set[str] = set()
+
+
+def _warn(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"fxsparse: {message}", stacklevel=3)
