@@ -21,6 +21,7 @@ from fxsparse.rewriting import replay, rewrite
 from fxsparse.schedule import Schedule
 from fxsparse.state import dense_state_dict
 from fxsparse.tracing import trace
+from fxsparse.tuning import tune
 from fxsparse.version import __version__
 
 __all__ = [
@@ -50,4 +51,5 @@ __all__ = [
     "save",
     "tensor_importance",
     "trace",
+    "tune",
 ]

@@ -46,7 +46,8 @@ def fxsparse(
         example_inputs: its real inputs.
         options: ``passes`` (text, Pass objects, a list of either, a Pipeline) or ``recipe`` (a name): what to rewrite
             in every graph, with the weights staying the model's own; ``lower`` (operator -> implementation): pins a
-            choice; ``fallback``: False makes a graph that cannot be lowered an error; ``compiler``: ``inductor``,
+            choice, or excludes some; ``tune`` (seconds): how long a graph may measure products nobody measured before,
+            on a GPU; ``fallback``: False makes a graph that cannot be lowered an error; ``compiler``: ``inductor``,
             ``aot_eager`` or ``eager``; any option of Inductor.
         mode: as for Inductor.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxsparse import measured
 from fxsparse.codegen.fusion import following, fuse_linears
 from fxsparse.codegen.launch import unsupported
 from fxsparse.codegen.metadata import pack_metadata
@@ -99,6 +101,7 @@ def lower_graph(
         shape = tuple(weight.t().shape if linear.transposed else weight.shape)
         rows = rows_of(fake_of(linear.node))
         site = Site("nm_linear", weight.device.type, weight.dtype, shape, linear.pattern, rows, True, True, inference)
+        editor.measure(site, options)
         implementation, reason = choose(site, options.pin("nm_linear"))
         if implementation != DENSE and weight.is_inference():
             implementation, reason = DENSE, "it was made in inference mode, where changes cannot be followed"
@@ -114,6 +117,7 @@ def lower_graph(
         weight = editor.inputs_of(node)
         frozen = bool(weight) and not any(tensor.requires_grad or tensor.is_inference() for tensor in weight)
         place = replace(place, inference=inference and bool(weight), frozen=frozen)
+        editor.measure(place, options)
         implementation, reason = choose(place, options.pin(op))
         if implementation == DENSE and not editor.has_room_for(node):
             implementation, reason = REFERENCE, "frozen, but there is no memory to expand it once"
@@ -137,7 +141,20 @@ class _Editor:
         self.gm, self.example_inputs, self.names = gm, example_inputs, names
         self.edited = False
         self.expanded = 0  # bytes
+        self.until = 0.0
         self.slots: dict[tuple[tuple[int, ...], Any], tuple[Slot, list[Node]]] = {}
+
+    def measure(self, site: Site, options: BackendOptions) -> None:
+        """Measures a product on its first use on a GPU, while there is time for it. What Inductor would make of the
+        reference cannot be measured here, inside a compilation: ``fxsparse.tune`` does."""
+        self.until = self.until or time.monotonic() + options.tune
+        work = site.work
+        if site.device != "cuda" or work is None or work.op != "nm_linear" or time.monotonic() > self.until:
+            return
+        if options.pin(site.op).name is None and not measured.times(work, site.device):
+            from fxsparse.tuning import measure
+
+            measure(work, site.device, until=self.until, compile_reference=False)
 
     @functools.cached_property
     def copy(self) -> GraphModule:

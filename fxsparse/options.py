@@ -13,7 +13,7 @@ from fxsparse.errors import OptionError
 if TYPE_CHECKING:
     from fxsparse.passes.pipeline import Pipeline
 
-OWN = ("passes", "recipe", "lower", "fallback", "compiler")
+OWN = ("passes", "recipe", "lower", "tune", "fallback", "compiler")
 COMPILERS = ("inductor", "aot_eager", "eager")
 # What `options={"lower": {op: choice}}` may pin, or exclude with a minus in front.
 LOWERINGS: dict[str, tuple[str, ...]] = {
@@ -49,6 +49,7 @@ class BackendOptions:
     Attributes:
         pipeline: the passes to run on every graph, None for the bare call.
         lower: the implementation that is pinned, by operator.
+        tune: seconds that a graph may spend on measuring products nobody measured before, on a GPU.
         fallback: whether a graph that cannot be lowered runs as it was; otherwise that is an error.
         compiler: what compiles the lowered graph: ``inductor``, or ``aot_eager`` and ``eager`` to debug.
         inductor: Inductor's configuration, mode included.
@@ -56,6 +57,7 @@ class BackendOptions:
 
     pipeline: Pipeline | None = None
     lower: tuple[tuple[str, str], ...] = ()
+    tune: float = 10.0
     fallback: bool = True
     compiler: str = "inductor"
     inductor: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -72,6 +74,7 @@ class BackendOptions:
         return cls(
             pipeline=_pipeline(own),
             lower=_lower(own.get("lower")),
+            tune=_seconds(own.get("tune", cls.tune)),
             fallback=_one_of("fallback", own.get("fallback", True), (True, False)),
             compiler=_one_of("compiler", own.get("compiler", "inductor"), COMPILERS),
             inductor=_inductor(given, mode),
@@ -122,6 +125,14 @@ def _lower(given: Any) -> tuple[tuple[str, str], ...]:
         for word in words:
             _one_of(f"lower[{op!r}]", word[1:] if excludes else word, LOWERINGS[op][1 if excludes else 0 :])
     return tuple(sorted((op, choice) for op, choice in given.items() if choice != "auto"))
+
+
+def _seconds(given: Any) -> float:
+    if given is False or given is None:
+        return 0.0
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not given >= 0:
+        raise OptionError(f"tune={given!r} is no number of seconds; 0 or False measures nothing")
+    return float(given)
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:

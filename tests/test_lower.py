@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fxsparse
-from fxsparse import cost_model, lower, measured
+from fxsparse import cost_model, lower, measured, tuning
 from fxsparse.cost_model import DEVICES, Work, microseconds
 from fxsparse.lower import Site, choose
 from fxsparse.nm import Pattern, unpack
@@ -319,3 +319,84 @@ def test_lower_names_are_those_of_the_options() -> None:
 
     for name in LOWERINGS["nm_linear"]:
         assert name == "auto" or name in {*lower.candidates(FROZEN), *lower.candidates(IN_GRAPH)}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _plain_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference as it is: what Inductor makes of it takes long to compile."""
+    monkeypatch.setattr(tuning, "as_inductor_compiles", lambda function: function)
+
+
+@pytest.mark.usefixtures("_plain_reference")
+def test_tuning_measures_what_a_model_holds_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = fxsparse.rewrite(Two(), [InsertNMMasks("2:4", keep_first=False, keep_head=False)], (torch.randn(4, 32),))
+    found = fxsparse.tune(gm, rows=[1, 8], progress=False)
+    ops = {(item.work.op, item.work.rows) for item in found}
+    assert ops == {(op, n) for op in ("nm_linear", "nm_linear_grad_input", "nm_linear_grad_values") for n in (1, 8)}
+    assert all(item.milliseconds and not item.failed for item in found)
+    assert fxsparse.tune(gm, rows=[1, 8], progress=False) == []
+    assert len(fxsparse.tune(gm, rows=[8], again=True, progress=False)) == 6
+    work = next(item.work for item in found if item.work.op == "nm_linear")
+    measured.remember(work, "cpu", {"dense": 5.0, "reference": 0.001})
+    site = Site("nm_linear", "cpu", work.dtype, (work.out_features, work.in_features), work.pattern, work.rows, True)
+    assert choose(replace(site, inference=True)) == (
+        "reference",
+        "measured 1 us, then dense at 5000.00 of it",
+    )
+
+
+@pytest.mark.usefixtures("_plain_reference")
+def test_tuning_a_compiled_model_measures_the_rows_it_met() -> None:
+    model = Two().requires_grad_(False)
+    with torch.no_grad():
+        for linear in (model.first, model.second):
+            linear.weight.mul_(torch.tensor([1.0, 0, 0, 1]).repeat(linear.in_features // 4))
+    compiled = torch.compile(model, backend="fxsparse", options={"compiler": "eager"})
+    with torch.no_grad():
+        compiled(torch.randn(6, 32))
+    found = fxsparse.tune(compiled, progress=False)
+    assert {(item.work.rows, item.work.out_features) for item in found} == {(6, 48), (6, 32)}
+    found = fxsparse.tune(model, rows=[3], progress=False)  # the weights alone say it too
+    assert {item.work.rows for item in found} == {3}
+
+
+@pytest.mark.usefixtures("_plain_reference")
+def test_an_implementation_that_is_wrong_or_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work("nm_linear", Pattern(2, 4), torch.float32, 5, 16, 32)
+    right = tuning.rivals
+
+    def with_bad_ones(*args, **kwargs):
+        runs, exact = right(*args, **kwargs)
+        runs["operator"] = lambda: runs["dense"]() + 1
+        runs["cusparselt"] = lambda: torch.ones(2) @ torch.ones(3)
+        return runs, exact
+
+    monkeypatch.setattr(tuning, "rivals", with_bad_ones)
+    found = tuning.measure(work, "cpu")
+    assert set(found.milliseconds) == {"dense", "reference"}
+    assert "off by" in found.failed["operator"]
+    assert "RuntimeError" in found.failed["cusparselt"]
+    assert set(measured.times(work, "cpu")) == {"dense", "reference"}
+
+
+@pytest.mark.usefixtures("_plain_reference")
+@pytest.mark.parametrize("op", ["nm_linear", "nm_linear_grad_input", "nm_linear_grad_values", "nm_linear_low_rank"])
+def test_every_product_can_be_measured(op: str) -> None:
+    found = tuning.measure(Work(op, Pattern(2, 8), torch.float32, 7, 24, 40), "cpu")
+    assert "reference" in found.milliseconds and not found.failed
+
+
+def test_tuning_stops_in_time_and_refuses_nonsense(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    gm = fxsparse.rewrite(Two(), [InsertNMMasks("2:4", keep_first=False, keep_head=False)], (torch.randn(4, 32),))
+    moments = iter([0.0, 1.0, 100.0, 100.0])
+    monkeypatch.setattr(tuning.time, "monotonic", lambda: next(moments))
+    monkeypatch.setattr(tuning, "measure", lambda work, device, until: tuning.Measurement(work, {"dense": 1.0}))
+    assert len(fxsparse.tune(gm, rows=[1], seconds=10)) == 1
+    assert "tuning stopped after 10 s, 5 left" in capsys.readouterr().err
+    with pytest.raises(fxsparse.OptionError, match="no N:M product"):
+        fxsparse.tune(nn.Linear(8, 8))
+    with pytest.raises(fxsparse.OptionError, match="must be positive"):
+        fxsparse.tune(gm, rows=[0])
