@@ -192,7 +192,7 @@ class _Maker:
 def _reads_sizes_only(node: Node) -> bool:
     """Whether a call takes nothing from its tensors but sizes, dtype and device."""
     kind = formulas.kind(node.target)
-    return kind == "free" and node.target is aten.sym_size.int or kind == "create" and "_like" not in str(node.target)
+    return node.target is aten.sym_size.int or (kind == "create" and "_like" not in str(node.target))
 
 
 def refresh(gm: GraphModule, nodes: Iterable[Node], batch: set[sympy.Symbol], size: Node) -> None:
@@ -221,7 +221,7 @@ def refresh(gm: GraphModule, nodes: Iterable[Node], batch: set[sympy.Symbol], si
                 f"{node.name} cannot run at another batch size: {error}", pass_name=_PASS, site=fx.stack_path(node)
             ) from error
         expected, found = _numbers(old, resized), _numbers(node.meta["val"], known)
-        if expected != found:
+        if expected != found or bool(symbols(old) & batch) != bool(symbols(node.meta["val"]) & batch):
             raise RewriteError(
                 f"{node.name} has sizes {found} at batch {number}, where {expected} follow from its place in the "
                 "model; it ties the batch to another size",

@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from fxsparse import graph as fx
-from fxsparse.blocks import Stack, stacks
+from fxsparse.blocks import stacks
 from fxsparse.derived import BORROWED
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.passes.base import Pass
@@ -42,6 +42,16 @@ from fxsparse.passes.mux_modules import (
     Retrieval,
     RetrievalLoss,
     SlotDemux,
+)
+from fxsparse.passes.mux_sites import (
+    choose,
+    is_causal,
+    mask_of,
+    move_up,
+    only_masks_attention,
+    positions_read,
+    scalar_output,
+    token_embedding,
 )
 from fxsparse.passes.splice import adopt, splice
 from fxsparse.record import Change, rewrote
@@ -65,16 +75,16 @@ class Multiplex(Pass):
         mux: how members are mixed: ``gaussian`` (mean of members times Gaussian keys), ``orthogonal`` (sum of randomly
             rotated members over sqrt(n)), ``binary`` (each member keeps its own n-th of the features), ``attention``
             (MUX-PLM's contextual mixing), ``unit`` (the plain mean).
-        demux: how they are told apart: ``keys`` (an MLP of a learned key and the hidden state; RSA), ``mlp`` (an MLP for
-            each member), ``prefix`` (as ``keys``, with the outputs at n prefix positions as keys; the last n positions
-            of a sequence make room, so pad sequences by n), ``repeat`` (not at all).
+        demux: how they are told apart: ``keys`` (an MLP of a learned key and the hidden state; RSA), ``mlp`` (an MLP
+            for each member), ``prefix`` (as ``keys``, with the outputs at n prefix positions as keys; the last n
+            positions of a sequence make room, so pad sequences by n), ``repeat`` (not at all).
         layers: linear layers of ``keys`` and ``prefix``.
         learned: train the mixing keys or rotations; else they stay as drawn.
         norm: length of a Gaussian key; sqrt(d) unless given, DataMUX's code has 1 and 20.
         ensemble: how many slots each input takes; its outputs are averaged. It divides n.
         stages: training stages ``(until, task, retrieval)``: up to that fraction of the steps the ``loss`` that the
-            model returns in training is task * its own + retrieval * the retrieval loss. ``((0.3, 0, 1), (1, 0.9, 0.1))``
-            is a warm-up and then DataMUX's mixture. A ``Schedule`` drives them. In evaluation ``loss`` is the task's.
+            model returns in training is task * its own + retrieval * the retrieval loss. A warm-up and then DataMUX's
+            mixture is ``((0.3, 0, 1), (1, 0.9, 0.1))``. A ``Schedule`` drives them; evaluation has the task loss.
         ignore: token ids that the retrieval loss leaves out, such as padding and special tokens.
         stack: path of the list of blocks that is the core; needed where a model has several.
         seed: of keys and initial weights.
@@ -180,10 +190,10 @@ class _Rewrite:
 
     def __init__(self, owner: Multiplex, gm: GraphModule):
         self.owner, self.gm, self.n = owner, gm, owner.n
-        self.stack = _choose(stacks(gm), owner)
+        self.stack = choose(stacks(gm), owner.stack)
         self.source, self.sink = self.stack.blocks[0].stream_in, self.stack.blocks[-1].stream_out
         self.batch = batch_symbols(gm, self.source)
-        self.embedding = _embedding(self.source)
+        self.embedding = token_embedding(self.source)
         self.core = region_between(gm, self.source, self.sink)
         self.merged: list[str] = []
 
@@ -196,6 +206,7 @@ class _Rewrite:
         self.total = self._call(operator.mul, self.rows, self.owner.ensemble, like=first)
         filled = self._call(operator.add, self.total, self.n - 1, like=first)
         self.groups = self._call(operator.floordiv, filled, self.n, like=first)
+        self._check_example()
         self.slots = self._slots(first)
         mixed = self._mix(parts.mux, first)
         for node in self.core.nodes:
@@ -226,7 +237,7 @@ class _Rewrite:
             elif owner.mux == "attention":
                 attention = self._attention()
                 heads = int(fx.value(attention.args[0]).shape[1])  # type: ignore[arg-type]
-                mux = ContextualMux(self.n, dim, heads, _is_causal(attention), owner.norm, owner.learned)
+                mux = ContextualMux(self.n, dim, heads, is_causal(attention), owner.norm, owner.learned)
             else:
                 mux = KeyMux(self.n, dim, owner.mux, owner.norm, owner.learned)
             demux: nn.Module = Repeat(self.n)
@@ -250,6 +261,16 @@ class _Rewrite:
         table = fx.attribute(self.gm, str(self.embedding.args[0].target))  # type: ignore[union-attr]
         decoder = table if table.shape[1] == dim else torch.randn(table.shape[0], dim) * 0.02
         return Retrieval(self.n, decoder, self.owner.ignore, self.n if self.owner.demux == "prefix" else 0)
+
+    def _check_example(self) -> None:
+        groups = fx.value(self.groups)
+        if groups.node.hint < 2:  # a size of 1 cannot be told from a broadcast
+            raise RewriteError(
+                f"the model was traced with {fx.value(self.rows).node.hint} rows, which fill only one group of {self.n}; "
+                f"trace with an example of at least {self.n // self.owner.ensemble + 1} rows",
+                pass_name=self.owner.name,
+                site=self.stack.path,
+            )
 
     def _check_length(self) -> None:
         length = fx.value(self.source).shape[1]
@@ -283,9 +304,9 @@ class _Rewrite:
 
     def _mix(self, mux: nn.Module, before: Node) -> Node:
         inputs = [self._members(self.source, before)]
-        mask = _mask_of(self._attention()) if self.owner.mux == "attention" else None
+        mask = mask_of(self._attention()) if self.owner.mux == "attention" else None
         if mask is not None:
-            _move_up(mask, before)
+            move_up(mask, before)
             varies = symbols(fx.value(mask)) & self.batch
             inputs.append(self._members(mask, before) if varies else mask)
         return splice(self.gm, f"{PATH}.mux", mux, inputs, before=before)
@@ -308,7 +329,7 @@ class _Rewrite:
             self._refuse(mask, "does not have the batch as its first dimension")
         if any(symbols(size) & self.batch for size in value.shape[1:]):
             self._refuse(mask, "has the batch in more than its first dimension")
-        if not _only_masks_attention(mask, set(self.core.nodes)):
+        if not only_masks_attention(mask, set(self.core.nodes)):
             self._refuse(mask, "is not just an attention mask")
         self.merged.append(f"{mask.name} of {site or 'the model'} (what any of them may see)")
         members = self._members(mask, before)
@@ -318,8 +339,8 @@ class _Rewrite:
 
     def _refuse(self, node: Node, why: str) -> None:
         raise RewriteError(
-            f"the core reads {node.name} {tuple(map(str, getattr(fx.value(node), 'shape', ())))}, which depends on each "
-            f"member's input and {why}, so a group cannot share it; leave out the input it comes from",
+            f"the core reads {node.name} {_sizes(node)}, which depends on each member's input and {why}, so a group "
+            "cannot share it; leave out the input it comes from",
             pass_name=self.owner.name,
             site=fx.stack_path(node),
         )
@@ -328,14 +349,15 @@ class _Rewrite:
         """Lets every position see the prefix; it sees what the first position sees."""
         shifted: dict[Node, Node] = {}
         for node in self.core.nodes:
-            mask = _mask_of(node) if node.target is aten.scaled_dot_product_attention.default else None
+            mask = mask_of(node) if node.target is aten.scaled_dot_product_attention.default else None
             if mask is None:
                 continue
             if mask not in shifted:
                 value = fx.value(mask)
-                seen = True if value.dtype == torch.bool else 0.0
+                seen = aten.ones_like.default if value.dtype == torch.bool else aten.zeros_like.default
+                prefix = self._call(seen, self._call(aten.slice.Tensor, mask, -1, 0, self.n, like=node), like=node)
                 kept = self._call(aten.slice.Tensor, mask, -1, 0, -self.n, like=node)
-                new = self._call(aten.constant_pad_nd.default, kept, [self.n, 0], seen, like=node)
+                new = self._call(aten.cat.default, [prefix, kept], -1, like=node)
                 if value.dim() > 1 and value.shape[-2] != 1:
                     rows = self._call(aten.slice.Tensor, new, -2, 0, 1, like=node)
                     rows = self._call(aten.expand.default, rows, [*[-1] * (value.dim() - 2), self.n, -1], like=node)
@@ -348,20 +370,22 @@ class _Rewrite:
 
     def _tell_apart(self, parts: Multiplexer) -> Node:
         """Puts the demultiplexer after the core, as late as it can come; returns the rows it tells apart."""
-        chain = _positions_read(self.sink)
+        chain = positions_read(self.sink)
         stream, keys = self.sink, []
         if self.owner.demux == "prefix":
             readers, after = list(self.sink.users), self.sink.next
             keys = [self._call(aten.slice.Tensor, self.sink, 1, 0, self.n, like=after)]
             rest = self._call(aten.slice.Tensor, self.sink, 1, self.n, _END, like=after)
-            stream = self._call(aten.constant_pad_nd.default, rest, [0, 0, 0, self.n], like=after)
+            lost = self._call(aten.zeros_like.default, keys[0], like=after)
+            stream = self._call(aten.cat.default, [rest, lost], 1, like=after)
             for reader in readers:
                 reader.replace_input_with(self.sink, stream)
+        read = chain[-1] if chain else stream
+        readers = list(read.users)
         if parts.retrieval is not None:
             self._add_retrieval(parts, stream, keys)
         refresh(self.gm, chain, self.batch, self.groups)
-        read = chain[-1] if chain else stream
-        readers, after = [user for user in read.users if fx.stack_path(user) != PATH], read.next
+        after = read.next
         inputs: list[Node | None] = [read, None, *keys] if keys else [read]
         apart = splice(self.gm, f"{PATH}.demux", parts.demux, inputs, before=after)
         if self.n > 1:
@@ -371,7 +395,7 @@ class _Rewrite:
         return apart
 
     def _add_retrieval(self, parts: Multiplexer, stream: Node, keys: list[Node]) -> None:
-        loss = _loss(self.gm)
+        loss = scalar_output(self.gm)
         if loss is None or parts.retrieval is None:
             return  # a trace without labels, for serving: the state is there, its loss is not asked for
         after = stream.next
@@ -437,143 +461,5 @@ class _Rewrite:
         return self._call(aten.repeat_interleave.self_int, side, self.owner.ensemble, 0, like=before)
 
 
-# --- reading the graph ------------------------------------------------------------------------------------------------
-
-
-def _choose(found: list[Stack], owner: Multiplex) -> Stack:
-    paths = [stack.path for stack in found]
-    if owner.stack is not None:
-        if owner.stack not in paths:
-            raise RewriteError(
-                f"there is no list of blocks at stack={owner.stack}; there are: {', '.join(paths) or 'none'}",
-                pass_name=owner.name,
-            )
-        return found[paths.index(owner.stack)]
-    if not found:
-        raise RewriteError(
-            "the model has no repeated core: no list of blocks that pass one stream of hidden states on",
-            pass_name=owner.name,
-        )
-    if len(found) > 1:
-        raise RewriteError(
-            f"the model has several lists of blocks, {', '.join(paths)}; choose one with stack=", pass_name=owner.name
-        )
-    return found[0]
-
-
-def _embedding(source: Node) -> Node:
-    """The lookup of tokens in the largest table among those that feed ``source``."""
-    lookups = []
-    pending, seen = [source], set()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        pending += node.all_input_nodes
-        if fx.is_embedding(node) and _is_given(node.args[1]):  # type: ignore[arg-type]
-            lookups.append(node)
-    if not lookups:
-        raise RewriteError(
-            f"no embedding of tokens feeds the core: {source.name} comes from inputs that are no token ids",
-            pass_name=Multiplex.name,
-            site=fx.stack_path(source),
-        )
-    return max(lookups, key=lambda node: fx.value(node.args[0]).shape[0])  # type: ignore[arg-type]
-
-
-def _is_given(node: Node) -> bool:
-    """Whether a node is an input of the model, reshaped or converted at most."""
-    while node.op == "call_function" and len(node.all_input_nodes) >= 1 and node.target in _PASSED_ON:
-        node = node.all_input_nodes[0]
-    return node.op == "placeholder"
-
-
-_PASSED_ON = {
-    aten.view.default,
-    aten.reshape.default,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.unsqueeze.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten._to_copy.default,
-    aten.contiguous.default,
-    aten.clone.default,
-}
-
-
-def _mask_of(attention: Node) -> Node | None:
-    mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
-    return mask if isinstance(mask, Node) else None
-
-
-def _is_causal(attention: Node) -> bool:
-    given = attention.args[5] if len(attention.args) > 5 else attention.kwargs.get("is_causal", False)
-    return bool(given)
-
-
-def _only_masks_attention(mask: Node, inside: set[Node]) -> bool:
-    """Whether all that becomes of ``mask`` in a region is to mask attention: as SDPA's mask, or added to scores."""
-    for user in mask.users:
-        if user not in inside and user.target is not aten.scaled_dot_product_attention.default:
-            continue
-        if user.target is aten.scaled_dot_product_attention.default and _mask_of(user) is mask:
-            continue
-        if user.target in _PASSED_ON and user.args[0] is mask and _only_masks_attention(user, inside):
-            continue
-        if user.target is aten.add.Tensor and all(_is_softmax(reader) for reader in user.users):
-            continue
-        return False
-    return True
-
-
-def _is_softmax(node: Node) -> bool:
-    return node.target in {aten.softmax.int, aten._softmax.default}
-
-
-def _move_up(node: Node, before: Node) -> None:
-    """Moves ``node`` and what it depends on before ``before``, on which none of them depends."""
-    order = {item: place for place, item in enumerate(node.graph.nodes)}
-    needed, pending = set(), [node]
-    while pending:
-        item = pending.pop()
-        if item not in needed and order[item] > order[before]:
-            needed.add(item)
-            pending += item.all_input_nodes
-    for item in sorted(needed, key=order.__getitem__):
-        before.prepend(item)
-
-
-def _positions_read(sink: Node) -> list[Node]:
-    """The calls that pick positions from ``sink``, one after the other, where nothing else reads it."""
-    chain: list[Node] = []
-    node = sink
-    while len(node.users) == 1:
-        (user,) = node.users
-        rank = fx.value(node).dim()
-        if user.target is aten.select.int and user.args[1] % rank != 0:  # type: ignore[operator]
-            chain.append(user)
-        elif user.target is aten.slice.Tensor and (_dim_of(user) % rank != 0 or _is_whole(user)):
-            chain.append(user)
-        else:
-            break
-        node = user
-    return chain
-
-
-def _dim_of(node: Node) -> int:
-    return int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[call-overload, no-any-return]
-
-
-def _is_whole(node: Node) -> bool:
-    start, end, step = (*node.args[2:], *(None, None, None)[len(node.args) - 2 :])
-    return start in (None, 0) and end in (None, _END) and step in (None, 1)
-
-
-def _loss(gm: GraphModule) -> Node | None:
-    """The scalar the model returns; None where it returns none, or several."""
-    outputs = {node for node in tree_leaves(gm.graph.output_node().args) if isinstance(node, Node)}
-    scalars = [node for node in outputs if isinstance(fx.value(node), Tensor) and fx.value(node).dim() == 0]
-    return scalars[0] if len(scalars) == 1 else None
+def _sizes(node: Node) -> str:
+    return f"({', '.join(map(str, getattr(fx.value(node), 'shape', ())))})"
