@@ -1,0 +1,188 @@
+"""The repeated blocks of a model: lists of layers whose members pass one stream of hidden states on.
+
+A list is what the model's modules call ``<path>.<number>``; what counts as its stream follows from the dataflow alone:
+
+    stream_in of block 0 -> block 0 -> stream -> block 1 -> stream -> ... -> stream_out of the last block
+
+The stream has one symbolic shape and dtype throughout, is read by the next block and by no later one, and every block
+holds a product with a weight. Members without one (activations, norms) end a stack.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxsparse import graph as fx
+from fxsparse.errors import RewriteError
+
+_MEMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer of a stack.
+
+    Attributes:
+        path: its module path, such as ``model.decoder.layers.3``.
+        index: the number its path ends in; blocks that are left keep theirs when others are dropped.
+        nodes: the calls that belong to it.
+        stream_in: the node outside it whose hidden states it transforms.
+        stream_out: its node that the next block, or what follows the stack, reads.
+    """
+
+    path: str
+    index: int
+    nodes: frozenset[Node]
+    stream_in: Node
+    stream_out: Node
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks in order of execution.
+
+    Attributes:
+        path: the module path of their list, such as ``model.decoder.layers``.
+        blocks: two or more; a single one cannot be told from any other module.
+    """
+
+    path: str
+    blocks: tuple[Block, ...]
+
+
+@dataclass(eq=False)
+class _Member:
+    """A module of a list, before it is known whether it is a block."""
+
+    path: str
+    index: int
+    nodes: dict[Node, None] = field(default_factory=dict)
+
+    @cached_property
+    def inputs(self) -> dict[Node, None]:
+        return {read: None for node in self.nodes for read in node.all_input_nodes if read not in self.nodes}
+
+    @cached_property
+    def outputs(self) -> dict[Node, None]:
+        return {node: None for node in self.nodes if any(user not in self.nodes for user in node.users)}
+
+
+def stacks(gm: GraphModule) -> list[Stack]:
+    """The stacks of a training-IR graph, in order of execution; lists inside a block of a stack are not looked at.
+
+    Raises:
+        RewriteError: the members of a list pass more than one stream on.
+    """
+    found: list[Stack] = []
+    lists = _lists(gm)
+    for path in sorted(lists, key=lambda path: path.count(".") if path else -1):
+        if not any(_is_inside(path, block.path) for stack in found for block in stack.blocks):
+            found += _stacks_of(gm, path, lists[path])
+    order = {node: position for position, node in enumerate(gm.graph.nodes)}
+    return sorted(found, key=lambda stack: order[stack.blocks[0].stream_out])
+
+
+def _is_inside(path: str, outer: str) -> bool:
+    return f"{path}.".startswith(f"{outer}.")
+
+
+def _lists(gm: GraphModule) -> dict[str, list[_Member]]:
+    """The members of every list of modules that the graph calls, by the list's path, in order of execution."""
+    members: dict[str, _Member] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            for path in _member_paths(node):
+                member = members.setdefault(path, _Member(path, int(path.rpartition(".")[2])))
+                member.nodes[node] = None
+    lists: dict[str, list[_Member]] = {}
+    for path, member in members.items():
+        lists.setdefault(path.rpartition(".")[0], []).append(member)
+    return {path: siblings for path, siblings in lists.items() if len(siblings) > 1}
+
+
+def _member_paths(node: Node) -> Iterator[str]:
+    """``layers.0`` and ``layers.0.mlp.1`` for a node of ``layers.0.mlp.1.act``."""
+    path = fx.stack_path(node)
+    for match in _MEMBER.finditer(path):
+        yield path[: match.end()]
+
+
+def _stacks_of(gm: GraphModule, path: str, members: list[_Member]) -> Iterator[Stack]:
+    run: list[_Member] = []
+    for member in [*members, None]:
+        if member is not None and any(fx.applies_parameter(gm, node) for node in member.nodes):
+            if run and not _links(run[-1], member):
+                yield from _chain(path, run)
+                run = []
+            run.append(member)
+            continue
+        yield from _chain(path, run)
+        run = []
+
+
+def _links(member: _Member, following: _Member) -> list[Node]:
+    """What ``following`` reads of ``member``, as far as it could be a stream."""
+    read = following.inputs
+    return [node for node in member.outputs if node in read and _signature(node) is not None]
+
+
+def _chain(path: str, run: list[_Member]) -> Iterator[Stack]:
+    """The longest stack that a run of members holds, if any: the ends drop out where they change the stream's shape."""
+    for length in range(len(run), 1, -1):
+        for start in range(len(run) - length + 1):
+            members = run[start : start + length]
+            streams = _streams(path, members)
+            if streams:
+                ends = zip(members, streams, streams[1:], strict=False)
+                yield Stack(path, tuple(Block(m.path, m.index, frozenset(m.nodes), a, b) for m, a, b in ends))
+                return
+
+
+def _streams(path: str, members: list[_Member]) -> list[Node]:
+    """What the members pass on, from what the first reads to what the last yields; empty where there is no stream."""
+    last_reader = {node: position for position, member in enumerate(members) for node in member.inputs}
+    places = [[node for node in members[0].inputs if last_reader[node] == 0] or list(members[0].inputs)]
+    for position, (member, following) in enumerate(pairwise(members), 1):
+        places.append([node for node in _links(member, following) if last_reader[node] == position])
+    inside = {node for member in members for node in member.nodes}
+    places.append([node for node in members[-1].outputs if any(user not in inside for user in node.users)])
+    found: list[list[Node]] = []
+    for signature in dict.fromkeys(_signature(node) for node in places[1]):
+        streams = [[node for node in place if _signature(node) == signature] for place in places]
+        if signature is not None and all(streams):
+            _check_unique(path, members, streams)
+            found.append([node for (node,) in streams])
+    if len(found) > 1:
+        raise _several(path, members[0], [streams[1] for streams in found])
+    return found[0] if found else []
+
+
+def _check_unique(path: str, members: list[_Member], streams: list[list[Node]]) -> None:
+    for position, nodes in enumerate(streams):
+        if len(nodes) > 1:
+            raise _several(path, members[max(0, position - 1)], nodes)
+
+
+def _several(path: str, member: _Member, nodes: Iterable[Node]) -> RewriteError:
+    names = ", ".join(node.name for node in nodes)
+    return RewriteError(
+        f"the blocks of {path or 'the model'} pass more than one stream of hidden states on ({names}); "
+        "what a block does to them cannot be undone by leaving it out",
+        site=member.path,
+    )
+
+
+def _signature(node: Node) -> tuple[Any, ...] | None:
+    """Symbolic shape and dtype of floating-point hidden states; None for anything else."""
+    value = node.meta.get("val")
+    if node.op == "get_attr" or not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
+        return None
+    return (value.dtype, *(size if isinstance(size, int) else size.node.expr for size in value.shape))
