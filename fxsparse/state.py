@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 from fxsparse import graph as fx
 from fxsparse.nm import Pattern, unpack
 from fxsparse.passes.low_rank import merged
+from fxsparse.passes.multiplex import PATH as MULTIPLEXER
 from fxsparse.record import HeldWeight, record_of
 
 _SUFFIXES = ("_values", "_indices", "_column_mask", "_mask", "_down", "_up")
@@ -19,7 +20,8 @@ def dense_state_dict(gm: GraphModule) -> dict[str, Tensor]:
     """The state dict of the model as it was before the rewrite: its keys, dense values, pruned weights zero.
 
     Low-rank branches that take part are merged into their weight, which is then no longer sparse, so that the result
-    computes what the graph computes. It loads into the original model with ``load_state_dict``.
+    computes what the graph computes. It loads into the original model with ``load_state_dict``. What multiplexing added
+    is no part of it.
 
     Args:
         gm: a traced or rewritten graph module.
@@ -34,6 +36,7 @@ def dense_state_dict(gm: GraphModule) -> dict[str, Tensor]:
     held = {weight.name: weight for weight in record_of(gm).weights}
     own = {f"{name}{suffix}" for name in held for suffix in _SUFFIXES}
     own |= {name for name in state if _is_branch(name, state)}
+    own |= {name for name in state if name.startswith(f"{MULTIPLEXER}.") and "multiplex{" in record_of(gm).text}
     dense = {name: tensor for name, tensor in state.items() if name not in own}
     for weight in held.values():
         values = _dense(weight, state)

@@ -4,6 +4,7 @@ from fxsparse.passes.base import Pass
 from fxsparse.passes.double_prune import DoublePruneBackward
 from fxsparse.passes.event import Event
 from fxsparse.passes.low_rank import AddLowRankBranches
+from fxsparse.passes.multiplex import Multiplex
 from fxsparse.passes.nm_masks import InsertNMMasks
 from fxsparse.passes.pipeline import Pipeline
 from fxsparse.passes.select_tensors import SelectTensors
@@ -15,6 +16,7 @@ __all__ = [
     "DoublePruneBackward",
     "Event",
     "InsertNMMasks",
+    "Multiplex",
     "Pass",
     "Pipeline",
     "SelectTensors",

@@ -133,7 +133,7 @@ class Multiplex(Pass):
         object.__setattr__(self, "stages", self._checked_stages())
 
     def _checked_stages(self) -> tuple[tuple[float, float, float], ...]:
-        stages = tuple(tuple(stage) for stage in self.stages)
+        stages = tuple(tuple(map(float, stage)) for stage in self.stages)
         ends = [stage[0] for stage in stages]
         if any(len(stage) != 3 or min(stage) < 0 for stage in stages) or ends != sorted(set(ends)):
             raise OptionError(
@@ -263,10 +263,10 @@ class _Rewrite:
         return Retrieval(self.n, decoder, self.owner.ignore, self.n if self.owner.demux == "prefix" else 0)
 
     def _check_example(self) -> None:
-        groups = fx.value(self.groups)
-        if groups.node.hint < 2:  # a size of 1 cannot be told from a broadcast
+        rows = fx.value(self.rows).node.hint
+        if rows * self.owner.ensemble <= self.n:  # a single group: a size of 1 cannot be told from a broadcast
             raise RewriteError(
-                f"the model was traced with {fx.value(self.rows).node.hint} rows, which fill only one group of {self.n}; "
+                f"the model was traced with {rows} rows, which fill one group of {self.n} only; "
                 f"trace with an example of at least {self.n // self.owner.ensemble + 1} rows",
                 pass_name=self.owner.name,
                 site=self.stack.path,
