@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from fxsparse import ops, reference
+from fxsparse import multiplexing, multiplexing_reference, ops, reference
 from fxsparse.codegen import fused_ops, launch  # noqa: F401  fused_ops registers operators
 from fxsparse.custom_op import declare_kernel, implement
 
@@ -52,8 +52,18 @@ def _nm_linear_low_rank(
     return run(x, values, indices, column_mask, down, up, bias, n, m, scale)
 
 
+def _mux(x: Tensor, keys: Tensor, n: int) -> Tensor:
+    run = _choose(x.dtype, None, None, launch.mux, multiplexing_reference.mux)
+    return run(x, keys, n)
+
+
+def _demux_linear(h: Tensor, keys: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    run = _choose(h.dtype, None, None, launch.demux_linear, multiplexing_reference.demux_linear)
+    return run(h, keys, weight, bias)
+
+
 def _choose(
-    dtype: torch.dtype, n: int, m: int, kernel: Callable[..., Tensor], plain: Callable[..., Tensor]
+    dtype: torch.dtype, n: int | None, m: int | None, kernel: Callable[..., Tensor], plain: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
     return kernel if launch.unsupported(dtype, n, m) is None else plain
 
@@ -63,6 +73,8 @@ KERNELS: dict[CustomOpDef, Callable[..., Tensor]] = {
     ops.nm_linear_grad_input: _nm_linear_grad_input,
     ops.nm_linear_grad_values: _nm_linear_grad_values,
     ops.nm_linear_low_rank: _nm_linear_low_rank,
+    multiplexing.mux: _mux,
+    multiplexing.demux_linear: _demux_linear,
 }
 """What an operator runs on a GPU."""
 

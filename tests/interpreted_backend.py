@@ -101,6 +101,24 @@ def test_sparse_tensor_cores_where_pinned_and_possible(dtype):
         assert (compiled(x) - copy.deepcopy(gm).double()(x.double())).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("own_keys", [False, True])
+def test_multiplexing_launches_generated_kernels(own_keys):
+    class Multiplexed(nn.Module):
+        def forward(self, x, keys, weight, bias):
+            h = torch.ops.fxsparse.mux.default(x, keys, 3)
+            own = keys.expand(h.shape[0], *keys.shape).contiguous() if own_keys else keys
+            return torch.ops.fxsparse.demux_linear.default(torch.tanh(h), own, weight, bias)
+
+    compiled = torch.compile(Multiplexed(), backend="fxsparse", options={"compiler": "aot_eager", "fallback": False})
+    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((6, 5, 16), (3, 16), (24, 32), (24,))]
+    compiled(*inputs).square().sum().backward()
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    Multiplexed()(*exact).square().sum().backward()
+    for mine, its in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), its.grad, rtol=1e-4, atol=1e-4)
+    assert launches(compiled, "mux") == launches(compiled, "demux_linear") == 1
+
+
 @pytest.mark.parametrize("choice", ["compressed", "sparse_tensor_cores"])
 def test_frozen_weights_run_compressed(choice):
     torch.manual_seed(0)

@@ -177,6 +177,54 @@ def test_cuda_graph_replays():
             assert torch.equal(replayed, eager)
 
 
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_a_rewritten_model_under_inductor(mode):
+    import copy
+
+    import fxsparse
+
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 256)).cuda()
+    passes = ["nm-masks{pattern=2:4,keep_first=false,keep_head=false}", "double-prune", "low-rank{rank=8,start=0.0}"]
+    gm = fxsparse.rewrite(model, passes, (torch.randn(8, 256, device="cuda"),))
+    compiled = torch.compile(gm, backend="fxsparse", mode=mode, options={"tune": 0} if mode is None else None)
+    exact = copy.deepcopy(gm).cpu().double()
+    for rows in (8, 8, 8, 40):
+        x = torch.randn(rows, 256, device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        compiled(x).square().sum().backward()
+        exact(x.cpu().double()).square().sum().backward()
+        for mine, its in zip(gm.parameters(), exact.parameters(), strict=True):
+            torch.testing.assert_close(
+                mine.grad.cpu().double(), its.grad, rtol=1e-3, atol=1e-3 * float(its.grad.abs().max())
+            )
+            mine.grad = its.grad = None
+    assert {"nm_linear", "nm_linear_grad_input", "nm_linear_grad_values"} <= {
+        item.name.partition("_2_4")[0] for item in fxsparse.kernels(compiled)
+    }
+
+
+def test_inference_with_every_implementation(monkeypatch, tmp_path):
+    import fxsparse
+    from fxsparse import measured
+
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
+    measured.forget()
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 256))
+    gm = fxsparse.rewrite(model, ["nm-masks{keep_first=false,keep_head=false}"], (torch.randn(8, 256),))
+    gm = gm.cuda().bfloat16().requires_grad_(False)
+    found = fxsparse.tune(gm, rows=[8], progress=False)
+    assert all({"dense", "operator", "reference", "sparse_tensor_cores"} <= set(item.milliseconds) for item in found)
+    assert not any(item.failed for item in found), [item.failed for item in found]
+    x = torch.randn(8, 256, device="cuda").bfloat16()
+    with torch.no_grad():
+        expected = gm(x).double()
+        for choice in found[0].milliseconds:
+            options = {"lower": {"nm_linear": choice if choice != "operator" else "compressed"}}
+            close(torch.compile(gm, backend="fxsparse", options=options)(x), expected)
+            torch._dynamo.reset()
+    measured.forget()
+
+
 def test_tuning_chooses_a_plan(monkeypatch, tmp_path):
     monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
     tune._tuned.cache_clear()
