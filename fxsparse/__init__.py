@@ -13,6 +13,7 @@ from fxsparse.compiled import kernels
 from fxsparse.errors import CheckpointError, FxsparseError, LoweringError, OptionError, RewriteError, TraceError
 from fxsparse.flops import count_flops
 from fxsparse.importance import tensor_importance
+from fxsparse.optimizer_state import forget_dropped
 from fxsparse.passes import Pass, Pipeline
 from fxsparse.recipes import recipe
 from fxsparse.record import Record, record_of
@@ -41,6 +42,7 @@ __all__ = [
     "count_flops",
     "dense_state_dict",
     "explain",
+    "forget_dropped",
     "invalidate",
     "kernels",
     "load",

@@ -2,6 +2,7 @@
 
 from fxsparse.passes.base import Pass
 from fxsparse.passes.double_prune import DoublePruneBackward
+from fxsparse.passes.drop_layers import DropLayers
 from fxsparse.passes.event import Event
 from fxsparse.passes.low_rank import AddLowRankBranches
 from fxsparse.passes.multiplex import Multiplex
@@ -14,6 +15,7 @@ __all__ = [
     "AddLowRankBranches",
     "Change",
     "DoublePruneBackward",
+    "DropLayers",
     "Event",
     "InsertNMMasks",
     "Multiplex",

@@ -1,0 +1,237 @@
+"""LayerCHOP: dropping whole layers of a stack (CHOP, arXiv 2305.14864).
+
+    x -> block i -> y     becomes     x = y
+
+The paper drops half the layers at once, keeps the first and the last, and goes on pretraining. It names five
+configurations in a figure only; here, for n layers of which r go, they are
+
+    input     1 .. r
+    output    n-1-r .. n-2
+    middle    r in a row, centred
+    both      ceil(r/2) after the first layer and floor(r/2) before the last
+    max-gap   those that leave the survivors evenly spread: survivor i is layer round(i (n-1) / (n-r-1))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from torch.fx import GraphModule, Node
+
+from fxsparse import graph as fx
+from fxsparse.blocks import Block, Stack, stacks
+from fxsparse.derived import weights_borrowed
+from fxsparse.errors import OptionError, RewriteError
+from fxsparse.passes.base import FrozenMapping, Pass
+from fxsparse.record import Change, rewrote, skipped
+
+CONFIGURATIONS = ("max-gap", "input", "output", "middle", "both")
+_SIZES = ("fraction", "count", "indices")
+
+
+@dataclass(frozen=True)
+class DropLayers(Pass):
+    """Drops layers of the model's stacks; encoder and decoder are stacks of their own.
+
+    How many or which, one of:
+
+    Attributes:
+        configuration: which layers go where only their number is given.
+        fraction: share of a stack's layers to drop, in (0, 1), rounded down to whole layers; 0.5 where nothing is said.
+        count: how many layers of each stack to drop.
+        indices: which, by the number in their module path; the first and the last may be among them here.
+
+    Each of the three may be a mapping from globs over the stacks' paths (``{"encoder.*": 0.5}``); a stack that no glob
+    names stays whole. The optimizer of a training that goes on is told with `fxsparse.forget_dropped`.
+
+    Raises:
+        OptionError: an option is out of range.
+        RewriteError: there is no stack, a glob names none, a layer does not exist or would be the last one left, or the
+            graph returns what only a dropped layer computes.
+    """
+
+    name: ClassVar[str] = "drop-layers"
+    cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors", "distill", "multiplex")
+    configuration: str = "max-gap"
+    fraction: float | Mapping[str, float] | None = None
+    count: int | Mapping[str, int] | None = None
+    indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.configuration not in CONFIGURATIONS:
+            raise OptionError(
+                f"configuration={self.configuration!r} is none of {', '.join(CONFIGURATIONS)}", pass_name=self.name
+            )
+        given = [option for option in _SIZES if getattr(self, option) is not None]
+        if len(given) > 1:
+            raise OptionError(
+                f"give one of fraction, count and indices, not {' and '.join(given)}", pass_name=self.name
+            )
+        if not given:
+            object.__setattr__(self, "fraction", 0.5)
+        for option in given:
+            value = getattr(self, option)
+            if isinstance(value, (Mapping, FrozenMapping)):
+                items = dict(value)
+                value = FrozenMapping({glob: self._checked(option, item) for glob, item in items.items()})
+            else:
+                value = self._checked(option, value)
+            object.__setattr__(self, option, value)
+
+    def _checked(self, option: str, value: Any) -> Any:
+        if option == "indices":
+            numbers = (value,) if isinstance(value, int) else tuple(value)
+            if not numbers or not all(_is_whole(number) and number >= 0 for number in numbers):
+                raise OptionError(f"indices={value} must be numbers of layers, from 0", pass_name=self.name)
+            return tuple(sorted(set(numbers)))
+        if option == "count" and (not _is_whole(value) or value < 1):
+            raise OptionError(f"count={value} must be a positive whole number", pass_name=self.name)
+        if option == "fraction" and (isinstance(value, bool) or not 0 < value < 1):
+            raise OptionError(f"fraction={value} must lie in (0, 1)", pass_name=self.name)
+        return value
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        if weights_borrowed(graph):
+            raise RewriteError(
+                "a one-line call may see only a part of the layers at a time, and would drop others than asked; call "
+                "fxsparse.rewrite(model, passes, ...) and compile its result",
+                pass_name=self.name,
+            )
+        found = stacks(graph)
+        if not found:
+            raise RewriteError(
+                "the model has no stack of layers: no list of modules whose members pass hidden states of one shape on",
+                pass_name=self.name,
+            )
+        wanted = self._wanted(found)
+        dropped = {stack.path: self._chosen(stack, *wanted[stack.path]) for stack in found if stack.path in wanted}
+        for stack in found:
+            gone = dropped.get(stack.path, ())
+            for block in stack.blocks:
+                if block in gone:
+                    yield rewrote(block.path, f"dropped, {len(stack.blocks) - len(gone)} of {len(stack.blocks)} stay")
+                else:
+                    yield skipped(block.path, self._why_kept(stack, block, stack.path in wanted))
+        for stack in found:
+            _drop(graph, stack, dropped.get(stack.path, ()))
+
+    def _wanted(self, found: list[Stack]) -> dict[str, tuple[str, Any]]:
+        """Which option, and with what value, each stack's path is given; the first glob that names it counts."""
+        (option,) = (option for option in _SIZES if getattr(self, option) is not None)
+        value = getattr(self, option)
+        if not isinstance(value, FrozenMapping):
+            return {stack.path: (option, value) for stack in found}
+        wanted: dict[str, tuple[str, Any]] = {}
+        for glob, item in value:
+            named = [stack.path for stack in found if fnmatchcase(stack.path, glob)]
+            if not named:
+                known = ", ".join(stack.path or '""' for stack in found)
+                raise RewriteError(f"the glob {glob!r} matches no stack; there are: {known}", pass_name=self.name)
+            for path in named:
+                wanted.setdefault(path, (option, item))
+        return wanted
+
+    def _chosen(self, stack: Stack, option: str, value: Any) -> tuple[Block, ...]:
+        layers = len(stack.blocks)
+        if option == "indices":
+            present = {block.index: block for block in stack.blocks}
+            unknown = [number for number in value if number not in present]
+            if unknown:
+                raise RewriteError(
+                    f"has no layer {', '.join(map(str, unknown))}; its layers are {', '.join(map(str, present))}",
+                    pass_name=self.name,
+                    site=stack.path,
+                )
+            if len(value) == layers:
+                raise RewriteError(
+                    f"all {layers} layers would be dropped; leave at least one", pass_name=self.name, site=stack.path
+                )
+            return tuple(present[number] for number in value)
+        # A half of 7 layers is 3.5: a share is a bound, and 0.1 of 30 must not be 2 for rounding's sake.
+        count = math.floor(value * layers + 1e-9) if option == "fraction" else value
+        if count > layers - 2:
+            raise RewriteError(
+                f"{count} of {layers} layers cannot go: the first and the last are kept, so at most "
+                f"{max(0, layers - 2)} can; name others with indices=",
+                pass_name=self.name,
+                site=stack.path,
+            )
+        return tuple(stack.blocks[position] for position in dropped_positions(self.configuration, layers, count))
+
+    def _why_kept(self, stack: Stack, block: Block, is_wanted: bool) -> str:
+        if not is_wanted:
+            return "kept, no glob names its stack"
+        if self.indices is not None:
+            return "kept, not named"
+        if block in (stack.blocks[0], stack.blocks[-1]):
+            return "kept, the first and the last layer stay"
+        return f"kept by {self.configuration}"
+
+
+def dropped_positions(configuration: str, layers: int, count: int) -> list[int]:
+    """The positions, from 0, of the layers that go: ``count`` of 1 .. layers - 2."""
+    if configuration == "input":
+        return list(range(1, 1 + count))
+    if configuration == "output":
+        return list(range(layers - 1 - count, layers - 1))
+    if configuration == "middle":
+        start = 1 + (layers - 2 - count) // 2
+        return list(range(start, start + count))
+    if configuration == "both":
+        early, late = (count + 1) // 2, count // 2
+        return [*range(1, 1 + early), *range(layers - 1 - late, layers - 1)]
+    last = layers - count - 1  # of the survivors
+    survivors = {(2 * i * (layers - 1) + last) // (2 * last) for i in range(last + 1)}
+    return [position for position in range(layers) if position not in survivors]
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
+def _drop(gm: GraphModule, stack: Stack, gone: Iterable[Block]) -> None:
+    blocks = tuple(gone)
+    for block in blocks:
+        _check_not_returned(gm, stack, block)
+    for block in reversed(blocks):
+        block.stream_out.replace_all_uses_with(block.stream_in)
+    for block in blocks:
+        _erase_writes(gm, block)
+    if blocks:
+        fx.eliminate_dead_code(gm)
+        # What the block held and no graph ever read (a mask of older models) goes with it.
+        inside = {name for name in _state(gm) if any(name.startswith(f"{block.path}.") for block in blocks)}
+        fx.delete_state(gm, inside - fx.state_read(gm))
+
+
+def _state(gm: GraphModule) -> set[str]:
+    parts = (gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False))
+    return {name for part in parts for name, _ in part}
+
+
+def _check_not_returned(gm: GraphModule, stack: Stack, block: Block) -> None:
+    is_last = block is stack.blocks[-1]
+    returned = [node for node in gm.graph.output_node().all_input_nodes if node in block.nodes]
+    if any(node is not block.stream_out or not is_last for node in returned):
+        raise RewriteError(
+            "the model returns what this layer computes; trace it with use_cache=False, output_hidden_states=False and "
+            "output_attentions=False",
+            pass_name=DropLayers.name,
+            site=block.path,
+        )
+
+
+def _erase_writes(gm: GraphModule, block: Block) -> None:
+    """Removes the block's writes into its own buffers (a batch norm counts batches), which count as live otherwise."""
+    for node in [node for node in reversed(gm.graph.nodes) if node in block.nodes]:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable or node.users:
+            continue
+        written = node.args[0]
+        is_state = isinstance(written, Node) and written.op == "get_attr"
+        if is_state and all(user in block.nodes for user in written.users):
+            gm.graph.erase_node(node)
