@@ -54,7 +54,7 @@ class FrozenLinear:
 
 @dataclass(frozen=True)
 class Compress:
-    """A frozen weight's values and indices, None where it does not satisfy the pattern.
+    """Values and indices of frozen weights, one below the other; None where one does not satisfy the pattern.
 
     Attributes:
         metadata: gives the indices as sparse tensor cores read them.
@@ -64,11 +64,14 @@ class Compress:
     transposed: bool
     metadata: bool = False
 
-    def __call__(self, weight: Tensor) -> tuple[Tensor, ...] | None:
-        dense = weight.t() if self.transposed else weight
-        if not satisfies(dense, self.pattern):
-            return None
-        values, indices = pack(dense, mask_of(dense, self.pattern), self.pattern)
+    def __call__(self, *weights: Tensor) -> tuple[Tensor, ...] | None:
+        packed = []
+        for weight in weights:
+            dense = weight.t() if self.transposed else weight
+            if not satisfies(dense, self.pattern):
+                return None
+            packed.append(pack(dense, mask_of(dense, self.pattern), self.pattern))
+        values, indices = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*packed, strict=True))
         return values, pack_metadata(indices) if self.metadata else indices
 
 

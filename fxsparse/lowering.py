@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -96,6 +97,7 @@ def lower_graph(
     """
     editor = _Editor(gm, example_inputs, names)
     inference = is_inference(gm)
+    compressed: list[tuple[FrozenLinear, str]] = []
     for linear in frozen_linears(gm, example_inputs, names):
         weight = example_inputs[linear.position]
         shape = tuple(weight.t().shape if linear.transposed else weight.shape)
@@ -108,7 +110,12 @@ def lower_graph(
         found = f"frozen and {linear.pattern}; {reason}"
         report.choices.append(Choice("nm_linear", names[linear.position], implementation, found, site.work))
         if implementation != DENSE:
-            editor.compress(linear, implementation)
+            compressed.append((linear, implementation))
+    for together, implementation in side_by_side(compressed):
+        editor.compress(together, implementation)
+        if len(together) > 1:
+            paths = ", ".join(names[linear.position] for linear in together)
+            report.note(f"{paths} read the same input and run as one product")
     named = {node: names[position] for position, node in enumerate(placeholders(gm)) if position in names}
     for op, node in operators(gm):
         place = site_of(op, node)
@@ -132,6 +139,18 @@ def lower_graph(
     if inference:
         editor.fuse(options)
     return editor.finish()
+
+
+def side_by_side(linears: list[tuple[FrozenLinear, str]]) -> list[tuple[list[FrozenLinear], str]]:
+    """Linears that one product can serve, together: they read the same input, are compressed alike, and no kernel could
+    take over what follows one of them. Few rows leave a GPU waiting for launches, and many read the input once."""
+    groups: dict[Any, tuple[list[FrozenLinear], str]] = {}
+    for linear, implementation in linears:
+        alone = implementation == CUSPARSELT or bool(following(linear.node))
+        computed = linear.bias is not None and linear.bias.op != "placeholder"
+        key = (linear.input, linear.pattern, linear.transposed, linear.bias is None, implementation)
+        groups.setdefault(linear if alone or computed else key, ([], implementation))[0].append(linear)
+    return list(groups.values())
 
 
 class _Editor:
@@ -171,22 +190,45 @@ class _Editor:
         nodes = placeholders(self.gm)[: len(self.example_inputs)]
         return {node: position for position, node in enumerate(nodes)}
 
-    def compress(self, linear: FrozenLinear, implementation: str) -> None:
-        twins = self.twins
-        x, bias, node = twins[linear.input], twins.get(linear.bias), twins[linear.node]
+    def compress(self, linears: list[FrozenLinear], implementation: str) -> None:
+        """Lets linears that read the same input run as one product with their compressed weights below each other."""
+        twins, first = self.twins, linears[0]
+        x, node, positions = twins[first.input], twins[first.node], tuple(linear.position for linear in linears)
+        sizes = [int(fake_of(linear.node).shape[-1]) for linear in linears]
+        bias = twins.get(first.bias)
+        if len(linears) > 1 and bias is not None:
+            with self.copy.graph.inserting_before(node):
+                bias = self.copy.graph.call_function(torch.cat, ([twins[linear.bias] for linear in linears],))
+        target: Any
+        args: tuple[Any, ...]
         if implementation == CUSPARSELT:
-            (packed,) = self._inputs((linear.position,), PackForLibrary(linear.transposed), ("packed",))
-            self._replace(node, ops.cusparselt_linear.default, x, packed, bias, int(fake_of(linear.node).shape[-1]))
-            return
-        on_tensor_cores = implementation == SPARSE_TENSOR_CORES
-        rule = Compress(linear.pattern, linear.transposed, on_tensor_cores)
-        kinds = ("values", "metadata" if on_tensor_cores else "indices")
-        values, packed = self._inputs((linear.position,), rule, kinds)
-        if on_tensor_cores:
-            self._replace(node, ops.sparse_tensor_core_linear.default, x, values, packed, bias, "", [])
+            (packed,) = self._inputs(positions, PackForLibrary(first.transposed), ("packed",))
+            target, args = ops.cusparselt_linear.default, (x, packed, bias, sizes[0])
         else:
-            pattern = (linear.pattern.n, linear.pattern.m)
-            self._replace(node, ops.nm_linear.default, x, values, packed, None, bias, *pattern)
+            on_tensor_cores = implementation == SPARSE_TENSOR_CORES
+            kinds = ("values", "metadata" if on_tensor_cores else "indices")
+            rule = Compress(first.pattern, first.transposed, on_tensor_cores)
+            values, packed = self._inputs(positions, rule, kinds)
+            if on_tensor_cores:
+                target, args = ops.sparse_tensor_core_linear.default, (x, values, packed, bias, "", [])
+            else:
+                target = ops.nm_linear.default
+                args = (x, values, packed, None, bias, first.pattern.n, first.pattern.m)
+        if len(linears) == 1:
+            self._replace(node, target, *args)
+            return
+        graph = self.copy.graph
+        # The first of them may stand before a later one's bias; everything they read are inputs of the graph or x.
+        with graph.inserting_before(node):
+            product = graph.call_function(target, args)
+            parts = graph.call_function(torch.split, (product, sizes), {"dim": -1})
+        for position, linear in enumerate(linears):
+            with graph.inserting_before(node if position == 0 else twins[linear.node]):
+                part = graph.call_function(operator.getitem, (parts, position))
+            part.meta = dict(twins[linear.node].meta)
+            twins[linear.node].replace_all_uses_with(part)
+        for linear in linears:
+            graph.erase_node(twins[linear.node])
 
     def inputs_of(self, node: Node) -> list[Tensor]:
         """The values and indices of an operator where both are inputs of the graph, else nothing."""

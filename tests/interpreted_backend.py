@@ -120,6 +120,34 @@ def test_multiplexing_launches_generated_kernels(own_keys):
 
 
 @pytest.mark.parametrize("choice", ["compressed", "sparse_tensor_cores"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linears_on_one_input_run_as_one_product(choice, bias):
+    class Projections(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(32, size, bias=bias) for size in (48, 32, 40))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.query(x), self.key(x), self.value(x)
+            return q[..., :32].view(x.shape[0], 2, 16).sum(1) + (k * 2)[..., :16] + v[..., 24:].exp()
+
+    model = Projections().bfloat16().requires_grad_(False)
+    for linear in model.children():
+        linear.weight.mul_(fxsparse.nm.nm_mask(linear.weight.abs(), fxsparse.nm.Pattern(2, 4)))
+    options = {"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": choice}}
+    compiled = torch.compile(model, backend="fxsparse", options=options)
+    x = torch.randn(3, 32).bfloat16()
+    with torch.no_grad():
+        assert (compiled(x) - copy.deepcopy(model).double()(x.double())).abs().max() < 0.1
+        assert "run as one product" in fxsparse.explain(compiled)
+        assert sum(item.count for item in fxsparse.kernels(compiled)) == (1 if choice == "compressed" else 0)
+        model.key.weight.mul_(-1)  # noticed
+        assert (compiled(x) - copy.deepcopy(model).double()(x.double())).abs().max() < 0.1
+        model.value.weight.add_(1)  # one is no longer 2:4: the dense graph runs
+        assert (compiled(x) / copy.deepcopy(model).double()(x.double()) - 1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("choice", ["compressed", "sparse_tensor_cores"])
 def test_frozen_weights_run_compressed(choice):
     torch.manual_seed(0)
     model = Block().bfloat16().requires_grad_(False)
