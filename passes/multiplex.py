@@ -193,7 +193,7 @@ class _Rewrite:
         self.stack = choose(stacks(gm), owner.stack)
         self.source, self.sink = self.stack.blocks[0].stream_in, self.stack.blocks[-1].stream_out
         self.batch = batch_symbols(gm, self.source)
-        self.embedding = token_embedding(self.source)
+        self.embedding = token_embedding(gm, self.source)
         self.core = region_between(gm, self.source, self.sink)
         self.merged: list[str] = []
 
@@ -250,14 +250,20 @@ class _Rewrite:
                 mux = PrefixMux(mux, self.n, dim)
             retrieval = self._retrieval(dim) if owner.stages else None
             parts = Multiplexer(mux, demux, retrieval)
-        example = fx.attribute(self.gm, str(self.embedding.args[0].target))  # type: ignore[union-attr]
-        parts.to(device=example.device, dtype=fx.value(self.source).dtype)
+        device = fx.value(self.source).device
+        parts.to(device=device, dtype=fx.value(self.source).dtype)
         if owner.stages:
-            parts.register_buffer("step", torch.ones((), dtype=torch.int64, device=example.device))
-            parts.register_buffer("loss_weights", torch.tensor(owner.stages[0][1:], device=example.device))
+            parts.register_buffer("step", torch.ones((), dtype=torch.int64, device=device))
+            parts.register_buffer("loss_weights", torch.tensor(owner.stages[0][1:], device=device))
         return parts
 
     def _retrieval(self, dim: int) -> Retrieval:
+        if self.embedding is None:
+            raise RewriteError(
+                "stages need token ids to retrieve, and the model looks none up; leave stages out",
+                pass_name=self.owner.name,
+                site=self.stack.path,
+            )
         table = fx.attribute(self.gm, str(self.embedding.args[0].target))  # type: ignore[union-attr]
         decoder = table if table.shape[1] == dim else torch.randn(table.shape[0], dim) * 0.02
         return Retrieval(self.n, decoder, self.owner.ignore, self.n if self.owner.demux == "prefix" else 0)
@@ -396,7 +402,7 @@ class _Rewrite:
 
     def _add_retrieval(self, parts: Multiplexer, stream: Node, keys: list[Node]) -> None:
         loss = scalar_output(self.gm)
-        if loss is None or parts.retrieval is None:
+        if loss is None or parts.retrieval is None or self.embedding is None:
             return  # a trace without labels, for serving: the state is there, its loss is not asked for
         after = stream.next
         ids = self._members(self.embedding.args[1], after)  # type: ignore[arg-type]

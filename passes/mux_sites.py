@@ -38,25 +38,28 @@ def choose(found: list[Stack], wanted: str | None) -> Stack:
     return found[0]
 
 
-def token_embedding(source: Node) -> Node:
-    """The lookup of tokens in the largest table among those that feed ``source``."""
-    lookups = []
+def token_embedding(gm: GraphModule, source: Node) -> Node | None:
+    """The lookup of tokens in the largest table among those that feed ``source``; None where it embeds no tokens but
+    images, say.
+
+    Raises:
+        RewriteError: nothing embeds what the core is given.
+    """
     pending, seen = [source], set()
     while pending:
         node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        pending += node.all_input_nodes
-        if fx.is_embedding(node) and _is_given(node.args[1]):  # type: ignore[arg-type]
-            lookups.append(node)
-    if not lookups:
+        if node not in seen:
+            seen.add(node)
+            pending += node.all_input_nodes
+    if not any(fx.is_embedding(node) or fx.applies_parameter(gm, node) for node in seen):
         raise RewriteError(
-            f"no embedding of tokens feeds the core: {source.name} comes from inputs that are no token ids",
+            f"there is no embedding: the core reads {source.name}, which no table, linear or convolution makes; "
+            "inputs are mixed after they are embedded",
             pass_name=_PASS,
             site=fx.stack_path(source),
         )
-    return max(lookups, key=lambda node: fx.value(node.args[0]).shape[0])  # type: ignore[arg-type]
+    lookups = [node for node in seen if fx.is_embedding(node) and _is_given(node.args[1])]  # type: ignore[arg-type]
+    return max(lookups, key=lambda node: fx.value(node.args[0]).shape[0], default=None)  # type: ignore[arg-type]
 
 
 def _is_given(node: Node) -> bool:

@@ -206,6 +206,21 @@ def test_keys_are_what_their_names_say() -> None:
         torch.testing.assert_close(rotation @ rotation.t(), torch.eye(32), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["vit", "t5", "qwen2", "mistral", "roberta"])
+def test_identical_members_in_other_families(name: str) -> None:
+    family, base = traced(name)
+    stack = "encoder.block" if name == "t5" else None
+    gm = fxsparse.rewrite(base, [Multiplex(2, mux="unit", demux="repeat", stack=stack)]).eval()
+    batch = family.make_batch(batch=3)
+    pairs = {key: rows.repeat_interleave(2, 0) for key, rows in batch.items()}
+    expected = base.eval()(**batch).logits.repeat_interleave(2, 0)
+    torch.testing.assert_close(gm(**pairs).logits, expected, rtol=1e-5, atol=1e-6)
+    assert len(gm(**batch).logits) == 3
+    if name == "vit":
+        with pytest.raises(RewriteError, match="looks none up"):
+            fxsparse.rewrite(base, [Multiplex(2, stages=STAGES)])
+
+
 # --- ragged batches and sizes -----------------------------------------------------------------------------------------
 
 
@@ -451,7 +466,7 @@ def test_models_without_a_core_or_an_embedding_are_refused() -> None:
         fxsparse.rewrite(base, [Multiplex(2)])
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-    with pytest.raises(RewriteError, match="no embedding of tokens feeds the core"):
+    with pytest.raises(RewriteError, match="there is no embedding: the core reads"):
         fxsparse.rewrite(encoder, [Multiplex(2)], (torch.randn(4, 8, 32),))
 
 
