@@ -144,11 +144,12 @@ def positions_read(sink: Node) -> list[Node]:
 
 
 def _dim_of(node: Node) -> int:
-    return int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[call-overload, no-any-return]
+    return int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
 
 
 def _is_whole(node: Node) -> bool:
-    start, end, step = (*node.args[2:], *(None, None, None)[len(node.args) - 2 :])
+    given = [*node.args[2:], None, None, None]
+    start, end, step = given[:3]
     return start in (None, 0) and end in (None, _END) and step in (None, 1)
 
 

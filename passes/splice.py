@@ -39,7 +39,7 @@ def splice(gm: GraphModule, path: str, module: nn.Module, inputs: Sequence[Node 
     reads = [fx.insert_attribute(gm, f"{path}.{name}", before=before) for name in names]
 
     def run(state: Sequence[Tensor], args: Sequence[Tensor | None]) -> Tensor:
-        return functional_call(module, dict(zip(names, state, strict=True)), tuple(args))  # type: ignore[no-any-return]
+        return functional_call(module, dict(zip(names, state, strict=True)), tuple(args))
 
     values = [None if node is None else fx.value(node) for node in inputs]
     with fx.fake_mode(gm), enable_python_dispatcher(), torch.no_grad():
