@@ -17,6 +17,7 @@ import argparse
 import copy
 import re
 import statistics
+import sys
 import sysconfig
 import time
 from collections.abc import Callable
@@ -182,6 +183,9 @@ def plot(runs: list[Run], names: list[str], path: Path) -> None:
         choices.text((place + 0.5) * epochs - 0.5, -1.5, run.name, ha="center")
     blocks = [re.sub(r"(layers\.\d+|[^.]+)\..*", r"\1", name.removeprefix("model.decoder.")) for name in names]
     firsts = [place for place, block in enumerate(blocks) if place == 0 or blocks[place - 1] != block]
+    firsts = [
+        place for place, following in zip(firsts, [*firsts[1:], len(names) + 3], strict=True) if following - place > 2
+    ]
     choices.set_yticks(firsts, [blocks[place] for place in firsts], fontsize=7)
     choices.set(xlabel="epoch")
     choices.set_title("trained tensors, input at the top", pad=20)
@@ -223,7 +227,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     transformers.logging.set_verbosity_error()
     torch._dynamo.config.cache_size_limit = max(64, args.epochs * 8)  # one code object, a graph for every choice
     torch.manual_seed(args.seed)

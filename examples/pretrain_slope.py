@@ -14,6 +14,7 @@ import argparse
 import copy
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -195,7 +196,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     transformers.logging.set_verbosity_error()
     device = torch.device(args.device)
     corpus = read_corpus(args.data, seed=args.seed)
