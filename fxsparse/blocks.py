@@ -23,6 +23,9 @@ from torch.fx import GraphModule, Node
 from fxsparse import graph as fx
 from fxsparse.errors import RewriteError
 
+# Marks, in a node's meta, of the streams into and out of a block that is alone in its list; it has no neighbour to be
+# told by.
+_ENTERS, _LEAVES = "fxsparse_enters_block", "fxsparse_leaves_block"
 _MEMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 
 
@@ -51,7 +54,7 @@ class Stack:
 
     Attributes:
         path: the module path of their list, such as ``model.decoder.layers``.
-        blocks: two or more; a single one cannot be told from any other module.
+        blocks: two or more, or the one that is left of them; a model's only block cannot be told from other modules.
     """
 
     path: str
@@ -90,6 +93,11 @@ def stacks(gm: GraphModule) -> list[Stack]:
     return sorted(found, key=lambda stack: order[stack.blocks[0].stream_out])
 
 
+def mark_alone(block: Block, stream_in: Node) -> None:
+    """Lets `stacks` know ``block``, whose stream in is now ``stream_in``, once its neighbours are gone."""
+    stream_in.meta[_ENTERS] = block.stream_out.meta[_LEAVES] = block.path
+
+
 def _is_inside(path: str, outer: str) -> bool:
     return f"{path}.".startswith(f"{outer}.")
 
@@ -105,7 +113,7 @@ def _lists(gm: GraphModule) -> dict[str, list[_Member]]:
     lists: dict[str, list[_Member]] = {}
     for path, member in members.items():
         lists.setdefault(path.rpartition(".")[0], []).append(member)
-    return {path: siblings for path, siblings in lists.items() if len(siblings) > 1}
+    return lists
 
 
 def _member_paths(node: Node) -> Iterator[str]:
@@ -116,6 +124,9 @@ def _member_paths(node: Node) -> Iterator[str]:
 
 
 def _stacks_of(gm: GraphModule, path: str, members: list[_Member]) -> Iterator[Stack]:
+    if len(members) == 1:
+        yield from _alone(path, members[0])
+        return
     run: list[_Member] = []
     for member in [*members, None]:
         if member is not None and any(fx.applies_parameter(gm, node) for node in member.nodes):
@@ -126,6 +137,16 @@ def _stacks_of(gm: GraphModule, path: str, members: list[_Member]) -> Iterator[S
             continue
         yield from _chain(path, run)
         run = []
+
+
+def _alone(path: str, member: _Member) -> Iterator[Stack]:
+    for stream_out in member.nodes:
+        if stream_out.meta.get(_LEAVES) == member.path:
+            entering = [node for node in member.inputs if node.meta.get(_ENTERS) == member.path]
+            if len(entering) != 1:
+                raise RewriteError("what enters the layer was replaced, and its stream is lost", site=member.path)
+            block = Block(member.path, member.index, frozenset(member.nodes), entering[0], stream_out)
+            yield Stack(path, (block,))
 
 
 def _links(member: _Member, following: _Member) -> list[Node]:

@@ -1,6 +1,7 @@
 """Rewrites of the training-IR graph, one file each."""
 
 from fxsparse.passes.base import Pass
+from fxsparse.passes.distill import DistillLayers, EndDistillation
 from fxsparse.passes.double_prune import DoublePruneBackward
 from fxsparse.passes.drop_layers import DropLayers
 from fxsparse.passes.event import Event
@@ -14,8 +15,10 @@ from fxsparse.record import Change, rewrote, skipped
 __all__ = [
     "AddLowRankBranches",
     "Change",
+    "DistillLayers",
     "DoublePruneBackward",
     "DropLayers",
+    "EndDistillation",
     "Event",
     "InsertNMMasks",
     "Multiplex",

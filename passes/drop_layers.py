@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.blocks import Block, Stack, stacks
+from fxsparse.blocks import Block, Stack, mark_alone, stacks
 from fxsparse.derived import weights_borrowed
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.passes.base import FrozenMapping, Pass
@@ -201,6 +201,9 @@ def _drop(gm: GraphModule, stack: Stack, gone: Iterable[Block]) -> None:
         block.stream_out.replace_all_uses_with(block.stream_in)
     for block in blocks:
         _erase_writes(gm, block)
+    if len(blocks) == len(stack.blocks) - 1:
+        (alone,) = (block for block in stack.blocks if block not in blocks)
+        mark_alone(alone, stack.blocks[0].stream_in)
     if blocks:
         fx.eliminate_dead_code(gm)
         # What the block held and no graph ever read (a mask of older models) goes with it.

@@ -1,0 +1,161 @@
+"""The losses of distillation, and the layers they compare.
+
+    loss = a task + b T^2 KL(softmax(teacher / T) || softmax(student / T)) + c sum over pairs (s, t) of MSE(P h_s, h_t)
+
+CoFi (arXiv 2204.00408) pairs dynamically: from the last teacher layer down, each takes the student layer with the
+least MSE among those that exist and lie below the one taken before. Where none is left, it takes that one again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxsparse.errors import RewriteError
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What is compared, and how much it counts.
+
+    Attributes:
+        task, logits, hidden: weights of the model's own loss, the KL divergence and the summed MSE.
+        temperature: T.
+        dynamic: pair layers by CoFi's matching; else student layer i and the i-th of the teacher's states go together.
+        gated: whether gates may have closed student layers.
+    """
+
+    task: float
+    logits: float
+    hidden: float
+    temperature: float
+    dynamic: bool
+    gated: bool
+
+
+class Held:
+    """A module that belongs to none: no state, no parameters, one and the same in every copy of its holder."""
+
+    def __init__(self, module: nn.Module | None):
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Held:
+        return self
+
+
+class Distillation(nn.Module):
+    """The loss of a student; in evaluation mode it is the task's alone, and the teacher does not run.
+
+    The teacher runs in evaluation mode and without gradients. It is in no ``state_dict`` and no ``parameters()``, and
+    follows the student to another device or dtype.
+
+    Args:
+        losses: what is compared.
+        teacher: called with the tensors it reads, gives ``(logits, hidden states of stack 0, ...)``; None where a
+            checkpoint is restored for something else than training.
+        projections: for every stack one for all student layers, or one each, or none.
+    """
+
+    def __init__(self, losses: Losses, teacher: nn.Module | None, projections: Sequence[Sequence[nn.Linear]]):
+        super().__init__()
+        self.losses, self.held = losses, Held(teacher)
+        self.projections = nn.ModuleList(nn.ModuleList(linears) for linears in projections)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Distillation:
+        if self.held.module is not None:
+            self.held.module._apply(fn)
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+    def forward(
+        self, loss: Tensor, logits: Tensor | None, stacks: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor]
+    ) -> Tensor:
+        """The loss to train on.
+
+        Args:
+            loss: of the task, a scalar.
+            logits: ``[..., classes]``.
+            stacks: for every stack the stream into its first block, then that out of every block, ``[..., dim]``.
+            inputs: what the teacher reads.
+        """
+        if not self.training:
+            return loss
+        if self.held.module is None:
+            raise RewriteError("the teacher is not part of a checkpoint; give it back with attach_teacher(gm, teacher)")
+        with torch.no_grad():
+            expected, *states = self.held.module(*inputs)
+        total = self.losses.task * loss
+        if logits is not None:
+            total = total + self.losses.logits * divergence(logits, expected, self.losses.temperature)
+        for streams, wanted, projections in zip(stacks, states, self.projections, strict=True):
+            total = total + self.losses.hidden * self._hidden(streams, wanted, list(projections))
+        return total
+
+    def _hidden(self, streams: Sequence[Tensor], wanted: Sequence[Tensor], projections: list[Any]) -> Tensor:
+        own = list(streams[1:])
+        if projections:
+            each = projections if len(projections) == len(own) else projections * len(own)
+            own = [project(state) for project, state in zip(each, own, strict=True)]
+        exists = layers_exist(streams) if self.losses.gated else None
+        return layer_loss(own, wanted, exists) if self.losses.dynamic else paired_loss(own, wanted, exists)
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) of logits ``[..., classes]``, averaged over all rows (examples, or tokens)."""
+    mine = F.log_softmax(student.flatten(0, -2).float() / temperature, -1)
+    theirs = F.log_softmax(teacher.flatten(0, -2).float() / temperature, -1)
+    return F.kl_div(mine, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+def layers_exist(streams: Sequence[Tensor]) -> Tensor:
+    """Which layers change the hidden states they are given, bool ``[layers]``: one whose gates are all closed does
+    not. ``streams`` are the states before, between and after the layers."""
+    with torch.no_grad():
+        pairs = pairwise(streams)
+        return torch.stack([(after != before).any() for before, after in pairs])
+
+
+def paired_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], exists: Tensor | None = None) -> Tensor:
+    """Summed MSE of hidden states that go together; a layer that does not exist counts nothing."""
+    errors = torch.stack([F.mse_loss(mine, theirs) for mine, theirs in zip(student, teacher, strict=True)])
+    return (errors if exists is None else errors * exists).sum()
+
+
+def layer_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], exists: Tensor | None = None) -> Tensor:
+    """Summed MSE of each teacher state and the student state that `match_layers` gives it; 0 where none exists."""
+    with torch.no_grad():
+        errors = torch.stack([torch.stack([F.mse_loss(mine, theirs) for mine in student]) for theirs in teacher])
+        if exists is None:
+            exists = torch.ones(len(student), dtype=torch.bool, device=errors.device)
+        chosen = match_layers(errors, exists)
+    states = torch.stack(list(student)).index_select(0, chosen)
+    # A mean over one teacher state, so the mean over all of them times their number.
+    return F.mse_loss(states, torch.stack(list(teacher))) * len(teacher) * exists.any()
+
+
+def match_layers(errors: Tensor, exists: Tensor) -> Tensor:
+    """The student layer for each teacher layer, from the last teacher layer down.
+
+    Args:
+        errors: MSE of teacher layer t and student layer s, ``[teacher layers, student layers]``.
+        exists: bool ``[student layers]``.
+
+    Returns:
+        int64 ``[teacher layers]``, always within range; existing layers wherever there is one, and below each other
+        as long as there are enough.
+    """
+    layers = errors.shape[1]
+    place = torch.arange(layers, device=errors.device)
+    above = torch.full((), layers, device=errors.device)
+    chosen = []
+    for row in reversed(errors.unbind()):
+        allowed = exists & (place < above)
+        nearest = row.masked_fill(~allowed, torch.inf).argmin()
+        above = torch.where(allowed.any(), nearest, above)
+        chosen.append(above.clamp(max=layers - 1))
+    return torch.stack(chosen[::-1])
