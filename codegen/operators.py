@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from fxsparse import multiplexing, multiplexing_reference, ops, reference
+from fxsparse import gather_ops, gather_reference, multiplexing, multiplexing_reference, ops, reference
 from fxsparse.codegen import fused_ops, launch  # noqa: F401  fused_ops registers operators
 from fxsparse.custom_op import declare_kernel, implement
 
@@ -62,6 +62,26 @@ def _demux_linear(h: Tensor, keys: Tensor, weight: Tensor, bias: Tensor | None) 
     return run(h, keys, weight, bias)
 
 
+def _gather_linear(
+    x: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    run = _choose(x.dtype, None, None, launch.gather_linear, gather_reference.gather_linear)
+    return run(x, weight, rows, columns, bias)
+
+
+def _gather_linear_grad_input(dy: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    run = _choose(dy.dtype, None, None, launch.gather_linear_grad_input, gather_reference.gather_linear_grad_input)
+    return run(dy, weight, rows, columns)
+
+
+def _gather_linear_grad_weight(
+    dy: Tensor, x: Tensor, rows: Tensor | None, columns: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    if launch.unsupported(dy.dtype) is not None:
+        return gather_reference.gather_linear_grad_weight(dy, x, rows, columns, out_features, in_features)
+    return launch.gather_linear_grad_weight(dy, x, rows, columns, (out_features, in_features))
+
+
 def _choose(
     dtype: torch.dtype, n: int | None, m: int | None, kernel: Callable[..., Tensor], plain: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
@@ -75,6 +95,9 @@ KERNELS: dict[CustomOpDef, Callable[..., Tensor]] = {
     ops.nm_linear_low_rank: _nm_linear_low_rank,
     multiplexing.mux: _mux,
     multiplexing.demux_linear: _demux_linear,
+    gather_ops.gather_linear: _gather_linear,
+    gather_ops.gather_linear_grad_input: _gather_linear_grad_input,
+    gather_ops.gather_linear_grad_weight: _gather_linear_grad_weight,
 }
 """What an operator runs on a GPU."""
 
