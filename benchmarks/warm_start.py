@@ -54,11 +54,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        cold = {kind: start(kind, os.path.join(folder, kind.replace(":", "-"))) for kind in KINDS}
+        cold = {kind: start(kind, os.path.join(folder, str(KINDS.index(kind)))) for kind in KINDS}
         warm: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for _ in range(args.rounds):
             for kind in KINDS:
-                warm[kind].append(start(kind, os.path.join(folder, kind.replace(":", "-"))))
+                warm[kind].append(start(kind, os.path.join(folder, str(KINDS.index(kind)))))
     rows = [("first step", "cold s", "warm s", "warm / inductor's")]
     for kind in KINDS:
         ratio = statistics.median(mine / its for mine, its in zip(warm[kind], warm["inductor"], strict=True))
