@@ -236,6 +236,21 @@ def test_a_ragged_batch_is_filled_with_its_own_rows_and_trimmed(name: str) -> No
     torch.testing.assert_close(output, gm(**whole).logits[:4])
 
 
+@pytest.mark.parametrize("options", [{}, {"demux": "prefix", "stages": ((1, 0.5, 0.5),)}, {"ensemble": 2}])
+def test_sequence_lengths_may_stay_free(options: dict[str, Any]) -> None:
+    config = transformers.OPTConfig(
+        vocab_size=64, hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, layerdrop=0.0, use_cache=False, num_labels=3, pad_token_id=1,
+    )  # fmt: skip
+    kwargs = {"input_ids": token_ids(4, 16), "labels": torch.randint(3, (4,))}
+    model = transformers.OPTForSequenceClassification(config)
+    gm = fxsparse.rewrite(model, [Multiplex(2, **options)], kwargs=kwargs, dynamic_sequence=True)
+    for rows, length in ((5, 9), (3, 33), (1, 16)):
+        output = gm(input_ids=token_ids(rows, length), labels=torch.randint(3, (rows,)))
+        output.loss.backward()
+        assert output.logits.shape == (rows, 3)
+
+
 def test_members_share_the_union_of_their_masks() -> None:
     family, base = traced("bert")
     gm = fxsparse.rewrite(base, [Multiplex(2)]).eval()
@@ -376,6 +391,21 @@ def test_retrieval_draws_every_member_and_can_be_learned() -> None:
         optimizer.zero_grad()
         schedule.step()
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_what_was_pretrained_multiplexed_is_tuned_with_another_head() -> None:
+    _, base = traced("bert")
+    tuned = fxsparse.rewrite(base, [Multiplex(2, stages=((1.0, 1.0, 0.0),))])
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    config = transformers.BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=64)
+    kwargs = {"input_ids": token_ids(4, 16), "labels": token_ids(4, 16)}
+    language = transformers.BertForMaskedLM(config)
+    pretrained = fxsparse.rewrite(language, [Multiplex(2, stages=STAGES, seed=1)], kwargs=kwargs)
+    pretrained(**kwargs).loss.backward()  # retrieval, and the masked tokens from halfway on
+    missing, unexpected = tuned.load_state_dict(pretrained.state_dict(), strict=False)
+    assert all(name.startswith(("bert.pooler", "classifier")) for name in missing)
+    assert all(name.startswith("cls.") for name in unexpected)
+    assert torch.equal(tuned.get_parameter("multiplex.mux.keys"), pretrained.get_parameter("multiplex.mux.keys"))
 
 
 @pytest.mark.parametrize("name", ["bert", "opt"])
