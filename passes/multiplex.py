@@ -53,6 +53,7 @@ from fxsparse.passes.mux_sites import (
     scalar_output,
     token_embedding,
 )
+from fxsparse.passes.mux_stages import Stages
 from fxsparse.passes.splice import adopt, splice
 from fxsparse.record import Change, rewrote
 
@@ -157,32 +158,7 @@ class Multiplex(Pass):
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if self.stages:
-            yield _Stages(self, graph, total_steps)
-
-
-class _Stages(Event):
-    """Sets the weights of the two losses, and the step that draws what is retrieved."""
-
-    def __init__(self, owner: Multiplex, gm: GraphModule, total_steps: int):
-        self.owner, self.total_steps = owner, total_steps
-        self.step, self.weights = (fx.attribute(gm, f"{PATH}.{name}") for name in ("step", "loss_weights"))
-        self._prepare(1)
-
-    def _prepare(self, step: int) -> None:
-        self.next = step
-        _, *weights = next((s for s in self.owner.stages if step <= s[0] * self.total_steps), self.owner.stages[-1])
-        with torch.no_grad():
-            self.step.fill_(step)
-            self.weights.copy_(torch.tensor(weights))
-
-    def after_step(self, step: int) -> None:
-        self._prepare(step + 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"next": self.next}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._prepare(state["next"])
+            yield Stages(self.stages, graph.get_submodule(PATH), total_steps)
 
 
 class _Rewrite:

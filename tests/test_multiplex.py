@@ -12,6 +12,7 @@ import transformers
 from families import FAMILIES, token_ids
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from traced import traced
@@ -20,7 +21,7 @@ import fxsparse
 from fxsparse import graph as fx
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.multiplexing import demux_linear, mux
-from fxsparse.passes.multiplex import Multiplex
+from fxsparse.passes import DistillLayers, DropLayers, InsertNMMasks, Multiplex
 
 LANGUAGE = ("bert", "opt", "gpt2", "llama")
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
@@ -271,6 +272,30 @@ def test_a_classification_head_tells_one_position_apart() -> None:
     counted = fxsparse.count_flops(gm, input_ids=(9, 16), attention_mask=(9, 16), labels=(9,)).forward
     alone = fxsparse.count_flops(base, input_ids=(9, 16), attention_mask=(9, 16), labels=(9,)).forward
     assert 1 / 3 < counted / alone < 0.36
+
+
+@pytest.mark.parametrize("options", [{}, {"demux": "prefix"}, {"mux": "attention", "demux": "mlp"}])
+def test_the_ledger_counts_what_torch_counts(options: dict[str, Any]) -> None:
+    family, base = traced("opt")
+    gm = fxsparse.rewrite(base, [Multiplex(2, **options)])
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = gm(**family.make_batch(batch=4)).loss
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+    graph = fxsparse.BackpropGraph(gm)
+    assert graph.cost(set(graph.trainable)) == counter.get_total_flops()
+
+
+def test_other_passes_compose() -> None:
+    family, base = traced("bert")
+    gm = fxsparse.rewrite(base, [DropLayers(indices=(1,)), Multiplex(2), InsertNMMasks("2:4")])
+    assert all(entry.rewritten for entry in fxsparse.record_of(gm).entries)
+    whole = fxsparse.rewrite(base, [Multiplex(2)])
+    taught = fxsparse.rewrite(gm, [DistillLayers(whole, weights=(1.0, 0.5, 0.5))])
+    batch = family.make_batch(batch=3)
+    taught.train()(**batch).loss.backward()
+    assert gradients(taught)["multiplex.demux.keys"].any()
+    assert taught.eval()(**batch).logits.shape == (3, 3)
 
 
 @pytest.mark.parametrize("name", ["bert", "opt"])
