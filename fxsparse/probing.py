@@ -1,0 +1,101 @@
+"""Finding out what a part of a graph computes by running it: on random inputs, in float32, with stand-ins for the rest.
+
+Only the nodes between some inputs and some outputs run. What they read from elsewhere and does not depend on the inputs
+(positions, masks, norm weights) is drawn at random in the right shape; sizes are those of the traced example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxsparse import graph as fx
+
+
+def nearest(target: Node, stops: Collection[Node]) -> list[Node]:
+    """Those of ``stops`` that a node is computed from without another one in between, in order of execution."""
+    found, seen, pending = [], {target}, [target]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source in seen:
+                continue
+            seen.add(source)
+            if source in stops:
+                found.append(source)
+            else:
+                pending.append(source)
+    return sorted(found)
+
+
+def between(sources: Collection[Node], targets: Iterable[Node]) -> list[Node]:
+    """The nodes on a way from a source to a target, in order of execution, targets included."""
+    depends: dict[Node, bool] = {}
+    order: list[Node] = []
+    pending = [(target, False) for target in targets]
+    while pending:
+        node, done = pending.pop()
+        if done:
+            depends[node] = any(source in sources or depends.get(source, False) for source in node.all_input_nodes)
+            if depends[node]:
+                order.append(node)
+        elif node not in depends and node not in sources:
+            depends[node] = False
+            pending.append((node, True))
+            pending += [(source, False) for source in node.all_input_nodes]
+    return sorted(order)
+
+
+def shape_of(node: Node) -> tuple[int, ...]:
+    """The sizes of a tensor in the traced example."""
+    return tuple(map(_number, fx.value(node).shape))
+
+
+def evaluate(path: Sequence[Node], given: Mapping[Node, Tensor], stand_ins: dict[Node, Any]) -> dict[Node, Any]:
+    """Runs nodes in order.
+
+    Args:
+        path: of :func:`between`.
+        given: values of the sources.
+        stand_ins: of what else is read; filled in, so that further runs see the same.
+    """
+    values: dict[Node, Any] = dict(given)
+
+    def read(node: Node) -> Any:
+        if node in values:
+            return values[node]
+        if node not in stand_ins:
+            stand_ins[node] = _stand_in(node)
+        return stand_ins[node]
+
+    for node in path:
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), read)
+        values[node] = node.target(*args, **_on_cpu(kwargs))  # type: ignore[operator]
+    return values
+
+
+def _stand_in(node: Node) -> Any:
+    example = fx.value(node) if "val" in node.meta else None
+    if isinstance(example, Tensor):
+        shape = tuple(map(_number, example.shape))
+        if example.is_floating_point():
+            return torch.rand(shape) + 0.5
+        if example.dtype == torch.bool:
+            return torch.ones(shape, dtype=torch.bool)
+        return torch.zeros(shape, dtype=example.dtype)
+    if isinstance(example, (torch.SymInt, int)) and not isinstance(example, bool):
+        return _number(example)
+    if isinstance(example, (float, torch.SymFloat)):
+        return float(example)
+    return False  # a training flag: probing is evaluation
+
+
+def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: "cpu" if name == "device" and item is not None else item for name, item in kwargs.items()}
+
+
+def _number(size: Any) -> int:
+    return int(size) if isinstance(size, int) else int(size.node.hint)
