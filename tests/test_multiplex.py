@@ -22,6 +22,7 @@ from fxsparse import graph as fx
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.multiplexing import demux_linear, mux
 from fxsparse.passes import DistillLayers, DropLayers, InsertNMMasks, Multiplex
+from fxsparse.structures import attentions, mlps
 
 LANGUAGE = ("bert", "opt", "gpt2", "llama")
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
@@ -284,6 +285,17 @@ def test_the_ledger_counts_what_torch_counts(options: dict[str, Any]) -> None:
             loss.backward()
     graph = fxsparse.BackpropGraph(gm)
     assert graph.cost(set(graph.trainable)) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["bert", "opt"])
+def test_heads_and_channels_of_the_core_are_found_as_before(name: str) -> None:
+    _, base = traced(name)
+    gm = fxsparse.rewrite(base, [Multiplex(2)])
+    for find in (attentions, mlps):
+        assert [item.path for item in find(gm)] == [item.path for item in find(base)]
+    for ours, theirs in zip(attentions(gm), attentions(base), strict=True):
+        rows = zip((*ours.projections, ours.output), (*theirs.projections, theirs.output), strict=True)
+        assert all(torch.equal(a.index, b.index) for a, b in rows)
 
 
 def test_other_passes_compose() -> None:
