@@ -166,7 +166,7 @@ def head_linears(gm: GraphModule) -> set[Node]:
     heads."""
     follows: set[Node] = set()  # nodes after which a linear or a residual sum still comes
     heads: set[Node] = set()
-    computed = _depends_on_inputs(gm)
+    computed = depends_on_inputs(gm)
     for node in reversed(gm.graph.nodes):
         if any(user in follows or applies_parameter(gm, user) or _joins_stream(user, computed) for user in node.users):
             follows.add(node)
@@ -175,7 +175,7 @@ def head_linears(gm: GraphModule) -> set[Node]:
     return heads
 
 
-def _depends_on_inputs(gm: GraphModule) -> set[Node]:
+def depends_on_inputs(gm: GraphModule) -> set[Node]:
     reached: set[Node] = set()
     for node in gm.graph.nodes:
         if node.op == "placeholder" or any(source in reached for source in node.all_input_nodes):

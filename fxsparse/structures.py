@@ -8,9 +8,10 @@ grouped layouts, norms of queries and keys, rotary positions and gates need no c
 
 from __future__ import annotations
 
-import os
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TypeVar
 
 import torch
@@ -150,7 +151,7 @@ def _found(sites: Iterable[tuple[str, Callable[[], _T]]]) -> tuple[list[_T], lis
 def _attention_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], Attention]]]:
     linears = {linear.node: linear for linear in fx.linears(gm)}
     for sdpa in gm.graph.find_nodes(op="call_function", target=SDPA):
-        yield fx.stack_path(sdpa), lambda sdpa=sdpa: _attention(sdpa, linears)
+        yield fx.stack_path(sdpa) or sdpa.name, lambda sdpa=sdpa: _attention(sdpa, linears)
 
 
 def _attention(sdpa: Node, linears: dict[Node, Linear]) -> Attention:
@@ -245,24 +246,31 @@ def _readers(node: Node, linears: dict[Node, Linear]) -> list[Node]:
 # --- MLPs -------------------------------------------------------------------------------------------------------------
 
 _POINTWISE = {
-    overload
-    for name in (
-        "abs add clamp clamp_min clone contiguous detach div dropout elu erf exp feature_dropout gelu hardsigmoid "
-        "hardswish leaky_relu mish mul neg pow relu relu6 relu_ rsub sigmoid silu silu_ softplus square sub tanh to "
-        "_to_copy type_as"
-    ).split()
-    if hasattr(aten, name)
-    for overload in (getattr(getattr(aten, name), item) for item in getattr(aten, name).overloads())
+    *("abs", "add", "clamp", "clamp_min", "clone", "contiguous", "detach", "div", "dropout", "elu", "erf", "exp"),
+    *(
+        "feature_dropout",
+        "gelu",
+        "hardsigmoid",
+        "hardswish",
+        "leaky_relu",
+        "mish",
+        "mul",
+        "neg",
+        "pow",
+        "relu",
+        "relu_",
+    ),
+    *("relu6", "rsub", "sigmoid", "silu", "silu_", "softplus", "square", "sub", "tanh", "to", "_to_copy", "type_as"),
 }
 _LAYOUTS = {
-    overload
-    for name in "chunk split split_with_sizes view reshape unsqueeze squeeze flatten unflatten slice select".split()
-    for overload in (getattr(getattr(aten, name), item) for item in getattr(aten, name).overloads())
+    *("chunk", "split", "split_with_sizes", "view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"),
+    *("slice", "select"),
 }
 
 
 def _mlp_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], MLP]]]:
     linears = {linear.node: linear for linear in fx.linears(gm)}
+    computed = fx.depends_on_inputs(gm)
     blocks = {node for stack in stacks(gm) for block in stack.blocks for node in block.nodes}
     for linear in linears.values():
         if blocks and linear.node not in blocks:
@@ -274,12 +282,16 @@ def _mlp_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], MLP]]]:
         own = {linear.node, *path}
         if any(user not in own and not _is_size(user) for node in (*sources, *path) for user in node.users):
             continue  # something else reads the channels, so they are a stream, not an MLP's own
+        beside = {source for node in path for source in node.all_input_nodes} - {*sources, *path}
+        if any(source in computed and not _is_size(source) for source in beside):
+            continue  # a stream joins in
         yield linear.path, lambda linear=linear, sources=sources, path=path: _mlp(linear, sources, path, linears)
 
 
 def _keeps_channels(node: Node) -> bool:
-    target = node.target
-    return target in _POINTWISE or target in _LAYOUTS or getattr(target, "__name__", "") == "getitem"
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.namespace == "aten" and node.target._opname in _POINTWISE | _LAYOUTS
+    return node.target is operator.getitem
 
 
 def _is_size(node: Node) -> bool:
@@ -323,5 +335,5 @@ def _mlp(linear: Linear, sources: list[Node], path: list[Node], linears: dict[No
 
 def _common(paths: list[str]) -> str:
     """The innermost module that holds all of some module paths."""
-    parts = os.path.commonprefix([path.split(".") for path in paths])
-    return ".".join(parts)
+    together = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, together))
