@@ -37,3 +37,12 @@ def test_finetune_greentrainer(tmp_path: Path) -> None:
     for name in ("full", "rho 0.4", "rho 0.5", "rho 0.7", "last two", "BitFit", "LoRA"):
         assert name in printed
     assert (tmp_path / "finetune_greentrainer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prumux_classify(tmp_path: Path) -> None:
+    sizes = ("--members", 1, 2, 5, "--sparsities", 0, "--scale", 0.003, "--layers", 2, "--hidden", 32, "--rounds", 1)
+    printed = run_example("prumux_classify.py", *sizes, "--batch", 4, "--train-batch", 2, "--out", tmp_path)
+    for text in ("N=5, s=0", "over plain", "fastest within a loss budget", "Auto-PruMUX"):
+        assert text in printed
+    assert (tmp_path / "prumux_classify.csv").read_text().startswith("N,s,accuracy,throughput")
+    assert (tmp_path / "prumux_classify.png").read_bytes().startswith(b"\x89PNG")
