@@ -4,11 +4,11 @@
     python examples/prumux_classify.py --sparsities 0 0.6 0.8               # and s in 0, 0.6, 0.8
     python examples/prumux_classify.py --members 1 2 --scale 0.2            # a look
 
-A plain BERT from a Hugging Face configuration is trained first; every N starts from its weights and learns to tell its
-members apart; every s prunes the model of its N with CoFi's gates, taught by it, and cuts what is pruned away. Each
-(N, s) is then measured: accuracy on held-out snippets, and throughput at a batch of ``--batch`` times N. Auto-PruMUX is
-fitted to a part of the grid and predicts the rest. At the end there are two tables, the measurements as CSV, and a plot
-of accuracy over throughput (``--out``).
+A plain BERT from a Hugging Face configuration is trained first. Every N, 1 included, goes on from its weights for the
+same number of steps and learns to tell its members apart; every s prunes the model of its N with CoFi's gates, taught
+by it, and cuts what is pruned away. Each (N, s) is then measured: accuracy on held-out snippets, and throughput at a
+batch of ``--batch`` times N. Auto-PruMUX is fitted to a part of the grid and predicts the rest. At the end there are
+three tables, the measurements as CSV, and a plot of accuracy over throughput (``--out``).
 """
 
 from __future__ import annotations
@@ -72,13 +72,11 @@ def train(gm: GraphModule, data: Snippets, members: int, steps: int, args: argpa
     schedule.remove()
 
 
-def multiplexed(plain: GraphModule, data: Snippets, members: int, args: argparse.Namespace) -> GraphModule:
-    """The plain model, N inputs at a time, trained."""
+def multiplexed(first: GraphModule, data: Snippets, members: int, args: argparse.Namespace) -> GraphModule:
+    """The first model trained on with N inputs at a time; with one, just trained on, for as many steps."""
     stages = ((args.warmup, 0.0, 1.0), (1.0, 0.9, 0.1)) if args.warmup else ((1.0, 0.9, 0.1),)
-    gm = fxsparse.rewrite(
-        copy.deepcopy(plain),
-        [Multiplex(members, demux=args.demux, stages=stages, ignore=(PAD, UNKNOWN, CLS), seed=args.seed)],
-    )
+    mux = Multiplex(members, demux=args.demux, stages=stages, ignore=(PAD, UNKNOWN, CLS), seed=args.seed)
+    gm = fxsparse.rewrite(copy.deepcopy(first), [mux] if members > 1 else [])
     train(gm, data, members, args.mux_steps, args)
     return gm
 
@@ -196,7 +194,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, nargs="+", default=[1, 2, 5, 10])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0], help="shares of the core")
-    parser.add_argument("--plain-steps", type=int, default=600)
+    parser.add_argument("--first-steps", type=int, default=600, help="of the model that all start from")
     parser.add_argument("--mux-steps", type=int, default=1200)
     parser.add_argument("--prune-steps", type=int, default=500)
     parser.add_argument("--tune-steps", type=int, default=150, help="after pruning, on the smaller model")
@@ -217,7 +215,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="train and measure through torch.compile")
     parser.add_argument("--out", type=Path, default=Path("out"))
     args = parser.parse_args()
-    for name in ("plain_steps", "mux_steps", "prune_steps", "tune_steps"):
+    for name in ("first_steps", "mux_steps", "prune_steps", "tune_steps"):
         setattr(args, name, max(1, round(getattr(args, name) * args.scale)))
     args.members, args.sparsities = sorted({1, *args.members}), sorted({0.0, *args.sparsities})
     return args
@@ -247,15 +245,12 @@ def main() -> None:
     )  # fmt: skip
     model = transformers.BertForSequenceClassification(config)
     ids, labels = data.train.batch(2 * max(args.members), torch.Generator().manual_seed(args.seed))
-    plain = fxsparse.trace(model, kwargs={"input_ids": ids, "labels": labels})
+    first = fxsparse.trace(model, kwargs={"input_ids": ids, "labels": labels})
+    train(first, data, 1, args.first_steps, args)
     models: dict[Point, GraphModule] = {}
     levels: dict[Point, float] = {}
     for members in args.members:
-        if members == 1:
-            train(plain, data, 1, args.plain_steps, args)
-            models[1, 0.0] = plain
-        else:
-            models[members, 0.0] = multiplexed(plain, data, members, args)
+        models[members, 0.0] = multiplexed(first, data, members, args)
         for sparsity in args.sparsities:
             point = (members, sparsity)
             if sparsity:
