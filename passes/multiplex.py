@@ -90,7 +90,7 @@ class Multiplex(Pass):
         stack: path of the list of blocks that is the core; needed where a model has several.
         seed: of keys and initial weights.
 
-    A model pretrained so is tuned with another head by ``tuned.load_state_dict(pretrained.state_dict(), strict=False)``:
+    To tune what was pretrained so with another head, ``tuned.load_state_dict(pretrained.state_dict(), strict=False)``:
     mux, demux and retrieval have the same names in both.
 
     A head that reads one position (``[:, 0]``) is given just that position, told apart. Demultiplexing all positions
