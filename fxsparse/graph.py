@@ -176,6 +176,7 @@ def head_linears(gm: GraphModule) -> set[Node]:
 
 
 def depends_on_inputs(gm: GraphModule) -> set[Node]:
+    """The inputs of a graph and every node that is computed from one."""
     reached: set[Node] = set()
     for node in gm.graph.nodes:
         if node.op == "placeholder" or any(source in reached for source in node.all_input_nodes):
