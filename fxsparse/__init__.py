@@ -13,6 +13,7 @@ from fxsparse.compiled import kernels
 from fxsparse.errors import CheckpointError, FxsparseError, LoweringError, OptionError, RewriteError, TraceError
 from fxsparse.flops import count_flops
 from fxsparse.importance import tensor_importance
+from fxsparse.integrations.huggingface import from_pretrained, save_pretrained
 from fxsparse.optimizer_state import forget_dropped
 from fxsparse.passes import Pass, Pipeline
 from fxsparse.recipes import recipe
@@ -43,6 +44,7 @@ __all__ = [
     "dense_state_dict",
     "explain",
     "forget_dropped",
+    "from_pretrained",
     "invalidate",
     "kernels",
     "load",
@@ -51,6 +53,7 @@ __all__ = [
     "replay",
     "rewrite",
     "save",
+    "save_pretrained",
     "tensor_importance",
     "trace",
     "tune",
