@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ class Losses:
         task, logits, hidden: weights of the model's own loss, the KL divergence and the summed MSE.
         temperature: T.
         dynamic: pair layers by CoFi's matching; else student layer i and the i-th of the teacher's states go together.
-        gated: whether gates may have closed student layers.
     """
 
     task: float
@@ -36,7 +34,6 @@ class Losses:
     hidden: float
     temperature: float
     dynamic: bool
-    gated: bool
 
 
 class Held:
@@ -73,14 +70,20 @@ class Distillation(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[return-value]
 
     def forward(
-        self, loss: Tensor, logits: Tensor | None, stacks: Sequence[Sequence[Tensor]], inputs: Sequence[Tensor]
+        self,
+        loss: Tensor,
+        logits: Tensor | None,
+        stacks: Sequence[Sequence[Tensor]],
+        gates: Sequence[Sequence[Sequence[Sequence[Tensor]]]],
+        inputs: Sequence[Tensor],
     ) -> Tensor:
         """The loss to train on.
 
         Args:
             loss: of the task, a scalar.
             logits: ``[..., classes]``.
-            stacks: for every stack the stream into its first block, then that out of every block, ``[..., dim]``.
+            stacks: for every stack the stream out of every block, ``[..., dim]``.
+            gates: for every stack and block what `layers_exist` takes.
             inputs: what the teacher reads.
         """
         if not self.training:
@@ -92,16 +95,18 @@ class Distillation(nn.Module):
         total = self.losses.task * loss
         if logits is not None:
             total = total + self.losses.logits * divergence(logits, expected, self.losses.temperature)
-        for streams, wanted, projections in zip(stacks, states, self.projections, strict=True):
-            total = total + self.losses.hidden * self._hidden(streams, wanted, list(projections))
+        for streams, closing, wanted, projections in zip(stacks, gates, states, self.projections, strict=True):
+            exists = layers_exist(closing, wanted[0].device) if any(closing) else None
+            total = total + self.losses.hidden * self._hidden(streams, wanted, list(projections), exists)
         return total
 
-    def _hidden(self, streams: Sequence[Tensor], wanted: Sequence[Tensor], projections: list[Any]) -> Tensor:
-        own = list(streams[1:])
+    def _hidden(
+        self, streams: Sequence[Tensor], wanted: Sequence[Tensor], projections: list[Any], exists: Tensor | None
+    ) -> Tensor:
+        own = list(streams)
         if projections:
             each = projections if len(projections) == len(own) else projections * len(own)
             own = [project(state) for project, state in zip(each, own, strict=True)]
-        exists = layers_exist(streams) if self.losses.gated else None
         return layer_loss(own, wanted, exists) if self.losses.dynamic else paired_loss(own, wanted, exists)
 
 
@@ -112,12 +117,21 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(mine, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
-def layers_exist(streams: Sequence[Tensor]) -> Tensor:
-    """Which layers change the hidden states they are given, bool ``[layers]``: one whose gates are all closed does
-    not. ``streams`` are the states before, between and after the layers."""
+def layers_exist(gates: Sequence[Sequence[Sequence[Tensor]]], device: torch.device) -> Tensor:
+    """Which layers do anything, bool ``[layers]``: one exists while any of its sublayers is open.
+
+    Args:
+        gates: for every layer, for each of its sublayers, the gates it must pass; a sublayer is open while each of them
+            has a value that is not 0. A layer of which not every sublayer is gated has no entries: it exists.
+        device: of the result.
+    """
+
+    def is_open(sublayer: Sequence[Tensor]) -> Tensor:
+        return torch.stack([(gate != 0).any() for gate in sublayer]).all()
+
     with torch.no_grad():
-        pairs = pairwise(streams)
-        return torch.stack([(after != before).any() for before, after in pairs])
+        always = torch.ones((), dtype=torch.bool, device=device)
+        return torch.stack([torch.stack([is_open(s) for s in layer]).any() if layer else always for layer in gates])
 
 
 def paired_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], exists: Tensor | None = None) -> Tensor:

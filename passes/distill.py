@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.blocks import Stack, stacks
+from fxsparse.blocks import Block, Stack, stacks
 from fxsparse.derived import weights_borrowed
 from fxsparse.distillation import Distillation, Losses
 from fxsparse.errors import OptionError, RewriteError
@@ -30,6 +30,7 @@ from fxsparse.teacher import frozen_teacher, logits_of, loss_of, tapped
 PATH = "distillation"
 """The module of a student graph that holds the teacher and the projections."""
 
+_GATE_MARK = "fxsparse_gate"  # what passes.gates notes on a product with a gate: (unit, path, name)
 MATCHINGS = ("dynamic", "plain")
 PROJECTIONS = ("none", "shared", "per-layer")
 
@@ -114,13 +115,14 @@ class DistillLayers(Pass):
         teacher = None if self.teacher is None else self._frozen(graph, self.teacher, found)
         widths = [self.width] * len(found) if teacher is None else [_width(stack) for stack in teacher.stacks]
         projections = [self._projection(*pair) for pair in zip(found, widths, strict=True)]
-        module = Distillation(self._losses(graph), None, projections)
+        module = Distillation(Losses(*self.weights, self.temperature, self.matching == "dynamic"), None, projections)
         module.train(graph.training)
         module.to(next(graph.parameters()))
         graph.add_submodule(PATH, module)
-        streams = [[stack.blocks[0].stream_in, *(block.stream_out for block in stack.blocks)] for stack in found]
+        streams = [[block.stream_out for block in stack.blocks] for stack in found]
+        gates = [[_gates(block) for block in stack.blocks] for stack in found]
         with graph.graph.inserting_before(graph.graph.output_node()):
-            node = graph.graph.call_module(PATH, (loss, logits, streams, _tensor_inputs(graph)))
+            node = graph.graph.call_module(PATH, (loss, logits, streams, gates, _tensor_inputs(graph)))
         node.meta["val"] = fx.value(loss)
         graph.graph.output_node().replace_input_with(loss, node)
         yield from self._changes(found)
@@ -129,10 +131,6 @@ class DistillLayers(Pass):
         task, of_logits, _ = self.weights
         note = ", the teacher is a copy, for it shares parameters" if teacher is not None and teacher.copied else ""
         yield rewrote("loss", f"task x {task}, logits x {of_logits} at T = {self.temperature}{note}")
-
-    def _losses(self, gm: GraphModule) -> Losses:
-        gated = any(entry.text.partition("{")[0] == "gates" for entry in record_of(gm).entries)
-        return Losses(*self.weights, self.temperature, self.matching == "dynamic", gated)
 
     def _changes(self, found: list[Stack]) -> Iterable[Change]:
         for stack in found:
@@ -170,7 +168,7 @@ class DistillLayers(Pass):
                 f"the teacher reads {', '.join(missing)}, which the student is not given; it takes {', '.join(inputs)}",
                 pass_name=self.name,
             )
-        node.args = (*node.args[:3], [inputs[name] for name in wanted])
+        node.args = (*node.args[:4], [inputs[name] for name in wanted])
         gm.get_submodule(PATH).held.module = function  # type: ignore[union-attr]
 
     def _paired(self, mine: list[Stack], theirs: list[Stack]) -> list[Stack]:
@@ -287,6 +285,19 @@ def attach_teacher(gm: GraphModule, teacher: nn.Module) -> None:
     logits: Any = node.args[1]
     item._attach(gm, node, item._frozen(gm, teacher, found), found, logits)
     gm.recompile()
+
+
+def _gates(block: Block) -> list[list[Node]]:
+    """The gates of each sublayer of a block; none where the block has attention or MLPs without gates."""
+    sublayers: dict[str, list[Node]] = {}
+    units: set[str] = set()
+    for node in block.nodes:
+        if _GATE_MARK in node.meta:
+            unit, path, _ = node.meta[_GATE_MARK]
+            units.add(unit)
+            sublayers.setdefault(path, []).append(node.args[1])  # type: ignore[arg-type]
+    both = units & {"heads", "attention"} and units & {"intermediate", "ffn"}
+    return list(sublayers.values()) if both else []
 
 
 def _tensor_inputs(gm: GraphModule) -> list[Node]:

@@ -69,9 +69,10 @@ def test_loss_of_layers_and_its_gradient() -> None:
     assert nothing.item() == 0
 
 
-def test_a_layer_that_changes_nothing_does_not_exist() -> None:
-    a, b = torch.randn(2, 3), torch.randn(2, 3)
-    assert layers_exist([a, b, b.clone(), a]).tolist() == [True, False, True]
+def test_a_layer_exists_while_one_sublayer_is_open() -> None:
+    on, off, heads = torch.ones(1), torch.zeros(1), torch.tensor([0.0, 0.3])
+    layers = [[[on, heads], [off]], [[on, off], [off]], [], [[off, heads], [on]]]
+    assert layers_exist(layers, torch.device("cpu")).tolist() == [True, False, True, True]
 
 
 def in_plain_torch(
