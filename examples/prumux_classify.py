@@ -1,8 +1,7 @@
 """PruMUX on a task every machine has: which package of the standard library a snippet of code comes from.
 
-    python examples/prumux_classify.py                                      # N in 1, 2, 5, 10; minutes on two CPU cores
-    python examples/prumux_classify.py --sparsities 0 0.6 0.8               # and s in 0, 0.6, 0.8
-    python examples/prumux_classify.py --members 1 2 --scale 0.2            # a look
+    python examples/prumux_classify.py                          # N in 1, 2, 5, 10 and s in 0, 0.6, 0.8
+    python examples/prumux_classify.py --members 1 2 --sparsities 0 0.6 --scale 0.2         # a look
 
 A plain BERT from a Hugging Face configuration is trained first. Every N, 1 included, goes on from its weights for the
 same number of steps and learns to tell its members apart; every s prunes the model of its N with CoFi's gates, taught
@@ -50,7 +49,9 @@ class Result:
         return self.members, self.sparsity
 
 
-def train(gm: GraphModule, data: Snippets, members: int, steps: int, args: argparse.Namespace) -> None:
+def train(
+    gm: GraphModule, data: Snippets, members: int, steps: int, args: argparse.Namespace, gated: bool = False
+) -> None:
     """Trains with a linear warm-up over a tenth of the steps and a linear decay; a step sees ``--batch`` groups."""
     optimizer = torch.optim.AdamW(gm.parameters(), lr=args.lr, weight_decay=0.01)
     schedule = fxsparse.Schedule(gm, optimizer, total_steps=steps)
@@ -63,7 +64,8 @@ def train(gm: GraphModule, data: Snippets, members: int, steps: int, args: argpa
     gm.train()
     for _ in range(steps):
         ids, labels = data.train.batch(args.train_batch * members, generator)
-        call(input_ids=ids, labels=labels).loss.backward()
+        loss = call(input_ids=ids, labels=labels).loss
+        (loss + fxsparse.sparsity_loss(gm) if gated else loss).backward()
         torch.nn.utils.clip_grad_norm_(gm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -193,7 +195,7 @@ def write_csv(results: list[Result], path: Path) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, nargs="+", default=[1, 2, 5, 10])
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0], help="shares of the core")
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.6, 0.8], help="shares of the core")
     parser.add_argument("--first-steps", type=int, default=600, help="of the model that all start from")
     parser.add_argument("--mux-steps", type=int, default=1200)
     parser.add_argument("--prune-steps", type=int, default=500)
@@ -225,7 +227,7 @@ def pruned(teacher: GraphModule, data: Snippets, point: Point, args: argparse.Na
     """The model of this N without a share s of its core, taught by the whole one."""
     members, sparsity = point
     gm = fxsparse.rewrite(copy.deepcopy(teacher), [f"gates{{target={sparsity}}}", DistillLayers(teacher)])
-    train(gm, data, members, args.prune_steps, args)
+    train(gm, data, members, args.prune_steps, args, gated=True)
     small = fxsparse.rewrite(gm, "end-distill,materialize")
     train(small, data, members, args.tune_steps, args)
     return small

@@ -40,9 +40,19 @@ def test_finetune_greentrainer(tmp_path: Path) -> None:
 
 
 def test_prumux_classify(tmp_path: Path) -> None:
-    sizes = ("--members", 1, 2, 5, "--sparsities", 0, "--scale", 0.003, "--layers", 2, "--hidden", 32, "--rounds", 1)
+    sizes = ("--members", 1, 2, "--sparsities", 0, 0.6, "--scale", 0.003, "--layers", 2, "--hidden", 32, "--rounds", 1)
     printed = run_example("prumux_classify.py", *sizes, "--batch", 4, "--train-batch", 2, "--out", tmp_path)
-    for text in ("N=5, s=0", "over plain", "fastest within a loss budget", "Auto-PruMUX"):
+    for text in ("N=2, s=0.6", "over plain", "fastest within a loss budget", "Auto-PruMUX"):
         assert text in printed
     assert (tmp_path / "prumux_classify.csv").read_text().startswith("N,s,accuracy,throughput")
     assert (tmp_path / "prumux_classify.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_chop_lm(tmp_path: Path) -> None:
+    sizes = ("--pretrain-steps", 4, "--steps", 2, "--batch", 2, "--length", 32, "--layers", 6, "--keep", 3)
+    printed = run_example(
+        "chop_lm.py", *sizes, "--hidden", 32, "--out", tmp_path, "--device", "cpu", "--compiler", "eager"
+    )
+    for name in ("whole model", "max-gap", "input", "output", "middle", "both", "scratch"):
+        assert name in printed
+    assert (tmp_path / "chop_lm.png").read_bytes().startswith(b"\x89PNG")

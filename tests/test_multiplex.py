@@ -311,6 +311,26 @@ def test_other_passes_compose() -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "opt"])
+def test_gates_prune_a_multiplexed_core_and_what_they_close_is_cut(name: str) -> None:
+    family, base = traced(name)
+    whole = fxsparse.rewrite(base, [Multiplex(2)])
+    gm = fxsparse.rewrite(whole, ["gates{target=0.6}", DistillLayers(whole)])
+    optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-3)
+    schedule = fxsparse.Schedule(gm, optimizer, total_steps=3)
+    for _ in range(3):
+        (gm(**family.make_batch(batch=5)).loss + fxsparse.sparsity_loss(gm)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    assert all(torch.isfinite(parameter).all() for parameter in gm.parameters())
+    small = fxsparse.rewrite(gm, "end-distill,materialize").eval()
+    batch = family.make_batch(batch=5)
+    assert small(**batch).logits.shape == gm.eval()(**batch).logits.shape
+    counts = [fxsparse.record_of(model).entries[-1].after.parameters for model in (whole, small)]
+    assert counts[1] < 0.8 * counts[0]
+
+
+@pytest.mark.parametrize("name", ["bert", "opt"])
 def test_compiled_equals_eager_without_a_graph_for_each_batch_size(name: str) -> None:
     family, base = traced(name)
     gm = fxsparse.rewrite(base, [Multiplex(2)]).eval()
