@@ -13,6 +13,8 @@ RECIPES: dict[str, str] = {
     "greentrainer": "select-tensors{rho=0.5,times=3}",
     # LayerCHOP (arXiv 2305.14864): half the layers at once, then train on.
     "layerchop": "drop-layers{configuration=max-gap,fraction=0.5}",
+    # PruMUX (Findings of ACL 2023): then train, distil from the multiplexed model, and materialize.
+    "prumux": "multiplex{n=2},gates{target=0.6}",
 }
 
 
