@@ -12,6 +12,7 @@ from fxsparse.checkpoint import load, save
 from fxsparse.compiled import kernels
 from fxsparse.errors import CheckpointError, FxsparseError, LoweringError, OptionError, RewriteError, TraceError
 from fxsparse.flops import count_flops
+from fxsparse.gating import sparsity_loss
 from fxsparse.importance import tensor_importance
 from fxsparse.integrations.huggingface import from_pretrained, save_pretrained
 from fxsparse.optimizer_state import forget_dropped
@@ -54,6 +55,7 @@ __all__ = [
     "rewrite",
     "save",
     "save_pretrained",
+    "sparsity_loss",
     "tensor_importance",
     "trace",
     "tune",

@@ -117,9 +117,7 @@ def _require_own_weights(gm: GraphModule, linears: Iterable[Linear], site: str) 
     for linear in linears:
         reads = [user for node in fx.reads(gm).get(id(gm.get_parameter(linear.name)), ()) for user in node.users]
         if len(reads) != 1 or len(names[id(gm.get_parameter(linear.name))]) != 1:
-            raise RewriteError(
-                f"{linear.name} is shared with something else, which would lose its parts too", site=site
-            )
+            raise RewriteError(f"{linear.name} is shared: what else reads it would lose parts too", site=site)
 
 
 def _take(gm: GraphModule, linear: Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
@@ -261,9 +259,7 @@ def _apply(gm: GraphModule, edits: list[_Edit], site: str) -> None:
                 node.meta = {**node.meta, "val": after}
                 dirty.add(node)
     if _guards(gm) != guards:
-        raise RewriteError(
-            "smaller sizes hold only for some batch sizes; a constant of the graph was missed", site=site
-        )
+        raise RewriteError("smaller sizes would hold for some batch sizes only: a constant was missed", site=site)
 
 
 def _patch(node: Node, results: list[dict[int, Tensor]], changed: Mapping[Node, Any]) -> None:

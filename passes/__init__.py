@@ -5,7 +5,9 @@ from fxsparse.passes.distill import DistillLayers, EndDistillation
 from fxsparse.passes.double_prune import DoublePruneBackward
 from fxsparse.passes.drop_layers import DropLayers
 from fxsparse.passes.event import Event
+from fxsparse.passes.gates import GateStructures
 from fxsparse.passes.low_rank import AddLowRankBranches
+from fxsparse.passes.materialize import Materialize
 from fxsparse.passes.multiplex import Multiplex
 from fxsparse.passes.nm_masks import InsertNMMasks
 from fxsparse.passes.pipeline import Pipeline
@@ -20,7 +22,9 @@ __all__ = [
     "DropLayers",
     "EndDistillation",
     "Event",
+    "GateStructures",
     "InsertNMMasks",
+    "Materialize",
     "Multiplex",
     "Pass",
     "Pipeline",

@@ -48,6 +48,10 @@ class Pass(PassBase):
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         """Rewrites ``graph`` in place and yields what it did, or why not, for every site it looked at."""
 
+    def recorded(self) -> Pass:
+        """The pass as the record names it once it has run: with what it found out, where a replay needs to know."""
+        return self
+
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         """What varies while a rewritten graph trains; nothing by default."""
         return ()

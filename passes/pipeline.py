@@ -114,5 +114,5 @@ def _run(item: Pass, gm: GraphModule, before: Costs) -> Costs:
         reasons = list({change.detail: str(change) for change in changes}.values())
         warnings.warn(f"{item} rewrote nothing ({'; '.join(reasons[:4]) or 'it found no site'})", stacklevel=3)
     after = costs(gm)
-    append(gm, Entry(str(item), changes, before, after, milliseconds))
+    append(gm, Entry(str(item.recorded()), changes, before, after, milliseconds))
     return after

@@ -1,0 +1,122 @@
+"""Gates become smaller weights: closed heads and channels are sliced away, closed sublayers leave the graph.
+
+The result is a smaller model that computes what the gated one computes with its masks, to rounding. Weights are new
+parameters of the graph module: build the optimizer after it (moments of a running one belong to weights that are gone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxsparse import graph as fx
+from fxsparse.gating import META_KEY, Gated, gated, mask_name
+from fxsparse.passes.base import FrozenMapping, Pass
+from fxsparse.passes.gates import GATE_MARK
+from fxsparse.record import Change, rewrote, skipped
+from fxsparse.report import ranges
+from fxsparse.slicing import remove_result, slice_attention, slice_mlp
+from fxsparse.structures import MLP, Attention, structures
+
+
+@dataclass(frozen=True)
+class Materialize(Pass):
+    """Takes out what gates have closed.
+
+    Attributes:
+        kept: what stays of each gate, as ranges (``0-3,7``) by its name; written into the record, so that a replay
+            gives the same shapes. None reads the gates.
+
+    Raises:
+        RewriteError: there are no gates, or a part cannot be taken out: a weight is shared, a constant does not follow.
+    """
+
+    name: ClassVar[str] = "materialize"
+    must_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
+    kept: FrozenMapping | None = None
+    _read: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.kept, Mapping):
+            object.__setattr__(self, "kept", FrozenMapping(self.kept))
+
+    def recorded(self) -> Materialize:
+        return Materialize(FrozenMapping(self._read))
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        sublayers = gated(graph)
+        masks = self._masks(graph, sublayers)
+        self._read.clear()
+        self._read.update({name: ranges(mask.nonzero().flatten().tolist()) for name, mask in masks.items()})
+        _remove_gates(graph)
+        found = structures(graph)
+        sites: dict[str, Attention | MLP] = {site.path: site for site in (*found.attentions, *found.mlps)}
+        for item in sublayers:
+            keep = masks[item.units] if item.units is not None else torch.ones(item.count, dtype=torch.bool)
+            open_ = bool(masks[item.layer].all()) if item.layer is not None else True
+            site = sites[item.path]
+            what = "heads" if isinstance(site, Attention) else "channels"
+            if not open_ or not bool(keep.any() or site.output.linear.bias is not None):
+                remove_result(graph, site.output.linear, item.path)
+                yield rewrote(item.path, "taken out")
+            elif not bool(keep.any()):
+                keep[0] = True
+                _slice(graph, site, keep)
+                zeros = torch.zeros_like(graph.get_parameter(site.output.linear.name))
+                fx.set_parameter(graph, site.output.linear.name, zeros)
+                yield rewrote(item.path, f"none of {item.count} {what} counts; one stays, of weight 0, for the bias")
+            elif bool(keep.all()):
+                yield skipped(item.path, f"all {item.count} {what} stay")
+            else:
+                _slice(graph, site, keep)
+                yield rewrote(item.path, f"{int(keep.sum())} of {item.count} {what} stay")
+        del graph.meta[META_KEY]
+        if hasattr(graph, "sparsity"):
+            del graph.sparsity
+        names = [name for item in sublayers for name in (item.units, item.layer) if name is not None]
+        present = {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}
+        fx.eliminate_dead_code(graph)
+        fx.delete_state(graph, {n for name in names for n in (name, mask_name(name))} & present)
+
+    def _masks(self, gm: GraphModule, sublayers: Iterable[Gated]) -> dict[str, Tensor]:
+        named = [
+            (name, count)
+            for item in sublayers
+            for name, count in ((item.units, item.count), (item.layer, 1))
+            if name is not None
+        ]
+        if self.kept is None:
+            return {name: gm.get_buffer(mask_name(name)).cpu().bool() for name, _ in named}
+        kept: dict[str, Any] = dict(self.kept)
+        return {name: _mask(str(kept.get(name, "")), count) for name, count in named}
+
+
+def _slice(gm: GraphModule, site: Attention | MLP, keep: Tensor) -> None:
+    if isinstance(site, Attention):
+        slice_attention(gm, site, keep)
+    else:
+        slice_mlp(gm, site, keep)
+
+
+def _mask(text: str, count: int) -> Tensor:
+    """``0-3,7`` as a mask."""
+    mask = torch.zeros(count, dtype=torch.bool)
+    for part in filter(None, text.split(",")):
+        low, _, high = part.partition("-")
+        mask[int(low) : int(high or low) + 1] = True
+    return mask
+
+
+def _remove_gates(gm: GraphModule) -> None:
+    """Products with gates, whose open units are 1, become what they multiply."""
+    for node in list(gm.graph.nodes):
+        if GATE_MARK in node.meta:
+            source = node.args[0]
+            assert isinstance(source, Node)
+            fx.replace(node, source)
+    fx.eliminate_dead_code(gm)
