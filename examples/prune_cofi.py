@@ -1,0 +1,250 @@
+"""CoFi on a task every machine has: which package of the standard library a snippet of code comes from.
+
+    python examples/prune_cofi.py                                   # 60, 80 and 95 %; a few minutes on two CPU cores
+    python examples/prune_cofi.py --sparsities 0.6 --scale 0.1      # a look
+
+A BERT from a Hugging Face configuration is trained on the task and becomes the teacher. For every sparsity a copy of it
+learns beside it which heads, channels and sublayers it can do without (CoFi, arXiv 2204.00408: hidden states and logits
+of the teacher are the loss); what its gates closed is cut away, and the smaller model is tuned on the labels. At the
+end there are a table (accuracy, parameters, measured speed-up of a forward pass) and a plot (``--out``). Sparsity
+counts the weights and biases of attentions and MLPs, as the paper's does; embeddings and the classifier stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from snippets import Snippets, Split, read_snippets
+from torch.fx import GraphModule
+
+import fxsparse
+from fxsparse.gating import expected_sparsity, sparsity_loss
+from fxsparse.passes import DistillLayers, EndDistillation
+from fxsparse.passes.gates import GateStructures
+from fxsparse.passes.materialize import Materialize
+
+
+@dataclass
+class Result:
+    """A model, and what is known of it.
+
+    Attributes:
+        accuracy: percent of the held-out snippets.
+        closed: accuracy with gates closed, before anything was cut and tuned.
+        sparsities: step, target and expected sparsity while the gates learned.
+        seconds: of forward passes.
+    """
+
+    name: str
+    model: GraphModule
+    accuracy: float
+    closed: float | None = None
+    sparsities: list[tuple[int, float, float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def core(self) -> int:
+        """Parameters of the encoder's layers but their norms, counted from the tensors."""
+        return sum(
+            parameter.numel()
+            for name, parameter in self.model.named_parameters()
+            if ".layer." in name and "LayerNorm" not in name
+        )
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def train(gm: GraphModule, data: Split, steps: int, lr: float, args: argparse.Namespace) -> Iterator[int]:
+    """Trains with a linear warm-up over a tenth of the steps and a linear decay; yields after every step."""
+    optimizer = torch.optim.AdamW(gm.parameters(), lr=lr, weight_decay=0.01)
+    schedule = fxsparse.Schedule(gm, optimizer, total_steps=steps)
+    warmup = max(1, steps // 10)
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
+    has_gates = "gates{" in fxsparse.record_of(gm).text and "materialize" not in fxsparse.record_of(gm).text
+    generator = torch.Generator().manual_seed(args.seed)
+    call = torch.compile(gm, backend="fxsparse", options={"compiler": args.compiler})
+    gm.train()
+    for step in range(1, steps + 1):
+        ids, labels = data.batch(args.batch, generator)
+        loss = call(input_ids=ids, labels=labels).loss
+        if has_gates:
+            loss = loss + sparsity_loss(gm)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(gm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        decay.step()
+        yield step
+    schedule.remove()
+
+
+@torch.no_grad()
+def accuracy(gm: GraphModule, data: Split) -> float:
+    """Percent of the snippets that are classified right."""
+    gm.eval()
+    right = sum(int((gm(input_ids=ids, labels=y).logits.argmax(-1) == y).sum()) for ids, y in data.batches(250))
+    return 100 * right / len(data)
+
+
+def pruned(
+    teacher: GraphModule, sparsity: float, data: Snippets, tick: Callable[[str], None], args: argparse.Namespace
+) -> Result:
+    """A copy of the teacher without a share of its core."""
+    passes = [GateStructures(target=sparsity, warmup=args.warmup), DistillLayers(teacher)]
+    gm = fxsparse.rewrite(copy.deepcopy(teacher), passes)
+    sparsities = []
+    for step in train(gm, data.train, args.prune_steps, args.lr, args):
+        with torch.no_grad():
+            sparsities.append((step, float(gm.get_buffer("sparsity.target")), float(expected_sparsity(gm))))
+        tick(f"{sparsity:.0%}: expected {sparsities[-1][2]:.2f}")
+    gm = fxsparse.rewrite(gm, [EndDistillation()])
+    closed = accuracy(gm, data.test)
+    small = fxsparse.rewrite(gm, [Materialize()])
+    for _ in train(small, data.train, args.tune_steps, args.tune_lr, args):
+        tick(f"{sparsity:.0%}: tuning")
+    return Result(f"{sparsity:.0%}", small, accuracy(small, data.test), closed, sparsities)
+
+
+@torch.no_grad()
+def measure(results: list[Result], data: Snippets, args: argparse.Namespace) -> None:
+    """Times forward passes; the models take turns, so that a busy machine is so for all."""
+    ids, labels = data.test.batch(args.measure_batch, torch.Generator().manual_seed(args.seed))
+    calls = []
+    for result in results:
+        result.model.eval()
+        calls.append(torch.compile(result.model, backend="fxsparse", options={"compiler": args.compiler}))
+    for turn in range(args.rounds + 2):
+        for result, call in zip(results, calls, strict=True):
+            begin = time.perf_counter()
+            call(input_ids=ids, labels=labels)
+            if turn >= 2:  # the first turns compile and warm up
+                result.seconds.append(time.perf_counter() - begin)
+
+
+def result_table(results: list[Result]) -> Table:
+    title = f"{torch.get_num_threads()} threads, torch {torch.__version__}, fxsparse {fxsparse.__version__}"
+    table = Table(title=title)
+    for column in ("sparsity", "reached", "accuracy %", "before tuning", "parameters", "core", "speed-up", "by FLOPs"):
+        table.add_column(column, justify="right")
+    whole = results[0]
+    flops = [fxsparse.count_flops(result.model).forward for result in results]
+    for result, count in zip(results, flops, strict=True):
+        ratios = [its / mine for its, mine in zip(whole.seconds, result.seconds, strict=True)]
+        table.add_row(
+            result.name,
+            f"{1 - result.core / whole.core:.1%}",
+            f"{result.accuracy:.1f}",
+            "" if result.closed is None else f"{result.closed:.1f}",
+            f"{result.parameters:,}",
+            f"{result.core:,}",
+            f"{statistics.median(ratios):.2f}",
+            f"{flops[0] / count:.2f}",
+        )
+    return table
+
+
+def plot(results: list[Result], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for position, result in enumerate(results[1:]):
+        steps, targets, expected = zip(*result.sparsities, strict=True)
+        left.plot(steps, expected, color=f"C{position}", label=f"{result.name}, expected")
+        left.plot(steps, targets, color=f"C{position}", linestyle="--", linewidth=1)
+    left.set(xlabel="step", ylabel="sparsity", title="expected sparsity and its target (dashed)", ylim=(0, 1))
+    left.legend()
+    speedups = [statistics.median(results[0].seconds) / statistics.median(result.seconds) for result in results]
+    right.plot(speedups, [result.accuracy for result in results], marker="o")
+    for speedup, result in zip(speedups, results, strict=True):
+        right.annotate(result.name, (speedup, result.accuracy), textcoords="offset points", xytext=(6, 6))
+    right.set(xlabel="speed-up of a forward pass", ylabel="accuracy %", title="accuracy of the smaller models")
+    right.margins(x=0.15, y=0.2)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.6, 0.8, 0.95])
+    parser.add_argument("--teacher-steps", type=int, default=600)
+    parser.add_argument("--prune-steps", type=int, default=800)
+    parser.add_argument("--tune-steps", type=int, default=200, help="after pruning, on the smaller model")
+    parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps")
+    parser.add_argument("--warmup", type=float, default=0.4, help="share of the pruning over which the target rises")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--measure-batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--classes", type=int, default=8)
+    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--tune-lr", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compiler", default="inductor", choices=("inductor", "aot_eager", "eager"))
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    args = parser.parse_args()
+    for name in ("teacher_steps", "prune_steps", "tune_steps"):
+        setattr(args, name, max(1, round(getattr(args, name) * args.scale)))
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    transformers.logging.set_verbosity_error()
+    data = read_snippets(classes=args.classes, length=args.length, seed=args.seed)
+    console.print(f"{len(data.train)} snippets to train on, {len(data.test)} to test on: {', '.join(data.classes)}")
+    torch.manual_seed(args.seed)
+    config = transformers.BertConfig(
+        vocab_size=data.vocabulary, hidden_size=args.hidden, intermediate_size=4 * args.hidden,
+        num_hidden_layers=args.layers, num_attention_heads=4, max_position_embeddings=args.length,
+        num_labels=args.classes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config)
+    ids, labels = data.train.batch(args.batch, torch.Generator().manual_seed(args.seed))
+    teacher = fxsparse.trace(model, kwargs={"input_ids": ids, "labels": labels})
+    steps = args.teacher_steps + len(args.sparsities) * (args.prune_steps + args.tune_steps)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("teacher", total=steps)
+
+        def tick(description: str) -> None:
+            progress.update(task, advance=1, description=description)
+
+        for _ in train(teacher, data.train, args.teacher_steps, args.lr, args):
+            tick("teacher")
+        results = [Result("whole", teacher, accuracy(teacher, data.test))]
+        for sparsity in args.sparsities:
+            results.append(pruned(teacher, sparsity, data, tick, args))
+    console.print(fxsparse.explain(results[-1].model), highlight=False, markup=False, soft_wrap=True)
+    measure(results, data, args)
+    console.print(result_table(results))
+    plot(results, args.out / "prune_cofi.png")
+    console.print(f"sparsities and accuracies: {args.out / 'prune_cofi.png'}")
+
+
+if __name__ == "__main__":
+    main()
