@@ -6,11 +6,12 @@ from torch.fx import GraphModule
 
 from fxsparse.flops import step_flops
 from fxsparse.record import Costs
+from fxsparse.training_form import training_graph
 
 
 def costs(gm: GraphModule) -> Costs:
     """The costs of a training-IR graph at the sizes it was traced with; tied parameters count once."""
-    forward, step = step_flops(gm)
+    forward, step = step_flops(training_graph(gm))
     parameters = list(gm.parameters())
     return Costs(
         forward_flops=forward,

@@ -44,6 +44,7 @@ from fxsparse.causal import drop_open_masks, restore_is_causal
 from fxsparse.errors import TraceError
 from fxsparse.regions import inline_no_grad
 from fxsparse.training_flags import ModesDiffer, bind_training_flags, is_random
+from fxsparse.training_form import choose_form, renew_form
 
 META_KEY = "fxsparse_trace"
 
@@ -69,11 +70,22 @@ class TracedModule(GraphModule):
         check_inputs(self, args, kwargs)
         return super().__call__(*args, **kwargs)
 
+    def train(self, mode: bool = True) -> TracedModule:
+        super().train(mode)
+        choose_form(self)
+        return self
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        renew_form(self)
+        return code
+
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch copies its own tree specs in a deprecated way
             copy = super().__deepcopy__(memo)
         fx.copy_tree(self, copy, memo)  # torch copies what the graph reads, and forgets which buffers are persistent
+        choose_form(copy)
         return copy
 
 
