@@ -67,7 +67,7 @@ class Distillation(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Distillation:
         if self.held.module is not None:
             self.held.module._apply(fn)
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        return super()._apply(fn, recurse)
 
     def forward(
         self,
@@ -97,7 +97,7 @@ class Distillation(nn.Module):
             total = total + self.losses.logits * divergence(logits, expected, self.losses.temperature)
         for streams, closing, wanted, projections in zip(stacks, gates, states, self.projections, strict=True):
             exists = layers_exist(closing, wanted[0].device) if any(closing) else None
-            total = total + self.losses.hidden * self._hidden(streams, wanted, list(projections), exists)
+            total = total + self.losses.hidden * self._hidden(streams, wanted, [*projections.children()], exists)
         return total
 
     def _hidden(

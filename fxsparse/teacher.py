@@ -56,10 +56,10 @@ def logits_of(gm: GraphModule) -> Node | None:
 def frozen_teacher(gm: GraphModule, teacher: nn.Module) -> tuple[GraphModule, bool]:
     """A graph of the teacher, in evaluation mode, with a graph and flags of its own; and whether its parameters had to
     be copied."""
-    traced = teacher if _is_traced(teacher) else trace(teacher, *_example(gm), **_free(gm))
+    traced: Any = teacher if _is_traced(teacher) else trace(teacher, *_example(gm), **_free(gm))
     own = {parameter.untyped_storage().data_ptr() for parameter in gm.parameters()}
     shares = any(parameter.untyped_storage().data_ptr() in own for parameter in traced.parameters())
-    frozen = copy.deepcopy(traced) if shares else fx.copy_sharing_state(traced)  # type: ignore[arg-type]
+    frozen = copy.deepcopy(traced) if shares else fx.copy_sharing_state(traced)
     for module in frozen.modules():
         module.training = False
     return frozen, shares
@@ -83,7 +83,7 @@ def _example(gm: GraphModule) -> tuple[Any, Any]:
     return tuple(args), kwargs
 
 
-def _free(gm: GraphModule) -> dict[str, bool]:
+def _free(gm: GraphModule) -> dict[str, Any]:
     shapes = [fx.value(node).shape for node in gm.graph.find_nodes(op="placeholder") if _is_tensor(node)]
     return {
         option: any(len(shape) > dim and isinstance(shape[dim], SymInt) for shape in shapes)

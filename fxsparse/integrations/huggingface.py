@@ -97,14 +97,14 @@ def from_pretrained(path: str | os.PathLike[str]) -> nn.Module:
     if cls is None:
         raise CheckpointError(f"{folder}: transformers {transformers.__version__} has no class {name}")
     if recorded is None:
-        return cls.from_pretrained(folder).eval()  # type: ignore[no-any-return]
+        return cls.from_pretrained(folder).eval()
     model: Any = cls(config)
     resize(model, {name: tuple(shape) for name, shape in recorded["sizes"].items()})
     state = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     _load(model, state)
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 # --- depth ------------------------------------------------------------------------------------------------------------
