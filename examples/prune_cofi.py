@@ -31,9 +31,7 @@ from torch.fx import GraphModule
 
 import fxsparse
 from fxsparse.gating import expected_sparsity, sparsity_loss
-from fxsparse.passes import DistillLayers, EndDistillation
-from fxsparse.passes.gates import GateStructures
-from fxsparse.passes.materialize import Materialize
+from fxsparse.passes import DistillLayers, EndDistillation, GateStructures, Materialize
 
 
 @dataclass

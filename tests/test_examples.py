@@ -56,3 +56,11 @@ def test_chop_lm(tmp_path: Path) -> None:
     for name in ("whole model", "max-gap", "input", "output", "middle", "both", "scratch"):
         assert name in printed
     assert (tmp_path / "chop_lm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prune_cofi(tmp_path: Path) -> None:
+    sizes = ("--scale", 0.01, "--layers", 2, "--hidden", 32, "--rounds", 1, "--measure-batch", 4)
+    printed = run_example("prune_cofi.py", *sizes, "--sparsities", 0.6, "--out", tmp_path, "--compiler", "eager")
+    for text in ("gates{units=[heads,attention,intermediate,ffn],target=0.6", "materialize", "end-distill", "60%"):
+        assert text in printed
+    assert (tmp_path / "prune_cofi.png").read_bytes().startswith(b"\x89PNG")
