@@ -11,6 +11,8 @@ RECIPES: dict[str, str] = {
     "slope-low-rank": "nm-masks{pattern=2:4},double-prune,low-rank{ratio=0.015625}",
     # GreenTrainer (arXiv 2309.13192) at half the FLOPs; a Schedule chooses by the batches it observes.
     "greentrainer": "select-tensors{rho=0.5,times=3}",
+    # SAT (arXiv 2406.01392): half the heads and channels take part in a step; a Schedule chooses and climbs the ladder.
+    "sat": "select-neurons{omission=0.5,rungs=4}",
     # LayerCHOP (arXiv 2305.14864): half the layers at once, then train on.
     "layerchop": "drop-layers{configuration=max-gap,fraction=0.5}",
     # PruMUX (Findings of ACL 2023): then train, distil from the multiplexed model, and materialize.

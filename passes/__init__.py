@@ -11,6 +11,7 @@ from fxsparse.passes.materialize import Materialize
 from fxsparse.passes.multiplex import Multiplex
 from fxsparse.passes.nm_masks import InsertNMMasks
 from fxsparse.passes.pipeline import Pipeline
+from fxsparse.passes.select_neurons import SelectNeurons
 from fxsparse.passes.select_tensors import SelectTensors
 from fxsparse.record import Change, rewrote, skipped
 
@@ -28,6 +29,7 @@ __all__ = [
     "Multiplex",
     "Pass",
     "Pipeline",
+    "SelectNeurons",
     "SelectTensors",
     "rewrote",
     "skipped",

@@ -251,7 +251,7 @@ def _drawn(gm: GraphModule, name: str, dtype: torch.dtype, before: Node) -> Node
         stretched = call(aten.add.Tensor, call(aten.mul.Tensor, s, ZETA - GAMMA), GAMMA)
         z = call(aten.clamp.default, stretched, 0.0, 1.0)
         with gm.graph.inserting_before(before):
-            training = gm.graph.get_attr("training")
+            training = gm.graph.create_node("get_attr", "training")
         training.meta["val"] = False
         drawn = call(aten.mul.Tensor, call(aten.sub.Tensor, z, mask), training)
         gate = call(aten.add.Tensor, mask, drawn)

@@ -61,6 +61,6 @@ def test_chop_lm(tmp_path: Path) -> None:
 def test_prune_cofi(tmp_path: Path) -> None:
     sizes = ("--scale", 0.01, "--layers", 2, "--hidden", 32, "--rounds", 1, "--measure-batch", 4)
     printed = run_example("prune_cofi.py", *sizes, "--sparsities", 0.6, "--out", tmp_path, "--compiler", "eager")
-    for text in ("gates{units=[heads,attention,intermediate,ffn],target=0.6", "materialize", "end-distill", "60%"):
+    for text in ("gates{units=[heads,attention,intermediate,ffn]", "materialize", "end-distill", "60%"):
         assert text in printed
     assert (tmp_path / "prune_cofi.png").read_bytes().startswith(b"\x89PNG")
