@@ -1,0 +1,358 @@
+"""Residual streams: the axis of hidden dimensions that embeddings, sublayers, norms and heads of a model share.
+
+Found by flooding from the streams between blocks: an axis of a node belongs to the stream if an operator ties it to one
+that does. Pointwise operators, norms, dropout and views that keep the axis carry it on; a linear cuts it: its weight's
+columns read the stream, or its weight's rows and its bias write it. Equal sizes alone never decide. An operator whose
+axes are not known ends the search with an error.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxsparse import graph as fx
+from fxsparse.blocks import stacks
+from fxsparse.record import Change, skipped
+
+aten = torch.ops.aten
+
+Axis = tuple[Node, int]
+"""A dimension of what a node computes; for several results, of each."""
+
+MEANS = {aten.mean.dim}
+_SUMS = {aten.sum.dim_IntList, aten.linalg_vector_norm.default}
+_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int}
+_RESHAPES |= {aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims}
+_PERMUTES = {aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default}
+_ALONG = {aten.slice.Tensor: 1, aten.index_select.default: 1, aten.narrow.default: 1, aten.cumsum.default: 1}
+_ALONG |= {aten.split.Tensor: 2, aten.split_with_sizes.default: 2, aten.chunk.default: 2, aten.roll.default: 2}
+_ALIGNED = {"expand", "expand_as", "to", "_to_copy", "type_as", "contiguous", "clone", "detach", "alias", "dropout"}
+_ALIGNED |= {"feature_dropout", "native_dropout", "lift_fresh_copy", "masked_fill", "masked_fill_", "where"}
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A residual stream.
+
+    Attributes:
+        path: the module path of its first stack of blocks.
+        size: hidden dimensions.
+        axes: what belongs to it, of calls, of parameters and buffers where they are read, of inputs.
+    """
+
+    path: str
+    size: int
+    axes: frozenset[Axis]
+
+    @cached_property
+    def nodes(self) -> dict[Node, tuple[int, ...]]:
+        """Every node of the stream with its axes, in order of execution."""
+        found: dict[Node, list[int]] = {}
+        for node, axis in sorted(self.axes):
+            found.setdefault(node, []).append(axis)
+        return {node: tuple(axes) for node, axes in found.items()}
+
+    @property
+    def means(self) -> list[Node]:
+        """The means over hidden dimensions, as norms that are written out take them."""
+        users = dict.fromkeys(user for node in self.nodes for user in node.users if user.target in MEANS)
+        return [user for user in users if (user.args[0], -1 % len(sizes(user.args[0]))) in self.axes]
+
+
+class Unknown(Exception):
+    """Why a stream could not be followed."""
+
+
+def streams(gm: GraphModule) -> tuple[list[Stream], list[Change]]:
+    """The residual streams of a training-IR graph, and those that could not be followed, with the reason.
+
+    Streams of one width are one: what is taken out of it is taken out everywhere.
+    """
+    ties = _Ties(gm)
+    found: dict[int, Stream] = {}
+    changes = []
+    for stack in stacks(gm):
+        seed = stack.blocks[0].stream_in
+        try:
+            last = len(sizes(seed)) - 1
+            size = _static(sizes(seed)[last])
+            if size is None:
+                raise Unknown(f"the last dimension of {seed.name} is not a fixed number")
+            known = found.get(size)
+            axes = ties.flood((seed, last), known.axes if known else frozenset())
+            found[size] = Stream(known.path if known else stack.path, size, axes)
+        except Unknown as reason:
+            changes.append(skipped(stack.path, f"hidden dimensions: {reason}"))
+    return list(found.values()), changes
+
+
+class _Ties:
+    """Which axes of a graph are one, operator by operator."""
+
+    def __init__(self, gm: GraphModule):
+        self.gm = gm
+        self.of_node: dict[Node, list[list[Axis]]] = {}
+        self.same_tensor = {node: nodes for nodes in _tensors(gm).values() for node in nodes}
+
+    def flood(self, seed: Axis, known: frozenset[Axis]) -> frozenset[Axis]:
+        """All axes that are one with ``seed``."""
+        seen, pending = {*known, seed}, [seed]
+        while pending:
+            at = pending.pop()
+            for other in self._tied(at):
+                if other not in seen:
+                    seen.add(other)
+                    pending.append(other)
+        return frozenset(seen)
+
+    def _tied(self, at: Axis) -> Iterator[Axis]:
+        node, axis = at
+        if node.op == "get_attr":
+            yield from ((other, axis) for other in self.same_tensor[node])
+        else:
+            yield from self._within(node, at)
+        for user in node.users:
+            if user.op != "output" and _has_tensor(user):
+                yield from self._within(user, at)
+
+    def _within(self, node: Node, at: Axis) -> Iterator[Axis]:
+        """What ``node`` ties ``at`` to; an error where its axes are not known."""
+        if node.op == "placeholder":
+            return
+        if node not in self.of_node:
+            self.of_node[node] = [list(group) for group in _ties_of(node)]
+        groups = [group for group in self.of_node[node] if at in group]
+        if not groups:
+            raise Unknown(f"{node.name} ({node.target}) does not keep them apart")
+        for group in groups:
+            yield from group
+
+
+def _tensors(gm: GraphModule) -> dict[int, list[Node]]:
+    """By identity of the tensor, the nodes that read it."""
+    found: dict[int, list[Node]] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = fx.attribute(gm, str(node.target))
+        if isinstance(value, Tensor):
+            found.setdefault(id(value), []).append(node)
+    return found
+
+
+def _has_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (Tensor, tuple, list))
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+def _ties_of(node: Node) -> Iterable[Sequence[Axis]]:
+    """The groups of axes, of a call and of its operands, that are one; a group of one is an axis that ends there."""
+    target, args = node.target, node.args
+    if target is operator.getitem:
+        source = args[0]
+        return [[(source, axis), (node, axis)] for axis in range(len(sizes(node)))]  # type: ignore[list-item]
+    if not isinstance(target, torch._ops.OpOverload):
+        return []
+    if target in _OPERATORS:
+        return _OPERATORS[target](node)
+    if target in _RESHAPES:
+        return _reshaped(node)
+    if target in _PERMUTES:
+        return _permuted(node)
+    if target in _ALONG:
+        return _along(node, _ALONG[target])
+    if target in MEANS | _SUMS:
+        return _reduced(node)
+    if torch.Tag.pointwise in target.tags or target._opname in _ALIGNED:
+        return _aligned(node)
+    return []
+
+
+def _aligned(node: Node, operands: Iterable[Node] | None = None) -> list[list[Axis]]:
+    """Pointwise operators: axes are counted from the right, and those of size 1 are broadcast."""
+    out = sizes(node)
+    groups = []
+    for axis, size in enumerate(out):
+        group = [(node, axis)]
+        for operand in node.all_input_nodes if operands is None else operands:
+            if isinstance(operand.meta.get("val"), Tensor):
+                place = axis - len(out) + len(sizes(operand))
+                if place >= 0 and _expr(sizes(operand)[place]) == _expr(size):
+                    group.append((operand, place))
+        groups.append(group)
+    return groups
+
+
+def _reshaped(node: Node) -> list[list[Axis]]:
+    source: Any = node.args[0]
+    old, new = sizes(source), sizes(node)
+    after_old = {_product(old[axis + 1 :]): axis for axis in reversed(range(len(old))) if old[axis] != 1}
+    groups: list[list[Axis]] = []
+    for axis, size in enumerate(new):
+        at = after_old.get(_product(new[axis + 1 :])) if size != 1 else None
+        if at is not None and _expr(old[at]) == _expr(size):
+            groups.append([(source, at), (node, axis)])
+    return groups
+
+
+def _permuted(node: Node) -> list[list[Axis]]:
+    source: Any = node.args[0]
+    order = list(range(len(sizes(node))))
+    if node.target is aten.permute.default:
+        order = [dim % len(order) for dim in node.args[1]]  # type: ignore[operator, union-attr]
+    elif node.target is aten.transpose.int:
+        a, b = (dim % len(order) for dim in node.args[1:])  # type: ignore[operator]
+        order[a], order[b] = b, a
+    else:
+        order.reverse()
+    return [[(source, at), (node, axis)] for axis, at in enumerate(order)]
+
+
+def _along(node: Node, place: int) -> list[list[Axis]]:
+    """Operators that change one dimension and keep the others."""
+    source: Any = node.args[0]
+    dim: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
+    count = len(sizes(source))
+    changed = {at % count for at in (dim if isinstance(dim, (list, tuple)) else [dim])}
+    return [[(source, axis), (node, axis)] for axis in range(count) if axis not in changed]
+
+
+def _selected(node: Node) -> list[list[Axis]]:
+    source: Any = node.args[0]
+    count = len(sizes(source))
+    dim = int(node.args[1]) % count  # type: ignore[arg-type]
+    left = [axis for axis in range(count) if axis != dim]
+    return [[(source, at), (node, axis)] for axis, at in enumerate(left)]
+
+
+def _joined(node: Node) -> list[list[Axis]]:
+    parts: Any = node.args[0]
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    count = len(sizes(node))
+    return [
+        [(node, axis), *((part, axis) for part in parts)]
+        for axis in range(count)
+        if axis != dim % count  # type: ignore[operator]
+    ]
+
+
+def _indexed(node: Node) -> list[list[Axis]]:
+    """``x[i, j]``: what follows the dimensions that are indexed stays where it is, counted from the right."""
+    source: Any = node.args[0]
+    indices: Any = node.args[1]
+    old, new = len(sizes(source)), len(sizes(node))
+    return [[(source, axis), (node, axis - old + new)] for axis in range(len(indices), old)]
+
+
+def _reduced(node: Node) -> list[list[Axis]]:
+    """The axes that are summed over end there, alone in their group."""
+    source: Any = node.args[0]
+    count = len(sizes(source))
+    place = 2 if node.target is aten.linalg_vector_norm.default else 1
+    dims: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim")
+    over = {dim % count for dim in (dims if isinstance(dims, (list, tuple)) else [dims] if dims is not None else [])}
+    over = over or set(range(count))
+    left = [axis for axis in range(count) if axis not in over]
+    keeps = len(sizes(node)) == count
+    groups: list[list[Axis]] = [[(source, axis)] for axis in over]
+    return groups + [[(source, at), (node, at if keeps else axis)] for axis, at in enumerate(left)]
+
+
+def _linear(node: Node) -> list[list[Axis]]:
+    x, weight, bias = (*node.args, None)[:3]
+    last = len(sizes(x)) - 1
+    out: list[Any] = [(node, last), (weight, 0), *([(bias, 0)] if isinstance(bias, Node) else [])]
+    return [[(x, last), (weight, 1)], out, *([(x, axis), (node, axis)] for axis in range(last))]  # type: ignore[list-item]
+
+
+def _addmm(node: Node) -> list[list[Axis]]:
+    bias, x, weight = node.args[:3]
+    out: list[Any] = [(node, 1), (weight, 1), (bias, len(sizes(bias)) - 1)]
+    return [[(x, 1), (weight, 0)], out, [(x, 0), (node, 0)]]  # type: ignore[list-item]
+
+
+def _matmul(node: Node) -> list[list[Axis]]:
+    a, b = node.args[:2]
+    if len(sizes(b)) != 2 or len(sizes(a)) < 2:
+        return []
+    last = len(sizes(a)) - 1
+    groups = [[(a, last), (b, 0)], [(node, last), (b, 1)], *([(a, axis), (node, axis)] for axis in range(last))]
+    return groups  # type: ignore[return-value]
+
+
+def _norm(node: Node) -> list[list[Axis]]:
+    source, shape = node.args[:2]
+    groups = _aligned(node, [source])  # type: ignore[list-item]
+    if len(shape) != 1:  # type: ignore[arg-type]
+        return groups[: -len(shape)]  # type: ignore[arg-type]
+    groups[-1] += [(arg, 0) for arg in node.args[2:4] if isinstance(arg, Node)]
+    return groups
+
+
+def _embedding(node: Node) -> list[list[Axis]]:
+    weight, ids = node.args[:2]
+    last = len(sizes(node)) - 1
+    return [[(node, last), (weight, 1)], *([(ids, axis), (node, axis)] for axis in range(last))]  # type: ignore[list-item]
+
+
+def _convolution(node: Node) -> list[list[Axis]]:
+    x, weight = node.args[:2]
+    bias = node.args[2] if len(node.args) > 2 else None
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    if groups != 1:
+        return [[(x, 0), (node, 0)]]  # type: ignore[list-item]
+    out: list[Any] = [(node, 1), (weight, 0), *([(bias, 0)] if isinstance(bias, Node) else [])]
+    return [[(x, 1), (weight, 1)], out, [(x, 0), (node, 0)]]  # type: ignore[list-item]
+
+
+_OPERATORS: dict[Any, Any] = {
+    aten.linear.default: _linear,
+    aten.addmm.default: _addmm,
+    aten.mm.default: _matmul,
+    aten.matmul.default: _matmul,
+    aten.layer_norm.default: _norm,
+    aten.rms_norm.default: _norm,
+    aten.embedding.default: _embedding,
+    aten.conv1d.default: _convolution,
+    aten.conv2d.default: _convolution,
+    aten.select.int: _selected,
+    aten.cat.default: _joined,
+    aten.index.Tensor: _indexed,
+}
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def sizes(node: Any) -> Sequence[Any]:
+    """The sizes of what a node computes; of the first, where it is several."""
+    value = fx.value(node)
+    while isinstance(value, (tuple, list)):
+        value = value[0]
+    return value.shape  # type: ignore[no-any-return]
+
+
+def _static(size: Any) -> int | None:
+    return size if isinstance(size, int) else None
+
+
+def _expr(size: Any) -> Any:
+    return size if isinstance(size, int) else size.node.expr
+
+
+def _product(of: Sequence[Any]) -> Any:
+    return sympy.prod([_expr(size) for size in of])
+
+
+def is_parameter(gm: GraphModule, node: Node) -> bool:
+    """Whether a node reads a parameter."""
+    return node.op == "get_attr" and isinstance(fx.attribute(gm, str(node.target)), nn.Parameter)
