@@ -1,32 +1,33 @@
 """Writing a shortened or pruned Hugging Face model as a checkpoint that loads again.
 
 Where the architecture can say it (fewer layers, one narrower feed-forward width, fewer heads of the same size), what is
-written is an ordinary checkpoint: ``AutoModel...from_pretrained`` and every other tool read it. Otherwise the sizes of
-each layer stand beside it in ``fxsparse.json``, and `from_pretrained` here builds the module that has them. Either way
-the result is an ordinary module of its class: ``generate()``, training and saving work.
+written is an ordinary checkpoint: ``AutoModel...from_pretrained`` and every other tool read it. Otherwise the sizes
+that differ stand in its configuration, under ``fxsparse``, and `from_pretrained` here builds the module that has them.
+Either way the result is a module of its class: ``generate()``, training and ``save_pretrained`` of its own work.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import SymInt, Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError
+from fxsparse.integrations.heads import Heads, choose_heads, heads_of
 from fxsparse.integrations.resizing import resize, sizes_of
 from fxsparse.state import dense_state_dict
 
-_SIZES = "fxsparse.json"
+_RECORD = "fxsparse"
+"""The setting that holds the sizes, and the variant of the weights' file: transformers finds none under the plain name,
+instead of drawing at random what a smaller model lacks."""
 _FEED_FORWARD = ("inner", "intermediate", "ffn")
 
 
@@ -35,12 +36,13 @@ def save_pretrained(gm: GraphModule, model: nn.Module, path: str | os.PathLike[s
 
     Layers are numbered anew without gaps, per-layer settings of the configuration (``layer_types``) follow, and the
     first layer left of a T5 stack takes over its position bias. Pruned N:M weights are written dense, with their zeros.
+    What is written was compared with the graph on a batch of the traced sizes.
 
     Args:
         gm: the rewritten model.
         model: the Hugging Face model it was made from, or a fresh one; its configuration, class and generation settings
             are used.
-        path: a folder.
+        path: a folder; weights in it are replaced.
 
     Returns:
         the module that was written, in evaluation mode.
@@ -50,40 +52,47 @@ def save_pretrained(gm: GraphModule, model: nn.Module, path: str | os.PathLike[s
     """
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         raise CheckpointError(f"{type(model).__name__} is no Hugging Face model; write it with fxsparse.save")
+    model = copy.copy(model)
+    model.config = copy.deepcopy(model.config)
+    before = vars(model.config).pop(_RECORD, {"heads": {}})
     state = {name: tensor.detach().cpu() for name, tensor in dense_state_dict(gm).items()}
     original = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     kept = _kept_layers(model, original, state)
     config = _with_layers(model, kept)
+    heads = {_renumber(name, kept): chosen for name, chosen in heads_of(gm, model, before["heads"]).items()}
     state = _renumbered(state, kept, _shapes(type(model), config))
     narrower = _with_widths(type(model), config, state)
-    candidates = [(narrower, False)] if narrower is not None else []
-    for chosen, resized in (*candidates, (config, True)):
-        written = _build(type(model), chosen, state, resized)
-        if _agree(gm, written):
+    candidates = [] if narrower is None else [(narrower, None)]
+    for chosen, choices in (*candidates, (config, heads)):
+        written = _build(type(model), chosen, state, choices)
+        differs = _difference(gm, written)
+        if differs is None:
             written.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
-            written.save_pretrained(path)
-            beside = Path(path) / _SIZES
-            beside.unlink(missing_ok=True)
-            if resized:
-                beside.write_text(json.dumps({"class": type(model).__name__, "sizes": sizes_of(state)}, indent=1))
+            if choices is not None:
+                sizes = {name: list(wanted) for name, (_, wanted) in _misfits(type(model), chosen, state).items()}
+                setattr(written.config, _RECORD, {"sizes": sizes, "heads": heads})
+            for old in Path(path).glob("model*.safetensors*"):
+                old.unlink()
+            written.save_pretrained(path, variant=None if choices is None else _RECORD)
             return written
     raise CheckpointError(
-        f"no {type(model).__name__} computes what the graph does: it holds more than smaller weights and fewer layers; "
-        "write it with fxsparse.save and read it with fxsparse.load"
+        f"no {type(model).__name__} computes what the graph does ({differs}): it holds more than smaller weights and "
+        "fewer layers; write it with fxsparse.save and read it with fxsparse.load"
     )
 
 
-def from_pretrained(path: str | os.PathLike[str]) -> nn.Module:
+def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
     """Reads a checkpoint that `save_pretrained` wrote, or any other that names its class in the configuration.
 
     Args:
         path: the folder.
+        options: of transformers' ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``, ...
 
     Returns:
         the model, in evaluation mode.
 
     Raises:
-        CheckpointError: the folder holds no such checkpoint.
+        CheckpointError: the folder holds no such checkpoint, or not the tensors it should.
     """
     import transformers
 
@@ -91,20 +100,38 @@ def from_pretrained(path: str | os.PathLike[str]) -> nn.Module:
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds no config.json; it was not written by fxsparse.save_pretrained")
     config = transformers.AutoConfig.from_pretrained(folder)
-    recorded = json.loads((folder / _SIZES).read_text()) if (folder / _SIZES).exists() else None
-    name = recorded["class"] if recorded else next(iter(config.architectures or ()), None)
+    name = next(iter(config.architectures or ()), None)
     cls = getattr(transformers, str(name), None)
     if cls is None:
         raise CheckpointError(f"{folder}: transformers {transformers.__version__} has no class {name}")
-    if recorded is None:
-        return cls.from_pretrained(folder).eval()
-    model: Any = cls(config)
-    resize(model, {name: tuple(shape) for name, shape in recorded["sizes"].items()})
-    state = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    _load(model, state)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    record = getattr(config, _RECORD, None)
+    if record is None:
+        return cls.from_pretrained(folder, **options).eval()
+    # A later save_pretrained of the model's own writes plain names, and clears away the others of its own only.
+    plain = any(folder.glob("model*.safetensors")) and not any(folder.glob(f"model*.{_RECORD}*.safetensors"))
+    sized = _sized(cls, record)
+    model, found = sized.from_pretrained(
+        folder, variant=None if plain else _RECORD, output_loading_info=True, **options
+    )
+    wrong = [f"{name} is {what}" for what in ("missing", "unexpected") for name in sorted(found[f"{what}_keys"])]
+    if wrong:
+        raise CheckpointError(f"{folder}: the tensors do not fit {name}: {', '.join(wrong[:4])}")
+    model.__class__ = cls
+    choose_heads(model, record["heads"])
     return model.eval()
+
+
+def _sized(cls: Any, record: Mapping[str, Any]) -> Any:
+    """The class, whose new modules have the recorded sizes."""
+
+    class Sized(cls):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any):
+            super().__init__(config, *args, **kwargs)
+            recorded = {name: tuple(shape) for name, shape in record["sizes"].items()}
+            resize(self, {**sizes_of(self.state_dict()), **recorded}, record["heads"])
+
+    Sized.__name__ = cls.__name__
+    return Sized
 
 
 # --- depth ------------------------------------------------------------------------------------------------------------
@@ -115,9 +142,11 @@ def _kept_layers(
 ) -> dict[str, tuple[list[int], int]]:
     """For every list of layers that lost some, by its path: the numbers that are left, and how many there were."""
     kept: dict[str, tuple[list[int], int]] = {}
+    lists: list[str] = []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in kept):
-            continue
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in lists):
+            continue  # the parts of a layer (T5's) are no layers
+        lists.append(path)
         # A layer counts as there when more of it is left than a position bias that outlived it.
         there = [i for i in range(len(module)) if _is_left(f"{path}.{i}.", original, state)]
         if there and len(there) < len(module):
@@ -142,6 +171,9 @@ def _with_layers(model: Any, kept: Mapping[str, tuple[list[int], int]]) -> Any:
             _shortens(type(model), config, part, name, path, len(numbers)) for part, name in _counts(config, before)
         ):
             raise CheckpointError(f"{path}: no setting of {type(config).__name__} gives it {len(numbers)} layers")
+        if getattr(config, "num_decoder_layers", None):
+            # T5's own name for them is not the one by which `generate` finds how many layers a cache has.
+            config.decoder_layers = config.num_decoder_layers
     return config
 
 
@@ -175,17 +207,18 @@ def _shortens(cls: Any, config: Any, part: Any, name: str, path: str, layers: in
 def _renumbered(
     state: Mapping[str, Tensor], kept: Mapping[str, tuple[list[int], int]], expected: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        for path, (numbers, _) in kept.items():
-            if name.startswith(f"{path}."):
-                number, _, rest = name[len(path) + 1 :].partition(".")
-                # What outlived its layer (T5's position bias) belongs to the first one now.
-                place = numbers.index(int(number)) if int(number) in numbers else 0
-                name = f"{path}.{place}.{rest}"
-                break
-        renamed[name] = tensor
+    renamed = {_renumber(name, kept): tensor for name, tensor in state.items()}
     return {name: tensor for name, tensor in renamed.items() if name in expected}
+
+
+def _renumber(name: str, kept: Mapping[str, tuple[list[int], int]]) -> str:
+    for path, (numbers, _) in kept.items():
+        if name.startswith(f"{path}."):
+            number, _, rest = name[len(path) + 1 :].partition(".")
+            # What outlived its layer (T5's position bias) belongs to the first one now.
+            place = numbers.index(int(number)) if int(number) in numbers else 0
+            return f"{path}.{place}.{rest}"
+    return name
 
 
 # --- width ------------------------------------------------------------------------------------------------------------
@@ -199,9 +232,9 @@ def _shapes(cls: Any, config: Any) -> dict[str, tuple[int, ...]]:
 
 def _misfits(cls: Any, config: Any, state: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Shapes that the configuration gives and those that are wanted, where they differ; absent ones are empty."""
-    given = _shapes(cls, config)
-    wanted = {name: tuple(state[name].shape) if name in state else () for name in given}
-    return {name: (given[name], wanted[name]) for name in given if given[name] != wanted[name]}
+    given, wanted = _shapes(cls, config), sizes_of(state)
+    pairs = {name: (given.get(name, ()), wanted.get(name, ())) for name in (*given, *wanted)}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _with_widths(cls: Any, config: Any, state: Mapping[str, Tensor]) -> Any | None:
@@ -209,8 +242,8 @@ def _with_widths(cls: Any, config: Any, state: Mapping[str, Tensor]) -> Any | No
     config = copy.deepcopy(config)
     misfits = _misfits(cls, config, state)
     while misfits:
-        if not all(wanted for _, wanted in misfits.values()):
-            return None
+        if not all(all(pair) for pair in misfits.values()):
+            return None  # no width makes a part of a layer come or go
         better = None
         for part, name, number in _narrower(config, misfits):
             before = getattr(part, name)
@@ -250,12 +283,14 @@ def _narrower(
 # --- building and checking --------------------------------------------------------------------------------------------
 
 
-def _build(cls: Any, config: Any, state: Mapping[str, Tensor], resized: bool) -> Any:
+def _build(cls: Any, config: Any, state: Mapping[str, Tensor], heads: Heads | None) -> Any:
+    """The module of a configuration; of the sizes of ``state`` where ``heads`` are given."""
     with torch.random.fork_rng(devices=[]):
         model = cls(copy.deepcopy(config))
-    if resized:
-        resize(model, sizes_of(state))
+    if heads is not None:
+        resize(model, sizes_of(state), heads)
     _load(model, state)
+    choose_heads(model, heads or {})
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     return (model.to(dtypes.pop()) if len(dtypes) == 1 else model).eval()
 
@@ -272,8 +307,8 @@ def _load(model: Any, state: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _agree(gm: GraphModule, model: Any) -> bool:
-    """Whether module and graph compute the same on a batch of the traced sizes."""
+def _difference(gm: GraphModule, model: Any) -> str | None:
+    """What is not the same in what module and graph compute, on a batch of the traced sizes; None where all is."""
     args, kwargs = _batch(gm)
     was_training = {module: module.training for module in gm.modules()}
     device = next(gm.parameters()).device
@@ -281,15 +316,25 @@ def _agree(gm: GraphModule, model: Any) -> bool:
     try:
         for module in (gm.eval(), model.to(device)):
             outputs.append([leaf for leaf in pytree.tree_leaves(_plain(module(*args, **kwargs))) if _is_float(leaf)])
-    except Exception:
-        return False  # sizes that the class cannot run with
+    except Exception as error:  # sizes that the class cannot run with
+        return f"it cannot run: {error}"
     finally:
         for module, training in was_training.items():
             module.training = training
-    return len(outputs[0]) == len(outputs[1]) and all(
-        mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
-        for mine, theirs in zip(*outputs, strict=True)
-    )
+    theirs, mine = outputs
+    if [leaf.shape for leaf in theirs] != [leaf.shape for leaf in mine]:
+        return f"outputs of {len(mine)} tensors are not those of {len(theirs)}"
+    for wanted, got in zip(theirs, mine, strict=True):
+        largest = float(wanted.abs().max()) if wanted.numel() else 0.0
+        off = float((wanted - got).abs().max()) if wanted.numel() else 0.0
+        if not off <= _tolerance(wanted.dtype) * largest:
+            return f"outputs of up to {largest:.3g} differ by {off:.3g}"
+    return None
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative to the largest output: sums may run in another order, and half precision rounds in every layer."""
+    return 1e-5 if torch.finfo(dtype).bits >= 32 else 4 * torch.finfo(dtype).eps
 
 
 def _plain(output: Any) -> Any:
@@ -312,8 +357,16 @@ def _batch(gm: GraphModule) -> tuple[tuple[Any, ...], dict[str, Any]]:
                 value = torch.randn(sizes, generator=generator).to(device, value.dtype)
             elif "mask" in node.name:
                 value = torch.ones(sizes, dtype=value.dtype, device=device)
-            else:  # ids and classes alike: every vocabulary has two
-                value = torch.randint(0, 2, sizes, generator=generator).to(device, value.dtype)
+            else:
+                value = torch.randint(0, _classes(node), sizes, generator=generator).to(device, value.dtype)
         leaves.append(value)
     args, kwargs = pytree.tree_unflatten(leaves, gm._in_spec)
     return tuple(args), dict(kwargs)
+
+
+def _classes(ids: Node) -> int:
+    """How many values a placeholder of numbers may take: rows of the embedding that reads it, else two, as every
+    task has."""
+    embedding = torch.ops.aten.embedding.default
+    tables = [user.args[0] for user in ids.users if user.target is embedding]
+    return min((int(fx.value(table).shape[0]) for table in tables if isinstance(table, Node)), default=2)

@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from fxsparse.errors import CheckpointError
 
 Sizes = dict[str, tuple[int, ...]]
+"""The shape of every tensor by its name; of one that is gone, an empty tuple or nothing."""
 
 # What modules call the same number: heads, the size of one, all of them together.
 _HEADS = ("num_heads", "n_heads", "num_attention_heads")
 _HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
 _ALL_HEADS = ("all_head_size", "inner_dim", "split_size")
-_QUERIES, _KEYS = ("q_proj", "query", "q"), ("k_proj", "key", "k")
+_QUERIES, _KEYS = ("q_proj", "query", "q", "c_attn"), ("k_proj", "key", "k")
+_BIAS = "relative_attention_bias"
 _LENGTHS = {
     "Linear": ("out_features", "in_features"),
     "Conv1D": ("nx", "nf"),
+    "Conv2d": ("out_channels", "in_channels"),
     "Embedding": ("num_embeddings", "embedding_dim"),
 }
 
@@ -30,25 +33,33 @@ def sizes_of(state: Mapping[str, Tensor]) -> Sizes:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def resize(model: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> None:
+def resize(
+    model: nn.Module, sizes: Mapping[str, tuple[int, ...]], heads: Mapping[str, Mapping[str, list[int]]] | None = None
+) -> None:
     """Gives the parameters of ``model`` new shapes, and takes modules out whose parameters are not named.
 
     A module without any of its parameters becomes one that adds nothing to the residual stream; a norm becomes the
     identity. Values of resized parameters are undefined: they are loaded next.
 
+    Args:
+        model: changed in place.
+        sizes: of all its parameters.
+        heads: what attentions choose of keys and position bias, as `fxsparse.integrations.heads` has it.
+
     Raises:
         CheckpointError: an attention's sizes are no whole number of heads.
     """
     tied = _tied(model)
-    for path in _absent(model, set(sizes), tied):
-        model.set_submodule(path, _without(model.get_submodule(path)))
+    named = {name for name, shape in sizes.items() if shape}
+    for path, module in _absent(model, named, tied).items():
+        model.set_submodule(path, module)
     for path, module in model.named_modules():
         for name, parameter in list(module._parameters.items()):
             wanted = sizes.get(f"{path}.{name}" if path else name)
-            if parameter is not None and wanted is not None and tuple(parameter.shape) != wanted:
+            if parameter is not None and wanted and tuple(parameter.shape) != wanted:
                 setattr(module, name, nn.Parameter(parameter.new_empty(wanted), parameter.requires_grad))
-    for module in model.modules():
-        _follow(module)
+    for path, module in model.named_modules():
+        _follow(module, path, (heads or {}).get(path, {}))
     _tie(model, tied)
 
 
@@ -67,27 +78,42 @@ def _tie(model: nn.Module, tied: list[set[str]]) -> None:
             setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
 
 
-def _absent(model: nn.Module, named: set[str], tied: list[set[str]]) -> list[str]:
-    """The outermost modules that have parameters and of whose parameters none is named."""
-    alias = {name: group for group in tied for name in group}
-    found: list[str] = []
+# --- what is gone -----------------------------------------------------------------------------------------------------
+
+
+def _absent(model: nn.Module, named: set[str], tied: list[set[str]]) -> dict[str, nn.Module]:
+    """What comes in the place of modules of whose parameters none is named, by their paths."""
+    named = named | {name for group in tied if group & named for name in group}
+    found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if not path or any(path.startswith(f"{outer}.") for outer in found):
             continue
         own = [f"{path}.{name}" for name, _ in module.named_parameters()]
-        if own and not any(name in named or alias.get(name, set()) & named for name in own):
-            found.append(path)
+        # A position bias outlives its attention, for later layers read it.
+        if not own or any(name in named for name in own if _BIAS not in name):
+            continue
+        instead = _instead(module, any(name in named for name in own))
+        if instead is not None:
+            found[path] = instead
     return found
 
 
-def _without(module: nn.Module) -> nn.Module:
-    accepted = inspect.signature(module.forward).parameters
-    if "input_tensor" in accepted:
+def _instead(module: nn.Module, keeps_bias: bool) -> nn.Module | None:
+    """What adds nothing where ``module`` was; None where that is for its parts to say."""
+    if "input_tensor" in inspect.signature(module.forward).parameters:
         return _KeepsInput()
     if any(hasattr(module, name) for name in _HEAD_SIZES):
-        return _NoAttention(getattr(module, "layer_idx", None))
-    is_norm = all(parameter.dim() == 1 for parameter in module.parameters())
-    return _Identity() if is_norm else _Nothing()
+        return _NoAttention(module, keeps_bias)
+    if all(parameter.dim() == 1 for parameter in module.parameters()):
+        return _Identity()
+    if isinstance(module, nn.ModuleList) or any(map(_is_norm, module.modules())):
+        return None  # it holds its residual sum: what it sums is what goes
+    return None if keeps_bias else _Nothing()
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 1
 
 
 class _KeepsInput(nn.Module):
@@ -110,47 +136,79 @@ class _Nothing(nn.Module):
 
 
 class _NoAttention(nn.Module):
-    """In the place of an attention; its cache grows all the same, for the length of a cache is read from one layer."""
+    """In the place of an attention: zeros; and, for the layers after it, what else they have from it.
 
-    def __init__(self, layer_idx: int | None):
+    Its cache grows all the same, for the length of a cache is read from one layer. A position bias that it owned (T5's)
+    is computed as before.
+    """
+
+    def __init__(self, attention: Any, keeps_bias: bool):
         super().__init__()
-        self.layer_idx = layer_idx
+        numbers = {name: item for name, item in vars(attention).items() if isinstance(item, (bool, int, float))}
+        vars(self).update(numbers)
+        self.layer_idx = getattr(attention, "layer_idx", None)
+        self.passes_bias = "position_bias" in inspect.signature(attention.forward).parameters
+        if keeps_bias:
+            self.relative_attention_bias = attention.relative_attention_bias
+            self.kind: Any = type(attention)
+            self._relative_position_bucket = attention._relative_position_bucket
 
-    def forward(self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> tuple[Any, ...]:
-        if past_key_values is not None and self.layer_idx is not None:
-            empty = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(empty, empty, self.layer_idx)
-        return torch.zeros_like(hidden_states), None
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        position_bias: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        tokens = length = hidden_states.shape[1]
+        seen = 0
+        is_cross = any(kwargs.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
+        if past_key_values is not None and self.layer_idx is not None and not is_cross:
+            seen = past_key_values.get_seq_length(self.layer_idx)
+            seen = seen.clone() if isinstance(seen, Tensor) else seen  # a static cache writes to it
+            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+            empty = hidden_states.new_zeros(hidden_states.shape[0], 1, tokens, 1)
+            length = cache.update(empty, empty, self.layer_idx)[0].shape[-2]
+        nothing = torch.zeros_like(hidden_states)
+        if not self.passes_bias:
+            return nothing, None
+        if position_bias is None and hasattr(self, "relative_attention_bias"):
+            position_bias = self.kind.compute_bias(
+                self, tokens, length, device=hidden_states.device, past_seen_tokens=seen
+            )
+        return nothing, position_bias, None
 
 
-def _follow(module: nn.Module) -> None:
+# --- what is smaller --------------------------------------------------------------------------------------------------
+
+
+def _follow(module: nn.Module, path: str, chosen: Mapping[str, list[int]]) -> None:
     """Lets the numbers that a module keeps about its sizes follow its parameters."""
     weight: Any = getattr(module, "weight", None)
     names = _LENGTHS.get(type(module).__name__)
     if isinstance(weight, nn.Parameter) and names:
-        for name, length in zip(names, weight.shape, strict=True):
+        for name, length in zip(names, weight.shape, strict=False):
             setattr(module, name, int(length))
-    if isinstance(module, nn.LayerNorm):
-        module.normalized_shape = tuple(module.weight.shape)
+    if isinstance(module, nn.LayerNorm) and isinstance(weight, nn.Parameter):
+        module.normalized_shape = tuple(weight.shape)
     size = next(
         (int(getattr(module, name)) for name in _HEAD_SIZES if isinstance(getattr(module, name, None), int)), None
     )
-    rows, key_rows = _rows(module, _QUERIES), _rows(module, _KEYS)
+    rows = _rows(module, _QUERIES)
     if size is None or rows is None:
         return
-    if rows % size or (key_rows or rows) % size or rows % (key_rows or rows):
+    key_rows = _rows(module, _KEYS) or rows
+    if rows % size or key_rows % size or (rows % key_rows and "keys" not in chosen):
         raise CheckpointError(
-            f"{rows} rows of queries and {key_rows} of keys are no whole heads of {size}, or their groups differ"
+            f"{path}: {rows} rows of queries and {key_rows} of keys are no whole heads of {size}, or groups differ"
         )
-    for name in _HEADS:
-        if hasattr(module, name):
-            setattr(module, name, rows // size)
-    for name in _ALL_HEADS:
-        if hasattr(module, name):
-            setattr(module, name, rows)
     for name, number in (
-        ("num_key_value_heads", (key_rows or rows) // size),
-        ("num_key_value_groups", rows // (key_rows or rows)),
+        # A bias of no values is made anew by the first attention that finds none, as wide as those it is passed on to.
+        *((name, rows // size) for name in _HEADS if "bias" not in chosen),
+        *((name, rows) for name in _ALL_HEADS),
+        ("num_key_value_heads", key_rows // size),
+        ("num_key_value_groups", 1 if "keys" in chosen else rows // key_rows),
     ):
         if hasattr(module, name):
             setattr(module, name, number)
@@ -160,6 +218,6 @@ def _rows(module: nn.Module, names: tuple[str, ...]) -> int | None:
     for name in names:
         weight = getattr(getattr(module, name, None), "weight", None)
         if isinstance(weight, Tensor):
-            return int(weight.shape[0])
-    fused = getattr(getattr(module, "c_attn", None), "weight", None)  # GPT-2's, [in, queries + keys + values]
-    return int(fused.shape[1]) // 3 if isinstance(fused, Tensor) else None
+            # GPT-2's holds queries, keys and values, [in, 3 x out].
+            return int(weight.shape[1]) // 3 if name == "c_attn" else int(weight.shape[0])
+    return None
