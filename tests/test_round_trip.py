@@ -1,22 +1,24 @@
-"""Shortened and narrowed Hugging Face models written as checkpoints: they load, compute the same and generate."""
+"""Shortened and pruned Hugging Face models written as checkpoints: they load, compute the same and generate."""
 
 from __future__ import annotations
 
-import copy
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from families import FAMILIES
+from families import Family
+from torch import Tensor
+from torch.fx import GraphModule
 from traced import traced
 
 import fxsparse
 from fxsparse.errors import CheckpointError
-from fxsparse.integrations.huggingface import from_pretrained, save_pretrained
-from fxsparse.integrations.resizing import resize
-from fxsparse.passes import DropLayers, InsertNMMasks
+from fxsparse.gating import gated, mask_name
+from fxsparse.passes import DropLayers, GateStructures, InsertNMMasks, Materialize
 
 AUTO = {
     "opt": transformers.AutoModelForCausalLM,
@@ -24,113 +26,226 @@ AUTO = {
     "gpt2": transformers.AutoModelForCausalLM,
     "bert": transformers.AutoModelForSequenceClassification,
     "t5": transformers.AutoModelForSeq2SeqLM,
+    "vit": transformers.AutoModelForImageClassification,
 }
+GENERATE = ("opt", "llama", "gpt2", "t5")
 GONE: dict[str, Any] = {"opt": (1,), "llama": (0, 1), "gpt2": (0,), "bert": (1,), "t5": {"decoder.*": (0,)}}
 
 
-def generate(model: Any, **options: Any) -> torch.Tensor:
-    prompt = torch.randint(2, 64, (2, 5), generator=torch.Generator().manual_seed(3))
-    return model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, **options)
+def pruned(base: GraphModule, masks: Mapping[str, Tensor], *before: Any) -> GraphModule:
+    """A traced model without what masks by the name of their gate close; the others stay open."""
+    gm = fxsparse.rewrite(base, [*before, GateStructures(score="random")])
+    names = {name for item in gated(gm) for name in (item.units, item.layer)}
+    assert set(masks) <= names, sorted(map(str, names))
+    for item in gated(gm):
+        for name in (item.units, item.layer):
+            mask = gm.get_buffer(mask_name(name))
+            mask.copy_(masks.get(name, torch.ones_like(mask)))
+    return fxsparse.rewrite(gm, [Materialize()]).eval()
 
 
-def assert_generates(model: Any) -> None:
-    assert torch.equal(generate(model, use_cache=True), generate(model, use_cache=False))
+def random_masks(base: GraphModule, share: float = 0.5) -> dict[str, Tensor]:
+    """Fresh masks that keep about a share of every kind of unit, and at least one head and channel of each sublayer."""
+    masks = {}
+    for item in gated(fxsparse.rewrite(base, [GateStructures(score="random")])):
+        masks[item.units] = (torch.rand(item.count) < share).float()
+        masks[item.units][torch.randint(item.count, ())] = 1
+        masks[item.layer] = (torch.rand(1) < 0.8).float()
+    return masks
 
 
-@pytest.mark.parametrize("name", AUTO)
+def some(count: int, kept: int) -> Tensor:
+    return torch.zeros(count).index_fill_(0, torch.randperm(count)[:kept], 1)
+
+
+def assert_same(loaded: Any, gm: GraphModule, family: Family) -> None:
+    for batch in (family.make_batch(batch=3), family.make_batch(batch=5)):
+        torch.testing.assert_close(loaded(**batch).logits, gm(**batch).logits, rtol=1e-5, atol=1e-6)
+    assert loaded.num_parameters() == sum(parameter.numel() for parameter in gm.parameters())
+
+
+def assert_generates(model: Any, **options: Any) -> None:
+    """Token by token from the cache equals the whole sequence anew for each token."""
+    prompt = torch.randint(2, 64, (2, 5))
+    runs = [
+        model.generate(
+            prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=use_cache,
+            return_dict_in_generate=True, output_logits=True, **options,
+        )
+        for use_cache in (True, False)
+    ]  # fmt: skip
+    assert torch.equal(runs[0].sequences, runs[1].sequences)
+    for mine, its in zip(runs[0].logits, runs[1].logits, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
+
+
+def is_sized(path: Path) -> bool:
+    return "fxsparse" in json.loads((path / "config.json").read_text())
+
+
+# --- what the architecture can say ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GONE)
 def test_fewer_layers_are_an_ordinary_checkpoint(name: str, tmp_path: Path) -> None:
     family, base = traced(name)
     gm = fxsparse.rewrite(base, [DropLayers(indices=GONE[name])]).eval()
-    save_pretrained(gm, family.model, tmp_path)
-    assert not (tmp_path / "fxsparse.json").exists()
-    batch = family.make_batch(batch=3)
-    for loaded in (AUTO[name].from_pretrained(tmp_path).eval(), from_pretrained(tmp_path)):
-        torch.testing.assert_close(loaded(**batch).logits, gm(**batch).logits, rtol=1e-5, atol=1e-6)
-        assert loaded.num_parameters() == sum(parameter.numel() for parameter in gm.parameters())
-        if name != "bert":
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
+    assert not is_sized(tmp_path)
+    for loaded in (AUTO[name].from_pretrained(tmp_path).eval(), fxsparse.from_pretrained(tmp_path)):
+        assert_same(loaded, gm, family)
+        if name in GENERATE:
             assert_generates(loaded)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "bert", "gpt2", "t5"])
+@pytest.mark.parametrize("name", AUTO)
 def test_one_narrower_feed_forward_width_is_an_ordinary_checkpoint(name: str, tmp_path: Path) -> None:
-    narrow = narrowed(name, widths=(48, 48, 48))
-    save_pretrained(traced_of(name, narrow), FAMILIES[name]().model, tmp_path)
-    assert not (tmp_path / "fxsparse.json").exists()
-    loaded = AUTO[name].from_pretrained(tmp_path).eval()
-    batch = FAMILIES[name]().make_batch(batch=3)
-    torch.testing.assert_close(loaded(**batch).logits, narrow(**batch).logits, rtol=1e-5, atol=1e-6)
+    family, base = traced(name)
+    units = [item.units for item in gated(fxsparse.rewrite(base, [GateStructures("intermediate", score="random")]))]
+    gm = pruned(base, {name: some(64, 48) for name in units})
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
+    assert not is_sized(tmp_path)
+    assert_same(AUTO[name].from_pretrained(tmp_path).eval(), gm, family)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "bert", "gpt2", "t5"])
-def test_sizes_of_each_layer_load_with_one_line(name: str, tmp_path: Path) -> None:
-    narrow = narrowed(name, widths=(48, 16, 64), heads=name != "t5")
-    save_pretrained(traced_of(name, narrow), FAMILIES[name]().model, tmp_path)
-    assert (tmp_path / "fxsparse.json").exists()
-    loaded = from_pretrained(tmp_path)
-    assert loaded.num_parameters() == narrow.num_parameters() < FAMILIES[name]().model.num_parameters()
-    batch = FAMILIES[name]().make_batch(batch=3)
-    torch.testing.assert_close(loaded(**batch).logits, narrow(**batch).logits, rtol=1e-5, atol=1e-6)
-    if name != "bert":
+@pytest.mark.parametrize("kept", [(1, 2), (0, 1), (2,)])
+def test_fewer_heads_of_their_own_size_are_an_ordinary_checkpoint(kept: tuple[int, ...], tmp_path: Path) -> None:
+    """One head of each group, one group of two, one head in all."""
+    family, base = traced("llama")
+    mask = torch.zeros(4).index_fill_(0, torch.tensor(kept), 1)
+    gm = pruned(base, {f"model.layers.{layer}.self_attn.heads_gate": mask for layer in range(3)})
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
+    assert not is_sized(tmp_path)
+    loaded = AUTO["llama"].from_pretrained(tmp_path).eval()
+    assert loaded.config.num_attention_heads == len(kept)
+    assert_same(loaded, gm, family)
+    assert_generates(loaded)
+
+
+def test_an_encoder_shorter_than_its_decoder_generates(tmp_path: Path) -> None:
+    family, base = traced("t5")
+    gm = fxsparse.rewrite(base, [DropLayers(indices={"encoder.*": (1,)})]).eval()
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
+    loaded = AUTO["t5"].from_pretrained(tmp_path).eval()
+    assert_same(loaded, gm, family)
+    assert_generates(loaded)
+
+
+# --- what only the recorded sizes say ---------------------------------------------------------------------------------
+
+PARTS = {
+    "opt": ("model.decoder.layers.{}.self_attn", "model.decoder.layers.{}"),
+    "llama": ("model.layers.{}.self_attn", "model.layers.{}.mlp"),
+    "gpt2": ("transformer.h.{}.attn", "transformer.h.{}.mlp"),
+    "bert": ("bert.encoder.layer.{}.attention", "bert.encoder.layer.{}"),
+    "vit": ("vit.layers.{}.attention", "vit.layers.{}.mlp"),
+    "t5": ("decoder.block.{}.layer.0.SelfAttention", "decoder.block.{}.layer.2.DenseReluDense"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_layer_of_its_own_size(name: str, tmp_path: Path) -> None:
+    """The first layer has lost one head and its FFN, the second its attention and half its channels."""
+    family, base = traced(name)
+    attention, mlp = PARTS[name]
+    masks = {
+        f"{attention.format(0)}.heads_gate": some(4, 3),
+        f"{mlp.format(0)}.ffn_gate": torch.zeros(1),
+        f"{attention.format(1)}.attention_gate": torch.zeros(1),
+        f"{mlp.format(1)}.intermediate_gate": some(64, 31),
+    }
+    gm = pruned(base, masks)
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
+    assert is_sized(tmp_path)
+    with pytest.raises(OSError, match="no file named"):
+        AUTO[name].from_pretrained(tmp_path)
+    loaded = fxsparse.from_pretrained(tmp_path)
+    assert_same(loaded, gm, family)
+    if name in GENERATE:
+        assert_generates(loaded)
+    loaded.train()(**family.make_batch(batch=3)).loss.backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters() if parameter.dim() > 1)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_random_sizes(name: str, tmp_path: Path) -> None:
+    family, base = traced(name)
+    gm = pruned(base, random_masks(base))
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
+    loaded = fxsparse.from_pretrained(tmp_path)
+    assert_same(loaded, gm, family)
+    if name in GENERATE:
         assert_generates(loaded)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "gpt2", "bert"])
-def test_sublayers_that_are_gone(name: str, tmp_path: Path) -> None:
-    sublayers = {
-        "opt": ("model.decoder.layers.0.self_attn", "model.decoder.layers.1.fc1", "model.decoder.layers.1.fc2"),
-        "llama": ("model.layers.0.self_attn", "model.layers.1.mlp", "model.layers.1.post_attention_layernorm"),
-        "gpt2": ("transformer.h.0.attn", "transformer.h.1.mlp"),
-        "bert": ("bert.encoder.layer.1.intermediate", "bert.encoder.layer.1.output"),
-    }[name]
-    model = copy.deepcopy(FAMILIES[name]().model).eval()
-    state = model.state_dict()
-    gone = [key for key in state if key.startswith(tuple(f"{path}." for path in sublayers))]
-    assert gone
-    resize(model, {key: tuple(tensor.shape) for key, tensor in state.items() if key not in gone})
-    save_pretrained(traced_of(name, model), FAMILIES[name]().model, tmp_path)
-    loaded = from_pretrained(tmp_path)
-    batch = FAMILIES[name]().make_batch(batch=3)
-    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=1e-5, atol=1e-6)
-    if name != "bert":
+@pytest.mark.parametrize("name", ["opt", "llama", "bert", "t5"])
+def test_fewer_layers_of_their_own_size(name: str, tmp_path: Path) -> None:
+    family, base = traced(name)
+    drop = DropLayers(indices={"decoder.*": (0,)} if name == "t5" else (1,))
+    masks = random_masks(fxsparse.rewrite(base, [drop]))
+    gm = pruned(base, masks, drop)
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
+    loaded = fxsparse.from_pretrained(tmp_path)
+    assert_same(loaded, gm, family)
+    if name in GENERATE:
         assert_generates(loaded)
 
 
-UP = ("fc1", "gate_proj", "up_proj", "intermediate.dense", "c_fc", "wi")
-DOWN = ("fc2", "down_proj", "layer.{}.output.dense", "mlp.c_proj", "wo")
+@pytest.mark.parametrize("kept", [(0, 1, 3), (1, 2, 3), (3,)])
+def test_groups_of_queries_that_lost_different_numbers(kept: tuple[int, ...], tmp_path: Path) -> None:
+    family, base = traced("llama")
+    mask = torch.zeros(4).index_fill_(0, torch.tensor(kept), 1)
+    gm = pruned(base, {"model.layers.1.self_attn.heads_gate": mask})
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
+    loaded = fxsparse.from_pretrained(tmp_path)
+    attention = loaded.get_submodule("model.layers.1.self_attn")
+    assert attention.k_proj.out_features == 8 * len({head // 2 for head in kept})
+    assert_same(loaded, gm, family)
+    assert_generates(loaded)
+    assert_generates(loaded, num_beams=2)
+    # What attention function runs is still the configuration's to say.
+    loaded.set_attn_implementation("eager")
+    assert_same(loaded, gm, family)
+    assert_generates(loaded)
 
 
-def narrowed(name: str, widths: tuple[int, ...], heads: bool = False) -> Any:
-    """A family's model with feed-forward layers of these widths, and half the heads in its first layer if asked."""
-    model = copy.deepcopy(FAMILIES[name]().model).eval()
-    state, conv = model.state_dict(), name == "gpt2"
-    cut = {}
-    for key, tensor in state.items():
-        numbers = [int(part) for part in key.split(".") if part.isdigit()]
-        stem = key.rpartition(".")[0]
-        if numbers and stem.endswith(UP):
-            cut[key] = tensor[:, : widths[numbers[0]]] if conv and tensor.dim() == 2 else tensor[: widths[numbers[0]]]
-        elif numbers and stem.endswith(tuple(end.format(numbers[0]) for end in DOWN)) and tensor.dim() == 2:
-            cut[key] = tensor[: widths[numbers[0]]] if conv else tensor[:, : widths[numbers[0]]]
-        elif heads and numbers[:1] == [0] and (part := half_the_heads(stem, tensor)) is not None:
-            cut[key] = part
-    assert len(cut) > 2
-    resize(model, {key: tuple(cut.get(key, tensor).shape) for key, tensor in state.items()})
-    model.load_state_dict({**state, **cut})
-    return model
+def test_a_position_bias_outlives_its_attention(tmp_path: Path) -> None:
+    family, base = traced("t5")
+    gm = pruned(
+        base,
+        {
+            "decoder.block.0.layer.0.SelfAttention.attention_gate": torch.zeros(1),
+            "encoder.block.0.layer.0.SelfAttention.attention_gate": torch.zeros(1),
+            "decoder.block.1.layer.0.SelfAttention.heads_gate": some(4, 2),
+            "decoder.block.0.layer.1.EncDecAttention.heads_gate": some(4, 1),
+        },
+    )
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
+    loaded = fxsparse.from_pretrained(tmp_path)
+    assert_same(loaded, gm, family)
+    assert_generates(loaded)
+    assert_generates(loaded, num_beams=2)
 
 
-def half_the_heads(stem: str, tensor: torch.Tensor) -> torch.Tensor | None:
-    if stem.endswith(("q_proj", "k_proj", "v_proj", "self.query", "self.key", "self.value")):
-        return tensor[: len(tensor) // 2]
-    if stem.endswith(("out_proj", "o_proj", "attention.output.dense")) and tensor.dim() == 2:
-        return tensor[:, : tensor.shape[1] // 2]
-    if stem.endswith("c_attn"):
-        return torch.cat([part[..., : part.shape[-1] // 2] for part in tensor.chunk(3, -1)], -1)
-    return tensor[: len(tensor) // 2] if stem.endswith("attn.c_proj") and tensor.dim() == 2 else None
+@pytest.mark.parametrize("name", ["llama", "t5", "vit"])
+def test_what_was_loaded_is_saved_pruned_and_loaded_again(name: str, tmp_path: Path) -> None:
+    family, base = traced(name)
+    attention, mlp = PARTS[name]
+    first = {f"{attention.format(0)}.heads_gate": torch.tensor([1.0, 1, 0, 1]), f"{mlp.format(0)}.ffn_gate": [0.0]}
+    gm = pruned(base, {gate: torch.as_tensor(mask) for gate, mask in first.items()})
+    fxsparse.save_pretrained(gm, family.model, tmp_path / "first")
+    loaded = fxsparse.from_pretrained(tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "again")
+    again = fxsparse.from_pretrained(tmp_path / "again")
+    assert_same(again, gm, family)
+
+    second = fxsparse.trace(again.train(), kwargs=family.make_batch(batch=4))
+    smaller = pruned(second, {f"{attention.format(1)}.heads_gate": some(4, 2)})
+    fxsparse.save_pretrained(smaller, again, tmp_path / "smaller")
+    assert_same(fxsparse.from_pretrained(tmp_path / "smaller"), smaller, family)
 
 
-def traced_of(name: str, model: Any) -> Any:
-    return fxsparse.trace(model, kwargs=FAMILIES[name]().make_batch(batch=4))
+# --- settings, types, refusals ----------------------------------------------------------------------------------------
 
 
 def test_per_layer_settings_follow_their_layers(tmp_path: Path) -> None:
@@ -142,26 +257,70 @@ def test_per_layer_settings_follow_their_layers(tmp_path: Path) -> None:
     model = transformers.Qwen2ForCausalLM(config).eval()
     ids = torch.randint(0, 64, (3, 12))
     gm = fxsparse.rewrite(model, [DropLayers(indices=(1, 2))], kwargs={"input_ids": ids}).eval()
-    save_pretrained(gm, model, tmp_path)
+    fxsparse.save_pretrained(gm, model, tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.config.layer_types == ["full_attention", "sliding_attention"]
     torch.testing.assert_close(loaded(ids).logits, gm(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
     assert_generates(loaded)
 
 
+def test_half_precision(tmp_path: Path) -> None:
+    family, _ = traced("opt")
+    base = fxsparse.trace(family.model.bfloat16(), kwargs=family.make_batch(batch=4))
+    gm = pruned(base, random_masks(base))
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
+    loaded = fxsparse.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    batch = family.make_batch(batch=3)
+    torch.testing.assert_close(loaded(**batch).logits, gm(**batch).logits, rtol=0.02, atol=0.02)
+    assert {parameter.dtype for parameter in fxsparse.from_pretrained(tmp_path, dtype="float32").parameters()} == {
+        torch.float32
+    }
+
+
 def test_masks_are_written_dense(tmp_path: Path) -> None:
     family, base = traced("opt")
     gm = fxsparse.rewrite(base, [DropLayers(indices=(1,)), InsertNMMasks("2:4")]).eval()
-    save_pretrained(gm, family.model, tmp_path)
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
     batch = family.make_batch()
     torch.testing.assert_close(
-        AUTO["opt"].from_pretrained(tmp_path).eval()(**batch).logits, gm(**batch).logits, rtol=1e-4, atol=1e-5
+        AUTO["opt"].from_pretrained(tmp_path).eval()(**batch).logits, gm(**batch).logits, rtol=1e-5, atol=1e-5
     )
+
+
+def test_one_checkpoint_replaces_another(tmp_path: Path) -> None:
+    family, base = traced("llama")
+    dropped = fxsparse.rewrite(base, [DropLayers(indices=(1,))]).eval()
+    ragged = pruned(base, {"model.layers.1.self_attn.heads_gate": some(4, 3)})
+    for gm in (dropped, ragged, dropped):
+        fxsparse.save_pretrained(gm, family.model, tmp_path)
+        assert is_sized(tmp_path) == (gm is ragged)
+        assert len(list(tmp_path.glob("*.safetensors"))) == 1
+        assert_same(fxsparse.from_pretrained(tmp_path), gm, family)
 
 
 def test_refusals(tmp_path: Path) -> None:
     family, base = traced("sequential")
     with pytest.raises(CheckpointError, match="no Hugging Face model"):
-        save_pretrained(base, family.model, tmp_path)
+        fxsparse.save_pretrained(base, family.model, tmp_path)
     with pytest.raises(CheckpointError, match=r"no config\.json"):
-        from_pretrained(tmp_path)
+        fxsparse.from_pretrained(tmp_path)
+    family, base = traced("opt")
+    gates = fxsparse.rewrite(base, [GateStructures(score="random")])
+    with pytest.raises(CheckpointError, match=r"outputs of up to .* differ"):
+        fxsparse.save_pretrained(gates, family.model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_lacks_tensors(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    family, base = traced("opt")
+    gm = pruned(base, {"model.decoder.layers.1.self_attn.heads_gate": some(4, 3)})
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    state = load_file(file)
+    del state["model.decoder.layers.2.fc1.bias"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.2\.fc1\.bias is missing"):
+        fxsparse.from_pretrained(tmp_path)
