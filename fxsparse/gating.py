@@ -1,7 +1,7 @@
 """Gates on the structures of a model: what they are worth in parameters, and which to close.
 
-A gate is a number for each unit (an attention head, a channel of an MLP) or for a whole sublayer, drawn in training
-from a hard concrete distribution (Louizos et al., arXiv 1712.01312) as CoFi does (arXiv 2204.00408):
+A gate is a number for each unit (an attention head, a channel of an MLP, a hidden dimension) or for a whole sublayer,
+drawn in training from a hard concrete distribution (Louizos et al., arXiv 1712.01312) as CoFi does (arXiv 2204.00408):
 
     u ~ U(0, 1)    s = sigmoid((log u - log(1 - u) + a) / beta)    z = clamp(s (zeta - gamma) + gamma, 0, 1)
     P(z > 0) = sigmoid(a - beta log(-gamma / zeta))                beta = 2/3, gamma = -0.1, zeta = 1.1
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,28 @@ LOWEST, HIGHEST = math.log(0.01), math.log(100)
 """What `a` is kept within, as CoFi does."""
 
 
+_Number = TypeVar("_Number", float, Tensor)
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters, those that go along with hidden dimensions apart.
+
+    Attributes:
+        fixed: whatever the width of the stream.
+        wide: at the full width; a share of the hidden dimensions leaves that share of them.
+    """
+
+    fixed: int = 0
+    wide: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.fixed + other.fixed, self.wide + other.wide)
+
+    def at(self, share: _Number) -> _Number:
+        return self.fixed + self.wide * share
+
+
 @dataclass(frozen=True)
 class Gated:
     """A sublayer with gates, and the parameters its parts hold.
@@ -35,6 +58,7 @@ class Gated:
         path: of the attention or MLP.
         units: name of the gate of its units (``...heads_gate``), None where these are not gated.
         layer: name of the gate of the sublayer, None where it is not gated.
+        hidden: name of the gate of the hidden dimensions it reads and writes, None where these are not gated.
         count: of units.
         per_unit: parameters that go with each unit (query rows and output columns, or a channel's).
         per_group: parameters that go when all units of a group are gone (keys and values of an attention).
@@ -45,23 +69,33 @@ class Gated:
     path: str
     units: str | None
     layer: str | None
+    hidden: str | None
     count: int
-    per_unit: int
-    per_group: int
+    per_unit: Count
+    per_group: Count
     groups: int
-    rest: int
+    rest: Count
 
     @property
     def size(self) -> int:
         """Parameters of the sublayer."""
-        return self.count * self.per_unit + self.groups * self.per_group + self.rest
+        return int(self.remaining(float(self.count), float(self.groups), 1.0, 1.0, 1.0))
 
-    def remaining(self, units: Tensor, layer: Tensor) -> Tensor:
-        """Parameters that stay, for keep masks or probabilities ``[count]`` and ``[]``: exact for masks, expected for
-        independent probabilities."""
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """The names of its own gates."""
+        return tuple(name for name in (self.units, self.layer) if name is not None)
+
+    def remaining(self, units: _Number, groups: _Number, any_left: _Number, layer: _Number, share: _Number) -> _Number:
+        """Parameters that stay of so many units and groups, where ``share`` of the hidden dimensions is left."""
+        left = units * self.per_unit.at(share) + groups * self.per_group.at(share) + any_left * self.rest.at(share)
+        return layer * left
+
+    def expected(self, units: Tensor, layer: Tensor, share: Tensor) -> Tensor:
+        """Parameters that stay, for keep masks or probabilities ``[count]``, ``[]`` and ``[]``: exact for masks,
+        expected for independent probabilities."""
         some = 1 - (1 - units.view(self.groups, -1)).prod(1)  # that a group has a unit left
-        any_left = 1 - (1 - units).prod()
-        return layer * (units.sum() * self.per_unit + some.sum() * self.per_group + any_left * self.rest)
+        return self.remaining(units.sum(), some.sum(), 1 - (1 - units).prod(), layer, share)
 
 
 def gated(gm: GraphModule) -> tuple[Gated, ...]:
@@ -70,6 +104,13 @@ def gated(gm: GraphModule) -> tuple[Gated, ...]:
     if not found:
         raise RewriteError("the model has no gates; the pass that adds them is gates", pass_name="gates")
     return found
+
+
+def gate_names(gm: GraphModule) -> tuple[str, ...]:
+    """The names of all gates, each once: of units and sublayers, then of hidden dimensions."""
+    items = gated(gm)
+    own = [name for item in items for name in item.gates]
+    return tuple(dict.fromkeys([*own, *(item.hidden for item in items if item.hidden is not None)]))
 
 
 def mask_name(gate: str) -> str:
@@ -115,7 +156,8 @@ def sparsity_loss(gm: GraphModule) -> Tensor:
 def close(gm: GraphModule, target: float, scores: Mapping[str, Tensor]) -> float:
     """Sets the masks: closes the gates of the lowest scores until the sparsity is ``target``, or the next above it.
 
-    A sublayer whose units are all closed is closed; where it has no gate of its own, its last unit stays open.
+    A sublayer whose units are all closed is closed; where it has no gate of its own, its last unit stays open, as the
+    last hidden dimension does.
 
     Args:
         gm: a gated graph module; its mask buffers are written in place.
@@ -125,50 +167,75 @@ def close(gm: GraphModule, target: float, scores: Mapping[str, Tensor]) -> float
     Returns:
         the sparsity reached.
     """
-    sublayers = gated(gm)
-    owners: list[tuple[Gated, str, int]] = []
-    values: list[Tensor] = []
-    for item in sublayers:
-        for name in (item.units, item.layer):
-            if name is not None:
-                values.append(scores[name].detach().double().cpu().flatten())
-                owners += [(item, name, position) for position in range(len(values[-1]))]
-    masks: dict[str, Tensor] = {}
-    for item in sublayers:
-        for name, count in ((item.units, item.count), (item.layer, 1)):
-            if name is not None:
-                masks[name] = torch.ones(count, dtype=torch.double)
-    wanted = target * _total(gm)
-    gone, left = 0.0, {item.path: float(item.size) for item in sublayers}
-    for at in torch.cat(values).argsort(stable=True).tolist():
-        if gone >= wanted - 1e-6:
+    ledger = _Ledger(gm)
+    wanted = target * ledger.total
+    owners = [(name, position) for name, mask in ledger.masks.items() for position in range(len(mask))]
+    values = torch.cat([scores[name].detach().double().cpu().flatten() for name in ledger.masks])
+    for at in values.argsort(stable=True).tolist():
+        if ledger.total - ledger.left >= wanted - 1e-6:
             break
-        item, name, position = owners[at]
-        if name == item.units and int(masks[name].sum()) == 1 and masks[name][position]:
-            if item.layer is None:
-                continue
-            masks[item.layer][0] = 0
-        masks[name][position] = 0
-        units = masks[item.units] if item.units is not None else torch.ones(item.count, dtype=torch.double)
-        layer = masks[item.layer][0] if item.layer is not None else torch.ones((), dtype=torch.double)
-        now = float(item.remaining(units, layer))
-        gone, left[item.path] = gone + left[item.path] - now, now
-    for name, mask in masks.items():
+        ledger.close(*owners[at])
+    for name, mask in ledger.masks.items():
         buffer = gm.get_buffer(mask_name(name))
-        buffer.copy_(mask.to(buffer))
+        buffer.copy_(torch.tensor(mask))
     return mask_sparsity(gm)
+
+
+class _Ledger:
+    """What is left while gates close one after the other."""
+
+    def __init__(self, gm: GraphModule):
+        self.items = gated(gm)
+        names = gate_names(gm)
+        self.masks = {name: [True] * len(gm.get_buffer(mask_name(name))) for name in names}
+        self.open = {name: len(mask) for name, mask in self.masks.items()}
+        self.of_gate: dict[str, list[Gated]] = {name: [] for name in names}
+        for item in self.items:
+            for name in (*item.gates, item.hidden):
+                if name is not None:
+                    self.of_gate[name].append(item)
+        self.left_of = {item.path: float(item.size) for item in self.items}
+        self.left = self.total = sum(self.left_of.values())
+
+    def close(self, name: str, position: int) -> None:
+        """Closes one gate, unless it is the last that must stay open."""
+        if not self.masks[name][position]:
+            return
+        items = self.of_gate[name]
+        if self.open[name] == 1 and all(name != item.layer for item in items):
+            layer = next((item.layer for item in items if item.units == name), None)
+            if layer is None:
+                return
+            self._set(layer, 0)
+        self._set(name, position)
+        for item in items:
+            now = self._remaining(item)
+            self.left += now - self.left_of[item.path]
+            self.left_of[item.path] = now
+
+    def _set(self, name: str, position: int) -> None:
+        self.open[name] -= self.masks[name][position]
+        self.masks[name][position] = False
+
+    def _remaining(self, item: Gated) -> float:
+        units, groups = float(item.count), float(item.groups)
+        if item.units is not None:
+            mask, each = self.masks[item.units], item.count // item.groups
+            units = float(self.open[item.units])
+            groups = units if each == 1 else float(sum(any(mask[at : at + each]) for at in range(0, item.count, each)))
+        layer = 1.0 if item.layer is None else float(self.open[item.layer])
+        share = 1.0 if item.hidden is None else self.open[item.hidden] / len(self.masks[item.hidden])
+        return item.remaining(units, groups, float(units > 0), layer, share)
 
 
 def sparsity_at(gm: GraphModule, keep: Callable[[str], Tensor]) -> Tensor:
     """The sparsity where every gate, by its name, is kept as said: 0 and 1, or probabilities."""
+    kept = {name: keep(name) for name in gate_names(gm)}
+    one = next(iter(kept.values())).new_ones(())
     total: list[Tensor] = []
     for item in gated(gm):
-        one = keep(item.units or item.layer or "").new_ones(())
-        units = keep(item.units) if item.units is not None else one.expand(item.count)
-        layer = keep(item.layer).squeeze(0) if item.layer is not None else one
-        total.append(item.remaining(units, layer))
-    return 1 - torch.stack(total).sum() / _total(gm)
-
-
-def _total(gm: GraphModule) -> int:
-    return sum(item.size for item in gated(gm))
+        units = kept[item.units] if item.units is not None else one.expand(item.count)
+        layer = kept[item.layer].squeeze(0) if item.layer is not None else one
+        share = kept[item.hidden].mean() if item.hidden is not None else one
+        total.append(item.expected(units, layer, share))
+    return 1 - torch.stack(total).sum() / sum(item.size for item in gated(gm))

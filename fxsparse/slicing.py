@@ -243,6 +243,15 @@ def _apply(gm: GraphModule, edits: list[_Edit], site: str) -> None:
     """Patches the sizes that nodes write down, and propagates fake values to all that changed."""
     for node, (results, changed) in edits:
         _patch(node, results, changed)
+    propagate(gm, site)
+
+
+def propagate(gm: GraphModule, site: str) -> None:
+    """Computes the fake values of a graph anew, from those of its inputs, parameters and buffers.
+
+    Raises:
+        RewriteError: sizes do not fit, or would for some batch sizes only.
+    """
     guards = _guards(gm)
     dirty: set[Node] = set()
     for node in gm.graph.nodes:
@@ -260,6 +269,14 @@ def _apply(gm: GraphModule, edits: list[_Edit], site: str) -> None:
                 dirty.add(node)
     if _guards(gm) != guards:
         raise RewriteError("smaller sizes would hold for some batch sizes only: a constant was missed", site=site)
+
+
+def patch_sizes(node: Node, kept: dict[int, Tensor]) -> None:
+    """Patches what a call writes down of its result's sizes: bool masks of what stays of the axes that shrink."""
+    if node.target in (aten.layer_norm.default, aten.rms_norm.default):
+        node.args = (node.args[0], [int(mask.sum()) for mask in kept.values()], *node.args[2:])
+    else:
+        _patch(node, [kept], {})
 
 
 def _patch(node: Node, results: list[dict[int, Tensor]], changed: Mapping[Node, Any]) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.blocks import stacks
+from fxsparse.graph import Linear
 from fxsparse.record import Change, skipped
 
 aten = torch.ops.aten
@@ -30,13 +31,13 @@ Axis = tuple[Node, int]
 
 MEANS = {aten.mean.dim}
 _SUMS = {aten.sum.dim_IntList, aten.linalg_vector_norm.default}
-_RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int}
-_RESHAPES |= {aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims}
-_PERMUTES = {aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default}
-_ALONG = {aten.slice.Tensor: 1, aten.index_select.default: 1, aten.narrow.default: 1, aten.cumsum.default: 1}
-_ALONG |= {aten.split.Tensor: 2, aten.split_with_sizes.default: 2, aten.chunk.default: 2, aten.roll.default: 2}
-_ALIGNED = {"expand", "expand_as", "to", "_to_copy", "type_as", "contiguous", "clone", "detach", "alias", "dropout"}
-_ALIGNED |= {"feature_dropout", "native_dropout", "lift_fresh_copy", "masked_fill", "masked_fill_", "where"}
+RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int}
+RESHAPES |= {aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims}
+PERMUTES = {aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default}
+ALONG = {aten.slice.Tensor: 1, aten.index_select.default: 1, aten.narrow.default: 1, aten.cumsum.default: 1}
+ALONG |= {aten.split.Tensor: 2, aten.split_with_sizes.default: 2, aten.chunk.default: 2, aten.roll.default: 2}
+ALIGNED = {"expand", "expand_as", "to", "_to_copy", "type_as", "contiguous", "clone", "detach", "alias", "dropout"}
+ALIGNED |= {"feature_dropout", "native_dropout", "lift_fresh_copy", "masked_fill", "masked_fill_", "where"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,15 @@ class Stream:
     def means(self) -> list[Node]:
         """The means over hidden dimensions, as norms that are written out take them."""
         users = dict.fromkeys(user for node in self.nodes for user in node.users if user.target in MEANS)
-        return [user for user in users if (user.args[0], -1 % len(sizes(user.args[0]))) in self.axes]
+        return [user for user in users if any((user.args[0], axis) in self.axes for axis in reduced(user))]
+
+    def reads(self, linear: Linear) -> bool:
+        """Whether the columns of a linear's weight are hidden dimensions."""
+        return (linear.weight, 0 if linear.transposed else 1) in self.axes
+
+    def writes(self, linear: Linear) -> bool:
+        """Whether the rows of a linear's weight are hidden dimensions."""
+        return (linear.weight, 1 if linear.transposed else 0) in self.axes
 
 
 class Unknown(Exception):
@@ -164,15 +173,15 @@ def _ties_of(node: Node) -> Iterable[Sequence[Axis]]:
         return []
     if target in _OPERATORS:
         return _OPERATORS[target](node)
-    if target in _RESHAPES:
+    if target in RESHAPES:
         return _reshaped(node)
-    if target in _PERMUTES:
+    if target in PERMUTES:
         return _permuted(node)
-    if target in _ALONG:
-        return _along(node, _ALONG[target])
+    if target in ALONG:
+        return _along(node, ALONG[target])
     if target in MEANS | _SUMS:
         return _reduced(node)
-    if torch.Tag.pointwise in target.tags or target._opname in _ALIGNED:
+    if torch.Tag.pointwise in target.tags or target._opname in ALIGNED:
         return _aligned(node)
     return []
 
@@ -256,15 +265,21 @@ def _indexed(node: Node) -> list[list[Axis]]:
 def _reduced(node: Node) -> list[list[Axis]]:
     """The axes that are summed over end there, alone in their group."""
     source: Any = node.args[0]
+    over = reduced(node)
     count = len(sizes(source))
-    place = 2 if node.target is aten.linalg_vector_norm.default else 1
-    dims: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim")
-    over = {dim % count for dim in (dims if isinstance(dims, (list, tuple)) else [dims] if dims is not None else [])}
-    over = over or set(range(count))
     left = [axis for axis in range(count) if axis not in over]
     keeps = len(sizes(node)) == count
     groups: list[list[Axis]] = [[(source, axis)] for axis in over]
     return groups + [[(source, at), (node, at if keeps else axis)] for axis, at in enumerate(left)]
+
+
+def reduced(node: Node) -> set[int]:
+    """The dimensions that a mean, a sum or a norm of vectors runs over."""
+    count = len(sizes(node.args[0]))
+    place = 2 if node.target is aten.linalg_vector_norm.default else 1
+    dims: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim")
+    over = dims if isinstance(dims, (list, tuple)) else [] if dims is None else [dims]
+    return {dim % count for dim in over} or set(range(count))
 
 
 def _linear(node: Node) -> list[list[Axis]]:
@@ -285,8 +300,7 @@ def _matmul(node: Node) -> list[list[Axis]]:
     if len(sizes(b)) != 2 or len(sizes(a)) < 2:
         return []
     last = len(sizes(a)) - 1
-    groups = [[(a, last), (b, 0)], [(node, last), (b, 1)], *([(a, axis), (node, axis)] for axis in range(last))]
-    return groups  # type: ignore[return-value]
+    return [[(a, last), (b, 0)], [(node, last), (b, 1)], *([(a, axis), (node, axis)] for axis in range(last))]  # type: ignore[list-item]
 
 
 def _norm(node: Node) -> list[list[Axis]]:
@@ -351,8 +365,3 @@ def _expr(size: Any) -> Any:
 
 def _product(of: Sequence[Any]) -> Any:
     return sympy.prod([_expr(size) for size in of])
-
-
-def is_parameter(gm: GraphModule, node: Node) -> bool:
-    """Whether a node reads a parameter."""
-    return node.op == "get_attr" and isinstance(fx.attribute(gm, str(node.target)), nn.Parameter)

@@ -28,7 +28,9 @@ class _SquareSum(nn.Module):
         return x
 
 
-def activation_norms(gm: GraphModule, linears: list[Linear], batches: Iterable[Any]) -> dict[str, Tensor]:
+def activation_norms(
+    gm: GraphModule, linears: list[Linear], batches: Iterable[Any], *, pass_name: str = "nm-masks"
+) -> dict[str, Tensor]:
     """The L2 norm of every input feature, over all tokens of all batches, in evaluation mode and without gradients.
 
     Args:
@@ -61,7 +63,7 @@ def activation_norms(gm: GraphModule, linears: list[Linear], batches: Iterable[A
             _call(observed, batch)
             count += 1
     if not count:
-        raise RewriteError("wanda's calibration holds no batch", pass_name="nm-masks")
+        raise RewriteError("the calibration holds no batch", pass_name=pass_name)
     return {name: observer.total.sqrt() for name, observer in sums.items() if observer.total is not None}
 
 

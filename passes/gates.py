@@ -4,6 +4,7 @@
     attention      z on what an attention adds to the stream
     intermediate   z[c] on the channels of an MLP, before its last linear
     ffn            z on what an MLP adds to the stream
+    hidden         z[j] on the dimensions of the residual stream, wherever they are written; norms over what is open
 
 Gates learn to close until the expected sparsity is the target; or a score closes them once. ``materialize`` then takes
 out what is closed.
@@ -11,32 +12,25 @@ out what is closed.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch import nn
+from torch.fx import GraphModule
 
 from fxsparse import gating
 from fxsparse import graph as fx
 from fxsparse.derived import weights_borrowed
 from fxsparse.errors import OptionError, RewriteError
-from fxsparse.gating import BETA, GAMMA, META_KEY, ZETA, Gated, mask_name
+from fxsparse.gating import META_KEY, mask_name
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
+from fxsparse.passes.gate_sites import SCORES, UNITS, Scorer, find_sites, gate_sites, hidden_gate
 from fxsparse.record import Change, rewrote
-from fxsparse.structures import MLP, Attention, structures
-
-aten = torch.ops.aten
-
-UNITS = ("heads", "attention", "intermediate", "ffn")
-SCORES = ("magnitude", "random")
-GATE_MARK = "fxsparse_gate"
-"""In the meta of the node that multiplies by a gate: (unit, path, name of the gate)."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +44,18 @@ class GateStructures(Pass):
     gates of their own, keys and values stay as long as one of their heads does.
 
     Attributes:
-        units: what gets gates: any of heads, attention, intermediate, ffn.
+        units: what gets gates: any of heads, attention, intermediate, ffn, hidden. Hidden dimensions are those of the
+            whole model, so ``layers`` does not choose among them.
         target: share of the gated linears' parameters to take away, in [0, 1).
         warmup: share of the training over which the target rises from 0, linearly.
         lr: of the gates.
         reg_lr: of the multipliers.
         every: steps between two choices of the masks; they are chosen at the last step as well.
-        score: closes gates once, at insertion, by ``magnitude`` (of the unit's weights) or at ``random``, and none of
-            them is trained; none trains them.
+        score: closes gates once, at insertion, by ``magnitude`` (of the unit's weights), by ``activation`` or at
+            ``random``, and none of them is trained; none trains them.
         layers: globs over module paths of attentions and MLPs; none takes all.
         seed: of the gates' first values and of random scores.
+        calibration: batches for ``activation``: mappings of keyword arguments, tuples of arguments, or single tensors.
 
     Raises:
         OptionError: an option is out of range.
@@ -68,7 +64,7 @@ class GateStructures(Pass):
 
     name: ClassVar[str] = "gates"
     cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "nm-masks", "low-rank", "select-tensors")
-    units: tuple[str, ...] = UNITS
+    units: tuple[str, ...] = UNITS[:4]
     target: float = 0.6
     warmup: float = 0.3
     lr: float = 0.1
@@ -77,12 +73,13 @@ class GateStructures(Pass):
     score: str | None = None
     layers: tuple[str, ...] | None = None
     seed: int = 0
+    calibration: Iterable[Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for field in ("units", "layers"):
-            given = getattr(self, field)
+        for name in ("units", "layers"):
+            given = getattr(self, name)
             if given is not None:
-                object.__setattr__(self, field, (given,) if isinstance(given, str) else tuple(given))
+                object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
         unknown = [unit for unit in self.units if unit not in UNITS]
         if unknown or not self.units:
             shown = ", ".join(map(str, unknown)) or "nothing"
@@ -103,64 +100,39 @@ class GateStructures(Pass):
                 "and compile its result",
                 pass_name=self.name,
             )
-        found = structures(graph)
-        sites: list[Attention | MLP] = [*found.attentions, *found.mlps]
-        sites = self._named(sites)
-        if not sites:
-            raise RewriteError("found no attention and no MLP to gate", pass_name=self.name)
-        generator = torch.Generator().manual_seed(self.seed)
+        sites = find_sites(graph, self.units, self.layers, self.name)
+        scorer = Scorer(graph, sites, self.score or "magnitude", self.calibration, self.seed, self.name)
+        scores = {hidden_gate(stream): scorer(stream) for stream in sites.streams} if self.score else {}
         sublayers = []
-        for site in sites:
-            item = self._gate(graph, site, generator)
-            if item is not None:
-                sublayers.append(item)
-                names = [name.rpartition(".")[2].removesuffix("_gate") for name in (item.units, item.layer) if name]
+        generator = torch.Generator().manual_seed(self.seed)
+        gates = gate_sites(graph, sites, self.units, functools.partial(self._register, graph, generator))
+        for site, item in gates:
+            sublayers.append(item)
+            if item.gates:
+                names = [name.rpartition(".")[2].removesuffix("_gate") for name in item.gates]
                 yield rewrote(site.path, f"gates on {' and '.join(names)}, {item.size:,} parameters")
+            if self.score is not None:
+                units = scorer(site)
+                scores |= {item.units: units} if item.units is not None else {}
+                scores |= {item.layer: units.mean()[None]} if item.layer is not None else {}
+        for stream in sites.streams:
+            yield rewrote(stream.path, f"gates on {stream.size} hidden dimensions")
         if not sublayers:
-            raise RewriteError(f"found nothing of {', '.join(self.units)} to gate", pass_name=self.name)
+            reasons = "".join(f"; {change.site}: {change.detail}" for change in sites.skipped[:4])
+            raise RewriteError(f"found nothing of {', '.join(self.units)} to gate{reasons}", pass_name=self.name)
         graph.meta[META_KEY] = tuple(sublayers)
         self._check_reachable(graph)
-        yield from found.skipped
+        yield from sites.skipped
         if self.score is None:
             graph.add_module("sparsity", _sparsity(graph))
         else:
-            gating.close(graph, self.target, self._scores(graph, sites, generator))
+            gating.close(graph, self.target, scores)
 
-    def _named(self, sites: list[Attention | MLP]) -> list[Attention | MLP]:
-        if self.layers is None:
-            return sites
-        for glob in self.layers:
-            if not any(fnmatchcase(site.path, glob) for site in sites):
-                known = ", ".join(site.path for site in sites[:4])
-                raise RewriteError(f"the glob {glob!r} matches nothing; there are: {known}", pass_name=self.name)
-        return [site for site in sites if any(fnmatchcase(site.path, glob) for glob in self.layers)]
-
-    def _gate(self, gm: GraphModule, site: Attention | MLP, generator: torch.Generator) -> Gated | None:
-        is_attention = isinstance(site, Attention)
-        unit, layer = ("heads", "attention") if is_attention else ("intermediate", "ffn")
-        count = site.heads if isinstance(site, Attention) else site.channels
-        units_name = layer_name = None
-        output = site.output.linear
-        if unit in self.units:
-            units_name = f"{site.path}.{unit}_gate"
-            # Half of the channels are likely to close before training, almost no head and no layer (as CoFi starts).
-            self._register(gm, units_name, count, 10.0 if is_attention else 0.0, generator)
-            if isinstance(site, Attention):
-                _multiply(gm, site.sdpa, units_name, (count, 1, 1), (unit, site.path, units_name))
-            else:
-                _multiply_input(gm, output.node, output.input, units_name, count, (unit, site.path, units_name))
-        if layer in self.units:
-            layer_name = f"{site.path}.{layer}_gate"
-            self._register(gm, layer_name, 1, 10.0, generator)
-            _multiply(gm, output.node, layer_name, (1,), (layer, site.path, layer_name))
-        if units_name is None and layer_name is None:
-            return None
-        return _sizes(site, units_name, layer_name)
-
-    def _register(self, gm: GraphModule, name: str, count: int, mean: float, generator: torch.Generator) -> None:
+    def _register(self, gm: GraphModule, generator: torch.Generator, unit: str, name: str, count: int) -> None:
         device = next(gm.parameters()).device
         if self.score is None:
-            start = torch.randn(count, generator=generator) * 0.01 + mean
+            # Half of the channels are likely to close before training, almost nothing else (as CoFi starts).
+            start = torch.randn(count, generator=generator) * 0.01 + (0.0 if unit == "intermediate" else 10.0)
             fx.set_parameter(gm, name, start.clamp(gating.LOWEST, gating.HIGHEST).to(device))
         fx.set_buffer(gm, mask_name(name), torch.ones(count, device=device))
 
@@ -176,108 +148,13 @@ class GateStructures(Pass):
                 pass_name=self.name,
             )
 
-    def _scores(
-        self, gm: GraphModule, sites: list[Attention | MLP], generator: torch.Generator
-    ) -> Mapping[str, Tensor]:
-        scores = {}
-        by_path = {site.path: site for site in sites}
-        for item in gating.gated(gm):
-            units = _magnitudes(gm, by_path[item.path])
-            if self.score == "random":
-                units = torch.rand(units.shape, generator=generator)
-            if item.units is not None:
-                scores[item.units] = units
-            if item.layer is not None:
-                scores[item.layer] = units.mean()[None]
-        return scores
-
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if self.score is None and META_KEY in graph.meta:
             yield _Sparsify(self, graph, optimizer, total_steps)
 
 
-def _sizes(site: Attention | MLP, units: str | None, layer: str | None) -> Gated:
-    output = site.output
-    per_unit = output.index.shape[1] * output.linear.out_features
-    per_group = 0
-    for rows in site.projections:
-        each = rows.index.shape[1] * (rows.linear.in_features + (rows.linear.bias is not None))
-        if rows.kind in ("key", "value"):
-            per_group += each
-        else:
-            per_unit += each
-    rest = output.linear.out_features if output.linear.bias is not None else 0
-    if isinstance(site, Attention):
-        return Gated(site.path, units, layer, site.heads, per_unit, per_group, site.kv_heads, rest)
-    return Gated(site.path, units, layer, site.channels, per_unit, per_group, site.channels, rest)
-
-
-def _magnitudes(gm: GraphModule, site: Attention | MLP) -> Tensor:
-    """The root mean square of each unit's weights, relative to its sublayer's."""
-    total = torch.zeros(len(site.output.index), dtype=torch.double)
-    count = 0
-    for part in (*site.projections, site.output):
-        if getattr(part, "kind", "") in ("key", "value"):
-            continue
-        weight = gm.get_parameter(part.linear.name).detach().double().cpu()
-        weight = weight.t() if part.linear.transposed else weight
-        own = weight[part.index] if part is not site.output else weight.t()[part.index]
-        total += own.square().flatten(1).sum(1)
-        count += own[0].numel()
-    scores = (total / count).sqrt()
-    return scores / scores.mean().clamp_min(1e-30)
-
-
 def _length(gm: GraphModule, name: str) -> int:
     return len(gm.get_buffer(mask_name(name)))
-
-
-# --- nodes ------------------------------------------------------------------------------------------------------------
-
-
-def _drawn(gm: GraphModule, name: str, dtype: torch.dtype, before: Node) -> Node:
-    """The gate ``[units]``: drawn in training, the mask in evaluation."""
-
-    def call(target: Any, *args: Any, **kwargs: Any) -> Node:
-        return fx.insert_call(gm, target, args, kwargs, like=before)
-
-    mask = fx.insert_attribute(gm, mask_name(name), before=before)
-    gate = mask
-    if any(known == name for known, _ in gm.named_parameters()):
-        a = fx.insert_attribute(gm, name, before=before)
-        u = call(aten.clamp.default, call(aten.rand_like.default, a), 1e-6, 1 - 1e-6)
-        noise = call(aten.sub.Tensor, call(aten.log.default, u), call(aten.log1p.default, call(aten.neg.default, u)))
-        s = call(aten.sigmoid.default, call(aten.div.Tensor, call(aten.add.Tensor, noise, a), BETA))
-        stretched = call(aten.add.Tensor, call(aten.mul.Tensor, s, ZETA - GAMMA), GAMMA)
-        z = call(aten.clamp.default, stretched, 0.0, 1.0)
-        with gm.graph.inserting_before(before):
-            training = gm.graph.create_node("get_attr", "training")
-        training.meta["val"] = False
-        drawn = call(aten.mul.Tensor, call(aten.sub.Tensor, z, mask), training)
-        gate = call(aten.add.Tensor, mask, drawn)
-    return gate if fx.value(gate).dtype == dtype else call(aten.to.dtype, gate, dtype)
-
-
-def _multiply(gm: GraphModule, node: Node, name: str, shape: tuple[int, ...], mark: tuple[str, str, str]) -> None:
-    """Multiplies what a node computes by a gate."""
-    after = node.next
-    gate = _drawn(gm, name, fx.value(node).dtype, after)
-    if shape != (fx.value(gate).numel(),):
-        gate = fx.insert_call(gm, aten.view.default, (gate, list(shape)), like=after)
-    product = fx.insert_call(gm, aten.mul.Tensor, (node, gate), like=after)
-    product.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
-    product.meta[GATE_MARK] = mark
-    node.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product)
-
-
-def _multiply_input(
-    gm: GraphModule, linear: Node, node: Node, name: str, count: int, mark: tuple[str, str, str]
-) -> None:
-    """Multiplies what a linear reads by a gate."""
-    gate = _drawn(gm, name, fx.value(node).dtype, linear)
-    product = fx.insert_call(gm, aten.mul.Tensor, (node, gate), like=linear)
-    product.meta[GATE_MARK] = mark
-    linear.replace_input_with(node, product)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -300,8 +177,7 @@ class _Sparsify(Event):
 
     def __init__(self, owner: GateStructures, gm: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int):
         self.owner, self.gm, self.total_steps = owner, gm, total_steps
-        names = [name for item in gating.gated(gm) for name in (item.units, item.layer) if name is not None]
-        self.gates = {name: gm.get_parameter(name) for name in names}
+        self.gates = {name: gm.get_parameter(name) for name in gating.gate_names(gm)}
         multipliers = [gm.get_parameter("sparsity.lambda_1"), gm.get_parameter("sparsity.lambda_2")]
         own = {id(parameter) for parameter in (*self.gates.values(), *multipliers)}
         for group in optimizer.param_groups:

@@ -12,15 +12,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from fxsparse import graph as fx
-from fxsparse.gating import META_KEY, Gated, gated, mask_name
+from fxsparse.errors import RewriteError
+from fxsparse.gating import META_KEY, gate_names, gated, mask_name
+from fxsparse.narrowing import narrow
 from fxsparse.passes.base import FrozenMapping, Pass
-from fxsparse.passes.gates import GATE_MARK
+from fxsparse.passes.gate_nodes import remove_gates
+from fxsparse.passes.gate_sites import hidden_gate
 from fxsparse.record import Change, rewrote, skipped
 from fxsparse.report import ranges
 from fxsparse.slicing import remove_result, slice_attention, slice_mlp
+from fxsparse.streams import streams
 from fxsparse.structures import MLP, Attention, structures
 
 
@@ -50,13 +54,14 @@ class Materialize(Pass):
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         sublayers = gated(graph)
-        masks = self._masks(graph, sublayers)
+        masks = self._masks(graph)
         self._read.clear()
         self._read.update({name: ranges(mask.nonzero().flatten().tolist()) for name, mask in masks.items()})
-        _remove_gates(graph)
+        remove_gates(graph)
+        yield from self._narrow(graph, masks)
         found = structures(graph)
         sites: dict[str, Attention | MLP] = {site.path: site for site in (*found.attentions, *found.mlps)}
-        for item in sublayers:
+        for item in filter(lambda item: item.gates, sublayers):
             keep = masks[item.units] if item.units is not None else torch.ones(item.count, dtype=torch.bool)
             open_ = bool(masks[item.layer].all()) if item.layer is not None else True
             site = sites[item.path]
@@ -78,22 +83,30 @@ class Materialize(Pass):
         del graph.meta[META_KEY]
         if hasattr(graph, "sparsity"):
             del graph.sparsity
-        names = [name for item in sublayers for name in (item.units, item.layer) if name is not None]
         present = {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}
         fx.eliminate_dead_code(graph)
-        fx.delete_state(graph, {n for name in names for n in (name, mask_name(name))} & present)
+        fx.delete_state(graph, {n for name in masks for n in (name, mask_name(name))} & present)
 
-    def _masks(self, gm: GraphModule, sublayers: Iterable[Gated]) -> dict[str, Tensor]:
-        named = [
-            (name, count)
-            for item in sublayers
-            for name, count in ((item.units, item.count), (item.layer, 1))
-            if name is not None
-        ]
+    def _masks(self, gm: GraphModule) -> dict[str, Tensor]:
+        counts = {name: len(gm.get_buffer(mask_name(name))) for name in gate_names(gm)}
         if self.kept is None:
-            return {name: gm.get_buffer(mask_name(name)).cpu().bool() for name, _ in named}
+            return {name: gm.get_buffer(mask_name(name)).cpu().bool() for name in counts}
         kept: dict[str, Any] = dict(self.kept)
-        return {name: _mask(str(kept.get(name, "")), count) for name, count in named}
+        return {name: _mask(str(kept.get(name, "")), count) for name, count in counts.items()}
+
+    def _narrow(self, gm: GraphModule, masks: Mapping[str, Tensor]) -> Iterable[Change]:
+        """Takes hidden dimensions out, while all sublayers are there to find the streams by."""
+        names = [name for name in masks if name.endswith(".hidden_gate")]
+        found = {hidden_gate(stream): stream for stream in streams(gm)[0]} if names else {}
+        for name in names:
+            stream, keep = found.get(name), masks[name]
+            if stream is None:
+                raise RewriteError("the stream of these gates is no longer found", pass_name=self.name, site=name)
+            if bool(keep.all()):
+                yield skipped(stream.path, f"all {stream.size} hidden dimensions stay")
+            else:
+                narrow(gm, stream, keep)
+                yield rewrote(stream.path, f"{int(keep.sum())} of {stream.size} hidden dimensions stay")
 
 
 def _slice(gm: GraphModule, site: Attention | MLP, keep: Tensor) -> None:
@@ -110,13 +123,3 @@ def _mask(text: str, count: int) -> Tensor:
         low, _, high = part.partition("-")
         mask[int(low) : int(high or low) + 1] = True
     return mask
-
-
-def _remove_gates(gm: GraphModule) -> None:
-    """Products with gates, whose open units are 1, become what they multiply."""
-    for node in list(gm.graph.nodes):
-        if GATE_MARK in node.meta:
-            source = node.args[0]
-            assert isinstance(source, Node)
-            fx.replace(node, source)
-    fx.eliminate_dead_code(gm)

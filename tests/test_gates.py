@@ -15,12 +15,12 @@ from traced import traced
 import fxsparse
 from fxsparse import gating
 from fxsparse.errors import OptionError, RewriteError
-from fxsparse.gating import gated, mask_name
+from fxsparse.gating import gate_names, gated, mask_name
 from fxsparse.passes import GateStructures, Materialize, Pipeline
 from fxsparse.record import record_of
 from fxsparse.structures import structures
 
-UNITS = ("heads", "attention", "intermediate", "ffn")
+UNITS = ("heads", "attention", "intermediate", "ffn", "hidden")
 KINDS = [(unit,) for unit in UNITS] + [UNITS]
 
 
@@ -37,13 +37,12 @@ def _sites(gm: GraphModule) -> list[Any]:
 
 def draw_masks(gm: GraphModule, share: float = 0.6) -> None:
     """Random masks with a few sublayers closed and, elsewhere, at least one unit left."""
-    for item in gated(gm):
-        for name in (item.units, item.layer):
-            if name is not None:
-                mask = gm.get_buffer(mask_name(name))
-                mask.copy_(torch.rand_like(mask) < share)
-                if name == item.units and not mask.any():
-                    mask[torch.randint(len(mask), ())] = 1
+    layers = {item.layer for item in gated(gm)}
+    for name in gate_names(gm):
+        mask = gm.get_buffer(mask_name(name))
+        mask.copy_(torch.rand_like(mask) < share)
+        if name not in layers and not mask.any():
+            mask[torch.randint(len(mask), ())] = 1
 
 
 def applicable(name: str, units: tuple[str, ...]) -> bool:
@@ -68,9 +67,10 @@ def test_materialized_equals_gated(name: str, units: tuple[str, ...]) -> None:
             torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("score", ["magnitude", "activation"])
 @pytest.mark.parametrize("name", ["bert", "opt", "gpt2", "llama", "t5"])
-def test_the_count_of_the_tensors_is_the_accounting(name: str) -> None:
-    _, gm = traced(name)
+def test_the_count_of_the_tensors_is_the_accounting(name: str, score: str) -> None:
+    family, gm = traced(name)
     linears = {part.linear.path for site in _sites(gm) for part in (*site.projections, site.output)}
 
     def count(module: GraphModule) -> int:
@@ -78,9 +78,11 @@ def test_the_count_of_the_tensors_is_the_accounting(name: str) -> None:
         return sum(parameter.numel() for name, parameter in named if name.rpartition(".")[0] in linears)
 
     before = count(gm)
-    gates = Pipeline([GateStructures(target=0.5, score="magnitude")])(gm)
+    calibration = [family.make_batch(batch=3)]
+    gates = Pipeline([GateStructures(UNITS, target=0.5, score=score, calibration=calibration)])(gm)
     total = sum(item.size for item in gated(gates))
     sparsity = gating.mask_sparsity(gates)
+    assert any(0 < gates.get_buffer(mask_name(item.hidden)).mean() < 1 for item in gated(gates))
     assert sparsity >= 0.5
     small = Pipeline([Materialize()])(gates)
     assert before == total
@@ -154,26 +156,24 @@ def test_the_gate_is_a_hard_concrete_draw_shared_by_the_batch() -> None:
 
 def test_expected_sparsity_is_the_mean_over_draws() -> None:
     _, gm = traced("llama")
-    gates = Pipeline([GateStructures()])(gm)
+    gates = Pipeline([GateStructures(UNITS)])(gm)
     with torch.no_grad():
-        for item in gated(gates):
-            for name in (item.units, item.layer):
-                gates.get_parameter(name).uniform_(-2, 2)
+        for name in gate_names(gates):
+            gates.get_parameter(name).uniform_(-2, 2)
     draws = []
     for _ in range(600):
-        for item in gated(gates):
-            for name in (item.units, item.layer):
-                keep = gating.probability(gates.get_parameter(name))
-                gates.get_buffer(mask_name(name)).copy_(torch.rand_like(keep) < keep)
+        for name in gate_names(gates):
+            keep = gating.probability(gates.get_parameter(name))
+            gates.get_buffer(mask_name(name)).copy_(torch.rand_like(keep) < keep)
         draws.append(gating.mask_sparsity(gates))
-    expected = float(gating.expected_sparsity(gates))
+    expected = float(gating.expected_sparsity(gates).detach())
     assert abs(sum(draws) / len(draws) - expected) < 0.02
 
 
-@pytest.mark.parametrize("target", [0.3, 0.6])
-def test_training_reaches_the_target(target: float) -> None:
+@pytest.mark.parametrize(("target", "units"), [(0.3, UNITS[:4]), (0.6, UNITS[:4]), (0.6, UNITS)])
+def test_training_reaches_the_target(target: float, units: tuple[str, ...]) -> None:
     family, gm = traced("bert")
-    gates = Pipeline([GateStructures(target=target, every=10, warmup=0.3)])(gm)
+    gates = Pipeline([GateStructures(units, target=target, every=10, warmup=0.3)])(gm)
     optimizer = torch.optim.AdamW(gates.parameters(), lr=1e-3)
     schedule = fxsparse.Schedule(gates, optimizer, total_steps=120)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -184,7 +184,7 @@ def test_training_reaches_the_target(target: float) -> None:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    assert abs(float(gating.expected_sparsity(gates)) - target) < 0.1
+    assert abs(float(gating.expected_sparsity(gates).detach()) - target) < 0.1
     reached = gating.mask_sparsity(gates)
     largest = max(item.size for item in gated(gates)) / sum(item.size for item in gated(gates))
     assert target <= reached < target + max(0.01, largest)
@@ -195,7 +195,7 @@ def test_training_reaches_the_target(target: float) -> None:
 
 def test_a_materialized_model_is_saved_and_loaded(tmp_path: Any) -> None:
     family, gm = traced("llama")
-    gates = Pipeline([GateStructures(score="magnitude", target=0.5)])(gm).eval()
+    gates = Pipeline([GateStructures(UNITS, score="magnitude", target=0.5)])(gm).eval()
     small = Pipeline([Materialize()])(gates)
     fxsparse.save(small, tmp_path / "small.safetensors")
     fresh = FAMILIES["llama"]()
@@ -221,7 +221,7 @@ def test_a_gated_training_resumes_bit_for_bit(tmp_path: Any) -> None:
         return {"optimizer": copy.deepcopy(optimizer.state_dict()), "schedule": copy.deepcopy(schedule.state_dict())}
 
     family, gm = traced("opt")
-    gates = Pipeline([GateStructures(every=2)])(gm)
+    gates = Pipeline([GateStructures(UNITS, every=2)])(gm)
     whole = copy.deepcopy(gates)
     run(8, whole)
     state = run(5, gates)
@@ -231,6 +231,75 @@ def test_a_gated_training_resumes_bit_for_bit(tmp_path: Any) -> None:
     run(3, again, state, first=5)
     for (name, mine), its in zip(again.state_dict().items(), whole.state_dict().values(), strict=True):
         assert torch.equal(mine, its), name
+
+
+class MixerBlock(torch.nn.Module):
+    """A norm, then a square linear beside an MLP."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.norm, self.mix = torch.nn.LayerNorm(size), torch.nn.Linear(size, size)
+        self.up, self.down = torch.nn.Linear(size, 24), torch.nn.Linear(24, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.mix(y) + self.down(self.up(y).relu())
+
+
+class Mixer(torch.nn.Module):
+    """Blocks on a stream that is the model's input and output."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.blocks = torch.nn.Sequential(*(MixerBlock(size) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+def test_a_stream_that_enters_and_leaves_the_model_keeps_its_width_outside() -> None:
+    model = Mixer(20)
+    gates = fxsparse.rewrite(model, "gates{units=hidden,score=random,target=0.4}", (torch.randn(3, 20),)).eval()
+    small = fxsparse.rewrite(gates, "materialize")
+    keep = gates.get_buffer("blocks.hidden_gate_mask").bool()
+    assert 0 < keep.sum() < 20 and small.get_parameter("blocks.1.mix.weight").shape == (keep.sum(), keep.sum())
+    x = torch.randn(5, 20)
+    # By hand: the same blocks on the open dimensions alone.
+    y = x[:, keep]
+    for block in model.blocks:
+        norm, mix, up, down = block.norm, block.mix, block.up, block.down
+        z = torch.nn.functional.layer_norm(y, y.shape[1:], norm.weight[keep], norm.bias[keep])
+        mixed = z @ mix.weight[keep][:, keep].T + mix.bias[keep]
+        y = y + mixed + (z @ up.weight[:, keep].T + up.bias).relu() @ down.weight[keep].T + down.bias[keep]
+    expected = torch.zeros(5, 20).index_copy(1, keep.nonzero().flatten(), y)
+    torch.testing.assert_close(gates(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(small(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_operator_that_mixes_hidden_dimensions_is_named() -> None:
+    class Sorted(Mixer):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).softmax(-1)
+
+    with pytest.raises(RewriteError, match=r"blocks: hidden dimensions: softmax .*does not keep them apart"):
+        fxsparse.rewrite(Sorted(20), "gates{units=hidden,score=random}", (torch.randn(3, 20),))
+
+
+def test_open_gates_change_nothing_and_hidden_ones_learn() -> None:
+    for name in ("bert", "llama"):
+        family, gm = traced(name)
+        gates = Pipeline([GateStructures(("hidden",))])(gm)
+        batch = family.make_batch(batch=3)
+        assert torch.equal(outputs(gates.eval(), batch)[1], outputs(gm.eval(), batch)[1])
+        gates.training = True
+        outputs(gates, batch)[0].backward()
+        (gate,) = {item.hidden for item in gated(gates)}
+        assert gates.get_parameter(gate).grad.abs().sum() >= 0
+        with torch.no_grad():
+            gates.get_parameter(gate).zero_()
+        gates.zero_grad()
+        outputs(gates, batch)[0].backward()
+        assert (gates.get_parameter(gate).grad != 0).sum() > 10  # of 32; the others were drawn as 0 or 1
 
 
 def test_what_is_refused() -> None:
@@ -260,7 +329,7 @@ def test_what_is_refused() -> None:
         ({"units": ("tails",)}, "units=tails cannot be gated"),
         ({"units": ()}, "units=nothing"),
         ({"target": 1.0}, "must lie in"),
-        ({"score": "best"}, "none of magnitude, random"),
+        ({"score": "best"}, "none of magnitude, activation, random"),
         ({"warmup": 2.0}, "share of the training"),
         ({"lr": 0.0}, "must be positive"),
     ],
