@@ -38,11 +38,13 @@ class Pass(PassBase):
         name: the pass in text.
         must_follow: names of passes one of which must have run before.
         cannot_follow: names of passes after which this one makes no sense.
+        ends: names of passes whose part in the model is over after this one, so that they may run anew.
     """
 
     name: ClassVar[str]
     must_follow: ClassVar[tuple[str, ...]] = ()
     cannot_follow: ClassVar[tuple[str, ...]] = ()
+    ends: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:

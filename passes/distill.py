@@ -251,6 +251,7 @@ class EndDistillation(Pass):
 
     name: ClassVar[str] = "end-distill"
     must_follow: ClassVar[tuple[str, ...]] = ("distill",)
+    ends: ClassVar[tuple[str, ...]] = ("distill",)
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         if end_distillation(graph):

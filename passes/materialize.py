@@ -19,6 +19,7 @@ from fxsparse.errors import RewriteError
 from fxsparse.gating import META_KEY, gate_names, gated, mask_name
 from fxsparse.narrowing import narrow
 from fxsparse.passes.base import FrozenMapping, Pass
+from fxsparse.passes.distill import end_distillation
 from fxsparse.passes.gate_nodes import remove_gates
 from fxsparse.passes.gate_sites import hidden_gate
 from fxsparse.record import Change, rewrote, skipped
@@ -30,7 +31,7 @@ from fxsparse.structures import MLP, Attention, structures
 
 @dataclass(frozen=True)
 class Materialize(Pass):
-    """Takes out what gates have closed.
+    """Takes out what gates have closed. A distillation that ran beside them ends; another one may follow.
 
     Attributes:
         kept: what stays of each gate, as ranges (``0-3,7``) by its name; written into the record, so that a replay
@@ -42,6 +43,7 @@ class Materialize(Pass):
 
     name: ClassVar[str] = "materialize"
     must_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
+    ends: ClassVar[tuple[str, ...]] = ("gates", "drop-dims", "distill")
     kept: FrozenMapping | None = None
     _read: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -57,6 +59,8 @@ class Materialize(Pass):
         masks = self._masks(graph)
         self._read.clear()
         self._read.update({name: ranges(mask.nonzero().flatten().tolist()) for name, mask in masks.items()})
+        if end_distillation(graph):  # it reads the gates, and hidden states of widths that change
+            yield rewrote("loss", "the task's own again: distillation ends with the gates")
         remove_gates(graph)
         yield from self._narrow(graph, masks)
         found = structures(graph)

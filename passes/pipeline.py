@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from fxsparse import graph as fx
 from fxsparse.costs import costs
 from fxsparse.errors import OptionError, RewriteError
-from fxsparse.passes.base import Pass, parse_passes
+from fxsparse.passes.base import Pass, parse_passes, pass_classes
 from fxsparse.record import Costs, Entry, append, record_of
 
 STRUCTURE_ONLY = "fxsparse_structure_only"
@@ -74,7 +74,9 @@ class Pipeline:
         return copy
 
     def _check_order(self, gm: GraphModule) -> None:
-        done = [entry.text.partition("{")[0] for entry in record_of(gm).entries]
+        done: list[str] = []
+        for entry in record_of(gm).entries:
+            done = _after(done, entry.text.partition("{")[0])
         for item in self.passes:
             if item.must_follow and not set(item.must_follow) & set(done):
                 first = item.must_follow[0]
@@ -88,7 +90,13 @@ class Pipeline:
                 raise RewriteError(
                     f"cannot follow {clash[0]}; the order that works is {item.name},{clash[0]}", pass_name=item.name
                 )
-            done.append(item.name)
+            done = _after(done, item.name)
+
+
+def _after(done: list[str], name: str) -> list[str]:
+    """The passes that have a part in the model once ``name`` has run as well."""
+    ended = getattr(pass_classes().get(name), "ends", ())
+    return [*(other for other in done if other not in ended), name]
 
 
 def structure_only(gm: GraphModule) -> bool:

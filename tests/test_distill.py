@@ -17,7 +17,15 @@ from traced import traced
 import fxsparse
 from fxsparse.distillation import layer_loss, layers_exist, match_layers
 from fxsparse.errors import OptionError, RewriteError
-from fxsparse.passes import DistillLayers, DropLayers, EndDistillation, InsertNMMasks, Pipeline
+from fxsparse.passes import (
+    DistillLayers,
+    DropLayers,
+    EndDistillation,
+    GateStructures,
+    InsertNMMasks,
+    Materialize,
+    Pipeline,
+)
 from fxsparse.passes.distill import attach_teacher
 from fxsparse.record import record_of
 
@@ -232,6 +240,27 @@ def test_composes_with_masks_and_ends() -> None:
     assert torch.equal(ended(**batch).loss, gm.eval()(**batch).loss)
     assert not hasattr(ended, "distillation") and hasattr(gm, "distillation")
     assert torch.equal(ended.train()(**batch).loss, fxsparse.rewrite(base, "nm-masks").train()(**batch).loss)
+
+
+def test_distilling_anew_after_the_gates_are_cut() -> None:
+    """CoFi distils into the pruned model too: cutting ends the distillation, and another may follow."""
+    family, base = traced("bert")
+    passes = [GateStructures(score="magnitude", target=0.4), DistillLayers(FAMILIES["bert"]().model)]
+    gates = fxsparse.rewrite(base, passes)
+    with pytest.raises(RewriteError, match="cannot follow distill"):
+        fxsparse.rewrite(gates, [DistillLayers(family.model)])
+    small = fxsparse.rewrite(gates, [Materialize()])
+    assert not any(name.startswith("distillation") or "gate" in name for name, _ in small.named_modules())
+    batch = family.make_batch(batch=3)
+    task = small.eval()(**batch).loss
+    torch.testing.assert_close(task, fxsparse.rewrite(gates, "end-distill").eval()(**batch).loss)
+    for name in ("materialize", "end-distill"):
+        with pytest.raises(RewriteError, match="did not run before"):
+            fxsparse.rewrite(small, name)
+    again = fxsparse.rewrite(small, [DistillLayers(family.model)])
+    torch.testing.assert_close(again.eval()(**batch).loss, task)
+    assert again.train()(**batch).loss.isfinite()
+    assert not torch.isclose(again(**batch).loss, task)
 
 
 @pytest.mark.parametrize(
