@@ -15,6 +15,8 @@ RECIPES: dict[str, str] = {
     "sat": "select-neurons{omission=0.5,rungs=4}",
     # LayerCHOP (arXiv 2305.14864): half the layers at once, then train on.
     "layerchop": "drop-layers{configuration=max-gap,fraction=0.5}",
+    # DimCHOP (the same): half of the hidden dimensions while training goes on; materialize takes them out.
+    "dimchop": "drop-dims{fraction=0.5}",
     # PruMUX (Findings of ACL 2023): then train, distil from the multiplexed model, and materialize.
     "prumux": "multiplex{n=2},gates{target=0.6}",
 }

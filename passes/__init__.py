@@ -3,6 +3,7 @@
 from fxsparse.passes.base import Pass
 from fxsparse.passes.distill import DistillLayers, EndDistillation
 from fxsparse.passes.double_prune import DoublePruneBackward
+from fxsparse.passes.drop_dims import DropDimensions
 from fxsparse.passes.drop_layers import DropLayers
 from fxsparse.passes.event import Event
 from fxsparse.passes.gates import GateStructures
@@ -20,6 +21,7 @@ __all__ = [
     "Change",
     "DistillLayers",
     "DoublePruneBackward",
+    "DropDimensions",
     "DropLayers",
     "EndDistillation",
     "Event",

@@ -90,8 +90,10 @@ def _product(gm: GraphModule, node: Node, gate: Node, before: Node, mark: Mark, 
     if straight:
         off = fx.insert_call(gm, aten.rsub.Scalar, (gate, 1), like=before)
         closed = fx.insert_call(gm, aten.mul.Tensor, (node, off), like=before)
-        args = (node, fx.insert_call(gm, aten.detach.default, (closed,), like=before))
-        product = fx.insert_call(gm, aten.sub.Tensor, args, like=before)
+        constant = fx.insert_call(gm, aten.detach.default, (closed,), like=before)
+        product = fx.insert_call(gm, aten.sub.Tensor, (node, constant), like=before)
+        for helper in (closed, constant):  # a stream leaves its block by one node
+            helper.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
     else:
         product = fx.insert_call(gm, aten.mul.Tensor, (node, gate), like=before)
     return _marked(product, node, mark)

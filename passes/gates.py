@@ -63,7 +63,7 @@ class GateStructures(Pass):
     """
 
     name: ClassVar[str] = "gates"
-    cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "nm-masks", "low-rank", "select-tensors")
+    cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims", "nm-masks", "low-rank", "select-tensors")
     units: tuple[str, ...] = UNITS[:4]
     target: float = 0.6
     warmup: float = 0.3
