@@ -259,6 +259,10 @@ def _with_widths(cls: Any, config: Any, state: Mapping[str, Tensor]) -> Any | No
         if better is None:
             return None
         misfits = better
+    try:  # sizes that a module can have and its configuration refuses: hidden states that heads do not divide
+        type(config).from_dict(config.to_dict())
+    except Exception:
+        return None
     return config
 
 
@@ -322,9 +326,14 @@ def _difference(gm: GraphModule, model: Any) -> str | None:
         for module, training in was_training.items():
             module.training = training
     theirs, mine = outputs
-    if [leaf.shape for leaf in theirs] != [leaf.shape for leaf in mine]:
+    if len(theirs) != len(mine):
         return f"outputs of {len(mine)} tensors are not those of {len(theirs)}"
     for wanted, got in zip(theirs, mine, strict=True):
+        if wanted.shape != got.shape and wanted.dim() > 1:
+            # Hidden states of a graph that became narrower are as wide as before, with zeros for what is gone.
+            wanted = wanted[..., wanted.flatten(0, -2).any(0)]
+        if wanted.shape != got.shape:
+            return f"an output of shape {tuple(got.shape)} is not that of {tuple(wanted.shape)}"
         largest = float(wanted.abs().max()) if wanted.numel() else 0.0
         off = float((wanted - got).abs().max()) if wanted.numel() else 0.0
         if not off <= _tolerance(wanted.dtype) * largest:
