@@ -4,8 +4,9 @@
     python examples/chop_lm.py --data my.txt    # your own text
 
 The configurations of LayerCHOP (arXiv 2305.14864) start from the same pretrained weights and optimizer state and see
-the same batches. Beside them the whole model trains on, and a model of the small size starts from scratch. At the end
-there are a table and a plot of the validation losses (``--out``).
+the same batches. Beside them DimCHOP (the same paper) drops the same share of hidden dimensions while it trains, the
+whole model trains on, and a model of the small size starts from scratch. At the end there are a table and a plot of the
+validation losses (``--out``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +29,7 @@ from rich.table import Table
 from torch.fx import GraphModule
 
 import fxsparse
-from fxsparse.passes import DropLayers
+from fxsparse.passes import DropDimensions, DropLayers, Materialize
 from fxsparse.passes.drop_layers import CONFIGURATIONS
 
 
@@ -39,6 +41,7 @@ class Run:
     model: GraphModule
     optimizer: torch.optim.Optimizer
     call: Any
+    schedule: fxsparse.Schedule | None = None
     seconds: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
 
@@ -61,11 +64,23 @@ def chopped(configuration: str, run: Run, args: argparse.Namespace) -> Run:
     return start(configuration, gm, optimizer, args.compiler)
 
 
+def narrowed(run: Run, args: argparse.Namespace) -> Run:
+    """A run that goes on from the pretrained one and drops hidden dimensions while it trains."""
+    gm = fxsparse.rewrite(copy.deepcopy(run.model), [DropDimensions(1 - args.keep / args.layers, every=args.window)])
+    optimizer = adamw(gm, args)
+    optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    going_on = start("DimCHOP", gm, optimizer, args.compiler)
+    going_on.schedule = fxsparse.Schedule(gm, optimizer, total_steps=args.steps)
+    return going_on
+
+
 def train_step(run: Run, batch: torch.Tensor) -> None:
     begin = time.perf_counter()
     run.call(input_ids=batch, labels=batch).loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     run.optimizer.step()
+    if run.schedule is not None:
+        run.schedule.step()
     run.optimizer.zero_grad()
     run.seconds.append(time.perf_counter() - begin)
 
@@ -101,7 +116,7 @@ def train(
 def result_table(runs: list[Run], device: str) -> Table:
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     table = Table(title=f"{name}, torch {torch.__version__}, fxsparse {fxsparse.__version__}")
-    for column in ("", "layers", "parameters", "loss after the drop", "validation loss", "step time / whole"):
+    for column in ("", "layers", "width", "parameters", "loss at first", "validation loss", "step time / whole"):
         table.add_column(column, justify="right" if column else "left")
     whole = statistics.median(runs[0].seconds)
     for run in runs:
@@ -109,7 +124,8 @@ def result_table(runs: list[Run], device: str) -> Table:
         parameters = sum(parameter.numel() for parameter in run.model.parameters())
         step = f"{statistics.median(run.seconds) / whole:.2f}"
         first, last = run.validation[0][1], run.validation[-1][1]
-        table.add_row(run.name, str(layers), f"{parameters / 1e6:.2f} M", f"{first:.3f}", f"{last:.3f}", step)
+        width = str(run.model.get_parameter("transformer.ln_f.weight").numel())
+        table.add_row(run.name, str(layers), width, f"{parameters / 1e6:.2f} M", f"{first:.3f}", f"{last:.3f}", step)
     return table
 
 
@@ -125,7 +141,9 @@ def plot(pretraining: Run, runs: list[Run], path: Path) -> None:
         axes.plot(*zip(*run.validation, strict=True), color=f"C{position}", label=run.name, marker="o", markersize=3)
     axes.axvline(pretraining.validation[-1][0], color="grey", linewidth=1, linestyle=":")
     axes.set(
-        xlabel="step", ylabel="validation loss (nats per byte)", title="half the layers dropped at the dotted line"
+        xlabel="step",
+        ylabel="validation loss (nats per byte)",
+        title="layers dropped at the dotted line; DimCHOP drops dimensions as it goes on",
     )
     axes.grid(alpha=0.3)
     axes.legend()
@@ -142,6 +160,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=64, help="tokens in a window")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--keep", type=int, default=6, help="layers that stay")
+    parser.add_argument("--window", type=int, default=5, help="steps between two choices of DimCHOP's dimensions")
     parser.add_argument("--hidden", type=int, default=96)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -154,7 +173,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     transformers.logging.set_verbosity_error()
     corpus = read_corpus(args.data, seed=args.seed)
     torch.manual_seed(args.seed)
@@ -176,11 +195,16 @@ def main() -> None:
 
     whole = start("whole model", pretraining.model, pretraining.optimizer, args.compiler)
     runs = [whole, *(chopped(configuration, pretraining, args) for configuration in CONFIGURATIONS)]
+    dimchop = narrowed(pretraining, args)
+    runs.append(dimchop)
     scratch = build(args.keep)
     runs.append(start("from scratch", scratch, adamw(scratch, args), args.compiler))
     console.print(fxsparse.explain(runs[1].model), highlight=False, soft_wrap=True)
     stop = args.pretrain_steps + args.steps
     train(runs, range(args.pretrain_steps, stop), corpus, validation, args, "training on")
+    dimchop.model = fxsparse.rewrite(dimchop.model, [Materialize()])
+    validate(dimchop, validation, stop)
+    console.print(fxsparse.explain(dimchop.model), highlight=False, soft_wrap=True)
     console.print(result_table(runs, args.device))
     plot(pretraining, runs, args.out / "chop_lm.png")
     console.print(f"loss curves: {args.out / 'chop_lm.png'}")
