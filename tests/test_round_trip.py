@@ -16,9 +16,10 @@ from torch.fx import GraphModule
 from traced import traced
 
 import fxsparse
+from fxsparse import gating
 from fxsparse.errors import CheckpointError
-from fxsparse.gating import gated, mask_name
 from fxsparse.passes import DropLayers, GateStructures, InsertNMMasks, Materialize
+from fxsparse.passes.gates import UNITS
 
 AUTO = {
     "opt": transformers.AutoModelForCausalLM,
@@ -32,25 +33,30 @@ GENERATE = ("opt", "llama", "gpt2", "t5")
 GONE: dict[str, Any] = {"opt": (1,), "llama": (0, 1), "gpt2": (0,), "bert": (1,), "t5": {"decoder.*": (0,)}}
 
 
+def gates_of(base: GraphModule, *before: Any) -> GraphModule:
+    """A traced model with open gates of every kind."""
+    gm = fxsparse.rewrite(base, [*before, GateStructures(UNITS, score="random", target=0.0)])
+    assert gating.mask_sparsity(gm) == 0
+    return gm
+
+
 def pruned(base: GraphModule, masks: Mapping[str, Tensor], *before: Any) -> GraphModule:
     """A traced model without what masks by the name of their gate close; the others stay open."""
-    gm = fxsparse.rewrite(base, [*before, GateStructures(score="random")])
-    names = {name for item in gated(gm) for name in (item.units, item.layer)}
-    assert set(masks) <= names, sorted(map(str, names))
-    for item in gated(gm):
-        for name in (item.units, item.layer):
-            mask = gm.get_buffer(mask_name(name))
-            mask.copy_(masks.get(name, torch.ones_like(mask)))
+    gm = gates_of(base, *before)
+    for name, mask in masks.items():
+        gm.get_buffer(gating.mask_name(name)).copy_(mask)
     return fxsparse.rewrite(gm, [Materialize()]).eval()
 
 
 def random_masks(base: GraphModule, share: float = 0.5) -> dict[str, Tensor]:
-    """Fresh masks that keep about a share of every kind of unit, and at least one head and channel of each sublayer."""
-    masks = {}
-    for item in gated(fxsparse.rewrite(base, [GateStructures(score="random")])):
-        masks[item.units] = (torch.rand(item.count) < share).float()
-        masks[item.units][torch.randint(item.count, ())] = 1
-        masks[item.layer] = (torch.rand(1) < 0.8).float()
+    """Fresh masks that keep about a share of every kind of unit, and at least one of each sublayer's."""
+    gates, masks = gates_of(base), {}
+    for name in gating.gate_names(gates):
+        count = len(gates.get_buffer(gating.mask_name(name)))
+        keep = share if count > 1 else 0.8
+        masks[name] = (torch.rand(count) < keep).float()
+        if count > 1:
+            masks[name][torch.randint(count, ())] = 1
     return masks
 
 
@@ -101,8 +107,8 @@ def test_fewer_layers_are_an_ordinary_checkpoint(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", AUTO)
 def test_one_narrower_feed_forward_width_is_an_ordinary_checkpoint(name: str, tmp_path: Path) -> None:
     family, base = traced(name)
-    units = [item.units for item in gated(fxsparse.rewrite(base, [GateStructures("intermediate", score="random")]))]
-    gm = pruned(base, {name: some(64, 48) for name in units})
+    names = [name for name in gating.gate_names(gates_of(base)) if name.endswith("intermediate_gate")]
+    gm = pruned(base, {name: some(64, 48) for name in names})
     fxsparse.save_pretrained(gm, family.model, tmp_path)
     assert not is_sized(tmp_path)
     assert_same(AUTO[name].from_pretrained(tmp_path).eval(), gm, family)
@@ -120,6 +126,24 @@ def test_fewer_heads_of_their_own_size_are_an_ordinary_checkpoint(kept: tuple[in
     assert loaded.config.num_attention_heads == len(kept)
     assert_same(loaded, gm, family)
     assert_generates(loaded)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "sized"),
+    [("llama", 24, False), ("llama", 21, True)] + [(name, 24, True) for name in ("opt", "gpt2", "bert", "vit", "t5")],
+)
+def test_fewer_hidden_dimensions(name: str, kept: int, sized: bool, tmp_path: Path) -> None:
+    """Ordinary where the size of heads is a setting of its own and the configuration takes the number."""
+    family, base = traced(name)
+    (gate,) = (name for name in gating.gate_names(gates_of(base)) if name.endswith("hidden_gate"))
+    gm = pruned(base, {gate: some(32, kept)})
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
+    assert is_sized(tmp_path) == sized
+    loaded = fxsparse.from_pretrained(tmp_path) if sized else AUTO[name].from_pretrained(tmp_path).eval()
+    assert_same(loaded, gm, family)
+    if name in GENERATE:
+        assert_generates(loaded)
+    loaded.train()(**family.make_batch(batch=3)).loss.backward()
 
 
 def test_an_encoder_shorter_than_its_decoder_generates(tmp_path: Path) -> None:
