@@ -146,6 +146,19 @@ def test_fewer_hidden_dimensions(name: str, kept: int, sized: bool, tmp_path: Pa
     loaded.train()(**family.make_batch(batch=3)).loss.backward()
 
 
+def test_fewer_hidden_dimensions_of_a_t5_that_does_not_scale_its_logits(tmp_path: Path) -> None:
+    """T5's factor on them is of the old size; that of version 1.1 has none."""
+    family, _ = traced("t5")
+    family.model.config.scale_decoder_outputs = False
+    base = fxsparse.trace(family.model, kwargs=family.make_batch(batch=4))
+    gm = pruned(base, {"encoder.block.hidden_gate": some(32, 23)})
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
+    assert not is_sized(tmp_path)
+    loaded = AUTO["t5"].from_pretrained(tmp_path).eval()
+    assert_same(loaded, gm, family)
+    assert_generates(loaded)
+
+
 def test_an_encoder_shorter_than_its_decoder_generates(tmp_path: Path) -> None:
     family, base = traced("t5")
     gm = fxsparse.rewrite(base, [DropLayers(indices={"encoder.*": (1,)})]).eval()
