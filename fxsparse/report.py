@@ -90,9 +90,14 @@ def costs_table(before: Costs, after: Costs) -> list[str]:
     return table(rows, right=(1, 2, 3))
 
 
+def _shortened(text: str, length: int = 160) -> str:
+    """A pass without the end of what it found out for a replay, which may name every unit of a model."""
+    return text if len(text) <= length else f"{text[:length]} ..."
+
+
 def _entry(position: int, entry: Entry) -> list[str]:
     header = (
-        f"{position}. {entry.text}: {len(entry.rewritten)} rewritten, {len(entry.skipped)} skipped, "
+        f"{position}. {_shortened(entry.text)}: {len(entry.rewritten)} rewritten, {len(entry.skipped)} skipped, "
         f"{entry.milliseconds:.0f} ms"
     )
     costs = [

@@ -27,6 +27,13 @@ def test_explain_says_what_happened_to_every_weight() -> None:
     assert fxsparse.explain(Record.from_json(record_of(gm).to_json())) == text
 
 
+def test_a_pass_that_names_every_unit_is_cut_short() -> None:
+    gm = fxsparse.rewrite(traced("opt")[1], "gates{target=0.5,score=random},materialize")
+    assert len(record_of(gm).entries[-1].text) > 400
+    (line,) = (line for line in fxsparse.explain(gm).splitlines() if line.startswith("2. materialize{kept={"))
+    assert " ...: " in line and len(line) < 240
+
+
 def test_explain_of_a_model_nothing_was_done_to() -> None:
     gm = fxsparse.trace(nn.Linear(4, 4), (torch.randn(2, 4),))
     assert fxsparse.explain(gm) == f"fxsparse {fxsparse.__version__}: 0 passes"
