@@ -6,8 +6,9 @@
 A BERT from a Hugging Face configuration is trained on the task and becomes the teacher. For every sparsity a copy of it
 learns beside it which heads, channels and sublayers it can do without (CoFi, arXiv 2204.00408: hidden states and logits
 of the teacher are the loss); what its gates closed is cut away, and the smaller model is tuned on the labels. At the
-end there are a table (accuracy, parameters, measured speed-up of a forward pass) and a plot (``--out``). Sparsity
-counts the weights and biases of attentions and MLPs, as the paper's does; embeddings and the classifier stay.
+end there are a table (accuracy, parameters, measured speed-up of a forward pass), a plot and the smallest model as a
+checkpoint (``--out``). Sparsity counts the weights and biases of attentions and MLPs, as the paper's does; embeddings
+and the classifier stay.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch.fx import GraphModule
 
 import fxsparse
 from fxsparse.gating import expected_sparsity, sparsity_loss
-from fxsparse.passes import DistillLayers, EndDistillation, GateStructures, Materialize
+from fxsparse.passes import DistillLayers, GateStructures, Materialize
 
 
 @dataclass
@@ -65,8 +66,14 @@ class Result:
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    def speedup(self, whole: Result) -> float:
+        """Of a forward pass over that of the whole model: the median over turns that both took."""
+        return statistics.median(its / mine for its, mine in zip(whole.seconds, self.seconds, strict=True))
 
-def train(gm: GraphModule, data: Split, steps: int, lr: float, args: argparse.Namespace) -> Iterator[int]:
+
+def train(
+    gm: GraphModule, data: Split, steps: int, lr: float, args: argparse.Namespace, *, gated: bool = False
+) -> Iterator[int]:
     """Trains with a linear warm-up over a tenth of the steps and a linear decay; yields after every step."""
     optimizer = torch.optim.AdamW(gm.parameters(), lr=lr, weight_decay=0.01)
     schedule = fxsparse.Schedule(gm, optimizer, total_steps=steps)
@@ -74,14 +81,13 @@ def train(gm: GraphModule, data: Split, steps: int, lr: float, args: argparse.Na
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )
-    has_gates = "gates{" in fxsparse.record_of(gm).text and "materialize" not in fxsparse.record_of(gm).text
     generator = torch.Generator().manual_seed(args.seed)
     call = torch.compile(gm, backend="fxsparse", options={"compiler": args.compiler})
     gm.train()
     for step in range(1, steps + 1):
         ids, labels = data.batch(args.batch, generator)
         loss = call(input_ids=ids, labels=labels).loss
-        if has_gates:
+        if gated:
             loss = loss + sparsity_loss(gm)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gm.parameters(), 1.0)
@@ -105,14 +111,13 @@ def pruned(
     teacher: GraphModule, sparsity: float, data: Snippets, tick: Callable[[str], None], args: argparse.Namespace
 ) -> Result:
     """A copy of the teacher without a share of its core."""
-    passes = [GateStructures(target=sparsity, warmup=args.warmup), DistillLayers(teacher)]
+    passes = [GateStructures(args.units, target=sparsity, warmup=args.warmup), DistillLayers(teacher)]
     gm = fxsparse.rewrite(copy.deepcopy(teacher), passes)
     sparsities = []
-    for step in train(gm, data.train, args.prune_steps, args.lr, args):
+    for step in train(gm, data.train, args.prune_steps, args.lr, args, gated=True):
         with torch.no_grad():
             sparsities.append((step, float(gm.get_buffer("sparsity.target")), float(expected_sparsity(gm))))
         tick(f"{sparsity:.0%}: expected {sparsities[-1][2]:.2f}")
-    gm = fxsparse.rewrite(gm, [EndDistillation()])
     closed = accuracy(gm, data.test)
     small = fxsparse.rewrite(gm, [Materialize()])
     for _ in train(small, data.train, args.tune_steps, args.tune_lr, args):
@@ -144,7 +149,6 @@ def result_table(results: list[Result]) -> Table:
     whole = results[0]
     flops = [fxsparse.count_flops(result.model).forward for result in results]
     for result, count in zip(results, flops, strict=True):
-        ratios = [its / mine for its, mine in zip(whole.seconds, result.seconds, strict=True)]
         table.add_row(
             result.name,
             f"{1 - result.core / whole.core:.1%}",
@@ -152,7 +156,7 @@ def result_table(results: list[Result]) -> Table:
             "" if result.closed is None else f"{result.closed:.1f}",
             f"{result.parameters:,}",
             f"{result.core:,}",
-            f"{statistics.median(ratios):.2f}",
+            f"{result.speedup(whole):.2f}",
             f"{flops[0] / count:.2f}",
         )
     return table
@@ -171,12 +175,15 @@ def plot(results: list[Result], path: Path) -> None:
         left.plot(steps, targets, color=f"C{position}", linestyle="--", linewidth=1)
     left.set(xlabel="step", ylabel="sparsity", title="expected sparsity and its target (dashed)", ylim=(0, 1))
     left.legend()
-    speedups = [statistics.median(results[0].seconds) / statistics.median(result.seconds) for result in results]
-    right.plot(speedups, [result.accuracy for result in results], marker="o")
-    for speedup, result in zip(speedups, results, strict=True):
-        right.annotate(result.name, (speedup, result.accuracy), textcoords="offset points", xytext=(6, 6))
+    whole, *smaller = results
+    right.axhline(whole.accuracy, color="grey", linestyle="--", linewidth=1, label="whole model")
+    right.plot([result.speedup(whole) for result in smaller], [result.accuracy for result in smaller], marker="o")
+    for result in smaller:
+        place = (result.speedup(whole), result.accuracy)
+        right.annotate(result.name, place, textcoords="offset points", xytext=(6, 6))
     right.set(xlabel="speed-up of a forward pass", ylabel="accuracy %", title="accuracy of the smaller models")
-    right.margins(x=0.15, y=0.2)
+    right.margins(x=0.15, y=0.3)
+    right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +193,9 @@ def plot(results: list[Result], path: Path) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.6, 0.8, 0.95])
+    parser.add_argument(
+        "--units", nargs="+", default=["heads", "attention", "intermediate", "ffn"], help="also: hidden"
+    )
     parser.add_argument("--teacher-steps", type=int, default=600)
     parser.add_argument("--prune-steps", type=int, default=800)
     parser.add_argument("--tune-steps", type=int, default=200, help="after pruning, on the smaller model")
@@ -242,6 +252,9 @@ def main() -> None:
     console.print(result_table(results))
     plot(results, args.out / "prune_cofi.png")
     console.print(f"sparsities and accuracies: {args.out / 'prune_cofi.png'}")
+    folder = args.out / "pruned"
+    written = fxsparse.save_pretrained(results[-1].model, model, folder)
+    console.print(f'{written.num_parameters():,} parameters as a checkpoint: fxsparse.from_pretrained("{folder}")')
 
 
 if __name__ == "__main__":

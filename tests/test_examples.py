@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fxsparse
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -76,6 +78,8 @@ def test_chop_lm(tmp_path: Path) -> None:
 def test_prune_cofi(tmp_path: Path) -> None:
     sizes = ("--scale", 0.01, "--layers", 2, "--hidden", 32, "--rounds", 1, "--measure-batch", 4)
     printed = run_example("prune_cofi.py", *sizes, "--sparsities", 0.6, "--out", tmp_path, "--compiler", "eager")
-    for text in ("gates{units=[heads,attention,intermediate,ffn]", "materialize", "end-distill", "60%"):
+    for text in ("gates{units=[heads,attention,intermediate,ffn]", "materialize", "distillation ends", "60%"):
         assert text in printed
     assert (tmp_path / "prune_cofi.png").read_bytes().startswith(b"\x89PNG")
+    loaded = fxsparse.from_pretrained(tmp_path / "pruned")
+    assert f"{loaded.num_parameters():,} parameters as a checkpoint" in printed
