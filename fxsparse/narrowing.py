@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.slicing import patch_sizes, propagate
-from fxsparse.streams import Stream
+from fxsparse.streams import Stream, sizes
 
 aten = torch.ops.aten
 
@@ -38,13 +38,13 @@ def narrow(gm: GraphModule, stream: Stream, keep: Tensor) -> None:
         if node.op == "get_attr":
             old = fx.attribute(gm, str(node.target))
             if id(old) not in done:
-                done[id(old)] = new = _narrowed(old, axes, index)
+                done[id(old)] = new = _narrowed(old, axes, keep)
                 for name in names.get(id(old), (str(node.target),)):
                     _set(gm, name, new)
                 done[id(new)] = new  # what the other nodes of a tied tensor read by now
             node.meta = {**node.meta, "val": fx.fake_mode(gm).from_tensor(done[id(old)].detach(), static_shapes=True)}
         elif node.op == "call_function":
-            patch_sizes(node, dict.fromkeys(axes, keep))
+            patch_sizes(node, {axis: _repeated(keep, sizes(node)[axis]) for axis in axes})
     first = next(node for node in gm.graph.nodes if node.op == "call_function")
     for node, axes in stream.nodes.items():
         if node.op == "placeholder":
@@ -55,10 +55,15 @@ def narrow(gm: GraphModule, stream: Stream, keep: Tensor) -> None:
         _widen(gm, node, stream, keep)
 
 
-def _narrowed(old: Tensor, axes: tuple[int, ...], index: Tensor) -> Tensor:
+def _repeated(keep: Tensor, size: int) -> Tensor:
+    """What stays of an axis that holds the stream once or several times."""
+    return keep.repeat(size // len(keep))
+
+
+def _narrowed(old: Tensor, axes: tuple[int, ...], keep: Tensor) -> Tensor:
     new = old.detach()
     for axis in axes:
-        new = new.index_select(axis, index.to(old.device))
+        new = new.index_select(axis, _repeated(keep, old.shape[axis]).nonzero().flatten().to(old.device))
     return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 

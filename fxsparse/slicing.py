@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -340,8 +341,9 @@ def _same_shape(before: Any, after: Any) -> bool:
 
 
 def _guards(gm: GraphModule) -> int:
+    """How many equalities of sizes hold by assumption; that there is more than one group, say, restricts nothing."""
     environment = fx.fake_mode(gm).shape_env
-    return len(environment.guards) if environment is not None else 0
+    return sum(isinstance(guard.expr, sympy.Eq) for guard in environment.guards) if environment is not None else 0
 
 
 def rows_of_kind(attention: Attention, kind: str) -> Rows:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
+from fxsparse import multiplexing  # noqa: F401  (defines mux and demux_linear)
 from fxsparse.blocks import stacks
 from fxsparse.graph import Linear
 from fxsparse.record import Change, skipped
@@ -27,17 +28,19 @@ from fxsparse.record import Change, skipped
 aten = torch.ops.aten
 
 Axis = tuple[Node, int]
-"""A dimension of what a node computes; for several results, of each."""
+"""A dimension of what a node computes; for several results, of each. It may hold the stream several times, one after
+the other."""
 
 MEANS = {aten.mean.dim}
 _SUMS = {aten.sum.dim_IntList, aten.linalg_vector_norm.default}
 RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int}
 RESHAPES |= {aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims}
-PERMUTES = {aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default}
+PERMUTES = {aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.movedim.int}
 ALONG = {aten.slice.Tensor: 1, aten.index_select.default: 1, aten.narrow.default: 1, aten.cumsum.default: 1}
 ALONG |= {aten.split.Tensor: 2, aten.split_with_sizes.default: 2, aten.chunk.default: 2, aten.roll.default: 2}
 ALIGNED = {"expand", "expand_as", "to", "_to_copy", "type_as", "contiguous", "clone", "detach", "alias", "dropout"}
 ALIGNED |= {"feature_dropout", "native_dropout", "lift_fresh_copy", "masked_fill", "masked_fill_", "where"}
+ALIGNED |= {"zeros_like", "ones_like", "full_like", "empty_like"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,7 @@ def streams(gm: GraphModule) -> tuple[list[Stream], list[Change]]:
             if size is None:
                 raise Unknown(f"the last dimension of {seed.name} is not a fixed number")
             known = found.get(size)
-            axes = ties.flood((seed, last), known.axes if known else frozenset())
+            axes = ties.flood((seed, last), size, known.axes if known else frozenset())
             found[size] = Stream(known.path if known else stack.path, size, axes)
         except Unknown as reason:
             changes.append(skipped(stack.path, f"hidden dimensions: {reason}"))
@@ -112,13 +115,15 @@ class _Ties:
         self.of_node: dict[Node, list[list[Axis]]] = {}
         self.same_tensor = {node: nodes for nodes in _tensors(gm).values() for node in nodes}
 
-    def flood(self, seed: Axis, known: frozenset[Axis]) -> frozenset[Axis]:
-        """All axes that are one with ``seed``."""
+    def flood(self, seed: Axis, size: int, known: frozenset[Axis]) -> frozenset[Axis]:
+        """All axes that are one with ``seed``, of that size or a multiple of it."""
         seen, pending = {*known, seed}, [seed]
         while pending:
             at = pending.pop()
             for other in self._tied(at):
                 if other not in seen:
+                    if sizes(other[0])[other[1]] % size:
+                        raise Unknown(f"{other[0].name} takes them apart")
                     seen.add(other)
                     pending.append(other)
         return frozenset(seen)
@@ -208,9 +213,14 @@ def _reshaped(node: Node) -> list[list[Axis]]:
     groups: list[list[Axis]] = []
     for axis, size in enumerate(new):
         at = after_old.get(_product(new[axis + 1 :])) if size != 1 else None
-        if at is not None and _expr(old[at]) == _expr(size):
+        if at is not None and (_expr(old[at]) == _expr(size) or _is_multiple(old[at], size)):
             groups.append([(source, at), (node, axis)])
     return groups
+
+
+def _is_multiple(a: Any, b: Any) -> bool:
+    """Whether one of two sizes holds the other several times: dimensions before it were merged in, or taken out."""
+    return isinstance(a, int) and isinstance(b, int) and (a % b == 0 or b % a == 0)
 
 
 def _permuted(node: Node) -> list[list[Axis]]:
@@ -221,6 +231,9 @@ def _permuted(node: Node) -> list[list[Axis]]:
     elif node.target is aten.transpose.int:
         a, b = (dim % len(order) for dim in node.args[1:])  # type: ignore[operator]
         order[a], order[b] = b, a
+    elif node.target is aten.movedim.int:
+        a, b = (dim % len(order) for dim in node.args[1:])  # type: ignore[operator]
+        order.insert(b, order.pop(a))
     else:
         order.reverse()
     return [[(source, at), (node, axis)] for axis, at in enumerate(order)]
@@ -247,10 +260,11 @@ def _joined(node: Node) -> list[list[Axis]]:
     parts: Any = node.args[0]
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     count = len(sizes(node))
+    one_size = len({_expr(sizes(part)[dim]) for part in parts}) == 1  # type: ignore[index]
     return [
         [(node, axis), *((part, axis) for part in parts)]
         for axis in range(count)
-        if axis != dim % count  # type: ignore[operator]
+        if axis != dim % count or one_size  # type: ignore[operator]
     ]
 
 
@@ -312,6 +326,22 @@ def _norm(node: Node) -> list[list[Axis]]:
     return groups
 
 
+def _mux(node: Node) -> list[list[Axis]]:
+    x, keys = node.args[:2]
+    last = len(sizes(x)) - 1
+    return [[(x, last), (keys, 1), (node, last)], *([(x, axis), (node, axis)] for axis in range(1, last))]  # type: ignore[list-item]
+
+
+def _demux(node: Node) -> list[list[Axis]]:
+    h, keys, weight, bias = node.args[:4]
+    last, last_key = len(sizes(h)) - 1, len(sizes(keys)) - 1
+    out: list[Any] = [(node, last), (weight, 0), *([(bias, 0)] if isinstance(bias, Node) else [])]
+    groups: list[Any] = [out, *([(h, axis), (node, axis)] for axis in range(1, last))]
+    if sizes(keys)[last_key] == sizes(h)[last]:
+        groups.append([(h, last), (keys, last_key), (weight, 1)])
+    return groups
+
+
 def _embedding(node: Node) -> list[list[Axis]]:
     weight, ids = node.args[:2]
     last = len(sizes(node)) - 1
@@ -338,6 +368,8 @@ _OPERATORS: dict[Any, Any] = {
     aten.embedding.default: _embedding,
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,
+    torch.ops.fxsparse.mux.default: _mux,
+    torch.ops.fxsparse.demux_linear.default: _demux,
     aten.select.int: _selected,
     aten.cat.default: _joined,
     aten.index.Tensor: _indexed,

@@ -44,12 +44,13 @@ def parts_of(site: Attention | MLP | Stream, gm: GraphModule) -> list[Part]:
     """The parts of the heads, channels or hidden dimensions of a site. Keys and values that heads share are no head's
     own."""
     if isinstance(site, Stream):
-        numbers = torch.arange(site.size)[:, None]
         parts: dict[tuple[str, int], Part] = {}
         for linear in fx.linears(gm):
             for axis, is_part in enumerate((site.writes(linear), site.reads(linear))):
                 if is_part:
-                    parts.setdefault((linear.name, axis), Part(linear, axis, numbers))
+                    size = linear.in_features if axis == 1 else linear.out_features
+                    index = torch.arange(size).view(-1, site.size).t()
+                    parts.setdefault((linear.name, axis), Part(linear, axis, index))
         return list(parts.values())
     rows = [Part(rows.linear, 0, rows.index) for rows in site.projections if len(rows.index) == len(site.output.index)]
     return [*rows, Part(site.output.linear, 1, site.output.index)]

@@ -3,9 +3,9 @@
 Every product with a gate is marked, and what it multiplies is its first argument: that is how gates are taken out. In
 training a gate is a hard concrete draw where it is trained (`fxsparse.gating`), and its mask elsewhere.
 
-Hidden dimensions are gated where they are written: after embeddings, linears, convolutions and norms, and on parameters
-that are added. Norms take their statistics over what is open, k of d dimensions, so that a narrower norm computes the
-same. With the closed ones zero and s = sqrt(d / k),
+Hidden dimensions are gated where they are written: after embeddings, linears, convolutions and norms, on parameters
+that are added, and on the keys of a demultiplexer. Norms take their statistics over what is open, k of d dimensions, so
+that a narrower norm computes the same. With the closed ones zero and s = sqrt(d / k),
 
     mean of the open ones = (d / k) mean(x)              RMSNorm_open(x) = RMSNorm(s x) with the weight w / s
     LayerNorm_open(x) = LayerNorm(s x') with the weight w / s,    x' = x where open, their mean where closed
@@ -160,6 +160,10 @@ class _StreamGate:
                 self.zero.add(node)
             else:
                 self._gate(node, node.next)
+        for demux in self.gm.graph.find_nodes(op="call_function", target=torch.ops.fxsparse.demux_linear.default):
+            keys: Any = demux.args[1]
+            if keys in self.axes and keys not in self.zero:
+                demux.replace_input_with(keys, self._gated(keys, demux))
         for mean in means:
             product = self._call(aten.mul.Tensor, mean, self._of("ratio", mean), before=mean.next)
             _redirect(mean, _marked(product, mean, self.mark))
@@ -216,8 +220,11 @@ class _StreamGate:
 
     def _gated(self, node: Node, before: Node) -> Node:
         axis = self.axes[node]
-        shape = (self.stream.size, *(1 for _ in range(len(sizes(node)) - axis - 1)))
-        gate = _viewed(self.gm, self._of("gate", node), shape, before)
+        size = sizes(node)[axis]
+        gate = self._of("gate", node)
+        if size != self.stream.size:
+            gate = self._call(aten.repeat.default, gate, [size // self.stream.size], before=before)
+        gate = _viewed(self.gm, gate, (size, *(1 for _ in range(len(sizes(node)) - axis - 1))), before)
         product = _product(self.gm, node, gate, before, self.mark, self.straight)
         self.axes[product] = axis
         self.zero.add(product)
@@ -233,7 +240,7 @@ class _StreamGate:
         """Whether closed dimensions of what a node computes are 0, once constants that it adds are gated."""
         name = getattr(node.target, "_opname", "")
         ours = [arg for arg in node.all_input_nodes if arg in self.axes]
-        if name in ("mul", "mul_"):
+        if name in ("mul", "mul_", "mux"):
             return any(arg in self.zero for arg in ours)
         if name in ("add", "sub", "add_", "cat"):
             parts: Any = node.args[0] if name == "cat" else node.args[:2]

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, token_ids
+from test_gates import outputs
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,8 +21,9 @@ from traced import traced
 import fxsparse
 from fxsparse import graph as fx
 from fxsparse.errors import OptionError, RewriteError
+from fxsparse.gating import gated
 from fxsparse.multiplexing import demux_linear, mux
-from fxsparse.passes import DistillLayers, DropLayers, InsertNMMasks, Multiplex
+from fxsparse.passes import DistillLayers, DropLayers, GateStructures, InsertNMMasks, Materialize, Multiplex, Pipeline
 from fxsparse.structures import attentions, mlps
 
 LANGUAGE = ("bert", "opt", "gpt2", "llama")
@@ -308,6 +310,38 @@ def test_other_passes_compose() -> None:
     taught.train()(**batch).loss.backward()
     assert gradients(taught)["multiplex.demux.keys"].any()
     assert taught.eval()(**batch).logits.shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("bert", {}),
+        ("bert", {"mux": "orthogonal"}),
+        ("bert", {"demux": "prefix"}),
+        ("bert", {"stages": ((0.3, 0, 1), (1, 0.9, 0.1))}),
+        ("opt", {}),
+        ("opt", {"mux": "attention"}),
+        ("opt", {"demux": "mlp"}),
+    ],
+    ids=str,
+)
+def test_hidden_dimensions_of_keys_and_demultiplexer_go_with_the_core(name: str, options: dict[str, Any]) -> None:
+    family, gm = traced(name)
+    units = ("heads", "attention", "intermediate", "ffn", "hidden")
+    gates = Pipeline([Multiplex(2, **options), GateStructures(units, score="random", target=0.5)])(gm).eval()
+    (gate,) = {item.hidden for item in gated(gates)}
+    mask = gates.get_buffer(f"{gate}_mask")
+    mask.zero_()[torch.randperm(len(mask))[:19]] = 1
+    small = Pipeline([Materialize()])(gates)
+    state = dict(small.named_parameters())
+    if not options:
+        out = 19 if name == "opt" else 32  # where the head is tied to the embeddings, all before it is the stream
+        assert state["multiplex.mux.keys"].shape == state["multiplex.demux.keys"].shape == (2, 19)
+        assert state["multiplex.demux.input.weight"].shape == (out, 38)
+    for size in (2, 5):
+        batch = family.make_batch(batch=size)
+        for mine, its in zip(outputs(small, batch), outputs(gates, batch), strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "opt"])
