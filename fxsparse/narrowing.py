@@ -6,6 +6,8 @@ the model keeps its interface.
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ def narrow(gm: GraphModule, stream: Stream, keep: Tensor) -> None:
     for node, axes in stream.nodes.items():
         if node.op == "placeholder":
             chosen = _selected(gm, node, axes[-1], index, f"{stream.path}.hidden_kept", before=first)
-            node.replace_all_uses_with(chosen, delete_user_cb=lambda user, own=chosen: user is not own)
+            node.replace_all_uses_with(chosen, delete_user_cb=functools.partial(operator.is_not, chosen))
     propagate(gm, stream.path)
     for node in leaving:
         _widen(gm, node, stream, keep)

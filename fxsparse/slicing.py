@@ -159,7 +159,7 @@ def _match_keys(gm: GraphModule, sdpa: Node, keep: Tensor, kept_groups: Tensor, 
     name = f"{site.replace('.', '_')}_key_of_head"
     fx.set_buffer(gm, name, position.to(_device(gm)))
     index = fx.insert_attribute(gm, name, before=sdpa)
-    args = list(sdpa.args)
+    args: list[Any] = list(sdpa.args)
     for place in (1, 2):
         with gm.graph.inserting_before(sdpa):
             chosen = gm.graph.call_function(aten.index_select.default, (args[place], 1, index))
@@ -281,40 +281,42 @@ def patch_sizes(node: Node, kept: dict[int, Tensor]) -> None:
 
 
 def _patch(node: Node, results: list[dict[int, Tensor]], changed: Mapping[Node, Any]) -> None:
-    target, args = node.target, list(node.args)
+    target = node.target
+    args: list[Any] = list(node.args)
     if target in _SIZED:
-        sizes = list(args[1])  # type: ignore[arg-type]
+        sizes = list(args[1])
         for axis, kept in results[0].items():
             if isinstance(sizes[axis], int) and sizes[axis] != -1:
                 sizes[axis] = int(kept.sum())
         args[1] = sizes
     elif target is aten.unflatten.int:
-        dim, sizes = int(args[1]), list(args[2])  # type: ignore[arg-type, call-overload]
+        dim, sizes = int(args[1]), list(args[2])
         dim = dim % (len(shape_of(node)) - len(sizes) + 1)
         for axis, kept in results[0].items():
             if dim <= axis < dim + len(sizes) and isinstance(sizes[axis - dim], int) and sizes[axis - dim] != -1:
                 sizes[axis - dim] = int(kept.sum())
         args[2] = sizes
     elif target is aten.split_with_sizes.default:
-        dim = int(args[2]) if len(args) > 2 else 0  # type: ignore[call-overload]
-        sizes = list(args[1])  # type: ignore[arg-type]
+        dim = int(args[2]) if len(args) > 2 else 0
+        sizes = list(args[1])
         for part, axes in enumerate(results):
             for axis, kept in axes.items():
                 if axis == dim % len(fx.value(node)[part].shape):
                     sizes[part] = int(kept.sum())
         args[1] = sizes
     elif target is aten.split.Tensor:
-        dim = int(args[2]) if len(args) > 2 else 0  # type: ignore[call-overload]
+        dim = int(args[2]) if len(args) > 2 else 0
         for axis, kept in results[0].items():
             if axis == dim % len(fx.value(node)[0].shape):
                 args[1] = int(kept.sum())
     elif target is aten.slice.Tensor and isinstance(node.args[0], Node):
-        dim, start, end, step = (*args[1:], *(0, 0, 2**63 - 1, 1)[len(args) - 1 :])
+        given: list[Any] = [*args[1:], *(0, 0, 2**63 - 1, 1)[len(args) - 1 :]]
+        dim, start, end, step = given
         source = changed.get(node.args[0])
-        kept = None if source is None else _kept(source[0]).get(int(dim) % len(source[0]))  # type: ignore[call-overload]
-        if kept is not None and step == 1:
-            bounds = [_bound(place, len(kept)) for place in (start, end)]
-            args[1:] = [dim, int(kept[: bounds[0]].sum()), int(kept[: bounds[1]].sum())]
+        left = None if source is None else _kept(source[0]).get(int(dim) % len(source[0]))
+        if left is not None and step == 1:
+            bounds = [_bound(place, len(left)) for place in (start, end)]
+            args[1:] = [dim, int(left[: bounds[0]].sum()), int(left[: bounds[1]].sum())]
     node.args = tuple(args)
 
 

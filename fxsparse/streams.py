@@ -225,14 +225,15 @@ def _is_multiple(a: Any, b: Any) -> bool:
 
 def _permuted(node: Node) -> list[list[Axis]]:
     source: Any = node.args[0]
+    dims: Any = node.args[1:]
     order = list(range(len(sizes(node))))
     if node.target is aten.permute.default:
-        order = [dim % len(order) for dim in node.args[1]]  # type: ignore[operator, union-attr]
+        order = [dim % len(order) for dim in dims[0]]
     elif node.target is aten.transpose.int:
-        a, b = (dim % len(order) for dim in node.args[1:])  # type: ignore[operator]
+        a, b = (dim % len(order) for dim in dims)
         order[a], order[b] = b, a
     elif node.target is aten.movedim.int:
-        a, b = (dim % len(order) for dim in node.args[1:])  # type: ignore[operator]
+        a, b = (dim % len(order) for dim in dims)
         order.insert(b, order.pop(a))
     else:
         order.reverse()
@@ -300,13 +301,13 @@ def _linear(node: Node) -> list[list[Axis]]:
     x, weight, bias = (*node.args, None)[:3]
     last = len(sizes(x)) - 1
     out: list[Any] = [(node, last), (weight, 0), *([(bias, 0)] if isinstance(bias, Node) else [])]
-    return [[(x, last), (weight, 1)], out, *([(x, axis), (node, axis)] for axis in range(last))]  # type: ignore[list-item]
+    return [[(x, last), (weight, 1)], out, *([(x, axis), (node, axis)] for axis in range(last))]
 
 
 def _addmm(node: Node) -> list[list[Axis]]:
     bias, x, weight = node.args[:3]
     out: list[Any] = [(node, 1), (weight, 1), (bias, len(sizes(bias)) - 1)]
-    return [[(x, 1), (weight, 0)], out, [(x, 0), (node, 0)]]  # type: ignore[list-item]
+    return [[(x, 1), (weight, 0)], out, [(x, 0), (node, 0)]]
 
 
 def _matmul(node: Node) -> list[list[Axis]]:
@@ -355,7 +356,7 @@ def _convolution(node: Node) -> list[list[Axis]]:
     if groups != 1:
         return [[(x, 0), (node, 0)]]  # type: ignore[list-item]
     out: list[Any] = [(node, 1), (weight, 0), *([(bias, 0)] if isinstance(bias, Node) else [])]
-    return [[(x, 1), (weight, 1)], out, [(x, 0), (node, 0)]]  # type: ignore[list-item]
+    return [[(x, 1), (weight, 1)], out, [(x, 0), (node, 0)]]
 
 
 _OPERATORS: dict[Any, Any] = {
@@ -384,7 +385,7 @@ def sizes(node: Any) -> Sequence[Any]:
     value = fx.value(node)
     while isinstance(value, (tuple, list)):
         value = value[0]
-    return value.shape  # type: ignore[no-any-return]
+    return value.shape
 
 
 def _static(size: Any) -> int | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import TypeVar
 
@@ -151,7 +152,7 @@ def _found(sites: Iterable[tuple[str, Callable[[], _T]]]) -> tuple[list[_T], lis
 def _attention_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], Attention]]]:
     linears = {linear.node: linear for linear in fx.linears(gm)}
     for sdpa in gm.graph.find_nodes(op="call_function", target=SDPA):
-        yield fx.stack_path(sdpa) or sdpa.name, lambda sdpa=sdpa: _attention(sdpa, linears)
+        yield fx.stack_path(sdpa) or sdpa.name, partial(_attention, sdpa, linears)
 
 
 def _attention(sdpa: Node, linears: dict[Node, Linear]) -> Attention:
@@ -285,7 +286,7 @@ def _mlp_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], MLP]]]:
         beside = {source for node in path for source in node.all_input_nodes} - {*sources, *path}
         if any(source in computed and not _is_size(source) for source in beside):
             continue  # a stream joins in
-        yield linear.path, lambda linear=linear, sources=sources, path=path: _mlp(linear, sources, path, linears)
+        yield linear.path, partial(_mlp, linear, sources, path, linears)
 
 
 def _keeps_channels(node: Node) -> bool:

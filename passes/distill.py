@@ -215,7 +215,8 @@ class DistillLayers(Pass):
 
     def _layers(self, mine: Stack, theirs: Stack) -> Sequence[int]:
         """Positions of the teacher's layers that are compared."""
-        layers, given = len(theirs.blocks), self.teacher_layers
+        layers = len(theirs.blocks)
+        given: Any = self.teacher_layers
         if isinstance(given, FrozenMapping):
             given = next((chosen for glob, chosen in given if fnmatchcase(mine.path, glob)), None)
         wanted = len(mine.blocks) if self.matching == "plain" else min(4, layers)

@@ -207,7 +207,7 @@ class _StreamGate:
         """The gate, or what follows from it, in the dtype of a node."""
         source, dtype = getattr(self, what), fx.value(node).dtype
         if dtype == torch.float32:
-            return source  # type: ignore[no-any-return]
+            return source
         if (what, dtype) not in self.casts:
             self.casts[what, dtype] = self._call(aten.to.dtype, source, dtype, before=self.start)
         return self.casts[what, dtype]

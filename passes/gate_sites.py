@@ -63,7 +63,7 @@ def find_sites(gm: GraphModule, units: Collection[str], globs: Iterable[str] | N
         RewriteError: there is no attention and no MLP, or a glob matches none.
     """
     found = structures(gm)
-    sublayers = (*found.attentions, *found.mlps)
+    sublayers: tuple[Site, ...] = (*found.attentions, *found.mlps)
     if not sublayers:
         raise RewriteError("found no attention and no MLP to gate", pass_name=pass_name)
     named = {site.path for site in sublayers}

@@ -64,7 +64,8 @@ class Materialize(Pass):
         remove_gates(graph)
         yield from self._narrow(graph, masks)
         found = structures(graph)
-        sites: dict[str, Attention | MLP] = {site.path: site for site in (*found.attentions, *found.mlps)}
+        sublayers_left: tuple[Attention | MLP, ...] = (*found.attentions, *found.mlps)
+        sites = {site.path: site for site in sublayers_left}
         for item in filter(lambda item: item.gates, sublayers):
             keep = masks[item.units] if item.units is not None else torch.ones(item.count, dtype=torch.bool)
             open_ = bool(masks[item.layer].all()) if item.layer is not None else True

@@ -162,7 +162,7 @@ class _NoAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         tokens = length = hidden_states.shape[1]
-        seen = 0
+        seen: Any = 0
         is_cross = any(kwargs.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
         if past_key_values is not None and self.layer_idx is not None and not is_cross:
             seen = past_key_values.get_seq_length(self.layer_idx)
