@@ -156,8 +156,9 @@ def sparsity_loss(gm: GraphModule) -> Tensor:
 def close(gm: GraphModule, target: float, scores: Mapping[str, Tensor]) -> float:
     """Sets the masks: closes the gates of the lowest scores until the sparsity is ``target``, or the next above it.
 
-    A sublayer whose units are all closed is closed; where it has no gate of its own, its last unit stays open, as the
-    last hidden dimension does.
+    A gate that would lead more than 1 % above the target stays open while smaller ones can do. A sublayer whose units
+    are all closed is closed; where it has no gate of its own, its last unit stays open, as the last hidden dimension
+    does.
 
     Args:
         gm: a gated graph module; its mask buffers are written in place.
@@ -171,10 +172,17 @@ def close(gm: GraphModule, target: float, scores: Mapping[str, Tensor]) -> float
     wanted = target * ledger.total
     owners = [(name, position) for name, mask in ledger.masks.items() for position in range(len(mask))]
     values = torch.cat([scores[name].detach().double().cpu().flatten() for name in ledger.masks])
+    too_large: list[tuple[str, int]] = []
     for at in values.argsort(stable=True).tolist():
-        if ledger.total - ledger.left >= wanted - 1e-6:
+        if ledger.gone >= wanted - 1e-6:
             break
-        ledger.close(*owners[at])
+        closed = ledger.close(*owners[at])
+        if ledger.gone > wanted + 0.01 * ledger.total:
+            ledger.reopen(closed)
+            too_large.append(owners[at])
+    for name, position in too_large:
+        if ledger.gone < wanted - 1e-6:
+            ledger.close(name, position)
     for name, mask in ledger.masks.items():
         buffer = gm.get_buffer(mask_name(name))
         buffer.copy_(torch.tensor(mask))
@@ -197,25 +205,41 @@ class _Ledger:
         self.left_of = {item.path: float(item.size) for item in self.items}
         self.left = self.total = sum(self.left_of.values())
 
-    def close(self, name: str, position: int) -> None:
-        """Closes one gate, unless it is the last that must stay open."""
+    @property
+    def gone(self) -> float:
+        """Parameters that closed gates take away."""
+        return self.total - self.left
+
+    def close(self, name: str, position: int) -> list[tuple[str, int]]:
+        """Closes a gate, unless it is the last that must stay open, and with the last of its units a sublayer.
+
+        Returns:
+            what it closed.
+        """
         if not self.masks[name][position]:
-            return
-        items = self.of_gate[name]
-        if self.open[name] == 1 and all(name != item.layer for item in items):
-            layer = next((item.layer for item in items if item.units == name), None)
+            return []
+        closing = [(name, position)]
+        if self.open[name] == 1 and all(name != item.layer for item in self.of_gate[name]):
+            layer = next((item.layer for item in self.of_gate[name] if item.units == name), None)
             if layer is None:
-                return
-            self._set(layer, 0)
-        self._set(name, position)
-        for item in items:
+                return []
+            if self.masks[layer][0]:
+                closing.append((layer, 0))
+        self._set(closing, False)
+        return closing
+
+    def reopen(self, closed: list[tuple[str, int]]) -> None:
+        """Takes a closing back."""
+        self._set(closed, True)
+
+    def _set(self, gates: list[tuple[str, int]], is_open: bool) -> None:
+        for name, position in gates:
+            self.masks[name][position] = is_open
+            self.open[name] += 1 if is_open else -1
+        for item in {item.path: item for name, _ in gates for item in self.of_gate[name]}.values():
             now = self._remaining(item)
             self.left += now - self.left_of[item.path]
             self.left_of[item.path] = now
-
-    def _set(self, name: str, position: int) -> None:
-        self.open[name] -= self.masks[name][position]
-        self.masks[name][position] = False
 
     def _remaining(self, item: Gated) -> float:
         units, groups = float(item.count), float(item.groups)

@@ -170,6 +170,18 @@ def test_expected_sparsity_is_the_mean_over_draws() -> None:
     assert abs(sum(draws) / len(draws) - expected) < 0.02
 
 
+def test_closing_stays_within_a_hundredth_of_the_target_where_units_are_fine() -> None:
+    for name in ("bert", "llama", "t5"):
+        _, gm = traced(name)
+        gates = Pipeline([GateStructures(UNITS, target=0.1, score="random")])(gm)
+        for target in (0.2, 0.45, 0.6, 0.8, 0.93):
+            scores = {gate: torch.rand(len(gates.get_buffer(mask_name(gate)))) for gate in gate_names(gates)}
+            for item in gated(gates):
+                scores[item.layer] *= 0.2  # whole sublayers first, too large a step at the end
+            reached = gating.close(gates, target, scores)
+            assert target <= reached <= target + 0.01, (name, target)
+
+
 @pytest.mark.parametrize(("target", "units"), [(0.3, UNITS[:4]), (0.6, UNITS[:4]), (0.6, UNITS)])
 def test_training_reaches_the_target(target: float, units: tuple[str, ...]) -> None:
     family, gm = traced("bert")
