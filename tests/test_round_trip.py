@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +280,39 @@ def test_what_was_loaded_is_saved_pruned_and_loaded_again(name: str, tmp_path: P
     smaller = pruned(second, {f"{attention.format(1)}.heads_gate": some(4, 2)})
     fxsparse.save_pretrained(smaller, again, tmp_path / "smaller")
     assert_same(fxsparse.from_pretrained(tmp_path / "smaller"), smaller, family)
+
+
+def _neox() -> Any:
+    return transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, use_cache=False,
+        )
+    )  # fmt: skip
+
+
+def _bart() -> Any:
+    return transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
+            use_cache=False, pad_token_id=0, bos_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+            forced_eos_token_id=None,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [_neox, _bart])
+def test_fused_projections_and_cross_attention(build: Callable[[], Any], tmp_path: Path) -> None:
+    """GPT-NeoX has one projection, and files that name weights as no module does; BART attends to its encoder."""
+    model = build().train()
+    batch = {"input_ids": torch.randint(2, 64, (4, 12)), "labels": torch.randint(2, 64, (4, 12))}
+    base = fxsparse.trace(model, kwargs=batch)
+    gm = pruned(base, random_masks(base))
+    fxsparse.save_pretrained(gm, model, tmp_path)
+    loaded = fxsparse.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(**batch).logits, gm(**batch).logits, rtol=1e-5, atol=1e-6)
+    assert_generates(loaded)
 
 
 # --- settings, types, refusals ----------------------------------------------------------------------------------------

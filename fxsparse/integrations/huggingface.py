@@ -130,7 +130,7 @@ def _sized(cls: Any, record: Mapping[str, Any]) -> Any:
             recorded = {name: tuple(shape) for name, shape in record["sizes"].items()}
             resize(self, {**sizes_of(self.state_dict()), **recorded}, record["heads"])
 
-    Sized.__name__ = cls.__name__
+    Sized.__name__, Sized.__module__ = cls.__name__, cls.__module__  # what transformers knows names of weights by
     return Sized
 
 

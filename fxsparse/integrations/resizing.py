@@ -16,7 +16,7 @@ Sizes = dict[str, tuple[int, ...]]
 
 # What modules call the same number: heads, the size of one, all of them together.
 _HEADS = ("num_heads", "n_heads", "num_attention_heads")
-_HEAD_SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim")
+_HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _ALL_HEADS = ("all_head_size", "inner_dim", "split_size")
 _QUERIES, _KEYS = ("q_proj", "query", "q", "c_attn"), ("k_proj", "key", "k")
 _BIAS = "relative_attention_bias"
