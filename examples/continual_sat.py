@@ -1,0 +1,245 @@
+"""Pretrains a byte-level Llama on one package's source and goes on with another's, computing what matters (SAT).
+
+    python examples/continual_sat.py                   # two packages of the standard library; a few minutes
+    python examples/continual_sat.py --data my.txt     # go on with your own text
+    python examples/continual_sat.py --compiler aot_eager --steps 20     # a quick look, without Inductor
+
+Continual pre-training goes on dense, and with ``select-neurons`` (arXiv 2406.01392) at omission rates of 0.3 and 0.5,
+each at a constant rate and with the ladder (LORS) that ends dense. All start from the same weights, see the same
+batches and take their steps in turn, so that step times can be compared on a busy machine. Every rung of a ladder is
+compiled once. At the end there are a table and a plot (``--out``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from corpus import random_windows, read_corpus
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch._dynamo.utils import counters
+from torch.fx import GraphModule
+
+import fxsparse
+from fxsparse.passes import Pass, SelectNeurons
+from fxsparse.training_form import FORM_KEY, training_graph
+
+
+@dataclass
+class Run:
+    """One way of training on, and what came of it."""
+
+    name: str
+    model: GraphModule
+    compiled: Callable[..., object]
+    optimizer: torch.optim.Optimizer
+    schedule: fxsparse.Schedule
+    validation: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss)
+    seconds: list[float] = field(default_factory=list)
+    compiles: list[bool] = field(default_factory=list)  # whether a step compiled, or stepped to the next rung
+    graphs: int = 0
+    flops: list[int] = field(default_factory=list)
+
+    def steady(self) -> list[float]:
+        """Seconds of every step; one that compiled counts like the next that did not."""
+        steady = self.seconds.copy()
+        for step in reversed(range(len(steady) - 1)):
+            if self.compiles[step]:
+                steady[step] = steady[step + 1]
+        return steady
+
+
+def ways(args: argparse.Namespace) -> dict[str, list[Pass]]:
+    found: dict[str, list[Pass]] = {"dense": []}
+    for omission in args.omission:
+        options = {"multiple": args.multiple, "score": args.score, "seed": args.seed}
+        found[f"SAT {omission:g}"] = [SelectNeurons(omission, **options)]
+        found[f"SAT {omission:g} + LORS"] = [SelectNeurons(omission, rungs=args.rungs, **options)]
+    return found
+
+
+def build(args: argparse.Namespace) -> torch.nn.Module:
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=args.hidden, intermediate_size=3 * args.hidden, num_hidden_layers=args.layers,
+        num_attention_heads=args.heads, num_key_value_heads=args.heads, max_position_embeddings=args.length,
+        use_cache=False, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).to(args.device)
+
+
+def start(name: str, passes: list[Pass], model: torch.nn.Module, batch: torch.Tensor, args: argparse.Namespace) -> Run:
+    """A run whose first step is yet to come."""
+    gm = fxsparse.rewrite(copy.deepcopy(model), passes, kwargs={"input_ids": batch, "labels": batch})
+    optimizer = torch.optim.AdamW(gm.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = fxsparse.Schedule(gm, optimizer, total_steps=args.steps)
+    compiled = torch.compile(gm, backend="fxsparse", options={"compiler": args.compiler})
+    return Run(name, gm, compiled, optimizer, schedule)
+
+
+def pretrain(
+    model: torch.nn.Module, text: torch.Tensor, args: argparse.Namespace, draw: torch.Generator, console: Console
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.pretrain_steps)
+    with progress_bar(console) as progress:
+        task = progress.add_task("pretraining", total=args.pretrain_steps)
+        for _ in range(args.pretrain_steps):
+            batch = random_windows(text, args.batch, args.length, draw).to(args.device)
+            loss = model(input_ids=batch, labels=batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            decay.step()
+            progress.update(task, advance=1, description=f"pretraining, loss {loss.item():.2f}")
+
+
+def train_step(run: Run, ids: torch.Tensor) -> None:
+    graphs, form = counters["stats"]["unique_graphs"], run.model.meta.get(FORM_KEY)
+    begin = time.perf_counter()
+    loss = run.compiled(input_ids=ids, labels=ids).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    compiled = counters["stats"]["unique_graphs"] - graphs
+    run.flops.append(fxsparse.count_flops(training_graph(run.model)).step if compiled else run.flops[-1])
+    run.optimizer.step()
+    run.schedule.step()
+    run.optimizer.zero_grad()
+    loss.item()
+    run.seconds.append(time.perf_counter() - begin)
+    run.compiles.append(compiled > 0 or run.model.meta.get(FORM_KEY) is not form)
+    run.graphs += compiled
+
+
+@torch.no_grad()
+def validate(run: Run, batches: list[torch.Tensor]) -> None:
+    """The loss of the dense model, which is what training leaves."""
+    run.model.eval()
+    loss = statistics.fmean(run.model(input_ids=batch, labels=batch).loss.item() for batch in batches)
+    run.model.train()
+    run.validation.append((len(run.seconds), loss))
+
+
+def result_table(runs: list[Run], args: argparse.Namespace) -> Table:
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    table = Table(title=f"{device}, torch {torch.__version__}, fxsparse {fxsparse.__version__}, {args.compiler}")
+    columns = ("", "validation loss", "FLOPs / dense", "step", "all steps", "/ dense", "graphs (compiling)")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    dense = runs[0]
+    for run in runs:
+        steady = run.steady()
+        table.add_row(
+            run.name,
+            f"{run.validation[0][1]:.3f} -> {run.validation[-1][1]:.3f}",
+            f"{sum(run.flops) / sum(dense.flops):.2f}",
+            f"{statistics.median(steady) * 1e3:.0f} ms",
+            f"{sum(steady):.1f} s",
+            f"{sum(steady) / sum(dense.steady()):.2f}",
+            f"{run.graphs} ({sum(run.seconds) - sum(steady):.0f} s)",
+        )
+    return table
+
+
+def plot(runs: list[Run], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (losses, times) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    dense = statistics.median(runs[0].steady())
+    for position, run in enumerate(runs):
+        steady = run.steady()
+        look = {"color": f"C{(position + 1) // 2}", "linestyle": "--" if "LORS" in run.name else "-", "label": run.name}
+        spent = [sum(steady[:step]) for step, _ in run.validation]
+        losses.plot(spent, [loss for _, loss in run.validation], marker="o", markersize=3, **look)
+        width = max(1, len(steady) // 20)
+        windows = [steady[step : step + width] for step in range(0, len(steady), width)]
+        shares = [statistics.median(window) / dense for window in windows]
+        times.step([step * width for step in range(len(windows))], shares, where="post", **look)
+    losses.set(xlabel="seconds of training, without compiling", ylabel="validation loss (nats per byte)")
+    losses.set_title("loss of the dense model against time")
+    times.set(xlabel="step", ylabel="step time / dense", title="time of a step", ylim=(0, None))
+    for axes in (losses, times):
+        axes.grid(alpha=0.3)
+    losses.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def progress_bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+def parse_args() -> argparse.Namespace:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrain-data", default=str(library / "email"), help="a text file or folder")
+    parser.add_argument("--data", default=str(library / "asyncio"), help="a text file or folder to go on with")
+    parser.add_argument("--pretrain-steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120, help="of continual pre-training")
+    parser.add_argument("--omission", nargs="+", type=float, default=[0.3, 0.5])
+    parser.add_argument("--rungs", type=int, default=2, help="of the ladder, in the second half of the steps")
+    parser.add_argument("--multiple", type=int, default=64, help="channels are rounded to a multiple of it")
+    parser.add_argument("--score", default="magnitude", choices=("magnitude", "weighted", "uniform"))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128, help="tokens in a window")
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compiler", default="inductor", choices=("inductor", "aot_eager", "eager"))
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    transformers.logging.set_verbosity_error()
+    torch._dynamo.config.recompile_limit = max(64, 4 * args.rungs)  # a graph for every rung
+    torch.manual_seed(args.seed)
+    model = build(args)
+    draw = torch.Generator().manual_seed(args.seed)
+    pretrain(model, read_corpus(args.pretrain_data, seed=args.seed).train, args, draw, console)
+
+    corpus = read_corpus(args.data, seed=args.seed, validation=0.1)
+    console.print(f"{len(corpus.train):,} bytes to go on with, {len(corpus.validation):,} to validate on")
+    held_out = [random_windows(corpus.validation, 16, args.length, draw).to(args.device) for _ in range(8)]
+    example = random_windows(corpus.train, args.batch, args.length, draw).to(args.device)
+    runs = [start(name, passes, model, example, args) for name, passes in ways(args).items()]
+    console.print(fxsparse.explain(runs[-1].model), highlight=False, soft_wrap=True)
+    for run in runs:
+        validate(run, held_out)
+    every = max(1, args.steps // 8)
+    with progress_bar(console) as progress:
+        task = progress.add_task("continual pre-training", total=args.steps * len(runs))
+        for step in range(args.steps):
+            ids = random_windows(corpus.train, args.batch, args.length, draw).to(args.device)
+            for run in runs:
+                train_step(run, ids)
+                if (step + 1) % every == 0 or step + 1 == args.steps:
+                    validate(run, held_out)
+                description = f"continual pre-training, dense loss {runs[0].validation[-1][1]:.2f}"
+                progress.update(task, advance=1, description=description)
+    console.print(result_table(runs, args))
+    plot(runs, args.out / "continual_sat.png")
+    console.print(f"plot: {args.out / 'continual_sat.png'}")
+
+
+if __name__ == "__main__":
+    main()
