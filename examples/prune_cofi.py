@@ -180,10 +180,12 @@ def plot(results: list[Result], path: Path) -> None:
     right.plot([result.speedup(whole) for result in smaller], [result.accuracy for result in smaller], marker="o")
     for result in smaller:
         place = (result.speedup(whole), result.accuracy)
-        right.annotate(result.name, place, textcoords="offset points", xytext=(6, 6))
+        right.annotate(result.name, place, textcoords="offset points", xytext=(0, -16), ha="center")
+    accuracies = [result.accuracy for result in results]
+    right.set_ylim(min(accuracies) - 3, max(accuracies) + 3)  # differences below a point are noise
     right.set(xlabel="speed-up of a forward pass", ylabel="accuracy %", title="accuracy of the smaller models")
-    right.margins(x=0.15, y=0.3)
-    right.legend()
+    right.margins(x=0.15)
+    right.legend(loc="lower left")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,6 +225,7 @@ def main() -> None:
     args = parse_args()
     console = Console(width=None if sys.stdout.isatty() else 110)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     data = read_snippets(classes=args.classes, length=args.length, seed=args.seed)
     console.print(f"{len(data.train)} snippets to train on, {len(data.test)} to test on: {', '.join(data.classes)}")
     torch.manual_seed(args.seed)
