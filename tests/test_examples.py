@@ -83,3 +83,17 @@ def test_prune_cofi(tmp_path: Path) -> None:
     assert (tmp_path / "prune_cofi.png").read_bytes().startswith(b"\x89PNG")
     loaded = fxsparse.from_pretrained(tmp_path / "pruned")
     assert f"{loaded.num_parameters():,} parameters as a checkpoint" in printed
+
+
+def test_continual_sat(tmp_path: Path) -> None:
+    sizes = ("--pretrain-steps", 4, "--steps", 8, "--batch", 2, "--length", 32, "--layers", 2, "--multiple", 16)
+    printed = run_example(
+        "continual_sat.py", *sizes, "--hidden", 32, "--heads", 4, "--out", tmp_path, "--device", "cpu",
+        "--compiler", "eager",
+    )  # fmt: skip
+    for name in ("dense", "SAT 0.3", "SAT 0.3 + LORS", "SAT 0.5", "SAT 0.5 + LORS"):
+        assert f"│ {name} " in printed
+    assert "select-neurons{omission=0.5,rungs=2,multiple=16}: 4 rewritten, 0 skipped" in printed
+    graphs = [row.split("│")[-2].split()[0] for row in printed.splitlines() if row.startswith("│")]
+    assert graphs == ["1", "1", "3", "1", "3"]  # a graph for every rung, none in between
+    assert (tmp_path / "continual_sat.png").read_bytes().startswith(b"\x89PNG")
