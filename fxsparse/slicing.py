@@ -13,6 +13,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
@@ -261,7 +262,7 @@ def propagate(gm: GraphModule, site: str) -> None:
         elif node.op == "call_function" and any(source in dirty for source in node.all_input_nodes):
             before = node.meta.get("val")
             try:
-                with fx.fake_mode(gm), torch.no_grad():
+                with fx.fake_mode(gm), enable_python_dispatcher(), torch.no_grad():
                     after = node.target(*_example(gm, node.args), **_example(gm, node.kwargs))
             except Exception as error:
                 raise RewriteError(f"does not fit smaller sizes at {node.name}: {error}", site=site) from error
