@@ -6,11 +6,14 @@ Triton compiles a function from the file that defines it, so a kernel has to be 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -48,6 +51,29 @@ def replace(path: Path, text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def locked(path: Path, patience: float = 5.0) -> Iterator[None]:
+    """Holds the lock of a file; the system lets go of it when a process ends, however it ends.
+
+    Raises:
+        TimeoutError: another process held it for ``patience`` seconds.
+    """
+    import fcntl
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as file:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"another process held it for {patience:g} s") from None
+                time.sleep(0.01)
+        yield
 
 
 def load(path: Path) -> ModuleType:

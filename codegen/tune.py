@@ -1,19 +1,22 @@
 """Tuning: measuring tiles for a shape on the device at hand, and remembering the fastest.
 
 Nothing is measured unless :func:`measure` is called: a launch looks up what an earlier tuning found, in this process or
-in ``tuning.json`` of the cache directory, and takes the shipped default otherwise.
+in ``tuning.json`` of the cache directory, and takes the shipped default otherwise. A file that cannot be read is
+ignored with a warning, one that cannot be written leaves the result to this process.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from fxsparse.codegen import source, tiles
@@ -37,12 +40,14 @@ def key(
     """What tuning results are kept under; numbers of rows share one up to the next power of two."""
     bucket = 1 << max(0, rows - 1).bit_length()
     pattern = "" if n is None else f" {n}:{m}"
-    return f"{kernel}{pattern} {dtype} {bucket}x{columns}x{depth} {_device()}"
+    return f"{kernel}{pattern} {dtype} {bucket}x{columns}x{depth} {_platform()}"
 
 
 @functools.cache
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+def _platform() -> str:
+    """What tuning results hold for: the device and the compiler."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return f"{device}, triton {triton.__version__}"
 
 
 def candidates(kernel: str, rows: int, dtype: str = "bfloat16", *, tall: bool = False) -> list[Plan]:
@@ -85,17 +90,22 @@ def measure(name: str, run: Callable[[Plan], object], plans: Iterable[Plan]) -> 
 def remember(name: str, best: Plan) -> None:
     """Keeps a plan for this process and later ones."""
     _tuned()[name] = best
-    stored = {**_read(_path()), name: {**asdict(best.tile), "square": best.square}}
-    source.replace(_path(), json.dumps(stored, indent=1, sort_keys=True))
+    path = _path()
+    try:
+        with source.locked(path):
+            stored = {**_read(path), name: {**asdict(best.tile), "square": best.square}}
+            source.replace(path, json.dumps(stored, indent=1, sort_keys=True))
+    except (OSError, TimeoutError) as error:
+        warnings.warn(f"fxsparse: cannot keep tuning in {path} ({error}); it serves this process only", stacklevel=2)
 
 
 @functools.cache
 def _tuned() -> dict[str, Plan]:
-    plans = {}
-    for name, fields in _read(_path()).items():
-        square = fields.pop("square")
-        plans[name] = Plan(Tile(**fields), square)
-    return plans
+    return {name: _plan(fields) for name, fields in _read(_path()).items()}
+
+
+def _plan(fields: dict[str, Any]) -> Plan:
+    return Plan(Tile(**{name: value for name, value in fields.items() if name != "square"}), bool(fields["square"]))
 
 
 def _path() -> Path:
@@ -103,4 +113,14 @@ def _path() -> Path:
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The plans in a file; nothing where it is damaged."""
+    try:
+        found: dict[str, dict[str, Any]] = json.loads(path.read_text())
+        for fields in found.values():
+            _plan(fields)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        warnings.warn(f"fxsparse: {path} cannot be read and is ignored: {error!r}", stacklevel=2)
+        return {}
+    return found

@@ -4,19 +4,19 @@ One JSON file for a device and the versions that matter (torch, triton, this pac
 ``$FXSPARSE_CACHE_DIR/measured``. Several processes may write it at once: each reads it again under a lock, adds its
 own and replaces the file whole; a lock that is not had in time leaves the file to the others. A file that cannot be
 read, or is of something else, is ignored with a warning; one that cannot be written leaves the times to this process.
+
+Files that come with the package lie in `SHIPPED`, under the same names; what was measured here goes before them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import math
 import threading
-import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ from fxsparse.cost_model import Work
 FORMAT = 1
 PATIENCE = 5.0
 """Seconds that a process waits for the lock of a file."""
+
+SHIPPED = Path(__file__).parent / "shipped_times"
+"""Where files are kept that were measured before a release; it holds none for a device that was not at hand."""
 
 _lock = threading.Lock()
 _known: dict[Path, dict[str, dict[str, float]]] = {}
@@ -42,22 +45,19 @@ def key(work: Work) -> str:
 
 def times(work: Work, device: str) -> dict[str, float]:
     """Milliseconds of each implementation measured, by its name; empty where none was."""
-    path = _path(device)
     with _lock:
-        if path not in _known:
-            _known[path] = _read(path, device)
-        return dict(_known[path].get(key(work), {}))
+        own, shipped = _load(_path(device), device), _load(SHIPPED / _path(device).name, device)
+        return dict(own.get(key(work)) or shipped.get(key(work), {}))
 
 
 def remember(work: Work, device: str, found: Mapping[str, float]) -> None:
     """Keeps times, in milliseconds, for this process and later ones."""
     path = _path(device)
     with _lock:
-        if path not in _known:
-            _known[path] = _read(path, device)
-        _known[path][key(work)] = {**_known[path].get(key(work), {}), **found}
+        rows = _load(path, device)
+        rows[key(work)] = {**rows.get(key(work), {}), **found}
         try:
-            with _locked(path):
+            with source.locked(path, PATIENCE):
                 rows = _read(path, device) if path.is_file() else {}
                 rows[key(work)] = {**rows.get(key(work), {}), **found}
                 content = {"format": FORMAT, **_identity(device), "milliseconds": rows}
@@ -110,6 +110,12 @@ def _path(device: str) -> Path:
     return source.cache_dir() / "measured" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
 
 
+def _load(path: Path, device: str) -> dict[str, dict[str, float]]:
+    if path not in _known:
+        _known[path] = _read(path, device)
+    return _known[path]
+
+
 def _read(path: Path, device: str) -> dict[str, dict[str, float]]:
     try:
         content = json.loads(path.read_text())
@@ -133,25 +139,6 @@ def _is_row(row: Any) -> bool:
     if not isinstance(row, dict):
         return False
     return all(isinstance(t, float) and math.isfinite(t) and t > 0 for t in row.values())
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a file; the system lets go of it when a process ends, however it ends."""
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as file:
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise TimeoutError(f"another process held it for {PATIENCE:g} s") from None
-                time.sleep(0.01)
-        yield
 
 
 _warned: set[str] = set()

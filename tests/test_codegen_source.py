@@ -116,6 +116,32 @@ def test_tuning_is_remembered(monkeypatch, tmp_path):
     tune._tuned.cache_clear()
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", '{"a": 1}', '{"a": {"square": false, "rows": 3}}'])
+def test_damaged_tuning_is_ignored_with_a_warning(monkeypatch, tmp_path, damage):
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
+    tune._path().write_text(damage)
+    tune._tuned.cache_clear()
+    with pytest.warns(UserWarning, match="ignored"):
+        assert tune._tuned() == {}
+    best = Plan(Tile(64, 128, 32, warps=8))
+    with pytest.warns(UserWarning, match="ignored"):
+        tune.remember("b", best)
+    tune._tuned.cache_clear()
+    assert tune._tuned() == {"b": best}  # the damage is gone
+    tune._tuned.cache_clear()
+
+
+def test_tuning_where_nothing_can_be_written_serves_this_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path / "file" / "below"))
+    (tmp_path / "file").write_text("")
+    tune._tuned.cache_clear()
+    best = Plan(Tile(64, 128, 32, warps=8))
+    with pytest.warns(UserWarning, match="serves this process only"):
+        tune.remember("a", best)
+    assert tune._tuned() == {"a": best}
+    tune._tuned.cache_clear()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_tuning_needs_a_gpu():
     with pytest.raises(OptionError, match="this machine has none"):

@@ -158,6 +158,31 @@ def test_a_damaged_or_foreign_table_is_ignored_with_a_warning(damage) -> None:
     assert measured.times(FROZEN.work, "cuda") == {"dense": 0.5}
 
 
+def test_a_shipped_table_serves_until_something_was_measured_here(monkeypatch, tmp_path: Path) -> None:
+    measured.remember(FROZEN.work, "cuda", {"dense": 0.25, "compressed": 0.5})
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    table().rename(shipped / table().name)
+    monkeypatch.setattr(measured, "SHIPPED", shipped)
+    measured.forget()
+    assert choose(FROZEN)[0] == "dense"
+    measured.remember(FROZEN.work, "cuda", {"dense": 0.2, "compressed": 0.1})
+    assert choose(FROZEN)[0] == "compressed"
+    measured.forget()
+    assert measured.times(FROZEN.work, "cuda") == {"dense": 0.2, "compressed": 0.1}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Other")  # it is of one device
+    measured.forget()
+    assert measured.times(FROZEN.work, "cuda") == {}
+
+
+def test_shipped_tables_can_be_read() -> None:
+    for path in measured.SHIPPED.glob("*.json"):
+        content = json.loads(path.read_text())
+        assert content["format"] == measured.FORMAT
+        assert {"device", "torch", "triton", "kernels"} <= set(content)
+        assert content["milliseconds"] and all(map(measured._is_row, content["milliseconds"].values()))
+
+
 def test_a_table_that_cannot_be_written_serves_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError("read-only file system")
@@ -171,7 +196,7 @@ def test_a_table_that_cannot_be_written_serves_this_process(monkeypatch: pytest.
 def test_a_lock_that_another_process_holds_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     measured.remember(FROZEN.work, "cuda", {"dense": 0.25})
     monkeypatch.setattr(measured, "PATIENCE", 0.05)
-    with measured._locked(table()), pytest.warns(UserWarning, match="another process held it"):
+    with measured.source.locked(table()), pytest.warns(UserWarning, match="another process held it"):
         measured.remember(FROZEN.work, "cuda", {"compressed": 0.5})
     assert measured.times(FROZEN.work, "cuda") == {"dense": 0.25, "compressed": 0.5}
 
