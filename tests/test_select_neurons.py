@@ -422,6 +422,7 @@ def steps(gm: GraphModule, optimizer: Any, schedule: Any, first: int, last: int)
     return losses
 
 
+@pytest.mark.filterwarnings("error:.*rewrote nothing")  # also where the ladder has ended
 @pytest.mark.parametrize("score", ["magnitude", "uniform"])
 def test_the_dense_model_is_saved_and_training_resumes(tmp_path: Path, score: str) -> None:
     text = f"select-neurons{{omission=0.5,score={score},rungs=2,rung_steps=3,multiple=4}}"
