@@ -5,22 +5,27 @@
 Linears: every weight shape of OPT-2.7B/13B/66B, Llama-3-8B and Mistral-7B at 1 to 16,384 tokens, 2:4; the forward
 product, both gradients and the fused low-rank form, as `fxsparse` dispatches them, beside cuBLAS under Inductor's
 max-autotune and torch's own semi-structured path. Layers: one transformer layer of each model, training step and
-inference, time and peak memory. Rows are written as they are measured; a run that stops resumes after the last one.
+inference; neuron selection, dropped layers and multiplexing on the same layers. Cases are written as they are measured;
+a run that stops resumes after the last one.
 
-Rivals take turns, operands are random, medians with the 10 % and 90 % quantiles are given. Without a GPU nothing is
-measured; ``--device cpu --small`` runs the program on toy shapes, for its own sake.
+What fxsparse runs is chosen by measuring, before the rivals meet. Rivals take turns, operands are random, medians with
+the 10 % and 90 % quantiles are given, and for each rival the peak of the memory it allocated itself, and of a layer the
+bytes of its weights and optimizer. Without a GPU nothing is measured; ``--device cpu --small`` runs the program on toy
+shapes, for its own sake.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -29,7 +34,9 @@ from torch.nn import functional as F
 
 import fxsparse
 from benchmarks.timing import environment
-from fxsparse import nm
+from fxsparse import measured, nm, tuning
+from fxsparse.compiled import compiled_graphs
+from fxsparse.cost_model import Work
 from fxsparse.nm import Pattern
 from fxsparse.passes import (
     AddLowRankBranches,
@@ -46,7 +53,11 @@ TOKENS = (1, 16, 64, 512, 4096, 16384)
 RANKS = (1 / 64, 1 / 16)
 """Of the smaller dimension: 1.56 % and 6.25 %."""
 
-HEADER = "| what | model | shape | us (10 % - 90 %) | ratio to dense | peak GiB | runs |"
+HEADER = "| what | model | shape | us (10 % - 90 %) | dense / this | peak MiB | weights, optimizer MiB | runs |"
+
+Run = Callable[[], object]
+Rivals = dict[str, Callable[[], Run]]
+"""What makes each rival; the first is what the others are compared with."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,21 @@ MODELS = {
 TOY = {"toy-opt": Sizes(64, 128, 4, 4, False), "toy-llama": Sizes(64, 128, 4, 2, True)}
 
 
-def main() -> int:
+@dataclass(frozen=True)
+class Case:
+    """Rivals at one shape; what, model and shape name it in the table."""
+
+    what: str
+    model: str
+    shape: str
+    rivals: Callable[[], Rivals]
+
+    @property
+    def name(self) -> tuple[str, str, str]:
+        return self.what, self.model, self.shape
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu.md"))
     parser.add_argument("--minutes", type=float, default=10)
@@ -79,73 +104,102 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", default=None)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    known = TOY if args.small else MODELS
+    if unknown := set(args.models or ()) - set(known):
+        parser.error(f"unknown models {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if args.rounds < 2:
+        parser.error("quantiles need at least 2 rounds")
     if args.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu measures on a GPU and this machine has none: nothing was measured.", file=sys.stderr)
         return 1
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    until = time.monotonic() + 60 * args.minutes
-    done = args.output.read_text().splitlines() if args.output.is_file() else []
+    title = f"{environment()}, bfloat16, {args.rounds} rounds in turn{', toy shapes' if args.small else ''}"
+    return fill(args.output, title, cases(args), args)
+
+
+def fill(path: Path, title: str, planned: Iterable[Case], args: argparse.Namespace) -> int:
+    """Appends the cases that a table does not have yet, each whole, until the time is over."""
+    done = path.read_text().splitlines() if path.is_file() else []
+    if done and done[0] != title:
+        print(f"{path} is of something else ({done[0]}): give another --output", file=sys.stderr)
+        return 1
     known = {tuple(cell.strip() for cell in line.split("|")[1:4]) for line in done}
-    with args.output.open("a") as file:
+    until = time.monotonic() + 60 * args.minutes
+    with path.open("a") as file:
         if not done:
-            print(f"{environment()}, bfloat16, {args.rounds} rounds in turn\n\n{HEADER}", file=file)
-            print("|" + "---|" * (HEADER.count("|") - 1), file=file, flush=True)
-        for what, model, shape, rivals in cases(args):
-            if (what, model, shape) in known:
+            file.write(f"{title}\n\n{HEADER}\n{'|---' * (HEADER.count('|') - 1)}|\n")
+        for case in planned:
+            if case.name in known:
                 continue
             if time.monotonic() > until:
                 print(f"stopped after {args.minutes:g} minutes; the same command goes on", file=sys.stderr)
                 return 0
-            for line in measured(what, model, shape, rivals(), args):
-                print(line, file=file, flush=True)
-                print(line, flush=True)
-    print(f"written to {args.output}")
+            lines = "\n".join(rows(case, args))
+            file.write(lines + "\n")
+            file.flush()
+            print(lines, flush=True)
+    print(f"written to {path}")
     return 0
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
-Run = Callable[[], object]
 
-
-def measured(what: str, model: str, shape: str, rivals: dict[str, Run], args: argparse.Namespace) -> Iterator[str]:
-    """A row for each rival; the first is what the others are compared with, and the row that marks the case as done
-    is written last."""
-    times: dict[str, list[float]] = {}
+def rows(case: Case, args: argparse.Namespace) -> list[str]:
+    """A row for each rival of a case; the first rival's bears the case's name."""
+    torch._dynamo.reset()  # one function is compiled for many shapes, more often than Dynamo allows
+    makers = case.rivals()
+    labels = {name: case.what if number == 0 else f"{case.what}, {name}" for number, name in enumerate(makers)}
+    runs: dict[str, Run] = {}
     peaks: dict[str, float] = {}
-    for name, run in list(rivals.items()):
+    failed: dict[str, str] = {}
+    for name, make in makers.items():
         try:
-            peaks[name] = warm(run, args.device)
-            times[name] = []
-        except Exception as error:  # a library that does not take the shape
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".replace("|", "/")
-            yield f"| {what}, {name} | {model} | {shape} | {reason} | | | |"
-    for _ in range(args.rounds):
-        for name in times:
-            times[name].append(timed(rivals[name], args.device))
-    base = next(iter(times))
-    for name in reversed(times):
-        ratio = statistics.median(its / mine for mine, its in zip(times[name], times[base], strict=True))
-        deciles = statistics.quantiles(times[name], n=10)
-        label = what if name == base else f"{what}, {name}"
-        spread = f"{statistics.median(times[name]):.1f} ({deciles[0]:.1f} - {deciles[-1]:.1f})"
-        peak, runs = f"{peaks[name] / 2**30:.2f}", chosen(rivals[name])
-        yield f"| {label} | {model} | {shape} | {spread} | {ratio:.2f} | {peak} | {runs} |"
+            runs[name], peaks[name] = warm(make, args.device)
+        except Exception as error:  # a library that does not take the shape, memory that is not enough
+            runs.pop(name, None)
+            failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".replace("|", "/")
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _, name in itertools.product(range(args.rounds), runs):
+        times[name].append(timed(runs[name], args.device))
+    base = times.get(next(iter(makers)))
+    found = []
+    for name, label in labels.items():
+        cells = [failed.get(name, ""), "", "", "", ""]
+        if name in times:
+            deciles = statistics.quantiles(times[name], n=10, method="inclusive")
+            spread = f"{statistics.median(times[name]):.1f} ({deciles[0]:.1f} - {deciles[-1]:.1f})"
+            ratio = statistics.median(its / mine for mine, its in zip(times[name], base, strict=True)) if base else None
+            state = getattr(runs[name], "state", None)
+            cells = [
+                spread,
+                "" if ratio is None else f"{ratio:.2f}",
+                f"{peaks[name] / 2**20:.1f}" if args.device == "cuda" else "",
+                "" if state is None else f"{state() / 2**20:.1f}",
+                chosen(runs[name]),
+            ]
+        found.append(f"| {' | '.join([label, case.model, case.shape, *cells])} |")
+    return found
 
 
-def warm(run: Run, device: str) -> float:
-    """Runs three times, which compiles, and measures what is chosen by measuring; returns the peak memory in bytes."""
+def warm(make: Callable[[], Run], device: str) -> tuple[Run, float]:
+    """Makes a rival and runs it three times, which compiles; returns the peak of the bytes it allocated itself."""
+    if device != "cuda":
+        run = make()
+        for _ in range(3):
+            run()
+        return run, 0.0
+    before = torch.cuda.memory_allocated()
+    run = make()
     for _ in range(3):
         run()
-    if device != "cuda":
-        return 0.0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
-    return float(torch.cuda.max_memory_allocated())
+    return run, float(torch.cuda.max_memory_allocated() - before)
 
 
 def timed(run: Run, device: str) -> float:
@@ -166,18 +220,15 @@ def timed(run: Run, device: str) -> float:
 def chosen(run: Run) -> str:
     """What the backend says it runs."""
     compiled = getattr(run, "compiled", None)
-    if compiled is None:
-        return ""
-    from fxsparse.compiled import compiled_graphs
-
-    found = {choice.implementation for graph in compiled_graphs(compiled) for choice in graph.choices}
-    return ", ".join(sorted(found))
+    graphs = [] if compiled is None else compiled_graphs(compiled)
+    return ", ".join(sorted({f"{choice.op} {choice.implementation}" for graph in graphs for choice in graph.choices}))
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 
-def cases(args: argparse.Namespace) -> Iterator[tuple[str, str, str, Callable[[], dict[str, Run]]]]:
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """Everything that is planned, each shape of a weight once."""
     models = TOY if args.small else MODELS
     wanted = args.models or list(models)
     if "linear" in args.only:
@@ -189,11 +240,11 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[str, str, str, Callable[[]
                         seen.add((out_features, in_features))
                         shape = f"{tokens}x{in_features} -> {out_features}"
                         for what, make in linear_cases(tokens, out_features, in_features, args).items():
-                            yield what, model, shape, make
+                            yield Case(what, model, shape, make)
     if "layer" in args.only:
         for model in wanted:
-            for what, make in layer_cases(models[model], args).items():
-                yield what, model, f"{layer_tokens(args)} tokens", make
+            for what, rivals in layer_cases(models[model], args).items():
+                yield Case(what, model, f"{layer_tokens(args)} tokens", functools.partial(dict, rivals))
 
 
 def weights(sizes: Sizes) -> list[tuple[int, int]]:
@@ -227,27 +278,58 @@ class SparseLinear(nn.Module):
 
 def linear_cases(
     tokens: int, out_features: int, in_features: int, args: argparse.Namespace
-) -> dict[str, Callable[[], dict[str, Run]]]:
-    @functools.cache
+) -> dict[str, Callable[[], Rivals]]:
+    ops = torch.ops.fxsparse
+
     def operands() -> tuple[Tensor, Tensor, Tensor]:
         def randn(*shape: int) -> Tensor:
             return torch.randn(*shape, device=args.device).bfloat16()
 
         return randn(tokens, in_features), randn(tokens, out_features), randn(out_features, in_features)
 
-    def forward() -> dict[str, Run]:
+    def fast(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Run]:
+        options: dict[str, Any] = {"max_autotune": not args.small}
+        return lambda: no_grad(torch.compile(function, options=options, dynamic=False), x)
+
+    def ours(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Run]:
+        return lambda: no_grad(torch.compile(function, backend="fxsparse", dynamic=False), x)
+
+    def choose_by_measuring(op: str) -> None:
+        work = Work(op, TWO_FOUR, torch.bfloat16, tokens, out_features, in_features)
+        if args.device == "cuda" and not measured.times(work, "cuda"):
+            tuning.measure(work, "cuda")
+
+    def forward() -> Rivals:
+        choose_by_measuring("nm_linear")
         x, _, weight = operands()
-        dense = torch.compile(lambda x: F.linear(x, weight), options={"max_autotune": not args.small})
         sparse = SparseLinear(weight).requires_grad_(False)
-        compiled = torch.compile(sparse, backend="fxsparse")
-        rivals: dict[str, Run] = {"dense": no_grad(dense, x), "fxsparse": no_grad(compiled, x)}
+        rivals = {"dense": fast(lambda x: F.linear(x, weight), x), "fxsparse": ours(sparse, x)}
         if args.device == "cuda":
-            pruned = weight * nm.nm_mask(weight.abs(), TWO_FOUR)
-            semi = torch.sparse.to_sparse_semi_structured(pruned)
-            rivals["torch semi-structured"] = no_grad(lambda x: F.linear(x, semi), x)
+            rivals["torch semi-structured"] = lambda: semi_structured(weight, x)
         return rivals
 
-    def low_rank(ratio: float) -> dict[str, Run]:
+    def grad_input() -> Rivals:
+        choose_by_measuring("nm_linear_grad_input")
+        _, dy, weight = operands()
+        sparse = SparseLinear(weight).requires_grad_(False)
+        given = sparse.values, sparse.indices, sparse.column_mask
+        return {
+            "dense": fast(lambda dy: dy @ weight, dy),
+            "fxsparse": ours(lambda dy: ops.nm_linear_grad_input.default(dy, *given, 2, 4), dy),
+        }
+
+    def grad_values() -> Rivals:
+        choose_by_measuring("nm_linear_grad_values")
+        x, dy, weight = operands()
+        indices = SparseLinear(weight).indices
+        return {
+            "dense": fast(lambda dy: dy.t() @ x, dy),
+            "fxsparse": ours(lambda dy: ops.nm_linear_grad_values.default(dy, x, indices, 2, 4), dy),
+        }
+
+    def low_rank(ratio: float) -> Rivals:
+        choose_by_measuring("nm_linear")
+        choose_by_measuring("nm_linear_low_rank")
         x, _, weight = operands()
         rank = max(1, round(ratio * min(weight.shape)))
         fused = SparseLinear(weight, rank).requires_grad_(False)
@@ -258,27 +340,23 @@ def linear_cases(
             return apart(x) + F.linear(F.linear(x, down), up) / rank
 
         return {
-            "unfused": no_grad(torch.compile(unfused, backend="fxsparse"), x),
-            "fused": no_grad(torch.compile(fused, backend="fxsparse"), x),
+            "dense": fast(lambda x: F.linear(x, weight) + F.linear(F.linear(x, down), up) / rank, x),
+            "unfused": ours(unfused, x),
+            "fused": ours(fused, x),
         }
 
-    def gradients() -> dict[str, Run]:
-        x, dy, weight = operands()
-        x = x.clone().requires_grad_()
-        dense_weight = weight.clone().requires_grad_()
-        dense = torch.compile(lambda x: F.linear(x, dense_weight))
-        sparse = SparseLinear(weight)
-        compiled = torch.compile(sparse, backend="fxsparse")
-        return {
-            "dense": training(dense, x, dy, [dense_weight]),
-            "fxsparse": training(compiled, x, dy, [sparse.values]),
-        }
-
-    found: dict[str, Callable[[], dict[str, Run]]] = {"forward": forward}
+    found: dict[str, Callable[[], Rivals]] = {"forward": forward}
     if tokens >= 64:
-        found["forward and both gradients"] = gradients
+        found |= {"grad input": grad_input, "grad values": grad_values}
         found |= {f"low-rank {ratio:.2%}": functools.partial(low_rank, ratio) for ratio in RANKS}
     return found
+
+
+def semi_structured(weight: Tensor, x: Tensor) -> Run:
+    """torch's own 2:4 linear, which its Inductor does not fuse anything into."""
+    pruned = weight * nm.nm_mask(weight.abs(), TWO_FOUR)
+    semi = torch.sparse.to_sparse_semi_structured(pruned)
+    return no_grad(lambda x: F.linear(x, semi), x)
 
 
 def no_grad(function: Callable[[Tensor], Tensor], x: Tensor) -> Run:
@@ -290,22 +368,17 @@ def no_grad(function: Callable[[Tensor], Tensor], x: Tensor) -> Run:
     return run
 
 
-def training(function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, leaves: list[Tensor]) -> Run:
-    def run() -> None:
-        function(x).backward(dy)
-        for leaf in (x, *leaves):
-            leaf.grad = None
-
-    run.compiled = function  # type: ignore[attr-defined]
-    return run
-
-
 def layer_tokens(args: argparse.Namespace) -> int:
     return 64 if args.small else 4096
 
 
 def model_of(sizes: Sizes, layers: int, args: argparse.Namespace) -> nn.Module:
-    common = {"vocab_size": 512, "hidden_size": sizes.hidden, "num_hidden_layers": layers, "use_cache": False}
+    common: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": sizes.hidden,
+        "num_hidden_layers": layers,
+        "use_cache": False,
+    }
     common |= {"num_attention_heads": sizes.heads, "max_position_embeddings": 2048}
     if sizes.llama:
         config = transformers.LlamaConfig(
@@ -313,54 +386,67 @@ def model_of(sizes: Sizes, layers: int, args: argparse.Namespace) -> nn.Module:
         )
         model: nn.Module = transformers.LlamaForCausalLM(config)
     else:
-        opt = {"ffn_dim": sizes.intermediate, "word_embed_proj_dim": sizes.hidden, "layerdrop": 0.0}
+        opt: dict[str, Any] = {"ffn_dim": sizes.intermediate, "word_embed_proj_dim": sizes.hidden, "layerdrop": 0.0}
         model = transformers.OPTForCausalLM(transformers.OPTConfig(**common, **opt, dropout=0.0))
     return model.to(args.device, torch.bfloat16)
 
 
-def layer_cases(sizes: Sizes, args: argparse.Namespace) -> dict[str, Callable[[], dict[str, Run]]]:
+def layer_cases(sizes: Sizes, args: argparse.Namespace) -> dict[str, Rivals]:
     ids = torch.randint(2, 512, (4, layer_tokens(args) // 4), device=args.device)
     sparse = [InsertNMMasks("2:4", keep_first=False), DoublePruneBackward()]
     branches = [*sparse, AddLowRankBranches(ratio=RANKS[0], start=0.0)]
 
-    def step(passes: list[Pass], layers: int = 1) -> Run:
-        batch = {"input_ids": ids, "labels": ids}
-        gm = fxsparse.rewrite(model_of(sizes, layers, args).train(), passes, kwargs=batch)
-        optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-5, fused=args.device == "cuda")
-        fxsparse.Schedule(gm, optimizer, total_steps=1000)
-        compiled = torch.compile(gm, backend="fxsparse")
+    def step(passes: list[Pass], layers: int = 1) -> Callable[[], Run]:
+        def make() -> Run:
+            batch = {"input_ids": ids, "labels": ids}
+            gm = fxsparse.rewrite(model_of(sizes, layers, args).train(), passes, kwargs=batch)
+            optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-5, fused=args.device == "cuda")
+            schedule = fxsparse.Schedule(gm, optimizer, total_steps=1000)
+            compiled = torch.compile(gm, backend="fxsparse", dynamic=False)
 
-        def run() -> None:
-            compiled(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            def run() -> None:
+                compiled(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
 
-        run.compiled = compiled  # type: ignore[attr-defined]
-        return run
+            run.compiled, run.schedule = compiled, schedule  # type: ignore[attr-defined]
+            run.state = lambda: nbytes(gm, optimizer)  # type: ignore[attr-defined]
+            return run
 
-    def inference(passes: list[Pass], layers: int = 1) -> Run:
-        gm = fxsparse.rewrite(model_of(sizes, layers, args).eval(), passes, kwargs={"input_ids": ids})
-        compiled = torch.compile(gm.requires_grad_(False), backend="fxsparse")
-        return no_grad(lambda x: compiled(input_ids=x).logits, ids)
+        return make
 
+    def inference(passes: list[Pass], layers: int = 1) -> Callable[[], Run]:
+        def make() -> Run:
+            gm = fxsparse.rewrite(model_of(sizes, layers, args).eval(), passes, kwargs={"input_ids": ids})
+            compiled = torch.compile(gm.requires_grad_(False), backend="fxsparse", dynamic=False)
+            run = no_grad(lambda x: compiled(input_ids=x).logits, ids)
+            run.compiled, run.state = compiled, lambda: nbytes(gm)  # type: ignore[attr-defined]
+            return run
+
+        return make
+
+    half = [DropLayers("max-gap", fraction=0.5)]
     return {
-        "training step of a layer": lambda: {
+        "training step of a layer": {
             "dense": step([]),
             "2:4": step(sparse),
             "2:4 + low-rank 1.56 %": step(branches),
             "neurons, half omitted": step([SelectNeurons(omission=0.5)]),
         },
-        "inference of a layer": lambda: {"dense": inference([]), "2:4": inference(sparse)},
-        "training step of 4 layers": lambda: {
-            "dense": step([], 4),
-            "half the layers": step([DropLayers("max-gap", fraction=0.5)], 4),
-        },
-        "inference of 4 layers": lambda: {
+        "inference of a layer": {"dense": inference([]), "2:4": inference(sparse)},
+        "training step of 4 layers": {"dense": step([], 4), "half the layers": step(half, 4)},
+        "inference of 4 layers": {
             "dense": inference([], 4),
-            "half the layers": inference([DropLayers("max-gap", fraction=0.5)], 4),
+            "half the layers": inference(half, 4),
             "2 inputs in one": inference([Multiplex(2)], 4),
         },
     }
+
+
+def nbytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Bytes of a model's parameters and buffers and of an optimizer's state."""
+    states = [] if optimizer is None else [item for state in optimizer.state.values() for item in state.values()]
+    return sum(item.nbytes for item in (*model.parameters(), *model.buffers(), *states) if isinstance(item, Tensor))
 
 
 if __name__ == "__main__":
