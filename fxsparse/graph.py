@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
@@ -327,7 +326,7 @@ def replace_with_call(gm: GraphModule, old: Node, target: Any, args: tuple[Any, 
 
 def refresh(gm: GraphModule, node: Node) -> None:
     """Recomputes the fake value of a call from the fake values of its arguments."""
-    with fake_mode(gm), enable_python_dispatcher(), torch.no_grad():  # or composite operators fix symbolic sizes
+    with fake_mode(gm), torch.no_grad():
         node.meta["val"] = node.target(*example_of(node.args), **example_of(node.kwargs))  # type: ignore[operator]
 
 
