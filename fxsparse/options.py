@@ -19,6 +19,9 @@ COMPILERS = ("inductor", "aot_eager", "eager")
 LOWERINGS: dict[str, tuple[str, ...]] = {
     "nm_linear": ("auto", "compressed", "sparse_tensor_cores", "cusparselt", "reference", "dense"),
     "nm_linear_low_rank": ("auto", "compressed", "reference", "dense"),
+    "gather_linear": ("auto", "operator", "reference"),
+    "mux": ("auto", "operator", "reference"),
+    "demux_linear": ("auto", "operator", "reference"),
 }
 
 

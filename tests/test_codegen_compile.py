@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fxsparse.codegen import tiles
+from fxsparse.codegen import tiles, tune
 from fxsparse.codegen.compile import SHARED_LIMIT, compile_for, resources
 from fxsparse.codegen.epilogue import Epilogue
 from fxsparse.codegen.gather import GatherLinear
@@ -40,6 +40,16 @@ def half_precision(pattern: tuple[int, int]) -> Iterator[Spec]:
         for tile in SHIPPED["nm_linear_low_rank"].values():
             yield NMLinear("bfloat16", tile, *pattern, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
             yield NMLinear("float16", tile, *pattern, even=True, low_rank="after", rank_tile=32)
+        for tile in measured("nm_linear"):
+            yield NMLinear("bfloat16", tile, *pattern, even=True, epilogue=GELU)
+        for tile in measured("nm_linear_low_rank"):
+            yield NMLinear("bfloat16", tile, *pattern, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
+
+
+def measured(kernel: str) -> set[Tile]:
+    """Tiles that only tuning runs."""
+    tried = {plan.tile for rows in (1, 64) for plan in tune.candidates(kernel, rows, tall=True)}
+    return tried - set(SHIPPED[kernel].values())
 
 
 def single_precision() -> Iterator[Spec]:
@@ -62,9 +72,12 @@ def single_precision() -> Iterator[Spec]:
 def others() -> Iterator[Spec]:
     for tile in SHIPPED["gather_linear"].values():
         yield GatherLinear("bfloat16", tile, "forward", rows=True, epilogue=GELU)
+        yield GatherLinear("bfloat16", tile, "forward", columns=True)
+        yield GatherLinear("bfloat16", tile, "grad_input", rows=True)
         yield GatherLinear("bfloat16", tile, "grad_input", columns=True)
     for tile in SHIPPED["gather_linear_grad_weight"].values():
         yield GatherLinear("bfloat16", tile, "grad_weight", rows=True)
+        yield GatherLinear("bfloat16", tile, "grad_weight", columns=True)
     for tile in SHIPPED["demux_linear"].values():
         yield DemuxLinear("bfloat16", tile, members=5, epilogue=GELU)
     for tile in SHIPPED["mux"].values():

@@ -19,6 +19,7 @@ from fxsparse import cost_model, lower, measured, tuning
 from fxsparse.cost_model import DEVICES, Work, microseconds
 from fxsparse.lower import Site, choose
 from fxsparse.nm import Pattern, unpack
+from fxsparse.options import LOWERINGS
 from fxsparse.passes import AddLowRankBranches, DoublePruneBackward, InsertNMMasks
 
 FROZEN = Site("nm_linear", "cuda", torch.bfloat16, (4096, 4096), Pattern(2, 4), 512, True, True, True)
@@ -78,6 +79,20 @@ def test_implementations_that_cannot_run_are_not_chosen_though_they_were_fastest
     measured.remember(site.work, "cuda", {"dense": 0.3, "compressed": 0.2, "sparse_tensor_cores": 0.1})
     assert choose(site)[0] == "compressed"
     assert choose(replace(site, inference=False, frozen=False, in_memory=False))[0] != "dense"
+
+
+@pytest.mark.parametrize("op", ["gather_linear", "mux", "demux_linear"])
+def test_operators_on_dense_weights_are_chosen_and_pinned_too(op: str) -> None:
+    site = Site(op, "cuda", torch.bfloat16)
+    assert choose(site)[0] == "operator"
+    assert choose(replace(site, device="cpu"))[0] == "reference"
+    assert "pinned by options" in choose(site, "reference")[1]
+    assert choose(site, "-operator")[0] == choose(site, "reference")[0] == "reference"
+    found, reason = choose(replace(site, device="cpu"), "operator")
+    assert found == "reference"
+    assert "not operator as pinned, because there is no kernel for cpu" in reason
+    for name in LOWERINGS[op]:
+        assert name == "auto" or name in lower.candidates(site)
 
 
 def test_pins_that_cannot_be_kept_say_why() -> None:
@@ -340,8 +355,6 @@ def test_a_copy_has_its_own_expanded_weights() -> None:
 
 
 def test_lower_names_are_those_of_the_options() -> None:
-    from fxsparse.options import LOWERINGS
-
     for name in LOWERINGS["nm_linear"]:
         assert name == "auto" or name in {*lower.candidates(FROZEN), *lower.candidates(IN_GRAPH)}
 
