@@ -18,7 +18,7 @@ from traced import traced
 import fxsparse
 from fxsparse import gating
 from fxsparse.errors import CheckpointError
-from fxsparse.passes import DropLayers, GateStructures, InsertNMMasks, Materialize
+from fxsparse.passes import DropDimensions, DropLayers, GateStructures, InsertNMMasks, Materialize
 from fxsparse.passes.gates import UNITS
 
 AUTO = {
@@ -144,6 +144,20 @@ def test_fewer_hidden_dimensions(name: str, kept: int, sized: bool, tmp_path: Pa
     if name in GENERATE:
         assert_generates(loaded)
     loaded.train()(**family.make_batch(batch=3)).loss.backward()
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "vit"])
+def test_the_same_share_of_everything_is_an_ordinary_checkpoint(name: str, tmp_path: Path) -> None:
+    family, base = traced(name)
+    drop = DropDimensions(fraction=0.5, units=("hidden", "intermediate", "heads"), score="random")
+    gm = fxsparse.rewrite(base, [drop, Materialize()]).eval()
+    fxsparse.save_pretrained(gm, family.model, tmp_path)
+    assert not is_sized(tmp_path)
+    loaded = AUTO[name].from_pretrained(tmp_path).eval()
+    assert (loaded.config.hidden_size, loaded.config.num_attention_heads) == (16, 2)
+    assert_same(loaded, gm, family)
+    if name in GENERATE:
+        assert_generates(loaded)
 
 
 def test_fewer_hidden_dimensions_of_a_t5_that_does_not_scale_its_logits(tmp_path: Path) -> None:

@@ -29,6 +29,11 @@ _SDPA = aten.scaled_dot_product_attention.default
 _FUNCTION = "fxsparse_heads"
 
 
+def attention_calls(gm: GraphModule) -> list[Node]:
+    """The calls of ``scaled_dot_product_attention``, in order of execution."""
+    return list(gm.graph.find_nodes(op="call_function", target=_SDPA))
+
+
 def heads_of(gm: GraphModule, model: nn.Module, before: Mapping[str, Mapping[str, list[int]]]) -> Heads:
     """What each attention of a graph chooses of its keys and its position bias, numbered as in its module.
 
@@ -38,7 +43,7 @@ def heads_of(gm: GraphModule, model: nn.Module, before: Mapping[str, Mapping[str
         before: what that chose.
     """
     found: Heads = {}
-    for sdpa in gm.graph.find_nodes(op="call_function", target=_SDPA):
+    for sdpa in attention_calls(gm):
         path = fx.stack_path(sdpa)
         keys, bias = _keys(gm, sdpa), _chosen(gm, _operand(sdpa, 3, "attn_mask"), -3)
         inherited = before.get(path, {}).get("bias")

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError
-from fxsparse.integrations.heads import Heads, choose_heads, heads_of
+from fxsparse.integrations.heads import Heads, attention_calls, choose_heads, heads_of
 from fxsparse.integrations.resizing import resize, sizes_of
 from fxsparse.state import dense_state_dict
 
@@ -61,9 +61,9 @@ def save_pretrained(gm: GraphModule, model: nn.Module, path: str | os.PathLike[s
     config = _with_layers(model, kept)
     heads = {_renumber(name, kept): chosen for name, chosen in heads_of(gm, model, before["heads"]).items()}
     state = _renumbered(state, kept, _shapes(type(model), config))
-    narrower = _with_widths(type(model), config, state)
-    candidates = [] if narrower is None else [(narrower, None)]
-    for chosen, choices in (*candidates, (config, heads)):
+    narrower = _narrower_configs(type(model), config, state, gm)
+    candidates: list[tuple[Any, Heads | None]] = [*((fitting, None) for fitting in narrower), (config, heads)]
+    for chosen, choices in candidates:
         written = _build(type(model), chosen, state, choices)
         differs = _difference(gm, written)
         if differs is None:
@@ -237,13 +237,41 @@ def _misfits(cls: Any, config: Any, state: Mapping[str, Tensor]) -> dict[str, tu
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
+def _narrower_configs(cls: Any, config: Any, state: Mapping[str, Tensor], gm: GraphModule) -> list[Any]:
+    """The configurations whose modules have exactly these shapes, the likeliest first."""
+    heads_first = _with_widths(cls, _with_heads(config, gm), state)
+    plain = _with_widths(cls, config, state)
+    heads_last = None if plain is None else _with_widths(cls, _with_heads(plain, gm), state)
+    found: list[Any] = []
+    for fitting in (heads_first, heads_last, plain):
+        if fitting is not None and fitting not in found:
+            found.append(fitting)
+    return found
+
+
+def _with_heads(config: Any, gm: GraphModule) -> Any:
+    """The configuration with fewer heads, where all attentions have the same number; no shape says it where the size of
+    heads follows from it."""
+    counts = {fx.value(sdpa.all_input_nodes[0]).shape[1] for sdpa in attention_calls(gm)}
+    before = getattr(config, "num_attention_heads", None)
+    config = copy.deepcopy(config)
+    for part in _parts(config) if len(counts) == 1 else []:
+        for name, setting in list(vars(part).items()):
+            if name.endswith(("heads", "n_head")) and type(setting) is int and setting == before:
+                setattr(part, name, *counts)
+    return config
+
+
 def _with_widths(cls: Any, config: Any, state: Mapping[str, Tensor]) -> Any | None:
     """The configuration whose model has exactly these shapes; None where the architecture cannot say them."""
     config = copy.deepcopy(config)
-    misfits = _misfits(cls, config, state)
+    try:
+        misfits = _misfits(cls, config, state)
+    except Exception:
+        return None  # sizes that the architecture refuses
+    if not all(all(pair) for pair in misfits.values()):
+        return None  # no width makes a part of a layer come or go
     while misfits:
-        if not all(all(pair) for pair in misfits.values()):
-            return None  # no width makes a part of a layer come or go
         better = None
         for part, name, number in _narrower(config, misfits):
             before = getattr(part, name)
