@@ -150,10 +150,10 @@ def _by_rule(site: Site, possible: list[str], note: str) -> tuple[str, str]:
 
 def _measured(ranked: list[tuple[float, str]], times: dict[str, float]) -> str:
     best, name = ranked[0]
-    dense = times.get(DENSE) or times.get(REFERENCE)
+    baseline = DENSE if DENSE in times else REFERENCE
     parts = [f"measured {best * 1e3:.0f} us"]
-    if dense and name not in (DENSE, REFERENCE):
-        parts.append(f"{best / dense:.2f} of dense")
+    if baseline in times and name != baseline:
+        parts.append(f"{best / times[baseline]:.2f} of {baseline}")
     if len(ranked) > 1:
         parts.append(f"then {ranked[1][1]} at {ranked[1][0] / best:.2f} of it")
     return ", ".join(parts)

@@ -98,6 +98,7 @@ def lower_graph(
     editor = _Editor(gm, example_inputs, names)
     inference = is_inference(gm)
     compressed: list[tuple[FrozenLinear, str]] = []
+    sites: dict[Node, Site] = {}
     for linear in frozen_linears(gm, example_inputs, names):
         weight = example_inputs[linear.position]
         shape = tuple(weight.t().shape if linear.transposed else weight.shape)
@@ -111,11 +112,19 @@ def lower_graph(
         report.choices.append(Choice("nm_linear", names[linear.position], implementation, found, site.work))
         if implementation != DENSE:
             compressed.append((linear, implementation))
+            sites[linear.node] = site
     for together, implementation in side_by_side(compressed):
-        editor.compress(together, implementation)
-        if len(together) > 1:
-            paths = ", ".join(names[linear.position] for linear in together)
-            report.note(f"{paths} read the same input and run as one product")
+        if len(together) == 1:
+            editor.compress(together, implementation)
+            continue
+        apart = [sites[linear.node] for linear in together]
+        joint = replace(apart[0], shape=(sum(site.shape[0] for site in apart), apart[0].shape[1]), in_memory=False)
+        editor.measure(joint, options)
+        faster, why = faster_together(apart, joint, implementation)
+        for group in [together] if faster else [[linear] for linear in together]:
+            editor.compress(group, implementation)
+        paths = ", ".join(names[linear.position] for linear in together)
+        report.note(f"{paths} read the same input and run {'as one product' if faster else 'apart'}, {why}")
     named = {node: names[position] for position, node in enumerate(placeholders(gm)) if position in names}
     for op, node in operators(gm):
         place = site_of(op, node)
@@ -151,6 +160,16 @@ def side_by_side(linears: list[tuple[FrozenLinear, str]]) -> list[tuple[list[Fro
         key = (linear.input, linear.pattern, linear.transposed, linear.bias is None, implementation)
         groups.setdefault(linear if alone or computed else key, ([], implementation))[0].append(linear)
     return list(groups.values())
+
+
+def faster_together(apart: Sequence[Site], joint: Site, implementation: str) -> tuple[bool, str]:
+    """Whether linears on one input should run as one product, and why: by their times, and together where not all were
+    measured, because that launches less and reads the input once."""
+    found = [measured.times(site.work, site.device).get(implementation) for site in (joint, *apart) if site.work]
+    times = [time for time in found if time is not None]
+    if len(times) != 1 + len(apart):
+        return True, "not measured"
+    return times[0] <= sum(times[1:]), f"measured {times[0] * 1e3:.0f} us together, {sum(times[1:]) * 1e3:.0f} us apart"
 
 
 class _Editor:

@@ -219,6 +219,8 @@ def rivals(work: Work, device: str, *, compile_reference: bool) -> tuple[dict[st
         runs[DENSE] = lambda: F.linear(x, dense)
     elif work.op == "nm_linear_low_rank":
         runs[DENSE] = lambda: F.linear(x, dense) + F.linear(F.linear(x, down), up)
+    elif work.op == "nm_linear_grad_input":
+        runs[DENSE] = lambda: dy @ dense  # to compare with; a trained weight is not expanded
     if compile_reference:
         compiled = as_inductor_compiles(plain)
         runs[REFERENCE] = lambda: compiled(*args)

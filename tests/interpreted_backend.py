@@ -147,6 +147,31 @@ def test_linears_on_one_input_run_as_one_product(choice, bias):
         assert (compiled(x) / copy.deepcopy(model).double()(x.double()) - 1).abs().max() < 0.1
 
 
+def test_linears_that_were_measured_faster_apart_stay_apart(monkeypatch):
+    from fxsparse import lowering
+
+    monkeypatch.setattr(lowering, "faster_together", lambda *_: (False, "measured 2 us together, 1 us apart"))
+
+    class Projections(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key = nn.Linear(32, 48), nn.Linear(32, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.query(x) @ self.key(x).t()
+
+    model = Projections().requires_grad_(False)
+    for linear in model.children():
+        linear.weight.mul_(fxsparse.nm.nm_mask(linear.weight.abs(), fxsparse.nm.Pattern(2, 4)))
+    options = {"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": "compressed"}}
+    compiled = torch.compile(model, backend="fxsparse", options=options)
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert "run apart, measured 2 us together" in fxsparse.explain(compiled)
+    assert sum(item.count for item in fxsparse.kernels(compiled)) == 2
+
+
 @pytest.mark.parametrize("choice", ["compressed", "sparse_tensor_cores"])
 def test_frozen_weights_run_compressed(choice):
     torch.manual_seed(0)

@@ -81,6 +81,21 @@ def test_implementations_that_cannot_run_are_not_chosen_though_they_were_fastest
     assert choose(replace(site, inference=False, frozen=False, in_memory=False))[0] != "dense"
 
 
+def test_linears_on_one_input_run_together_where_that_was_not_measured_slower() -> None:
+    from fxsparse.lowering import faster_together
+
+    apart = [replace(FROZEN, shape=(size, 4096)) for size in (4096, 1024)]
+    joint = replace(FROZEN, shape=(5120, 4096), in_memory=False)
+    assert faster_together(apart, joint, "compressed") == (True, "not measured")
+    for site, time in zip(apart, (0.2, 0.1), strict=True):
+        measured.remember(site.work, "cuda", {"compressed": time, "dense": 1.0})
+    assert faster_together(apart, joint, "compressed") == (True, "not measured")
+    for time, faster in ((0.25, True), (0.4, False)):
+        measured.remember(joint.work, "cuda", {"compressed": time})
+        why = f"measured {time * 1e3:.0f} us together, 300 us apart"
+        assert faster_together(apart, joint, "compressed") == (faster, why)
+
+
 @pytest.mark.parametrize("op", ["gather_linear", "mux", "demux_linear"])
 def test_operators_on_dense_weights_are_chosen_and_pinned_too(op: str) -> None:
     site = Site(op, "cuda", torch.bfloat16)
@@ -382,7 +397,7 @@ def test_tuning_measures_what_a_model_holds_and_keeps_it(monkeypatch: pytest.Mon
     site = Site("nm_linear", "cpu", work.dtype, (work.out_features, work.in_features), work.pattern, work.rows, True)
     assert choose(replace(site, inference=True)) == (
         "reference",
-        "measured 1 us, then dense at 5000.00 of it",
+        "measured 1 us, 0.00 of dense, then dense at 5000.00 of it",
     )
 
 
