@@ -26,7 +26,7 @@ from fxsparse.training_form import training_graph
 
 
 class Layers(nn.Module):
-    """The layers of a Llama, from hidden states to a loss."""
+    """The layers of a Llama, from hidden states to how far they move them."""
 
     def __init__(self, hidden: int, layers: int, heads: int, length: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Layers(nn.Module):
         self.model.embed_tokens = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(inputs_embeds=x).last_hidden_state.square().mean()
+        return (self.model(inputs_embeds=x).last_hidden_state - x).square().mean()
 
 
 @dataclass
