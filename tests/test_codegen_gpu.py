@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxsparse import nm, ops, reference
+from fxsparse import gather_reference, nm, ops, reference
 from fxsparse.codegen import launch, tune
 from fxsparse.codegen.metadata import SparseTranspose, pack_metadata
 from fxsparse.codegen.spec import NMSpec
@@ -112,25 +112,45 @@ def test_input_gradient_on_sparse_tensor_cores():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_prune_gather_mux(dtype):
+def test_prune_mux_demux(dtype):
     dense = randn(100, 240, dtype=dtype)
     for n, m in NMSpec.PATTERNS:
         values, indices = launch.nm_prune(dense, n, m)
         expected = nm.pack(dense, nm.nm_mask(dense.abs(), Pattern(n, m)), Pattern(n, m))
         assert torch.equal(values, expected[0])
         assert torch.equal(indices, expected[1])
-    rows = torch.randperm(100, device="cuda")[:33]
-    x, dy = randn(77, 240, dtype=dtype), randn(77, 33, dtype=dtype)
-    close(launch.gather_linear(x, dense, rows, None, None), x.double() @ dense[rows].double().t())
-    close(launch.gather_linear_grad_input(dy, dense, rows, None), dy.double() @ dense[rows].double())
-    grad = torch.zeros(100, 240, dtype=torch.double, device="cuda")
-    grad[rows] = dy.double().t() @ x.double()
-    close(launch.gather_linear_grad_weight(dy, x, rows, None, (100, 240)), grad)
     h, keys = randn(6, 9, 240, dtype=dtype), randn(3, 240, dtype=dtype)
     close(launch.mux(h, keys, 3), (h.double().view(2, 3, 9, 240) * keys.double()[:, None]).mean(1))
-    both = randn(50, 480, dtype=dtype)
-    pairs = torch.cat([keys[None, :, None].expand(6, 3, 9, 240), h[:, None].expand(6, 3, 9, 240)], -1)
-    close(launch.demux_linear(h, keys, both, None), F.linear(pairs.double(), both.double()).flatten(0, 1))
+    both, bias = randn(50, 480, dtype=dtype), randn(50, dtype=dtype)
+    for own in (keys, randn(6, 3, 240, dtype=dtype)):
+        pairs = torch.cat([own.expand(6, 3, 240)[:, :, None].expand(6, 3, 9, 240), h[:, None].expand(6, 3, 9, 240)], -1)
+        y = launch.demux_linear(h, own, both, bias)
+        expected = F.linear(pairs.double(), both.double(), bias.double()).flatten(0, 1)
+        assert float((y - expected).abs().max() / expected.abs().max()) < 2 * TOLERANCE[dtype]  # keys' part is rounded
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("by", ["rows", "columns", "both"])
+def test_gather_linear(dtype, by):
+    dense, bias = randn(100, 240, dtype=dtype), randn(100, dtype=dtype)
+    rows = torch.randperm(100, device="cuda")[:33] if by != "columns" else None
+    columns = torch.randperm(240, device="cuda")[:70] if by != "rows" else None
+    outputs, inputs = (33 if rows is not None else 100), (70 if columns is not None else 240)
+    exact = gather_reference
+    for count in ROWS:
+        x, dy = randn(count, inputs, dtype=dtype), randn(count, outputs, dtype=dtype)
+        close(
+            launch.gather_linear(x, dense, rows, columns, bias),
+            exact.gather_linear(x.double(), dense.double(), rows, columns, bias.double()),
+        )
+        close(
+            launch.gather_linear_grad_input(dy, dense, rows, columns),
+            exact.gather_linear_grad_input(dy.double(), dense.double(), rows, columns),
+        )
+        close(
+            launch.gather_linear_grad_weight(dy, x, rows, columns, (100, 240)),
+            exact.gather_linear_grad_weight(dy.double(), x.double(), rows, columns, 100, 240),
+        )
 
 
 def test_gradients_of_the_operators():
@@ -155,14 +175,25 @@ def test_gradients_of_the_operators():
 def test_cuda_graph_replays():
     _, values, indices, column_mask = weight(256, 512, Pattern(2, 4), torch.bfloat16)
     metadata, x = pack_metadata(indices), randn(32, 512, dtype=torch.bfloat16)
+    down, up = randn(16, 512, dtype=torch.bfloat16), randn(256, 16, dtype=torch.bfloat16)
+    dense, keys = randn(96, 512, dtype=torch.bfloat16), randn(4, 512, dtype=torch.bfloat16)
+    both, rows = randn(64, 1024, dtype=torch.bfloat16), torch.randperm(96, device="cuda")[:40]
 
     def run() -> list[Tensor]:
+        gathered = launch.gather_linear(x, dense, rows, None, None)
+        mixed = launch.mux(x, keys, 4)
         y = launch.nm_linear(x, values, indices, None, None, 2, 4, steps=["relu"])
         return [
             y,
             launch.sparse_tensor_core_linear(x, values, metadata, None),
             launch.nm_linear_grad_input(y, values, indices, column_mask, 2, 4),
             launch.nm_linear_grad_values(y, x, indices, 2, 4),
+            launch.nm_linear_low_rank(x, values, indices, None, down, up, None, 2, 4),
+            gathered,
+            launch.gather_linear_grad_input(gathered, dense, rows, None),
+            launch.gather_linear_grad_weight(gathered, x, rows, None, (96, 512)),
+            mixed,
+            launch.demux_linear(mixed, keys, both, None),
         ]
 
     run()  # compiles
@@ -250,6 +281,8 @@ values, indices = launch.nm_prune(weight, 2, 4)
 x = torch.randn(37, 80, device="cuda").bfloat16()
 launch.nm_linear(x, values, indices, None, None, 2, 4)
 launch.sparse_tensor_core_linear(x, values, pack_metadata(indices), None)
+rows = torch.randperm(70, device="cuda")[:23]
+launch.gather_linear_grad_weight(launch.gather_linear(x, weight, rows, None, None), x, rows, None, (70, 80))
 torch.cuda.synchronize()
 """
 
