@@ -169,7 +169,7 @@ def cases() -> Iterator[Case]:
             for pattern in (Pattern(2, 4), Pattern(2, 8)):
                 yield from products(tokens, out_features, in_features, pattern)
             yield from sparse_tensor_cores(tokens, out_features, in_features)
-            yield gather(tokens, out_features, in_features)
+            yield from gather(tokens, out_features, in_features)
         yield prune(out_features, in_features)
     for members in (2, 10):
         yield mux(members)
@@ -283,19 +283,42 @@ def sparse_tensor_cores(tokens: int, out_features: int, in_features: int) -> Ite
     )
 
 
-def gather(tokens: int, out_features: int, in_features: int) -> Case:
+def gather(tokens: int, out_features: int, in_features: int) -> Iterator[Case]:
     chosen = torch.randperm(out_features, device="cuda")[: out_features // 2]
-    sets = copies(lambda: (randn(tokens, in_features), randn(out_features, in_features)))
-    x, _ = sets[0]
-    half = chosen.numel() * in_features
-    return Case(
-        "gather_linear, half of the rows",
-        f"{tokens}x{in_features} -> {out_features}",
-        lambda turn: launch.gather_linear(*sets[turn % len(sets)], chosen, None, None),
-        lambda turn: F.linear(sets[turn % len(sets)][0], sets[turn % len(sets)][1][chosen]),
-        x.nbytes + 2 * half + 2 * tokens * chosen.numel(),
-        2 * tokens * half,
+    sets = copies(
+        lambda: (randn(tokens, in_features), randn(tokens, len(chosen)), randn(out_features, in_features)),
     )
+    x, dy, weight = sets[0]
+    half = weight.nbytes // 2
+    moved, flops = x.nbytes + dy.nbytes + half, 2 * tokens * len(chosen) * in_features
+
+    def at(run: Callable[..., object]) -> Run:
+        return lambda turn: run(*sets[turn % len(sets)])
+
+    def scattered(x: Tensor, dy: Tensor, w: Tensor) -> Tensor:
+        return torch.zeros_like(w).index_copy_(0, chosen, dy.t() @ x)
+
+    size = (out_features, in_features)
+    products: dict[str, tuple[Callable[..., object], Callable[..., object], int]] = {
+        "gather_linear": (
+            lambda x, dy, w: launch.gather_linear(x, w, chosen, None, None),
+            lambda x, dy, w: F.linear(x, w[chosen]),
+            moved,
+        ),
+        "gather_linear_grad_input": (
+            lambda x, dy, w: launch.gather_linear_grad_input(dy, w, chosen, None),
+            lambda x, dy, w: dy @ w[chosen],
+            moved,
+        ),
+        "gather_linear_grad_weight": (
+            lambda x, dy, w: launch.gather_linear_grad_weight(dy, x, chosen, None, size),
+            scattered,
+            moved + half,  # the rows that were not chosen are written too
+        ),
+    }
+    shape = f"{tokens}x{in_features} -> half of {out_features}"
+    for name, (sparse, dense, size_moved) in products.items():
+        yield Case(name, shape, at(sparse), at(dense), size_moved, flops)
 
 
 def prune(out_features: int, in_features: int) -> Case:
