@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -42,7 +43,7 @@ class Run:
 
     name: str
     model: GraphModule
-    compiled: Callable[..., object]
+    compiled: Callable[..., Any]
     optimizer: torch.optim.Optimizer
     schedule: fxsparse.Schedule
     validation: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss)
