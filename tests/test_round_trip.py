@@ -289,6 +289,11 @@ def test_what_was_loaded_is_saved_pruned_and_loaded_again(name: str, tmp_path: P
     loaded.save_pretrained(tmp_path / "again")
     again = fxsparse.from_pretrained(tmp_path / "again")
     assert_same(again, gm, family)
+    with torch.no_grad():
+        next(loaded.parameters()).mul_(2)
+    loaded.save_pretrained(tmp_path / "first")
+    newest = next(fxsparse.from_pretrained(tmp_path / "first").parameters())
+    torch.testing.assert_close(newest, next(loaded.parameters()))
 
     second = fxsparse.trace(again.train(), kwargs=family.make_batch(batch=4))
     smaller = pruned(second, {f"{attention.format(1)}.heads_gate": some(4, 2)})

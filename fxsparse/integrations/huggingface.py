@@ -107,8 +107,8 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
     record = getattr(config, _RECORD, None)
     if record is None:
         return cls.from_pretrained(folder, **options).eval()
-    # A later save_pretrained of the model's own writes plain names, and clears away the others of its own only.
-    plain = any(folder.glob("model*.safetensors")) and not any(folder.glob(f"model*.{_RECORD}*.safetensors"))
+    # Files of plain names come from a later save_pretrained of the model's own, which leaves the others where they are.
+    plain = any(_RECORD not in file.name for file in folder.glob("model*.safetensors"))
     sized = _sized(cls, record)
     model, found = sized.from_pretrained(
         folder, variant=None if plain else _RECORD, output_loading_info=True, **options
