@@ -24,6 +24,7 @@ from fxsparse.frozen import Compress, FrozenLinear, frozen_linears
 from fxsparse.lower import (
     CUSPARSELT,
     DENSE,
+    OPERATOR,
     REFERENCE,
     SPARSE_TENSOR_CORES,
     SPARSE_TENSOR_CORES_OP,
@@ -61,6 +62,15 @@ class Expand:
 
     def __call__(self, values: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
         return (unpack(values, indices, self.pattern, values.shape[1] // self.pattern.n * self.pattern.m),)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Values of several weights one below the other, and their indices alike."""
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        half = len(tensors) // 2
+        return torch.cat(tensors[:half]), torch.cat(tensors[half:])
 
 
 @dataclass(frozen=True)
@@ -117,14 +127,11 @@ def lower_graph(
         if len(together) == 1:
             editor.compress(together, implementation)
             continue
-        apart = [sites[linear.node] for linear in together]
-        joint = replace(apart[0], shape=(sum(site.shape[0] for site in apart), apart[0].shape[1]), in_memory=False)
-        editor.measure(joint, options)
-        faster, why = faster_together(apart, joint, implementation)
-        for group in [together] if faster else [[linear] for linear in together]:
+        faster = editor.faster_together([sites[linear.node] for linear in together], implementation, options)
+        for group in [together] if faster.holds else [[linear] for linear in together]:
             editor.compress(group, implementation)
-        paths = ", ".join(names[linear.position] for linear in together)
-        report.note(f"{paths} read the same input and run {'as one product' if faster else 'apart'}, {why}")
+        report.note(f"{', '.join(names[linear.position] for linear in together)} read the same input and run {faster}")
+    stacked: dict[Any, list[tuple[Node, Site, str]]] = {}
     named = {node: names[position] for position, node in enumerate(placeholders(gm)) if position in names}
     for op, node in operators(gm):
         place = site_of(op, node)
@@ -145,6 +152,19 @@ def lower_graph(
             editor.use_library(node)
         elif implementation == DENSE:
             editor.expand(node)
+        elif implementation == OPERATOR and place.inference and frozen and op == "nm_linear" and not following(node):
+            given = arguments_of(node)
+            if given.get("bias") is None or given["bias"] in editor.positions:
+                key = (given["x"], place.pattern, given.get("bias") is None)
+                stacked.setdefault(key, []).append((node, place, where))
+    for operators_together in stacked.values():
+        nodes, places, paths = zip(*operators_together, strict=True)
+        if len(nodes) == 1 or not editor.has_room_for(*nodes):
+            continue
+        faster = editor.faster_together(places, OPERATOR, options)
+        if faster.holds:
+            editor.stack(nodes)
+        report.note(f"{', '.join(paths)} read the same input and run {faster}")
     if inference:
         editor.fuse(options)
     return editor.finish()
@@ -162,14 +182,25 @@ def side_by_side(linears: list[tuple[FrozenLinear, str]]) -> list[tuple[list[Fro
     return list(groups.values())
 
 
-def faster_together(apart: Sequence[Site], joint: Site, implementation: str) -> tuple[bool, str]:
-    """Whether linears on one input should run as one product, and why: by their times, and together where not all were
-    measured, because that launches less and reads the input once."""
+@dataclass(frozen=True)
+class Together:
+    """Whether linears on one input should run as one product, and why."""
+
+    holds: bool
+    why: str
+
+    def __str__(self) -> str:
+        return f"{'as one product' if self.holds else 'apart'}, {self.why}"
+
+
+def faster_together(apart: Sequence[Site], joint: Site, implementation: str) -> Together:
+    """Judges by times, and for one product where not all were measured: it launches less and reads the input once."""
     found = [measured.times(site.work, site.device).get(implementation) for site in (joint, *apart) if site.work]
     times = [time for time in found if time is not None]
     if len(times) != 1 + len(apart):
-        return True, "not measured"
-    return times[0] <= sum(times[1:]), f"measured {times[0] * 1e3:.0f} us together, {sum(times[1:]) * 1e3:.0f} us apart"
+        return Together(True, "not measured")
+    why = f"measured {times[0] * 1e3:.0f} us together, {sum(times[1:]) * 1e3:.0f} us apart"
+    return Together(times[0] <= sum(times[1:]), why)
 
 
 class _Editor:
@@ -194,6 +225,12 @@ class _Editor:
 
             measure(work, site.device, until=self.until, compile_reference=False)
 
+    def faster_together(self, apart: Sequence[Site], implementation: str, options: BackendOptions) -> Together:
+        """:func:`faster_together`, measured where there is time for it."""
+        joint = replace(apart[0], shape=(sum(site.shape[0] for site in apart), apart[0].shape[1]), in_memory=False)
+        self.measure(joint, options)
+        return faster_together(apart, joint, implementation)
+
     @functools.cached_property
     def copy(self) -> GraphModule:
         self.edited = True
@@ -212,11 +249,11 @@ class _Editor:
     def compress(self, linears: list[FrozenLinear], implementation: str) -> None:
         """Lets linears that read the same input run as one product with their compressed weights below each other."""
         twins, first = self.twins, linears[0]
-        x, node, positions = twins[first.input], twins[first.node], tuple(linear.position for linear in linears)
+        x, positions = twins[first.input], tuple(linear.position for linear in linears)
         sizes = [int(fake_of(linear.node).shape[-1]) for linear in linears]
         bias = twins.get(first.bias)
         if len(linears) > 1 and bias is not None:
-            with self.copy.graph.inserting_before(node):
+            with self.copy.graph.inserting_before(twins[first.node]):
                 bias = self.copy.graph.call_function(torch.cat, ([twins[linear.bias] for linear in linears],))
         target: Any
         args: tuple[Any, ...]
@@ -234,20 +271,36 @@ class _Editor:
                 target = ops.nm_linear.default
                 args = (x, values, packed, None, bias, first.pattern.n, first.pattern.m)
         if len(linears) == 1:
-            self._replace(node, target, *args)
-            return
-        graph = self.copy.graph
-        # The first of them may stand before a later one's bias; everything they read are inputs of the graph or x.
-        with graph.inserting_before(node):
+            self._replace(first.node, target, *args)
+        else:
+            self._split([linear.node for linear in linears], target, args)
+
+    def stack(self, nodes: Sequence[Node]) -> None:
+        """Lets operators that read the same input run as one, on copies of their weights below each other."""
+        given, twins = [arguments_of(node) for node in nodes], self.twins
+        positions = tuple(self.positions[each[name]] for name in ("values", "indices") for each in given)
+        values, indices = self._inputs(positions, Stack(), ("stacked_values", "stacked_indices"))
+        bias = None
+        if given[0].get("bias") is not None:
+            with self.copy.graph.inserting_before(twins[nodes[0]]):
+                bias = self.copy.graph.call_function(torch.cat, ([twins[each["bias"]] for each in given],))
+        args = (twins[given[0]["x"]], values, indices, None, bias, given[0]["n"], given[0]["m"])
+        self._split(nodes, ops.nm_linear.default, args)
+
+    def _split(self, nodes: Sequence[Node], target: Any, args: tuple[Any, ...]) -> None:
+        """Replaces linears by parts of one product, which stands before the first of them."""
+        graph, twins, sizes = self.copy.graph, self.twins, [int(fake_of(node).shape[-1]) for node in nodes]
+        # A later one's bias may stand below the first of them; what they read are inputs of the graph or x.
+        with graph.inserting_before(twins[nodes[0]]):
             product = graph.call_function(target, args)
             parts = graph.call_function(torch.split, (product, sizes), {"dim": -1})
-        for position, linear in enumerate(linears):
-            with graph.inserting_before(node if position == 0 else twins[linear.node]):
+        for position, node in enumerate(nodes):
+            with graph.inserting_before(twins[node]):
                 part = graph.call_function(operator.getitem, (parts, position))
-            part.meta = dict(twins[linear.node].meta)
-            twins[linear.node].replace_all_uses_with(part)
-        for linear in linears:
-            graph.erase_node(twins[linear.node])
+            part.meta = dict(twins[node].meta)
+            twins[node].replace_all_uses_with(part)
+            graph.erase_node(twins[node])
+            twins[node] = part
 
     def inputs_of(self, node: Node) -> list[Tensor]:
         """The values and indices of an operator where both are inputs of the graph, else nothing."""
@@ -256,10 +309,11 @@ class _Editor:
         positions = [self.positions.get(arg) for arg in node.args[1:3]]  # type: ignore[arg-type]
         return [self.example_inputs[p] for p in positions if p is not None] if None not in positions else []
 
-    def has_room_for(self, node: Node) -> bool:
-        """Whether the dense weight of an operator fits into half of the memory that is left."""
-        values = self.example_inputs[self.positions[node.args[1]]]  # type: ignore[index]
-        self.expanded += 2 * values.nbytes
+    def has_room_for(self, *nodes: Node) -> bool:
+        """Whether the dense weights of operators, or copies of compressed ones, fit into half of the memory left."""
+        for node in nodes:
+            values = self.example_inputs[self.positions[node.args[1]]]  # type: ignore[index]
+            self.expanded += 2 * values.nbytes
         return self.expanded < available_memory(values.device) // 2
 
     def use_sparse_tensor_cores(self, node: Node) -> None:
@@ -267,14 +321,14 @@ class _Editor:
         twins = self.twins
         (metadata,) = self._inputs((self.positions[indices],), PackMetadata(), ("metadata",))  # type: ignore[index]
         target = ops.sparse_tensor_core_linear.default
-        self._replace(twins[node], target, twins[x], twins[values], metadata, twins.get(bias), "", [])
+        self._replace(node, target, twins[x], twins[values], metadata, twins.get(bias), "", [])
 
     def use_library(self, node: Node) -> None:
         x, values, indices, _, bias, _, _ = node.args
         twins, positions = self.twins, (self.positions[values], self.positions[indices])  # type: ignore[index]
         (packed,) = self._inputs(positions, PackForLibrary(), ("packed",))
         target = ops.cusparselt_linear.default
-        self._replace(twins[node], target, twins[x], packed, twins.get(bias), int(fake_of(node).shape[-1]))
+        self._replace(node, target, twins[x], packed, twins.get(bias), int(fake_of(node).shape[-1]))
 
     def expand(self, node: Node) -> None:
         """Lets a dense product run with a weight that is expanded once."""
@@ -284,7 +338,7 @@ class _Editor:
         positions = (self.positions[given["values"]], self.positions[given["indices"]])
         (weight,) = self._inputs(positions, rule, ("dense",))
         x, bias = twins[given["x"]], twins.get(given["bias"])
-        call = self._replace(twins[node], torch.nn.functional.linear, x, weight, bias)
+        call = self._replace(node, torch.nn.functional.linear, x, weight, bias)
         if "down" in given:
             down, up = twins[given["down"]], twins[given["up"]]
             scale = given.get("scale")
@@ -302,6 +356,7 @@ class _Editor:
             for item in branch:
                 item.meta = dict(call.meta)
             call.replace_all_uses_with(branch[-1], delete_user_cb=lambda user: user is not branch[-1])
+            twins[node] = branch[-1]
 
     def fuse(self, options: BackendOptions) -> None:
         """Lets kernels take over what follows their linears."""
@@ -332,11 +387,14 @@ class _Editor:
         return self.slots[key][1]
 
     def _replace(self, node: Node, target: Any, *args: Any) -> Node:
-        with node.graph.inserting_before(node):
-            call = node.graph.call_function(target, args)
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        node.graph.erase_node(node)
+        """A call in the place of a node's twin, which from then on is the node's twin."""
+        twin = self.twins[node]
+        with twin.graph.inserting_before(twin):
+            call = twin.graph.call_function(target, args)
+        call.meta = dict(twin.meta)
+        twin.replace_all_uses_with(call)
+        twin.graph.erase_node(twin)
+        self.twins[node] = call
         return call
 
 

@@ -147,10 +147,36 @@ def test_linears_on_one_input_run_as_one_product(choice, bias):
         assert (compiled(x) / copy.deepcopy(model).double()(x.double()) - 1).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_operators_on_one_input_run_as_one(bias):
+    class Projections(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(32, size, bias=bias) for size in (48, 32, 40))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.query(x), self.key(x), self.value(x)
+            return q[..., :32].view(x.shape[0], 2, 16).sum(1) + (k * 2)[..., :16] + v[..., 24:].exp()
+
+    passes = ["nm-masks{pattern=2:4,keep_first=false,keep_head=false}", "double-prune"]
+    gm = fxsparse.rewrite(Projections(), passes, (torch.randn(3, 32),)).requires_grad_(False)
+    options = {"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": "compressed"}}
+    compiled = torch.compile(gm, backend="fxsparse", options=options)
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), copy.deepcopy(gm).double()(x.double()).float(), rtol=1e-4, atol=1e-4)
+        assert "run as one product" in fxsparse.explain(compiled)
+        assert sum(item.count for item in fxsparse.kernels(compiled)) == 1
+        gm.get_parameter("key.weight_values").mul_(-1)  # noticed
+        torch.testing.assert_close(compiled(x), copy.deepcopy(gm).double()(x.double()).float(), rtol=1e-4, atol=1e-4)
+
+
 def test_linears_that_were_measured_faster_apart_stay_apart(monkeypatch):
     from fxsparse import lowering
 
-    monkeypatch.setattr(lowering, "faster_together", lambda *_: (False, "measured 2 us together, 1 us apart"))
+    monkeypatch.setattr(
+        lowering, "faster_together", lambda *_: lowering.Together(False, "measured 2 us together, 1 us apart")
+    )
 
     class Projections(nn.Module):
         def __init__(self) -> None:

@@ -82,18 +82,18 @@ def test_implementations_that_cannot_run_are_not_chosen_though_they_were_fastest
 
 
 def test_linears_on_one_input_run_together_where_that_was_not_measured_slower() -> None:
-    from fxsparse.lowering import faster_together
+    from fxsparse.lowering import Together, faster_together
 
     apart = [replace(FROZEN, shape=(size, 4096)) for size in (4096, 1024)]
     joint = replace(FROZEN, shape=(5120, 4096), in_memory=False)
-    assert faster_together(apart, joint, "compressed") == (True, "not measured")
+    assert faster_together(apart, joint, "compressed") == Together(True, "not measured")
     for site, time in zip(apart, (0.2, 0.1), strict=True):
         measured.remember(site.work, "cuda", {"compressed": time, "dense": 1.0})
-    assert faster_together(apart, joint, "compressed") == (True, "not measured")
+    assert faster_together(apart, joint, "compressed") == Together(True, "not measured")
     for time, faster in ((0.25, True), (0.4, False)):
         measured.remember(joint.work, "cuda", {"compressed": time})
         why = f"measured {time * 1e3:.0f} us together, 300 us apart"
-        assert faster_together(apart, joint, "compressed") == (faster, why)
+        assert faster_together(apart, joint, "compressed") == Together(faster, why)
 
 
 @pytest.mark.parametrize("op", ["gather_linear", "mux", "demux_linear"])
@@ -313,6 +313,25 @@ def test_frozen_compressed_weights_are_expanded_once_and_followed(
         gm.get_parameter("first.weight_values").mul_(2)  # noticed
         torch.testing.assert_close(compiled(x), gm(x))
         assert len(expansions) == 3
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("frozen_dense", [False, True])
+def test_a_linear_may_read_another_one_directly(low_rank: bool, frozen_dense: bool) -> None:
+    model: nn.Module = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32), nn.Linear(32, 48, bias=False))
+    options = {"compiler": "aot_eager", "fallback": False}
+    if frozen_dense:
+        options["lower"] = {"nm_linear": "compressed"}
+        for linear in model.requires_grad_(False):
+            linear.weight.mul_(torch.tensor([1.0, 0, 0, 1]).repeat(linear.in_features // 4))
+    else:
+        passes = [InsertNMMasks("2:4", keep_first=False, keep_head=False)]
+        passes += [DoublePruneBackward(), AddLowRankBranches(rank=3, start=0.0)] if low_rank else []
+        model = fxsparse.rewrite(model, passes, (torch.randn(4, 32),)).requires_grad_(False)
+    compiled = torch.compile(model, backend="fxsparse", options=options)
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_trained_weights_are_not_expanded() -> None:
