@@ -116,12 +116,10 @@ def _marked(node: Node, source: Node, mark: Mark) -> Node:
 
 _NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 _KEEPS_ZERO = {
-    *("relu", "relu_", "gelu", "silu", "silu_", "tanh", "neg", "dropout", "feature_dropout", "abs", "square")
+    *("abs", "alias", "clone", "contiguous", "detach", "div", "dropout", "erf", "expand", "feature_dropout", "gelu"),
+    *("hardswish", "index", "leaky_relu", "lift_fresh_copy", "mish", "neg", "pow", "relu", "relu_", "select", "silu"),
+    *("silu_", "sin", "sqrt", "square", "tanh", "to", "_to_copy", "type_as"),
 }
-_KEEPS_ZERO |= {
-    *("sin", "erf", "sqrt", "to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias", "expand")
-}
-_KEEPS_ZERO |= {*("select", "index", "leaky_relu", "lift_fresh_copy", "hardswish", "mish", "div", "pow")}
 _LAYOUTS = RESHAPES | PERMUTES | set(ALONG) | {operator.getitem}
 
 
@@ -149,12 +147,12 @@ class _StreamGate:
     def insert(self) -> None:
         means = self.stream.means
         self.axes = {node: axes[-1] for node, axes in self.stream.nodes.items()}
-        for node in self.stream.nodes:
+        for node, axes in self.stream.nodes.items():
             if node.op == "placeholder":
                 self._gate(node, self.start)
             elif node.op != "call_function" or self._is_constant(node):
                 continue
-            elif node.target in _NORMS:
+            elif node.target in _NORMS and axes[-1] == len(sizes(node)) - 1:
                 self._norm(node)
             elif self._keeps_zero(node):
                 self.zero.add(node)
@@ -191,12 +189,8 @@ class _StreamGate:
     def ratio(self) -> Node:
         """d / k."""
         count = self._call(aten.sum.default, self.open, before=self.start)
-        return self._call(
-            aten.mul.Tensor,
-            self._call(aten.reciprocal.default, count, before=self.start),
-            self.stream.size,
-            before=self.start,
-        )
+        inverse = self._call(aten.reciprocal.default, count, before=self.start)
+        return self._call(aten.mul.Tensor, inverse, self.stream.size, before=self.start)
 
     @cached_property
     def scale(self) -> Node:
