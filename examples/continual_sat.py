@@ -20,6 +20,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -159,16 +160,15 @@ def plot(runs: list[Run], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (losses, times) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    dense = statistics.median(runs[0].steady())
     for position, run in enumerate(runs):
         steady = run.steady()
         look = {"color": f"C{(position + 1) // 2}", "linestyle": "--" if "LORS" in run.name else "-", "label": run.name}
         spent = [sum(steady[:step]) for step, _ in run.validation]
         losses.plot(spent, [loss for _, loss in run.validation], marker="o", markersize=3, **look)
-        width = max(1, len(steady) // 20)
-        windows = [steady[step : step + width] for step in range(0, len(steady), width)]
-        shares = [statistics.median(window) / dense for window in windows]
-        times.step([step * width for step in range(len(windows))], shares, where="post", **look)
+        ratios = [mine / its for mine, its in zip(steady, runs[0].steady(), strict=True)]
+        edges = sorted({*range(0, len(ratios), max(1, len(ratios) // 20)), len(ratios)})
+        shares = [statistics.median(ratios[begin:end]) for begin, end in pairwise(edges)]
+        times.stairs(shares, edges, baseline=None, **look)
     losses.set(xlabel="seconds of training, without compiling", ylabel="validation loss (nats per byte)")
     losses.set_title("loss of the dense model against time")
     times.set(xlabel="step", ylabel="step time / dense", title="time of a step", ylim=(0, None))
