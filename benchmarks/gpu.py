@@ -396,12 +396,17 @@ def layer_cases(sizes: Sizes, args: argparse.Namespace) -> dict[str, Rivals]:
     sparse = [InsertNMMasks("2:4", keep_first=False), DoublePruneBackward()]
     branches = [*sparse, AddLowRankBranches(ratio=RANKS[0], start=0.0)]
 
+    def choose_by_measuring(gm: nn.Module, passes: list[Pass]) -> None:
+        if args.device == "cuda" and any(isinstance(item, InsertNMMasks) for item in passes):
+            fxsparse.tune(gm, rows=[layer_tokens(args)], progress=False)
+
     def step(passes: list[Pass], layers: int = 1) -> Callable[[], Run]:
         def make() -> Run:
             batch = {"input_ids": ids, "labels": ids}
             gm = fxsparse.rewrite(model_of(sizes, layers, args).train(), passes, kwargs=batch)
             optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-5, fused=args.device == "cuda")
             schedule = fxsparse.Schedule(gm, optimizer, total_steps=1000)
+            choose_by_measuring(gm, passes)
             compiled = torch.compile(gm, backend="fxsparse", dynamic=False)
 
             def run() -> None:
@@ -418,7 +423,8 @@ def layer_cases(sizes: Sizes, args: argparse.Namespace) -> dict[str, Rivals]:
     def inference(passes: list[Pass], layers: int = 1) -> Callable[[], Run]:
         def make() -> Run:
             gm = fxsparse.rewrite(model_of(sizes, layers, args).eval(), passes, kwargs={"input_ids": ids})
-            compiled = torch.compile(gm.requires_grad_(False), backend="fxsparse", dynamic=False)
+            choose_by_measuring(gm.requires_grad_(False), passes)
+            compiled = torch.compile(gm, backend="fxsparse", dynamic=False)
             run = no_grad(lambda x: compiled(input_ids=x).logits, ids)
             run.compiled, run.state = compiled, lambda: nbytes(gm)  # type: ignore[attr-defined]
             return run
