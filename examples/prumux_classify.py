@@ -16,6 +16,7 @@ import argparse
 import copy
 import csv
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -235,7 +236,7 @@ def pruned(teacher: GraphModule, data: Snippets, point: Point, args: argparse.Na
 
 def main() -> None:
     args = parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)
     transformers.logging.set_verbosity_error()
     data = read_snippets(classes=args.classes, length=args.length, seed=args.seed)
     console.print(f"{len(data.train)} snippets to train on, {len(data.test)} to test on: {', '.join(data.classes)}")

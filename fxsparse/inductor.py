@@ -36,6 +36,7 @@ class InlineReferences(CustomGraphPass):
         self.options, self.then = options, tuple(then)
 
     def __call__(self, graph: torch.fx.Graph) -> None:
+        lower.keep_transposes(graph, self.options)
         inline_references(graph, lambda call: lower.runs_reference(call, self.options))
         for theirs in self.then:
             theirs(graph)

@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from fxsparse import cost_model, measured
+from fxsparse.codegen import kept_transpose as _kept  # noqa: F401  registers nm_linear_grad_input_kept
 from fxsparse.codegen import operators as _kernels  # noqa: F401  puts the kernels behind the operators
 from fxsparse.codegen.launch_sparse import unsupported_sparse
 from fxsparse.cost_model import Work
@@ -35,6 +36,7 @@ from fxsparse.options import BackendOptions, Pin
 DENSE, COMPRESSED, OPERATOR, REFERENCE = "dense", "compressed", "operator", "reference"
 SPARSE_TENSOR_CORES, CUSPARSELT = "sparse_tensor_cores", "cusparselt"
 SPARSE_TENSOR_CORES_OP = "sparse_tensor_core_linear"
+GRAD_INPUT = "nm_linear_grad_input"
 LAUNCHING = {OPERATOR, COMPRESSED, SPARSE_TENSOR_CORES}
 """Implementations that may launch generated kernels."""
 
@@ -170,6 +172,8 @@ def no_sparse_tensor_cores(site: Site) -> str | None:
     """Why a linear cannot run on sparse tensor cores; None where it can."""
     if not has_kernel(SPARSE_TENSOR_CORES_OP, site.device):
         return f"there are none on {site.device}"
+    if site.op == GRAD_INPUT and site.pattern == Pattern(2, 4) and not any(size % 16 for size in site.shape):
+        return unsupported_sparse(site.dtype, site.shape[0])
     return _no_two_four(site) or unsupported_sparse(site.dtype, site.shape[1])
 
 
@@ -264,4 +268,45 @@ def runs_reference(call: Node, options: BackendOptions) -> bool:
     site = site_of(name, call) if name is not None else None
     if name is None or site is None:
         return False
-    return choose(site, options.pin(name.partition("_grad_")[0]))[0] == REFERENCE
+    pin = options.pin(name)
+    return choose(site, options.pin(name.partition("_grad_")[0]) if pin == Pin() else pin)[0] == REFERENCE
+
+
+def choose_grad_input(site: Site, doubly_pruned: bool, options: BackendOptions) -> tuple[str, str]:
+    """The implementation of the gradient of a linear's input, and why. Sparse tensor cores only where they are pinned:
+    they cost memory."""
+    pin = options.pin(GRAD_INPUT)
+    site = replace(site, op=GRAD_INPUT, inference=False, frozen=False)
+    if doubly_pruned or pin.name != SPARSE_TENSOR_CORES:
+        return choose(site, pin if pin != Pin() else options.pin("nm_linear"))
+    other, why = choose(site, Pin(excluded=frozenset({SPARSE_TENSOR_CORES})))
+    return (
+        other,
+        f"not {SPARSE_TENSOR_CORES} as pinned, because only its rows are 2:4 (double-prune does columns); {why}",
+    )
+
+
+def keep_transposes(graph: Graph, options: BackendOptions) -> int:
+    """Lets gradients of inputs run on sparse tensor cores where that was asked for.
+
+    Args:
+        graph: a backward graph in ATen; it is edited.
+
+    Returns:
+        how many do.
+    """
+    count = 0
+    if options.pin(GRAD_INPUT).name == SPARSE_TENSOR_CORES:
+        for call in graph.find_nodes(op="call_function", target=torch.ops.fxsparse.nm_linear_grad_input.default):
+            site, given = site_of(GRAD_INPUT, call), arguments_of(call)
+            doubly_pruned = given.get("column_mask") is not None
+            if site is not None and choose_grad_input(site, doubly_pruned, options)[0] == SPARSE_TENSOR_CORES:
+                args = tuple(given[name] for name in ("dy", "values", "indices", "column_mask"))
+                with graph.inserting_before(call):
+                    kept = graph.call_function(torch.ops.fxsparse.nm_linear_grad_input_kept.default, args)
+                # Not all of its meta: Inductor notes arguments there.
+                kept.meta = {key: call.meta[key] for key in ("val", "stack_trace") if key in call.meta}
+                call.replace_all_uses_with(kept)
+                graph.erase_node(call)
+                count += 1
+    return count

@@ -24,6 +24,7 @@ from fxsparse.frozen import Compress, FrozenLinear, frozen_linears
 from fxsparse.lower import (
     CUSPARSELT,
     DENSE,
+    GRAD_INPUT,
     OPERATOR,
     REFERENCE,
     SPARSE_TENSOR_CORES,
@@ -31,6 +32,7 @@ from fxsparse.lower import (
     Site,
     arguments_of,
     choose,
+    choose_grad_input,
     fake_of,
     is_inference,
     operator_name,
@@ -146,6 +148,9 @@ def lower_graph(
             implementation, reason = REFERENCE, "frozen, but there is no memory to expand it once"
         where = next((named[source] for source in node.all_input_nodes if source in named), node.name)
         report.choices.append(Choice(op, where, implementation, reason, place.work))
+        if not inference and options.pin(GRAD_INPUT).name is not None and op in ("nm_linear", "nm_linear_low_rank"):
+            how, why = choose_grad_input(place, arguments_of(node).get("column_mask") is not None, options)
+            report.choices.append(Choice(GRAD_INPUT, where, how, why))
         if implementation == SPARSE_TENSOR_CORES:
             editor.use_sparse_tensor_cores(node)
         elif implementation == CUSPARSELT:

@@ -18,6 +18,7 @@ COMPILERS = ("inductor", "aot_eager", "eager")
 # What `options={"lower": {op: choice}}` may pin, or exclude with a minus in front.
 LOWERINGS: dict[str, tuple[str, ...]] = {
     "nm_linear": ("auto", "compressed", "sparse_tensor_cores", "cusparselt", "reference", "dense"),
+    "nm_linear_grad_input": ("auto", "operator", "sparse_tensor_cores", "reference"),
     "nm_linear_low_rank": ("auto", "compressed", "reference", "dense"),
     "gather_linear": ("auto", "operator", "reference"),
     "mux": ("auto", "operator", "reference"),
