@@ -98,7 +98,8 @@ def count_flops(gm: GraphModule, *, trained: Iterable[str] | None = None, **size
     """The FLOPs and bytes of a graph, in total and by module.
 
     Args:
-        gm: a training-IR graph module, as `fxsparse.trace` gives it.
+        gm: a training-IR graph module, as `fxsparse.trace` gives it. Where a pass gave it another form to train in
+            (``select-neurons``), give ``fxsparse.training_form.training_graph(gm)`` for that one's.
         trained: names of the tensors that the backward pass trains; by default those that require a gradient.
         sizes: sizes by input, such as ``input_ids=(8, 128)`` or a whole batch of tensors (``**batch``); by default
             those of the traced example. See `fxsparse.sizes`.
