@@ -7,7 +7,9 @@ named by their fully qualified name, ``node.meta["val"]`` is a fake tensor with 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
@@ -326,8 +329,18 @@ def replace_with_call(gm: GraphModule, old: Node, target: Any, args: tuple[Any, 
 
 def refresh(gm: GraphModule, node: Node) -> None:
     """Recomputes the fake value of a call from the fake values of its arguments."""
-    with fake_mode(gm), torch.no_grad():
+    # Composite operators see symbolic sizes only through the Python dispatcher, in torch 2.11.
+    symbolic = enable_python_dispatcher() if _is_composite(node.target) else contextlib.nullcontext()
+    with fake_mode(gm), symbolic, torch.no_grad():
         node.meta["val"] = node.target(*example_of(node.args), **example_of(node.kwargs))  # type: ignore[operator]
+
+
+@functools.cache
+def _is_composite(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), str(key).rpartition(".")[2])
 
 
 def _inherit(node: Node, source: Node) -> None:
