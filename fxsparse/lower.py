@@ -268,17 +268,21 @@ def runs_reference(call: Node, options: BackendOptions) -> bool:
     site = site_of(name, call) if name is not None else None
     if name is None or site is None:
         return False
-    pin = options.pin(name)
-    return choose(site, options.pin(name.partition("_grad_")[0]) if pin == Pin() else pin)[0] == REFERENCE
+    return choose(site, _pin_of(name, options))[0] == REFERENCE
+
+
+def _pin_of(op: str, options: BackendOptions) -> Pin:
+    """What was said of an operator, or else of the one it is a gradient of."""
+    own = options.pin(op)
+    return own if own != Pin() else options.pin(op.partition("_grad_")[0])
 
 
 def choose_grad_input(site: Site, doubly_pruned: bool, options: BackendOptions) -> tuple[str, str]:
     """The implementation of the gradient of a linear's input, and why. Sparse tensor cores only where they are pinned:
     they cost memory."""
-    pin = options.pin(GRAD_INPUT)
     site = replace(site, op=GRAD_INPUT, inference=False, frozen=False)
-    if doubly_pruned or pin.name != SPARSE_TENSOR_CORES:
-        return choose(site, pin if pin != Pin() else options.pin("nm_linear"))
+    if doubly_pruned or options.pin(GRAD_INPUT).name != SPARSE_TENSOR_CORES:
+        return choose(site, _pin_of(GRAD_INPUT, options))
     other, why = choose(site, Pin(excluded=frozenset({SPARSE_TENSOR_CORES})))
     return (
         other,

@@ -23,13 +23,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
-from fxsparse.derived import weights_borrowed
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.gating import META_KEY, Gated, mask_name
-from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
 from fxsparse.passes.gate_nodes import remove_gates
-from fxsparse.passes.gate_sites import SCORES, Scorer, Sites, find_sites, gate_sites, hidden_gate
+from fxsparse.passes.gate_sites import SCORES, Gating, Scorer, Sites, find_sites, gate_sites, hidden_gate
 from fxsparse.record import Change, rewrote, skipped
 from fxsparse.streams import Stream
 from fxsparse.structures import MLP, Attention
@@ -41,7 +39,7 @@ _WHAT = {"hidden": "hidden dimensions", "intermediate": "channels", "heads": "he
 
 
 @dataclass(frozen=True)
-class DropDimensions(Pass):
+class DropDimensions(Gating):
     """Masks a share of the dimensions of a model.
 
     The mask acts on activations and on the statistics of norms, so the model computes at every step what the smaller
@@ -85,14 +83,7 @@ class DropDimensions(Pass):
     calibration: Iterable[Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("units", "layers"):
-            given = getattr(self, name)
-            if given is not None:
-                object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
-        unknown = [unit for unit in self.units if unit not in UNITS]
-        if unknown or not self.units:
-            shown = ", ".join(map(str, unknown)) or "nothing"
-            raise OptionError(f"units={shown} cannot be dropped; there are: {', '.join(UNITS)}", pass_name=self.name)
+        self._check_units(UNITS, "dropped")
         if isinstance(self.fraction, bool) or not 0 < self.fraction < 1:
             raise OptionError(f"fraction={self.fraction} must lie in (0, 1)", pass_name=self.name)
         for name, known in (("score", ("platon", *SCORES)), ("ramp", RAMPS)):
@@ -111,13 +102,7 @@ class DropDimensions(Pass):
                 raise OptionError(f"{name}={value} must be a whole number, at least 1", pass_name=self.name)
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
-        if weights_borrowed(graph):
-            raise RewriteError(
-                "masks are state that a one-line call has nowhere to keep; call fxsparse.rewrite(model, passes, ...) "
-                "and compile its result",
-                pass_name=self.name,
-            )
-        sites = find_sites(graph, self.units, self.layers, self.name)
+        sites = self._find_sites(graph, "masks")
         groups = _groups(graph, sites, self.units)
         if not groups:
             reasons = "".join(f"; {change.site}: {change.detail}" for change in sites.skipped[:4])

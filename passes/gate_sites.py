@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fxsparse.errors import RewriteError
+from fxsparse.derived import weights_borrowed
+from fxsparse.errors import OptionError, RewriteError
 from fxsparse.gating import Count, Gated
 from fxsparse.graph import Linear
 from fxsparse.passes.activation_norms import activation_norms
+from fxsparse.passes.base import Pass
 from fxsparse.passes.gate_nodes import gate_stream, multiply, multiply_input
 from fxsparse.passes.pipeline import structure_only
 from fxsparse.record import Change
@@ -26,6 +28,34 @@ UNITS = ("heads", "attention", "intermediate", "ffn", "hidden")
 SCORES = ("magnitude", "activation", "random")
 
 Site = Attention | MLP
+
+
+class Gating(Pass):
+    """A pass with gates: which kinds of units, of which sublayers."""
+
+    units: tuple[str, ...]
+    layers: tuple[str, ...] | None
+
+    def _check_units(self, known: Collection[str], what: str) -> None:
+        """Makes tuples of ``units`` and ``layers``; an OptionError where a unit is unknown, or none is given."""
+        for name in ("units", "layers"):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+        unknown = [unit for unit in self.units if unit not in known]
+        if unknown or not self.units:
+            shown = ", ".join(map(str, unknown)) or "nothing"
+            raise OptionError(f"units={shown} cannot be {what}; there are: {', '.join(known)}", pass_name=self.name)
+
+    def _find_sites(self, gm: GraphModule, state: str) -> Sites:
+        """:func:`find_sites`; a RewriteError in a one-line call."""
+        if weights_borrowed(gm):
+            raise RewriteError(
+                f"{state} are state that a one-line call has nowhere to keep; call fxsparse.rewrite(model, passes, "
+                "...) and compile its result",
+                pass_name=self.name,
+            )
+        return find_sites(gm, self.units, self.layers, self.name)
 
 
 @dataclass(frozen=True)

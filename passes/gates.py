@@ -24,17 +24,15 @@ from torch.fx import GraphModule
 
 from fxsparse import gating
 from fxsparse import graph as fx
-from fxsparse.derived import weights_borrowed
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.gating import META_KEY, mask_name
-from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
-from fxsparse.passes.gate_sites import SCORES, UNITS, Scorer, find_sites, gate_sites, hidden_gate
+from fxsparse.passes.gate_sites import SCORES, UNITS, Gating, Scorer, gate_sites, hidden_gate
 from fxsparse.record import Change, rewrote
 
 
 @dataclass(frozen=True)
-class GateStructures(Pass):
+class GateStructures(Gating):
     """Puts gates on the structures of a model.
 
     Gates and their multipliers are parameters, ``<path>.heads_gate`` and ``sparsity.lambda_1``, which a ``Schedule``
@@ -76,14 +74,7 @@ class GateStructures(Pass):
     calibration: Iterable[Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("units", "layers"):
-            given = getattr(self, name)
-            if given is not None:
-                object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
-        unknown = [unit for unit in self.units if unit not in UNITS]
-        if unknown or not self.units:
-            shown = ", ".join(map(str, unknown)) or "nothing"
-            raise OptionError(f"units={shown} cannot be gated; there are: {', '.join(UNITS)}", pass_name=self.name)
+        self._check_units(UNITS, "gated")
         if isinstance(self.target, bool) or not 0 <= self.target < 1:
             raise OptionError(f"target={self.target} must lie in [0, 1)", pass_name=self.name)
         if not 0 <= self.warmup <= 1:
@@ -94,13 +85,7 @@ class GateStructures(Pass):
             raise OptionError(f"score={self.score!r} is none of {', '.join(SCORES)}", pass_name=self.name)
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
-        if weights_borrowed(graph):
-            raise RewriteError(
-                "gates are state that a one-line call has nowhere to keep; call fxsparse.rewrite(model, passes, ...) "
-                "and compile its result",
-                pass_name=self.name,
-            )
-        sites = find_sites(graph, self.units, self.layers, self.name)
+        sites = self._find_sites(graph, "gates")
         scorer = Scorer(graph, sites, self.score or "magnitude", self.calibration, self.seed, self.name)
         scores = {hidden_gate(stream): scorer(stream) for stream in sites.streams} if self.score else {}
         sublayers = []
