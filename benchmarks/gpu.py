@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxsparse
-from benchmarks.timing import environment
+from benchmarks.timing import device_microseconds, environment
 from fxsparse import measured, nm, tuning
 from fxsparse.compiled import compiled_graphs
 from fxsparse.cost_model import Work
@@ -208,13 +208,7 @@ def timed(run: Run, device: str) -> float:
         begin = time.perf_counter()
         run()
         return (time.perf_counter() - begin) * 1e6
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(200_000)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) * 1e3
+    return device_microseconds(run)
 
 
 def chosen(run: Run) -> str:

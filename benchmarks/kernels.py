@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.timing import environment
+from benchmarks.timing import device_microseconds, environment
 from fxsparse import nm
 from fxsparse.codegen import launch, tune
 from fxsparse.codegen.metadata import SparseTranspose, pack_metadata
@@ -113,21 +113,10 @@ def interleaved(first: Run, second: Run, rounds: int) -> tuple[Times, Times]:
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(-5, rounds):
         for run, spent in zip((first, second), times, strict=True):
-            microseconds = timed(functools.partial(run, turn))
+            microseconds = device_microseconds(functools.partial(run, turn))
             if turn >= 0:
                 spent.append(microseconds)
     return summary(times[0]), summary(times[1])
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Microseconds on the device, from a busy queue so that launching is not what is timed."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(200_000)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3
 
 
 def summary(times: list[float]) -> Times:
@@ -140,8 +129,8 @@ def limits(rounds: int) -> tuple[float, float]:
     source = torch.randn(1 << 28, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    copy = [timed(lambda: target.copy_(source)) for _ in range(rounds)]
-    product = [timed(lambda: a @ b) for _ in range(rounds)]
+    copy = [device_microseconds(lambda: target.copy_(source)) for _ in range(rounds)]
+    product = [device_microseconds(lambda: a @ b) for _ in range(rounds)]
     moved = 2 * source.numel() * source.element_size()
     return moved / min(copy) * 1e6, 2 * 8192**3 / min(product) * 1e6
 

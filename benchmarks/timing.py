@@ -44,6 +44,17 @@ def interleaved(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warm
     return {name: Times(tuple(values)) for name, values in seconds.items()}
 
 
+def device_microseconds(run: Callable[[], object]) -> float:
+    """Microseconds on a CUDA device, from a busy queue so that launching is not what is timed."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(200_000)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e3
+
+
 def environment() -> str:
     """Device and versions, for the head of a table."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
