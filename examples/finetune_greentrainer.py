@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 import transformers
 from corpus import random_windows, read_corpus
+from pretraining import pretrain, progress_bar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch.fx import GraphModule
 
@@ -65,23 +65,6 @@ def ways(args: argparse.Namespace) -> dict[str, tuple[list[Pass], float, float |
         "BitFit": ([SelectTensors(tensors="*bias")], 5 * args.lr, None),
         f"LoRA, rank {args.rank}": ([branches, SelectTensors(tensors=("*_down", "*_up"))], 5 * args.lr, None),
     }
-
-
-def pretrain(
-    model: torch.nn.Module, text: torch.Tensor, args: argparse.Namespace, draw: torch.Generator, console: Console
-) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.pretrain_steps)
-    with progress_bar(console) as progress:
-        task = progress.add_task("pretraining", total=args.pretrain_steps)
-        for _ in range(args.pretrain_steps):
-            batch = random_windows(text, args.batch, args.length, draw).to(args.device)
-            loss = model(input_ids=batch, labels=batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            decay.step()
-            progress.update(task, advance=1, description=f"pretraining, loss {loss.item():.2f}")
 
 
 def start(
@@ -191,11 +174,6 @@ def plot(runs: list[Run], names: list[str], path: Path) -> None:
     choices.set_title("trained tensors, input at the top", pad=20)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-
-def progress_bar(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
 
 
 def parse_args() -> argparse.Namespace:
