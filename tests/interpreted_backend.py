@@ -119,19 +119,22 @@ def test_multiplexing_launches_generated_kernels(own_keys):
     assert launches(compiled, "mux") == launches(compiled, "demux_linear") == 1
 
 
+class Projections(nn.Module):
+    """Three linears on one input."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(32, size, bias=bias) for size in (48, 32, 40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        return q[..., :32].view(x.shape[0], 2, 16).sum(1) + (k * 2)[..., :16] + v[..., 24:].exp()
+
+
 @pytest.mark.parametrize("choice", ["compressed", "sparse_tensor_cores"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linears_on_one_input_run_as_one_product(choice, bias):
-    class Projections(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.query, self.key, self.value = (nn.Linear(32, size, bias=bias) for size in (48, 32, 40))
-
-        def forward(self, x: Tensor) -> Tensor:
-            q, k, v = self.query(x), self.key(x), self.value(x)
-            return q[..., :32].view(x.shape[0], 2, 16).sum(1) + (k * 2)[..., :16] + v[..., 24:].exp()
-
-    model = Projections().bfloat16().requires_grad_(False)
+    model = Projections(bias).bfloat16().requires_grad_(False)
     for linear in model.children():
         linear.weight.mul_(fxsparse.nm.nm_mask(linear.weight.abs(), fxsparse.nm.Pattern(2, 4)))
     options = {"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": choice}}
@@ -149,17 +152,8 @@ def test_linears_on_one_input_run_as_one_product(choice, bias):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_operators_on_one_input_run_as_one(bias):
-    class Projections(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.query, self.key, self.value = (nn.Linear(32, size, bias=bias) for size in (48, 32, 40))
-
-        def forward(self, x: Tensor) -> Tensor:
-            q, k, v = self.query(x), self.key(x), self.value(x)
-            return q[..., :32].view(x.shape[0], 2, 16).sum(1) + (k * 2)[..., :16] + v[..., 24:].exp()
-
     passes = ["nm-masks{pattern=2:4,keep_first=false,keep_head=false}", "double-prune"]
-    gm = fxsparse.rewrite(Projections(), passes, (torch.randn(3, 32),)).requires_grad_(False)
+    gm = fxsparse.rewrite(Projections(bias), passes, (torch.randn(3, 32),)).requires_grad_(False)
     options = {"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": "compressed"}}
     compiled = torch.compile(gm, backend="fxsparse", options=options)
     x = torch.randn(3, 32)
