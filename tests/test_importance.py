@@ -179,18 +179,19 @@ def test_the_early_stop_saves_memory() -> None:
     family, gm = traced("opt")
     optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-3)
     batch, kept = family.make_batch(), {}
-    weights = {p.data_ptr() for p in gm.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in gm.parameters()}
     for rho in (0.4, 0.7, None):
-        saved: dict[int, int] = {}
+        saved: list[Tensor] = []  # held to the end: an address that is free again would be taken by another tensor
 
-        def pack(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
-            if tensor.data_ptr() not in weights:
-                saved[tensor.data_ptr()] = tensor.nbytes
+        def pack(tensor: Tensor, saved: list[Tensor] = saved) -> Tensor:
+            saved.append(tensor)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             found = fxsparse.tensor_importance(gm, optimizer, batch, rho=rho)
-        kept[rho] = (sum(saved.values()), sum(gm.get_parameter(name).nbytes for name in found))
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+        of_backward = sum(size for address, size in storages.items() if address not in weights)
+        kept[rho] = (of_backward, sum(gm.get_parameter(name).nbytes for name in found))
     assert kept[0.4][0] < 0.6 * kept[None][0] and kept[0.4][0] < kept[0.7][0] < kept[None][0]
     assert kept[0.4][1] < 0.5 * kept[None][1]
 
