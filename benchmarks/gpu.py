@@ -288,9 +288,9 @@ def linear_cases(
     def ours(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Run]:
         return lambda: no_grad(torch.compile(function, backend="fxsparse", dynamic=False), x)
 
-    def choose_by_measuring(op: str) -> None:
-        work = Work(op, TWO_FOUR, torch.bfloat16, tokens, out_features, in_features)
-        if args.device == "cuda" and not measured.times(work, "cuda"):
+    def choose_by_measuring(op: str, *further: int) -> None:
+        work = Work(op, TWO_FOUR, torch.bfloat16, tokens, out_features, in_features, further)
+        if args.device == "cuda" and "reference" not in measured.times(work, "cuda"):
             tuning.measure(work, "cuda")
 
     def forward() -> Rivals:
@@ -322,10 +322,10 @@ def linear_cases(
         }
 
     def low_rank(ratio: float) -> Rivals:
-        choose_by_measuring("nm_linear")
-        choose_by_measuring("nm_linear_low_rank")
         x, _, weight = operands()
         rank = max(1, round(ratio * min(weight.shape)))
+        choose_by_measuring("nm_linear")
+        choose_by_measuring("nm_linear_low_rank", rank)
         fused = SparseLinear(weight, rank).requires_grad_(False)
         apart = SparseLinear(weight).requires_grad_(False)
         down, up = fused.down, fused.up

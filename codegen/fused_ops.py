@@ -2,7 +2,7 @@
 
     nm_linear_epilogue(x, values, indices, bias?, n, m, steps, operands)
     sparse_tensor_core_linear(x, values, metadata, bias?, steps, operands)
-    cusparselt_linear(x, packed, bias?, out_features)
+    cusparselt_linear(x, packed, bias?, out_features, alg_id=0, split_k=1, split_k_mode=-1)
 
 ``steps`` are names of :class:`~fxsparse.codegen.epilogue.Epilogue` separated by blanks; the last operator is NVIDIA's
 library through torch. They are made with ``custom_op`` because the compiler cannot look into a kernel, they run on a
@@ -112,15 +112,40 @@ def _(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, steps: s
 
 
 @torch.library.custom_op("fxsparse::cusparselt_linear", mutates_args=(), device_types="cuda")
-def cusparselt_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """x W^T + bias, W ``[out_features, in]`` as ``torch._cslt_compress`` packs it; 16-bit."""
+def cusparselt_linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    alg_id: int = 0,
+    split_k: int = 1,
+    split_k_mode: int = -1,
+) -> Tensor:
+    """x W^T + bias, W ``[out_features, in]`` as ``torch._cslt_compress`` packs it; 16-bit. The last three are
+    ``torch._cslt_sparse_mm``'s."""
     inputs = x.reshape(-1, x.shape[-1])
     rows = inputs.shape[0]
     padded = F.pad(inputs, (0, 0, 0, -rows % 16))  # what the library asks of a dense operand
-    y = torch._cslt_sparse_mm(packed, padded.t(), bias=bias, transpose_result=True)
+    y = torch._cslt_sparse_mm(
+        packed,
+        padded.t(),
+        bias=bias,
+        transpose_result=True,
+        alg_id=alg_id,
+        split_k=split_k,
+        split_k_mode=split_k_mode,
+    )
     return y[:rows].reshape(*x.shape[:-1], out_features).contiguous()
 
 
 @cusparselt_linear.register_fake
-def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def _(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    alg_id: int = 0,
+    split_k: int = 1,
+    split_k_mode: int = -1,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)

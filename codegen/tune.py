@@ -73,16 +73,25 @@ def measure(name: str, run: Callable[[Plan], object], plans: Iterable[Plan]) -> 
         plans: to try.
 
     Returns:
-        milliseconds of each, the median.
+        milliseconds of each, the median; nothing of those that the device cannot run.
 
     Raises:
         OptionError: there is no GPU.
+        RuntimeError: the device can run none, with the reason of the last.
     """
     if not torch.cuda.is_available():
         raise OptionError("tuning measures on a GPU and this machine has none")
     from triton.testing import do_bench
 
-    times = {plan: float(do_bench(functools.partial(run, plan), quantiles=[0.5])) for plan in plans}
+    times: dict[Plan, float] = {}
+    failure: Exception | None = None
+    for plan in plans:
+        try:
+            times[plan] = float(do_bench(functools.partial(run, plan), quantiles=[0.5]))
+        except Exception as error:  # not enough shared memory, or the compiler gives up
+            failure = error
+    if not times:
+        raise RuntimeError(f"no tile runs {name}: {failure}") from failure
     remember(name, min(times, key=lambda plan: times[plan]))
     return times
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 from torch.fx import GraphModule
 
 from fxsparse import lower
@@ -56,6 +57,7 @@ def fxsparse(
         :class:`~fxsparse.errors.RewriteError`) is raised when it is called: Dynamo would wrap, or swallow, an error
         raised here.
     """
+    eval_frame.cached_backends.setdefault(id(fxsparse), fxsparse)  # whose reset() a torch._dynamo.reset() calls, once
     try:
         parsed = BackendOptions.parse(options, mode)
         return _compile_graph(gm, list(example_inputs), parsed)

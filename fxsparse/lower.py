@@ -15,66 +15,36 @@ known (`fxsparse.cost_model`), else fixed rules.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from fxsparse import cost_model, measured
 from fxsparse.codegen import kept_transpose as _kept  # noqa: F401  registers nm_linear_grad_input_kept
 from fxsparse.codegen import operators as _kernels  # noqa: F401  puts the kernels behind the operators
 from fxsparse.codegen.launch_sparse import unsupported_sparse
-from fxsparse.cost_model import Work
 from fxsparse.custom_op import has_kernel
 from fxsparse.nm import Pattern
 from fxsparse.options import BackendOptions, Pin
+from fxsparse.sites import Site, arguments_of, fake_of, operator_name, site_of
 
 DENSE, COMPRESSED, OPERATOR, REFERENCE = "dense", "compressed", "operator", "reference"
 SPARSE_TENSOR_CORES, CUSPARSELT = "sparse_tensor_cores", "cusparselt"
 SPARSE_TENSOR_CORES_OP = "sparse_tensor_core_linear"
 GRAD_INPUT = "nm_linear_grad_input"
+GRADIENTS = {
+    "nm_linear": (GRAD_INPUT, "nm_linear_grad_values"),
+    "nm_linear_low_rank": (GRAD_INPUT, "nm_linear_grad_values"),
+    "gather_linear": ("gather_linear_grad_input", "gather_linear_grad_weight"),
+}
+"""The operators that give the gradients of another one's first two arguments."""
+
 LAUNCHING = {OPERATOR, COMPRESSED, SPARSE_TENSOR_CORES}
 """Implementations that may launch generated kernels."""
 
 _EXPANDABLE = {"nm_linear", "nm_linear_low_rank"}
-
-
-@dataclass(frozen=True)
-class Site:
-    """An operator to choose an implementation for.
-
-    Attributes:
-        op: the operator's name, such as ``nm_linear``.
-        device: device type of its tensors.
-        dtype: of the weight or its values.
-        shape: ``(out, in)`` of the weight where it is known.
-        pattern: of the weight where it is known.
-        rows: of the input, as in the example; None where it is not known.
-        frozen: whether nothing trains the weight.
-        in_memory: whether the dense weight is a parameter of the model, so that dense costs no extra memory.
-        inference: whether the graph is not differentiated.
-    """
-
-    op: str
-    device: str
-    dtype: torch.dtype
-    shape: tuple[int, ...] = ()
-    pattern: Pattern | None = None
-    rows: int | None = None
-    frozen: bool = False
-    in_memory: bool = False
-    inference: bool = False
-
-    @property
-    def work(self) -> Work | None:
-        """What it computes, as measurements and estimates are kept by; None where something is not known."""
-        if self.pattern is None or self.rows is None or len(self.shape) != 2:
-            return None
-        return Work(self.op, self.pattern, self.dtype, self.rows, *self.shape)
 
 
 def candidates(site: Site) -> dict[str, str | None]:
@@ -103,29 +73,40 @@ def choose(site: Site, pin: Pin | str = "auto") -> tuple[str, str]:
     note = ""
     if pin.name is not None:
         pinned = _spelled(pin.name, every)
+        said = f'pinned by options={{"lower": {{"{pin.of or site.op}": "{pin.name}"}}}}'
         if every.get(pinned, "it is none of its implementations") is None:
-            return pinned, f'pinned by options={{"lower": {{"{site.op}": "{pin.name}"}}}}'
+            return pinned, said
         if pin.name == DENSE and not site.in_memory:
-            return REFERENCE, f'pinned by options={{"lower": {{"{site.op}": "dense"}}}}; {every.get(DENSE)}'
+            return REFERENCE, f"{said}; {every.get(DENSE, 'a gradient has no dense one')}"
         note = f"not {pin.name} as pinned, because {every.get(pinned)}; "
     possible = [name for name, obstacle in every.items() if obstacle is None and name not in pin.excluded]
     if not possible:
         fallback = DENSE if site.in_memory else REFERENCE
         return fallback, f"{note}every other implementation is excluded or impossible"
     work = site.work
-    if work is not None and (times := measured.times(work, site.device)):
-        ranked = sorted((times[name], name) for name in possible if name in times)
-        if len(ranked) > 1 or (ranked and ranked[0][1] == possible[0]):
-            return ranked[0][1], note + _measured(ranked, times)
+    times = {} if work is None else measured.times(work, site.device)
+    ranked = sorted((times[name], name) for name in possible if name in times)
+    if ranked and _ALWAYS_RIGHT.intersection(possible) <= times.keys():  # what else is not there has failed
+        return ranked[0][1], note + _measured(ranked, times)
     if work is not None and site.device == "cuda" and (device := cost_model.device()) is not None:
-        estimates = {name: cost_model.microseconds(work, name, device) for name in possible if name in _ESTIMATED}
+        every_estimate = [(cost_model.microseconds(work, name, device), name) for name in possible]
+        estimates = sorted((time, name) for time, name in every_estimate if time is not None and name in _ESTIMATED)
         if estimates:
-            best = min(estimates, key=lambda name: estimates[name])
-            others = sorted((time, name) for name, time in estimates.items() if name != best)
-            beside = f", {others[0][1]} {others[0][0]:.0f} us" if others else ""
-            return best, f"{note}estimated from bytes and FLOPs at {estimates[best]:.0f} us{beside}; not measured"
+            shown = ", ".join(f"{name} {time:.0f} us" for time, name in estimates[:2])
+            return estimates[0][1], f"{note}estimated from bytes and FLOPs: {shown}; not measured"
     return _by_rule(site, possible, note)
 
+
+def undecided(site: Site) -> bool:
+    """Whether measuring could tell more about a site than is known."""
+    possible = {name for name, obstacle in candidates(site).items() if obstacle is None}
+    if site.work is None or len(possible) < 2 or not has_kernel(site.op, site.device):
+        return False
+    return not _ALWAYS_RIGHT.intersection(possible) <= measured.times(site.work, site.device).keys()
+
+
+# What other implementations have to beat.
+_ALWAYS_RIGHT = {DENSE, REFERENCE}
 
 # Not estimated into use: what must be measured to be trusted, and what takes memory the user did not ask for.
 _ESTIMATED = {COMPRESSED, OPERATOR, REFERENCE, DENSE}
@@ -186,6 +167,13 @@ def no_cusparselt(site: Site) -> str | None:
     return _no_two_four(site) or (None if site.frozen else "its copy of the weight would not follow training")
 
 
+def library_algorithm(site: Site) -> tuple[int, ...]:
+    """How cuSPARSELt was fastest: its algorithm, into how many parts it splits the depth and how, as
+    ``torch._cslt_sparse_mm`` takes them; empty, for its own choice, where it was not measured."""
+    found = measured.variant(site.work, site.device, CUSPARSELT) if site.work else None
+    return tuple(map(int, found.split("/"))) if found else ()
+
+
 def _no_two_four(site: Site) -> str | None:
     if site.op != "nm_linear" or site.pattern is None or len(site.shape) != 2:
         return f"they run nm_linear, not {site.op}"
@@ -194,100 +182,42 @@ def _no_two_four(site: Site) -> str | None:
     return None if site.pattern == Pattern(2, 4) else f"they take 2:4, not {site.pattern}"
 
 
-# --- operators in the graph -------------------------------------------------------------------------------------------
-
-
-def operators(gm: GraphModule) -> Iterator[tuple[str, Node]]:
-    """Names and calls of the fxsparse operators in a graph and in the graphs it calls, such as checkpointed regions."""
-    for module in gm.modules():
-        if isinstance(module, GraphModule):
-            for node in module.graph.nodes:
-                name = operator_name(node.target) if node.op == "call_function" else None
-                if name:
-                    yield name, node
-
-
-def operator_name(target: Any) -> str | None:
-    """``nm_linear`` for ``torch.ops.fxsparse.nm_linear`` and its overload; None for anything else."""
-    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
-        return None
-    namespace, _, name = str(packet._qualified_op_name).partition("::")
-    return name if namespace == "fxsparse" else None
-
-
-def site_of(op: str, node: Node) -> Site | None:
-    """A call of an operator as a site; None where its result is not known."""
-    result = fake_of(node)
-    first = next((fake_of(arg) for arg in node.args if isinstance(arg, Node)), None)
-    if not isinstance(result, Tensor) or not isinstance(first, Tensor):
-        return None
-    site = Site(op, result.device.type, result.dtype)
-    if not op.startswith("nm_linear"):
-        return site
-    given, rows, width = arguments_of(node), rows_of(first), int(first.shape[-1])
-    if op == "nm_linear_grad_values":
-        shape = (width, int(fake_of(node.args[1]).shape[-1]))
-    elif op == "nm_linear_grad_input":
-        shape = (width, int(result.shape[-1]))
-    else:
-        shape = (int(result.shape[-1]), width)
-    return replace(site, shape=shape, pattern=Pattern(given["n"], given["m"]), rows=rows)
-
-
-def arguments_of(node: Node) -> dict[str, Any]:
-    """The arguments of an operator's call by their names."""
-    schema = node.target.default if isinstance(node.target, torch._ops.OpOverloadPacket) else node.target
-    names = [argument.name for argument in schema._schema.arguments]  # type: ignore[union-attr]
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-
-
-def rows_of(tensor: Tensor) -> int | None:
-    """The rows of a fake tensor ``[..., features]``, as in the example."""
-    sizes = [size if isinstance(size, int) else size.node.hint for size in tensor.shape[:-1]]
-    return None if any(size is None for size in sizes) else math.prod(sizes)
-
-
-def is_inference(gm: GraphModule) -> bool:
-    """Whether nothing that a graph computes is differentiated or cast on the way."""
-    changes = {torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast}
-    plain = all(node.target not in changes for node in gm.graph.nodes if node.op == "call_function")
-    autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-    return plain and not autocast and not torch.is_grad_enabled()
-
-
-def fake_of(node: Any) -> Any:
-    """The fake value of a node, of Dynamo's graph or of an ATen graph."""
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
 def runs_reference(call: Node, options: BackendOptions) -> bool:
-    """Whether :func:`choose` wants the reference of an operator in a lowered graph; a pin of an operator is one of its
-    gradients."""
+    """Whether :func:`choose` wants the reference of an operator in a lowered graph."""
     name = operator_name(call.target)
     site = site_of(name, call) if name is not None else None
     if name is None or site is None:
         return False
-    return choose(site, _pin_of(name, options))[0] == REFERENCE
+    return choose(site, pin_of(name, options))[0] == REFERENCE
 
 
-def _pin_of(op: str, options: BackendOptions) -> Pin:
-    """What was said of an operator, or else of the one it is a gradient of."""
-    own = options.pin(op)
-    return own if own != Pin() else options.pin(op.partition("_grad_")[0])
+def pin_of(op: str, options: BackendOptions) -> Pin:
+    """What was said of an operator, or else of the one it is a gradient of, as far as that holds for gradients."""
+    own, forward = options.pin(op), options.pin(op.partition("_grad_")[0])
+    if own != Pin() or forward.name not in (SPARSE_TENSOR_CORES, CUSPARSELT):
+        return own if own != Pin() else forward
+    return Pin()
 
 
-def choose_grad_input(site: Site, doubly_pruned: bool, options: BackendOptions) -> tuple[str, str]:
-    """The implementation of the gradient of a linear's input, and why. Sparse tensor cores only where they are pinned:
-    they cost memory."""
-    site = replace(site, op=GRAD_INPUT, inference=False, frozen=False)
-    if doubly_pruned or options.pin(GRAD_INPUT).name != SPARSE_TENSOR_CORES:
-        return choose(site, _pin_of(GRAD_INPUT, options))
-    other, why = choose(site, Pin(excluded=frozenset({SPARSE_TENSOR_CORES})))
-    return (
-        other,
-        f"not {SPARSE_TENSOR_CORES} as pinned, because only its rows are 2:4 (double-prune does columns); {why}",
-    )
+def gradients_of(site: Site, call: Node) -> list[Site]:
+    """The gradients that the backward pass of an operator's call takes, as sites."""
+    further = site.further if site.pattern is None else ()
+    return [
+        replace(site, op=name, frozen=False, inference=False, further=further)
+        for name, arg in zip(GRADIENTS.get(site.op, ()), call.args, strict=False)
+        if isinstance(tensor := fake_of(arg), Tensor) and tensor.requires_grad
+    ]
+
+
+def choose_gradient(site: Site, doubly_pruned: bool, options: BackendOptions) -> tuple[str, str]:
+    """The implementation of a gradient, and why. The one of a linear's input runs on sparse tensor cores only where
+    they are pinned: they cost memory."""
+    pin = pin_of(site.op, options)
+    if pin.name == SPARSE_TENSOR_CORES and not doubly_pruned:
+        other, why = choose(site, Pin(excluded=frozenset({SPARSE_TENSOR_CORES})))
+        reason = "only its rows are 2:4 (double-prune does columns)"
+        return other, f"not {SPARSE_TENSOR_CORES} as pinned, because {reason}; {why}"
+    return choose(site, pin)
 
 
 def keep_transposes(graph: Graph, options: BackendOptions) -> int:
@@ -304,7 +234,7 @@ def keep_transposes(graph: Graph, options: BackendOptions) -> int:
         for call in graph.find_nodes(op="call_function", target=torch.ops.fxsparse.nm_linear_grad_input.default):
             site, given = site_of(GRAD_INPUT, call), arguments_of(call)
             doubly_pruned = given.get("column_mask") is not None
-            if site is not None and choose_grad_input(site, doubly_pruned, options)[0] == SPARSE_TENSOR_CORES:
+            if site is not None and choose_gradient(site, doubly_pruned, options)[0] == SPARSE_TENSOR_CORES:
                 args = tuple(given[name] for name in ("dy", "values", "indices", "column_mask"))
                 with graph.inserting_before(call):
                     kept = graph.call_function(torch.ops.fxsparse.nm_linear_grad_input_kept.default, args)

@@ -24,26 +24,22 @@ from fxsparse.frozen import Compress, FrozenLinear, frozen_linears
 from fxsparse.lower import (
     CUSPARSELT,
     DENSE,
-    GRAD_INPUT,
     OPERATOR,
     REFERENCE,
     SPARSE_TENSOR_CORES,
     SPARSE_TENSOR_CORES_OP,
-    Site,
-    arguments_of,
     choose,
-    choose_grad_input,
-    fake_of,
-    is_inference,
-    operator_name,
-    operators,
-    rows_of,
-    site_of,
+    choose_gradient,
+    gradients_of,
+    library_algorithm,
+    pin_of,
+    undecided,
 )
 from fxsparse.memory import available_memory
 from fxsparse.nm import Pattern, satisfies, unpack
-from fxsparse.options import BackendOptions
+from fxsparse.options import BackendOptions, Pin
 from fxsparse.runtime_state import FollowedStates, Slot
+from fxsparse.sites import Site, arguments_of, fake_of, is_inference, operator_name, operators, rows_of, site_of
 
 ops = torch.ops.fxsparse
 
@@ -107,7 +103,7 @@ def lower_graph(
     Returns:
         a copy with further inputs and where they come from; ``gm`` itself and nothing where it stays as it is.
     """
-    editor = _Editor(gm, example_inputs, names)
+    editor = _Editor(gm, example_inputs, names, report)
     inference = is_inference(gm)
     compressed: list[tuple[FrozenLinear, str]] = []
     sites: dict[Node, Site] = {}
@@ -120,6 +116,9 @@ def lower_graph(
         implementation, reason = choose(site, options.pin("nm_linear"))
         if implementation != DENSE and weight.is_inference():
             implementation, reason = DENSE, "it was made in inference mode, where changes cannot be followed"
+        bits = linear.pattern.density * (8 * weight.element_size() + linear.pattern.index_bits)
+        if implementation != DENSE and not editor.has_room(int(weight.numel() * bits / 8), weight):
+            implementation, reason = DENSE, "there is no memory for a compressed copy"
         found = f"frozen and {linear.pattern}; {reason}"
         report.choices.append(Choice("nm_linear", names[linear.position], implementation, found, site.work))
         if implementation != DENSE:
@@ -127,7 +126,7 @@ def lower_graph(
             sites[linear.node] = site
     for together, implementation in side_by_side(compressed):
         if len(together) == 1:
-            editor.compress(together, implementation)
+            editor.compress(together, implementation, library_algorithm(sites[together[0].node]))
             continue
         faster = editor.faster_together([sites[linear.node] for linear in together], implementation, options)
         for group in [together] if faster.holds else [[linear] for linear in together]:
@@ -144,17 +143,20 @@ def lower_graph(
         place = replace(place, inference=inference and bool(weight), frozen=frozen)
         editor.measure(place, options)
         implementation, reason = choose(place, options.pin(op))
-        if implementation == DENSE and not editor.has_room_for(node):
-            implementation, reason = REFERENCE, "frozen, but there is no memory to expand it once"
+        if implementation in (DENSE, CUSPARSELT) and not editor.has_room_for(node):
+            copied = "to expand it once" if implementation == DENSE else "for the library's copy"
+            implementation, reason = choose(place, Pin(excluded=frozenset({DENSE, CUSPARSELT})))
+            reason = f"frozen, but there is no memory {copied}; {reason}"
         where = next((named[source] for source in node.all_input_nodes if source in named), node.name)
         report.choices.append(Choice(op, where, implementation, reason, place.work))
-        if not inference and options.pin(GRAD_INPUT).name is not None and op in ("nm_linear", "nm_linear_low_rank"):
-            how, why = choose_grad_input(place, arguments_of(node).get("column_mask") is not None, options)
-            report.choices.append(Choice(GRAD_INPUT, where, how, why))
+        for gradient in [] if inference else gradients_of(place, node):
+            editor.measure(gradient, options)
+            how, why = choose_gradient(gradient, arguments_of(node).get("column_mask") is not None, options)
+            report.choices.append(Choice(gradient.op, where, how, why, gradient.work))
         if implementation == SPARSE_TENSOR_CORES:
             editor.use_sparse_tensor_cores(node)
         elif implementation == CUSPARSELT:
-            editor.use_library(node)
+            editor.use_library(node, library_algorithm(place))
         elif implementation == DENSE:
             editor.expand(node)
         elif implementation == OPERATOR and place.inference and frozen and op == "nm_linear" and not following(node):
@@ -211,24 +213,23 @@ def faster_together(apart: Sequence[Site], joint: Site, implementation: str) -> 
 class _Editor:
     """A copy of Dynamo's graph, made at the first edit, and the further inputs it takes."""
 
-    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], names: dict[int, str]):
-        self.gm, self.example_inputs, self.names = gm, example_inputs, names
+    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], names: dict[int, str], report: CompiledGraph):
+        self.gm, self.example_inputs, self.names, self.report = gm, example_inputs, names, report
         self.edited = False
-        self.expanded = 0  # bytes
+        self.copied = 0  # bytes
         self.until = 0.0
         self.slots: dict[tuple[tuple[int, ...], Any], tuple[Slot, list[Node]]] = {}
 
     def measure(self, site: Site, options: BackendOptions) -> None:
-        """Measures a product on its first use on a GPU, while there is time for it. What Inductor would make of the
-        reference cannot be measured here, inside a compilation: ``fxsparse.tune`` does."""
+        """Measures a product on its first use where it has a kernel, while there is time for it."""
         self.until = self.until or time.monotonic() + options.tune
-        work = site.work
-        if site.device != "cuda" or work is None or work.op != "nm_linear" or time.monotonic() > self.until:
-            return
-        if options.pin(site.op).name is None and not measured.times(work, site.device):
+        if time.monotonic() < self.until and site.work and pin_of(site.op, options).name is None and undecided(site):
             from fxsparse.tuning import measure
 
-            measure(work, site.device, until=self.until, compile_reference=False)
+            try:
+                measure(site.work, site.device, until=self.until, compile_reference=not site.in_memory)
+            except RuntimeError as error:  # such as no memory for the operands
+                self.report.note(f"{measured.key(site.work)} could not be measured: {str(error).partition(chr(10))[0]}")
 
     def faster_together(self, apart: Sequence[Site], implementation: str, options: BackendOptions) -> Together:
         """:func:`faster_together`, measured where there is time for it."""
@@ -251,8 +252,9 @@ class _Editor:
         nodes = placeholders(self.gm)[: len(self.example_inputs)]
         return {node: position for position, node in enumerate(nodes)}
 
-    def compress(self, linears: list[FrozenLinear], implementation: str) -> None:
-        """Lets linears that read the same input run as one product with their compressed weights below each other."""
+    def compress(self, linears: list[FrozenLinear], implementation: str, algorithm: Sequence[int] = ()) -> None:
+        """Lets linears that read the same input run as one product with their compressed weights below each other;
+        ``algorithm`` is the library's."""
         twins, first = self.twins, linears[0]
         x, positions = twins[first.input], tuple(linear.position for linear in linears)
         sizes = [int(fake_of(linear.node).shape[-1]) for linear in linears]
@@ -264,7 +266,7 @@ class _Editor:
         args: tuple[Any, ...]
         if implementation == CUSPARSELT:
             (packed,) = self._inputs(positions, PackForLibrary(first.transposed), ("packed",))
-            target, args = ops.cusparselt_linear.default, (x, packed, bias, sizes[0])
+            target, args = ops.cusparselt_linear.default, (x, packed, bias, sizes[0], *algorithm)
         else:
             on_tensor_cores = implementation == SPARSE_TENSOR_CORES
             kinds = ("values", "metadata" if on_tensor_cores else "indices")
@@ -316,10 +318,14 @@ class _Editor:
 
     def has_room_for(self, *nodes: Node) -> bool:
         """Whether the dense weights of operators, or copies of compressed ones, fit into half of the memory left."""
-        for node in nodes:
-            values = self.example_inputs[self.positions[node.args[1]]]  # type: ignore[index]
-            self.expanded += 2 * values.nbytes
-        return self.expanded < available_memory(values.device) // 2
+        every = [self.example_inputs[self.positions[node.args[1]]] for node in nodes]  # type: ignore[index]
+        return self.has_room(sum(2 * values.nbytes for values in every), every[0])
+
+    def has_room(self, size: int, like: Tensor) -> bool:
+        """Whether copies of ``size`` bytes, with those made before, fit into half of the memory left on a device."""
+        fits = self.copied + size < available_memory(like.device) // 2
+        self.copied += size if fits else 0
+        return fits
 
     def use_sparse_tensor_cores(self, node: Node) -> None:
         x, values, indices, _, bias, _, _ = node.args
@@ -328,12 +334,12 @@ class _Editor:
         target = ops.sparse_tensor_core_linear.default
         self._replace(node, target, twins[x], twins[values], metadata, twins.get(bias), "", [])
 
-    def use_library(self, node: Node) -> None:
+    def use_library(self, node: Node, algorithm: Sequence[int]) -> None:
         x, values, indices, _, bias, _, _ = node.args
         twins, positions = self.twins, (self.positions[values], self.positions[indices])  # type: ignore[index]
         (packed,) = self._inputs(positions, PackForLibrary(), ("packed",))
         target = ops.cusparselt_linear.default
-        self._replace(node, target, twins[x], packed, twins.get(bias), int(fake_of(node).shape[-1]))
+        self._replace(node, target, twins[x], packed, twins.get(bias), int(fake_of(node).shape[-1]), *algorithm)
 
     def expand(self, node: Node) -> None:
         """Lets a dense product run with a weight that is expanded once."""

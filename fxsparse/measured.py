@@ -40,11 +40,28 @@ def key(work: Work) -> str:
     """What the times of a product are kept under; numbers of rows share one up to the next power of two."""
     rows = 1 << max(0, work.rows - 1).bit_length()
     dtype = str(work.dtype).removeprefix("torch.")
-    return f"{work.op} {work.pattern} {dtype} {rows}x{work.out_features}x{work.in_features}"
+    pattern = "" if work.pattern is None else f" {work.pattern}"
+    further = "".join(f" {size}" for size in work.further)
+    return f"{work.op}{pattern} {dtype} {rows}x{work.out_features}x{work.in_features}{further}"
 
 
 def times(work: Work, device: str) -> dict[str, float]:
-    """Milliseconds of each implementation measured, by its name; empty where none was."""
+    """Milliseconds of each implementation measured, by its name; empty where none was. Of one that was measured in
+    several variants, ``cusparselt:3/1/-1`` and the like, the fastest."""
+    found: dict[str, float] = {}
+    for name, time in _row(work, device).items():
+        name = name.partition(":")[0]
+        found[name] = min(time, found.get(name, math.inf))
+    return found
+
+
+def variant(work: Work, device: str, implementation: str) -> str | None:
+    """What stands behind the colon of an implementation's fastest variant; None where none was measured."""
+    row = {name: time for name, time in _row(work, device).items() if name.startswith(f"{implementation}:")}
+    return min(row, key=lambda name: row[name]).partition(":")[2] if row else None
+
+
+def _row(work: Work, device: str) -> dict[str, float]:
     with _lock:
         own, shipped = _load(_path(device), device), _load(SHIPPED / _path(device).name, device)
         return dict(own.get(key(work)) or shipped.get(key(work), {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from fxsparse.errors import OptionError
@@ -19,6 +19,7 @@ COMPILERS = ("inductor", "aot_eager", "eager")
 LOWERINGS: dict[str, tuple[str, ...]] = {
     "nm_linear": ("auto", "compressed", "sparse_tensor_cores", "cusparselt", "reference", "dense"),
     "nm_linear_grad_input": ("auto", "operator", "sparse_tensor_cores", "reference"),
+    "nm_linear_grad_values": ("auto", "operator", "reference"),
     "nm_linear_low_rank": ("auto", "compressed", "reference", "dense"),
     "gather_linear": ("auto", "operator", "reference"),
     "mux": ("auto", "operator", "reference"),
@@ -33,10 +34,12 @@ class Pin:
     Attributes:
         name: the only one wanted, None for any.
         excluded: those not wanted.
+        of: the operator it was said of; empty where it is the one at hand.
     """
 
     name: str | None = None
     excluded: frozenset[str] = frozenset()
+    of: str = field(default="", compare=False)
 
     @classmethod
     def parse(cls, text: str) -> Pin:
@@ -61,7 +64,7 @@ class BackendOptions:
 
     pipeline: Pipeline | None = None
     lower: tuple[tuple[str, str], ...] = ()
-    tune: float = 10.0
+    tune: float = 30.0
     fallback: bool = True
     compiler: str = "inductor"
     inductor: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -86,7 +89,7 @@ class BackendOptions:
 
     def pin(self, op: str) -> Pin:
         """What was said of an operator's implementations."""
-        return Pin.parse(dict(self.lower).get(op, "auto"))
+        return replace(Pin.parse(dict(self.lower).get(op, "auto")), of=op)
 
     def __str__(self) -> str:
         """Equal options have equal text; it is part of the compile caches' key."""

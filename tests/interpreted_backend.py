@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxsparse
+from fxsparse import lower, measured, rivals, tuning
 from fxsparse.codegen import fused_ops, launch, operators
 from fxsparse.custom_op import declare_kernel, implement
 from fxsparse.passes import AddLowRankBranches, DoublePruneBackward, InsertNMMasks
@@ -28,6 +29,12 @@ def _(x, values, indices, bias, n, m, steps, operands):
 
 declare_kernel("nm_linear_epilogue", "cpu")
 declare_kernel("sparse_tensor_core_linear", "cpu")  # which runs plain torch here
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_measured(monkeypatch):
+    """In the interpreter kernels are never the fastest; tests of measuring ask for it."""
+    monkeypatch.setattr("fxsparse.options.BackendOptions.tune", 0.0)
 
 
 class Block(nn.Module):
@@ -210,3 +217,129 @@ def test_frozen_weights_run_compressed(choice):
         assert (compiled(x) - copy.deepcopy(model).double()(x.double())).abs().max() < 0.05
         model.up.weight.add_(1)  # no longer 2:4: the dense graph runs
         assert (compiled(x) - copy.deepcopy(model).double()(x.double())).abs().max() < 0.5
+
+
+# --- what is measured on its first use --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _own_table(monkeypatch, tmp_path):
+    """A table of its own, and references as they are: what Inductor makes of them takes long to compile."""
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("fxsparse.rivals.as_inductor_compiles", lambda function, args: lambda: function(*args))
+    measured.forget()
+    yield
+    measured.forget()
+
+
+@pytest.mark.usefixtures("_own_table")
+def test_a_training_graph_measures_its_products_and_their_gradients(monkeypatch):
+    found = []
+    measure = tuning.measure
+    monkeypatch.setattr(tuning, "measure", lambda *args, **kwargs: found.append(args[0]) or measure(*args, **kwargs))
+    gm = fxsparse.rewrite(Block(), [*PASSES, AddLowRankBranches(rank=4, start=0.0)], (torch.randn(4, 32),))
+    options = {"compiler": "aot_eager", "fallback": False, "tune": 600}
+    state = torch.get_rng_state()
+    compiled = torch.compile(gm, backend="fxsparse", options=options)
+    x = torch.randn(5, 32)
+    for _ in range(2):
+        torch._dynamo.reset()
+        compiled(x).sum().backward()
+    torch.set_rng_state(state)
+    assert torch.equal(torch.randn(5, 32), x)
+    shapes = {(48, 32), (32, 48)}
+    ops = ("nm_linear_low_rank", "nm_linear_grad_input", "nm_linear_grad_values")
+    wanted = {(op, shape) for op in ops for shape in shapes} - {("nm_linear_grad_input", (48, 32))}  # of the data
+    assert sorted((work.op, (work.out_features, work.in_features)) for work in found) == sorted(wanted), "once each"
+    (graph,) = fxsparse.compiled.compiled_graphs(compiled)
+    assert all(choice.reason.startswith("measured") for choice in graph.choices), graph.choices
+    for work in found:
+        times = measured.times(work, "cpu")
+        assert {"operator", "reference", "dense"} <= set(times)
+        choices = {choice.implementation for choice in graph.choices if choice.work == work}
+        assert choices == {min(("operator", "reference"), key=times.__getitem__)}
+
+
+@pytest.mark.usefixtures("_own_table")
+def test_frozen_weights_are_measured_and_nothing_is_without_time():
+    model = Block().requires_grad_(False)
+    for linear in model.children():
+        linear.weight.mul_(fxsparse.nm.nm_mask(linear.weight.abs(), fxsparse.nm.Pattern(2, 4)))
+    for seconds, said in ((0, False), (600, True)):
+        options = {"compiler": "aot_eager", "fallback": False, "tune": seconds}
+        compiled = torch.compile(model, backend="fxsparse", options=options)
+        x = torch.randn(3, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+        assert ("measured" in fxsparse.explain(compiled)) == said
+        torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_own_table")
+def test_what_cannot_be_measured_is_noted_and_compiled(monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room\nfor operands")
+
+    monkeypatch.setattr(tuning, "measure", fail)
+    gm = fxsparse.rewrite(Block(), PASSES, (torch.randn(4, 32),))
+    options = {"compiler": "aot_eager", "fallback": False, "tune": 600}
+    compiled = torch.compile(gm, backend="fxsparse", options=options)
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(compiled(x), gm(x), rtol=1e-4, atol=1e-4)
+    assert "could not be measured: no room" in fxsparse.explain(compiled)
+
+
+@pytest.mark.usefixtures("_own_table")
+def test_the_kernels_of_gathering_and_multiplexing_are_measured_too():
+    class Both(nn.Module):
+        def forward(self, x, keys, weight, both, rows):
+            h = torch.ops.fxsparse.mux.default(x, keys, 3)
+            part = torch.ops.fxsparse.gather_linear.default(h, weight, rows, None, None)
+            return torch.ops.fxsparse.demux_linear.default(part, keys, both, None)
+
+    options = {"compiler": "aot_eager", "fallback": False, "tune": 600}
+    compiled = torch.compile(Both(), backend="fxsparse", options=options)
+    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((6, 5, 16), (3, 16), (24, 16), (8, 28))]
+    rows = torch.randperm(24)[:12]
+    compiled(*inputs, rows).square().sum().backward()
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    Both()(*exact, rows).square().sum().backward()
+    for mine, its in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), its.grad, rtol=1e-4, atol=1e-4)
+    (graph,) = fxsparse.compiled.compiled_graphs(compiled)
+    gathers = ("gather_linear", "gather_linear_grad_input", "gather_linear_grad_weight")
+    assert {choice.op for choice in graph.choices} == {"mux", "demux_linear", *gathers}
+    assert all(choice.reason.startswith("measured") for choice in graph.choices), graph.choices
+
+
+@pytest.mark.usefixtures("_own_table")
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_the_library_runs_with_the_algorithm_that_was_fastest(in_graph, monkeypatch):
+    """With NVIDIA's library played by dense products."""
+    monkeypatch.setattr(torch, "_cslt_compress", torch.clone)
+    monkeypatch.setattr(lower, "no_cusparselt", lambda site: None if site.op == "nm_linear" else "not the library's")
+    monkeypatch.setattr(rivals, "library_algorithms", lambda *sizes: [(0, 1, -1), (2, 4, 1)])
+    calls = []
+
+    @fused_ops.cusparselt_linear.register_kernel("cpu")
+    def _(x, packed, bias, out_features, alg_id=0, split_k=1, split_k_mode=-1):
+        calls.append((alg_id, split_k, split_k_mode))
+        return F.linear(x, packed, bias).contiguous()
+
+    model = nn.Sequential(nn.Linear(32, 48)).requires_grad_(False)
+    mask = fxsparse.nm.nm_mask(model[0].weight.abs(), fxsparse.nm.Pattern(2, 4))
+    model[0].weight.mul_(mask)
+    if in_graph:
+        passes = [InsertNMMasks("2:4", keep_first=False, keep_head=False)]
+        model = fxsparse.rewrite(model, passes, (torch.randn(4, 32),)).requires_grad_(False)
+    (found,) = fxsparse.tune(model, rows=[3], progress=False)
+    assert {"cusparselt:0/1/-1", "cusparselt:2/4/1"} <= set(found.milliseconds)
+    measured.remember(found.work, "cpu", {"cusparselt:2/4/1": 1e-6})
+    compiled = torch.compile(model, backend="fxsparse", options={"compiler": "aot_eager", "fallback": False})
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        expected = model(x)
+        calls.clear()
+        torch.testing.assert_close(compiled(x), expected)
+    assert calls == [(2, 4, 1)]
+    assert "cusparselt" in fxsparse.explain(compiled)

@@ -390,8 +390,11 @@ def test_graphs_of_two_compilations_of_one_module_are_told_apart() -> None:
     plain(x), sparse(x)
     assert [graph.record for graph in compiled_graphs(plain)] == [None]
     assert [graph.options.pipeline for graph in compiled_graphs(sparse)] == [Pipeline(ALL_24)]
-    torch._dynamo.reset()
-    assert compiled_graphs(plain) == []
+    for _ in range(2):
+        torch._dynamo.reset()
+        assert compiled_graphs(plain) == []
+        plain(x)
+        assert len(compiled_graphs(plain)) == 1
 
 
 def test_nothing_is_warned_about_in_the_bare_call() -> None:

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import fxsparse
-from fxsparse import cost_model, lower, measured, tuning
+from fxsparse import cost_model, lower, measured
+from fxsparse.compiled import compiled_graphs
 from fxsparse.cost_model import DEVICES, Work, microseconds
-from fxsparse.lower import Site, choose
+from fxsparse.lower import choose
 from fxsparse.nm import Pattern, unpack
 from fxsparse.options import LOWERINGS
 from fxsparse.passes import AddLowRankBranches, DoublePruneBackward, InsertNMMasks
+from fxsparse.sites import Site
 
 FROZEN = Site("nm_linear", "cuda", torch.bfloat16, (4096, 4096), Pattern(2, 4), 512, True, True, True)
 IN_GRAPH = replace(FROZEN, in_memory=False)
@@ -64,6 +66,41 @@ def test_what_was_measured_decides_and_is_said(best: str) -> None:
     assert "measured" not in choose(other)[1]
     near = replace(FROZEN, rows=300)
     assert choose(near)[0] == best
+
+
+def test_a_kernel_is_chosen_only_where_it_was_measured_beside_what_is_always_right() -> None:
+    measured.remember(TRAINED.work, "cuda", {"dense": 0.1, "operator": 0.3})
+    assert lower.undecided(TRAINED)
+    assert "measured" not in choose(TRAINED)[1]  # its reference might be as fast as dense
+    measured.remember(TRAINED.work, "cuda", {"reference": 0.2})
+    assert not lower.undecided(TRAINED)
+    assert choose(TRAINED) == ("reference", "measured 200 us, 2.00 of dense, then operator at 1.50 of it")
+    other = replace(TRAINED, rows=5000)
+    measured.remember(other.work, "cuda", {"dense": 0.1, "reference": 0.2})  # the kernel failed there
+    assert choose(other)[0] == "reference"
+    assert not lower.undecided(replace(other, device="cpu")), "there is nothing to choose between"
+
+
+def test_gradients_of_inputs_and_weights_are_explained_where_they_are_taken() -> None:
+    model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 32))
+    passes = [InsertNMMasks("2:4", keep_first=False, keep_head=False), DoublePruneBackward()]
+    gm = fxsparse.rewrite(model, passes, (torch.randn(4, 32),))
+    options = {"compiler": "aot_eager", "lower": {"nm_linear": "reference"}}
+    compiled = torch.compile(gm, backend="fxsparse", options=options)
+    compiled(torch.randn(3, 32)).sum().backward()
+    with torch.no_grad():
+        compiled(torch.randn(3, 32))
+    training, inference = compiled_graphs(compiled)
+    found = [(choice.op, choice.site.partition(".")[0]) for choice in training.choices]
+    assert sorted(found) == [
+        ("nm_linear", "0"),
+        ("nm_linear", "2"),
+        ("nm_linear_grad_input", "2"),
+        ("nm_linear_grad_values", "0"),
+        ("nm_linear_grad_values", "2"),
+    ]
+    assert {choice.op for choice in inference.choices} == {"nm_linear"}
+    assert all('{"nm_linear": "reference"}' in choice.reason for choice in training.choices)
 
 
 def test_choices_are_the_same_in_another_process_with_the_same_table(tmp_path: Path) -> None:
@@ -145,6 +182,14 @@ def test_the_cost_model_orders_as_published_measurements_do() -> None:
         for rows in (1, 64, 1024):
             times = [microseconds(replace(decode, rows=rows * more), "dense", device) for more in (1, 2, 4)]
             assert times == sorted(times)
+        part = Work("gather_linear", None, torch.bfloat16, 16, 1024, 4096, (11008, 4096))
+        assert order(part, device.name, "operator", "reference")[0] == "operator"  # which copies the rows it reads
+        whole = replace(part, rows=16384, out_features=11008)
+        assert order(whole, device.name, "operator", "reference")[0] == "reference"  # a library's product
+        demux = Work("demux_linear", None, torch.bfloat16, 64, 768, 768, (10, 768, 1))
+        assert order(demux, device.name, "operator", "reference")[0] == "operator"
+        mux = Work("mux", None, torch.bfloat16, 1024, 768, 768, (5, 128))
+        assert microseconds(mux, "operator", device) is None
     assert order(large, "NVIDIA A100", "sparse_tensor_cores", "dense")[0] == "sparse_tensor_cores"
     assert order(large, "NVIDIA H100", "sparse_tensor_cores", "dense")[0] == "dense"
 
@@ -344,6 +389,23 @@ def test_trained_weights_are_not_expanded() -> None:
     assert "expanded once" not in fxsparse.explain(compiled)
 
 
+def test_a_compressed_copy_that_memory_has_no_room_for_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Two().requires_grad_(False)
+    for linear in (model.first, model.second):
+        linear.weight.mul_(torch.tensor([1.0, 0, 0, 1]).repeat(linear.in_features // 4))
+    x = torch.randn(3, 32)
+    for room, implementation in ((1 << 30, "compressed"), (100, "dense")):
+        monkeypatch.setattr("fxsparse.lowering.available_memory", lambda device, room=room: room)
+        options = {"compiler": "aot_eager", "lower": {"nm_linear": "compressed"}}
+        compiled = torch.compile(model, backend="fxsparse", options=options)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
+        (graph,) = compiled_graphs(compiled)
+        assert [choice.implementation for choice in graph.choices] == [implementation] * 2
+        assert ("no memory for a compressed copy" in fxsparse.explain(compiled)) == (room == 100)
+        torch._dynamo.reset()
+
+
 def test_a_weight_that_memory_has_no_room_for_is_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxsparse.lowering.available_memory", lambda device: 100)
     gm = fxsparse.rewrite(Two(), [InsertNMMasks("2:4", keep_first=False, keep_head=False)], (torch.randn(4, 32),))
@@ -391,84 +453,3 @@ def test_a_copy_has_its_own_expanded_weights() -> None:
 def test_lower_names_are_those_of_the_options() -> None:
     for name in LOWERINGS["nm_linear"]:
         assert name == "auto" or name in {*lower.candidates(FROZEN), *lower.candidates(IN_GRAPH)}
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _plain_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference as it is: what Inductor makes of it takes long to compile."""
-    monkeypatch.setattr(tuning, "as_inductor_compiles", lambda function: function)
-
-
-@pytest.mark.usefixtures("_plain_reference")
-def test_tuning_measures_what_a_model_holds_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    gm = fxsparse.rewrite(Two(), [InsertNMMasks("2:4", keep_first=False, keep_head=False)], (torch.randn(4, 32),))
-    found = fxsparse.tune(gm, rows=[1, 8], progress=False)
-    ops = {(item.work.op, item.work.rows) for item in found}
-    assert ops == {(op, n) for op in ("nm_linear", "nm_linear_grad_input", "nm_linear_grad_values") for n in (1, 8)}
-    assert all(item.milliseconds and not item.failed for item in found)
-    assert fxsparse.tune(gm, rows=[1, 8], progress=False) == []
-    assert len(fxsparse.tune(gm, rows=[8], again=True, progress=False)) == 6
-    work = next(item.work for item in found if item.work.op == "nm_linear")
-    measured.remember(work, "cpu", {"dense": 5.0, "reference": 0.001})
-    site = Site("nm_linear", "cpu", work.dtype, (work.out_features, work.in_features), work.pattern, work.rows, True)
-    assert choose(replace(site, inference=True)) == (
-        "reference",
-        "measured 1 us, 0.00 of dense, then dense at 5000.00 of it",
-    )
-
-
-@pytest.mark.usefixtures("_plain_reference")
-def test_tuning_a_compiled_model_measures_the_rows_it_met() -> None:
-    model = Two().requires_grad_(False)
-    with torch.no_grad():
-        for linear in (model.first, model.second):
-            linear.weight.mul_(torch.tensor([1.0, 0, 0, 1]).repeat(linear.in_features // 4))
-    compiled = torch.compile(model, backend="fxsparse", options={"compiler": "eager"})
-    with torch.no_grad():
-        compiled(torch.randn(6, 32))
-    found = fxsparse.tune(compiled, progress=False)
-    assert {(item.work.rows, item.work.out_features) for item in found} == {(6, 48), (6, 32)}
-    found = fxsparse.tune(model, rows=[3], progress=False)  # the weights alone say it too
-    assert {item.work.rows for item in found} == {3}
-
-
-@pytest.mark.usefixtures("_plain_reference")
-def test_an_implementation_that_is_wrong_or_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = Work("nm_linear", Pattern(2, 4), torch.float32, 5, 16, 32)
-    right = tuning.rivals
-
-    def with_bad_ones(*args, **kwargs):
-        runs, exact = right(*args, **kwargs)
-        runs["operator"] = lambda: runs["dense"]() + 1
-        runs["cusparselt"] = lambda: torch.ones(2) @ torch.ones(3)
-        return runs, exact
-
-    monkeypatch.setattr(tuning, "rivals", with_bad_ones)
-    found = tuning.measure(work, "cpu")
-    assert set(found.milliseconds) == {"dense", "reference"}
-    assert "off by" in found.failed["operator"]
-    assert "RuntimeError" in found.failed["cusparselt"]
-    assert set(measured.times(work, "cpu")) == {"dense", "reference"}
-
-
-@pytest.mark.usefixtures("_plain_reference")
-@pytest.mark.parametrize("op", ["nm_linear", "nm_linear_grad_input", "nm_linear_grad_values", "nm_linear_low_rank"])
-def test_every_product_can_be_measured(op: str) -> None:
-    found = tuning.measure(Work(op, Pattern(2, 8), torch.float32, 7, 24, 40), "cpu")
-    assert "reference" in found.milliseconds and not found.failed
-
-
-def test_tuning_stops_in_time_and_refuses_nonsense(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    gm = fxsparse.rewrite(Two(), [InsertNMMasks("2:4", keep_first=False, keep_head=False)], (torch.randn(4, 32),))
-    moments = iter([0.0, 1.0, 100.0, 100.0])
-    monkeypatch.setattr(tuning.time, "monotonic", lambda: next(moments))
-    monkeypatch.setattr(tuning, "measure", lambda work, device, until: tuning.Measurement(work, {"dense": 1.0}))
-    assert len(fxsparse.tune(gm, rows=[1], seconds=10)) == 1
-    assert "tuning stopped after 10 s, 5 left" in capsys.readouterr().err
-    with pytest.raises(fxsparse.OptionError, match="no N:M product"):
-        fxsparse.tune(nn.Linear(8, 8))
-    with pytest.raises(fxsparse.OptionError, match="must be positive"):
-        fxsparse.tune(gm, rows=[0])

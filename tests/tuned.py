@@ -1,0 +1,31 @@
+"""One product of every operator that has several implementations."""
+
+from __future__ import annotations
+
+import torch
+
+from fxsparse.cost_model import Work
+from fxsparse.nm import Pattern
+
+_SIZES = (24, 48, 64)  # rows, out and in
+
+
+def _dense(op: str, further: tuple[int, ...], sizes: tuple[int, int, int] = _SIZES) -> Work:
+    return Work(op, None, torch.float32, *sizes, further)
+
+
+def _sparse(op: str, *further: int) -> Work:
+    return Work(op, Pattern(2, 4), torch.float32, *_SIZES, further)
+
+
+TUNED: dict[str, Work] = {
+    "nm_linear": _sparse("nm_linear"),
+    "nm_linear_grad_input": _sparse("nm_linear_grad_input"),
+    "nm_linear_grad_values": _sparse("nm_linear_grad_values"),
+    "nm_linear_low_rank": _sparse("nm_linear_low_rank", 8),
+    "gather_linear": _dense("gather_linear", (96, 64)),
+    "gather_linear_grad_input": _dense("gather_linear_grad_input", (48, 96)),
+    "gather_linear_grad_weight": _dense("gather_linear_grad_weight", (96, 96)),
+    "mux": _dense("mux", (3, 4), (24, 64, 64)),
+    "demux_linear": _dense("demux_linear", (3, 16, 4)),
+}
