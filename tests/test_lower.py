@@ -194,6 +194,38 @@ def test_the_cost_model_orders_as_published_measurements_do() -> None:
     assert order(large, "NVIDIA H100", "sparse_tensor_cores", "dense")[0] == "dense"
 
 
+SQUARE = Work("nm_linear", Pattern(2, 4), torch.float16, 4096, 4096, 4096)
+
+
+@pytest.mark.parametrize(
+    ("device", "work", "milliseconds"),
+    [
+        # github.com/NVIDIA/CUDALibrarySamples/issues/57
+        ("NVIDIA A100", SQUARE, {"dense": 0.607959, "cusparselt": 0.545792}),
+        # github.com/NVIDIA/cutlass/issues/408: 302.3 and 484 TFLOP/s
+        (
+            "NVIDIA A100",
+            replace(SQUARE, rows=16384, out_features=16384, in_features=16384),
+            {"dense": 29.1, "sparse_tensor_cores": 18.2},
+        ),
+        # github.com/NVIDIA/cutlass/issues/1335: kernels for Ampere's sparse tensor cores on a later device
+        (
+            "NVIDIA H100",
+            replace(SQUARE, dtype=torch.bfloat16, rows=768),
+            {"dense": 0.0457472, "sparse_tensor_cores": 0.0742464},
+        ),
+    ],
+)
+def test_the_cost_model_orders_what_others_recorded(device: str, work: Work, milliseconds: dict[str, float]) -> None:
+    names = sorted(milliseconds, key=milliseconds.__getitem__)
+    assert order(work, device, *names) == names
+    on = next(known for known in DEVICES if known.name == device)
+    first, second = (microseconds(work, name, on) for name in names)
+    assert second / first == pytest.approx(milliseconds[names[1]] / milliseconds[names[0]], rel=0.35)
+    for name, time in milliseconds.items():
+        assert 0.5 < microseconds(work, name, on) / (1e3 * time) < 2
+
+
 def test_estimates_decide_on_a_known_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_model, "device", lambda: DEVICES[0])
     assert choose(replace(FROZEN, rows=1))[0] == "compressed"

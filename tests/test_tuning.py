@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -246,10 +247,12 @@ def test_processes_that_tune_tiles_at_once_lose_nothing() -> None:
 def test_tuning_stops_in_time_and_refuses_nonsense(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     gm = fxsparse.rewrite(Two(), [InsertNMMasks("2:4", keep_first=False, keep_head=False)], (torch.randn(4, 32),))
     moments = iter([0.0, 1.0, 100.0, 100.0])
-    monkeypatch.setattr(tuning.time, "monotonic", lambda: next(moments))
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: next(moments)))
     monkeypatch.setattr(tuning, "measure", lambda work, device, until: tuning.Measurement(work, {"dense": 1.0}))
     assert len(fxsparse.tune(gm, rows=[1], seconds=10)) == 1
-    assert "tuning stopped after 10 s, 5 left" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "tuning stopped after 10 s, 5 left" in said
+    assert "[1/6] nm_linear 2:4 float32 1x48x32: dense 1000 us (1.00)" in said
     with pytest.raises(fxsparse.OptionError, match="nothing to tune"):
         fxsparse.tune(nn.Linear(8, 8))
     with pytest.raises(fxsparse.OptionError, match="must be positive"):
