@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu import MODELS, TOKENS, Case
+from benchmarks import gpu, gpu_cases
+from benchmarks.gpu_cases import MODELS, TOKENS, Case
 
 ARGS = argparse.Namespace(device="cpu", small=False, only=["linear", "layer"], models=None, rounds=3, minutes=1.0)
 SMALL = argparse.Namespace(**{**vars(ARGS), "small": True})
@@ -31,9 +31,9 @@ def case(what: str, calls: list[str], **rivals) -> Case:
 
 
 def test_the_plan_covers_every_weight_once_at_every_number_of_tokens():
-    plan = list(gpu.cases(ARGS))
+    plan = list(gpu_cases.cases(ARGS))
     assert len({item.name for item in plan}) == len(plan)
-    shapes = {shape for sizes in MODELS.values() for shape in gpu.weights(sizes)}
+    shapes = {shape for sizes in MODELS.values() for shape in gpu_cases.weights(sizes)}
     forward = {item.shape for item in plan if item.what == "forward"}
     assert forward == {f"{tokens}x{columns} -> {rows}" for rows, columns in shapes for tokens in TOKENS}
     assert (14336, 4096) in shapes and (1024, 4096) in shapes  # of Llama: an up projection, a key projection
@@ -41,7 +41,7 @@ def test_the_plan_covers_every_weight_once_at_every_number_of_tokens():
     assert large == {"forward", "grad input", "grad values", "low-rank 1.56%", "low-rank 6.25%"}
     assert {item.model for item in plan if item.what == "training step of a layer"} == set(MODELS)
     only = argparse.Namespace(**{**vars(ARGS), "only": ["layer"], "models": ["opt-13b"]})
-    assert {item.model for item in gpu.cases(only)} == {"opt-13b"}
+    assert {item.model for item in gpu_cases.cases(only)} == {"opt-13b"}
 
 
 def test_a_table_resumes_after_the_last_case(tmp_path, capsys):
@@ -93,10 +93,10 @@ def test_rivals_of_a_linear_compute_the_same(what, monkeypatch):
         )
 
     monkeypatch.setattr(torch, "compile", uncompiled)
-    monkeypatch.setattr(gpu.nm, "double_prune_mask", lambda weight, mask, pattern: mask)
+    monkeypatch.setattr(gpu_cases.nm, "double_prune_mask", lambda weight, mask, pattern: mask)
     randn = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *shape, **kw: randn(*shape, **kw) * (torch.arange(shape[-1]) % 4 < 2))
-    makers = gpu.linear_cases(64, 48, 32, SMALL)[what]()
+    makers = gpu_cases.linear_cases(64, 48, 32, SMALL)[what]()
     results = {name: make()() for name, make in makers.items()}
     dense = results.pop("dense").double()
     for name, result in results.items():
