@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxsparse.codegen import launch
+from fxsparse.codegen.epilogue import GATED
 from fxsparse.codegen.metadata import unpack_metadata
 from fxsparse.errors import OptionError
 from fxsparse.nm import Pattern, unpack
@@ -36,7 +37,10 @@ def apply_steps(y: Tensor, steps: str, operands: list[Tensor]) -> Tensor:
     """An epilogue's steps in plain torch."""
     rest: Iterator[Tensor] = iter(operands)
     for step in steps.split():
-        if step == "mul":
+        if step.startswith(GATED):
+            y, other = y.unflatten(-1, (-1, 2)).unbind(-1)
+            y = _STEPS[step.removeprefix(GATED)](y) * other
+        elif step == "mul":
             y = y * next(rest)
         elif step == "add":
             y = y + next(rest)
@@ -88,7 +92,7 @@ def _(
     steps: str,
     operands: list[Tensor],
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], values.shape[0])
+    return x.new_empty(*x.shape[:-1], values.shape[0] // (2 if steps.startswith(GATED) else 1))
 
 
 @torch.library.custom_op("fxsparse::sparse_tensor_core_linear", mutates_args=(), device_types="cuda")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from fxsparse.codegen.epilogue import Epilogue
+from fxsparse.codegen.epilogue import GATED, Epilogue
 
 aten = torch.ops.aten
 
@@ -77,6 +77,32 @@ def following(linear: Node) -> Fusion:
         nodes.append(node)
         last = node
     return Fusion(tuple(steps), tuple(operands), tuple(nodes))
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Two linears of which one gates the other: ``act(gate) * up``.
+
+    Attributes:
+        gate, up: the linears.
+        step: of :class:`Epilogue`, for a weight whose rows alternate between the two.
+        nodes: the activation and the multiplication.
+    """
+
+    gate: Node
+    up: Node
+    step: str
+    nodes: tuple[Node, Node]
+
+
+def gated(gate: Node) -> Gated | None:
+    """What a linear gates, if that is one value that nothing else reads, perhaps another linear's."""
+    chain = following(gate)
+    if len(chain) < 2 or chain.steps[0] in _BINARY.values() or chain.steps[1] != "mul":
+        return None
+    if len(chain.operands[0].users) != 1:
+        return None
+    return Gated(gate, chain.operands[0], GATED + chain.steps[0], chain.nodes[:2])  # type: ignore[arg-type]
 
 
 def fuse(gm: GraphModule, replace: Callable[[GraphModule, Node, Fusion], Node | None]) -> int:

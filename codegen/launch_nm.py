@@ -44,11 +44,11 @@ def nm_linear(
         bias: ``[out]``.
         n, m: the pattern.
         steps: of :class:`Epilogue`.
-        operands: the tensors its steps take, each ``[..., out]``.
+        operands: the tensors its steps take, each of the result's shape.
         plan: instead of the tuned or default one.
 
     Returns:
-        ``[..., out]``, contiguous.
+        ``[..., out]``, or ``[..., out / 2]`` after a gated step; contiguous.
     """
     return _forward(x, values, indices, bias, n, m, steps, operands, None, plan)
 
@@ -96,7 +96,8 @@ def _forward(
 ) -> Tensor:
     inputs, columns = rows_of(x), values.shape[0]
     rows, depth = inputs.shape
-    y = x.new_empty(*x.shape[:-1], columns)
+    epilogue = Epilogue(bias is not None, tuple(steps))
+    y = x.new_empty(*x.shape[:-1], columns // 2 if epilogue.gate else columns)
     if not y.numel():
         return y
     name = "nm_linear" if branch is None else "nm_linear_low_rank"
@@ -115,7 +116,7 @@ def _forward(
         low_rank=low_rank,
         rank_tile=min(rank, 32) if low_rank == "after" else rank,
         precision=precision_of(x),
-        epilogue=Epilogue(bias is not None, tuple(steps)),
+        epilogue=epilogue,
     )
     extra: tuple[Tensor, ...] = ()
     if branch is not None and low_rank != "none":
@@ -123,8 +124,8 @@ def _forward(
         extra = (first, branch[1].contiguous())
     out = rows_of(y)
     with device_of(x):
-        for block in blocks(columns, depth, plan.square):
-            part = out[:, block]
+        for block in blocks(columns, depth, plan.square and not epilogue.gate):
+            part, width = out[:, block], block.stop - block.start
             args = [inputs, values[block], indices[block], part]
             if branch is not None and extra:
                 args += [extra[0], extra[1][block], branch[2], extra[1].shape[1]]  # type: ignore[list-item]
@@ -132,11 +133,11 @@ def _forward(
             args += [other[:, block] for other in others]
             launch_tiles(
                 spec,
-                (rows, part.shape[1]),
+                (rows, width),
                 *args,
                 *(other.stride(0) for other in others),
                 rows,
-                part.shape[1],
+                width,
                 depth,
                 *(inputs.stride(0), values.stride(0), indices.stride(0), out.stride(0)),
             )

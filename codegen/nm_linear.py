@@ -115,7 +115,11 @@ class NMLinear(NMSpec):
                 nothing="",
             ),
             epilogue=self.epilogue.lines(
-                column="columns[None, :]", offset="y_rows[:, None]", mask="exists", column_mask="(columns < N)[None, :]"
+                column="columns[None, :]",
+                offset="y_rows[:, None]",
+                mask="exists",
+                column_mask="(columns < N)[None, :]",
+                gating=_GATING.strip(),
             ),
             dtype=self.dtype,
         )
@@ -236,6 +240,12 @@ y_rows = rows.to(tl.int64)
 exists = (rows < M)[:, None] & (columns < N)[None, :]
 $epilogue
 tl.store(y + y_rows[:, None] * y_stride + columns[None, :], t.to(tl.$dtype), mask=exists)
+"""
+
+_GATING = """
+t, other = tl.split(tl.reshape(t, (M_TILE, N_TILE // 2, 2)))
+columns = column_tile * (N_TILE // 2) + tl.arange(0, N_TILE // 2)
+exists = (rows < M)[:, None] & (columns < N // 2)[None, :]
 """
 
 _INSIDE_BEFORE = """

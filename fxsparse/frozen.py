@@ -58,11 +58,13 @@ class Compress:
 
     Attributes:
         metadata: gives the indices as sparse tensor cores read them.
+        alternating: a row of each weight in turn instead.
     """
 
     pattern: Pattern
     transposed: bool
     metadata: bool = False
+    alternating: bool = False
 
     def __call__(self, *weights: Tensor) -> tuple[Tensor, ...] | None:
         packed = []
@@ -71,8 +73,15 @@ class Compress:
             if not satisfies(dense, self.pattern):
                 return None
             packed.append(pack(dense, mask_of(dense, self.pattern), self.pattern))
-        values, indices = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*packed, strict=True))
+        values, indices = (joined(parts, self.alternating) for parts in zip(*packed, strict=True))
         return values, pack_metadata(indices) if self.metadata else indices
+
+
+def joined(parts: Sequence[Tensor], alternating: bool) -> Tensor:
+    """Tensors one below the other, or a row of each in turn."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack(tuple(parts), 1).flatten(0, 1) if alternating else torch.cat(tuple(parts))
 
 
 def frozen_linears(gm: GraphModule, example_inputs: Sequence[Any], state: dict[int, str]) -> Iterator[FrozenLinear]:

@@ -172,6 +172,70 @@ def test_operators_on_one_input_run_as_one(bias):
         torch.testing.assert_close(compiled(x), copy.deepcopy(gm).double()(x.double()).float(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, F.relu])
+def test_a_linear_and_what_it_gates_run_as_one_product(in_graph, bias, activation):
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.gate = (nn.Linear(32, 48, bias=bias) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            up, gate = self.up(x), self.gate(x)
+            return activation(gate) * up - 1
+
+    model = Gated()
+    for linear in model.children():
+        linear.weight.data.mul_(fxsparse.nm.nm_mask(linear.weight.abs(), fxsparse.nm.Pattern(2, 4)))
+    if in_graph:
+        passes = [InsertNMMasks("2:4", keep_first=False, keep_head=False)]
+        model = fxsparse.rewrite(model, passes, (torch.randn(3, 2, 32),))
+    model.requires_grad_(False)
+    options = {"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": "compressed"}}
+    compiled = torch.compile(model, backend="fxsparse", options=options)
+    with torch.no_grad():
+        for rows in (3, 7):
+            x = torch.randn(rows, 2, 32)
+            exact = copy.deepcopy(model).double()(x.double()).float()
+            torch.testing.assert_close(compiled(x), exact, rtol=1e-4, atol=1e-4)
+        assert "gate" in fxsparse.explain(compiled) and "they run as one product" in fxsparse.explain(compiled)
+        (kernel,) = fxsparse.kernels(compiled)
+        assert kernel.count == 2 and "gated_" in kernel.file.read_text()
+        for name, parameter in model.named_parameters():
+            if name.startswith("gate.weight"):
+                parameter.mul_(-1)  # noticed
+        exact = copy.deepcopy(model).double()(x.double()).float()
+        torch.testing.assert_close(compiled(x), exact, rtol=1e-4, atol=1e-4)
+        if not in_graph:
+            model.up.weight.add_(1)  # no longer 2:4: the dense graph runs
+            torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("what", ["another input", "another reader", "both gates", "another width"])
+def test_what_gates_something_else_runs_apart(what):
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.gate = nn.Linear(32, 1 if what == "another width" else 48), nn.Linear(32, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            up, gate = self.up(x + 1 if what == "another input" else x), self.gate(x)
+            if what == "both gates":
+                return F.silu(gate) * F.silu(up)
+            return F.silu(gate) * up + (up if what == "another reader" else 0)
+
+    model = Other().requires_grad_(False)
+    for linear in model.children():
+        linear.weight.mul_(fxsparse.nm.nm_mask(linear.weight.abs(), fxsparse.nm.Pattern(2, 4)))
+    options = {"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": "compressed"}}
+    compiled = torch.compile(model, backend="fxsparse", options=options)
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert "gates" not in fxsparse.explain(compiled)
+
+
 def test_linears_that_were_measured_faster_apart_stay_apart(monkeypatch):
     from fxsparse import lowering
 

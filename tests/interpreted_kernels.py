@@ -136,6 +136,32 @@ class TestNM:
         assert torch.equal(indices, expected_indices)
 
 
+@pytest.mark.parametrize("weight_first", [False, True])
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("steps", ["gated_silu", "gated_gelu_tanh", "gated_relu mul add"])
+def test_gated_epilogues(draw, steps, low_rank, weight_first):
+    """A weight whose rows alternate between two linears, one of which gates the other."""
+    rows, columns = draw.randint(1, 40), 2 * draw.randint(1, 40)
+    weight = Weight(columns, 48, Pattern(2, 4), torch.float32)
+    x, bias = 3 * torch.randn(rows, 48), torch.randn(columns)
+    down, up = torch.randn(5, 48), torch.randn(columns, 5)
+    operands = [torch.randn(rows, columns // 2) for step in steps.split() if step in ("mul", "add")]
+    how = {
+        "steps": steps.split(),
+        "operands": operands,
+        "plan": Plan(Tile(16, 16, 32, weight_first=weight_first), True),
+    }
+    args = (x, weight.values, weight.indices, None)
+    if low_rank:
+        y = launch.nm_linear_low_rank(*args, down, up, bias, 2, 4, 0.5, **how)
+    else:
+        y = launch.nm_linear(*args, bias, 2, 4, **how)
+    product = F.linear(x.double(), weight.pruned, bias.double())
+    product += 0.5 * (x.double() @ down.double().t() @ up.double().t()) if low_rank else 0
+    assert y.shape == (rows, columns // 2)
+    close(y, apply_steps(product, steps, [operand.double() for operand in operands]))
+
+
 @pytest.mark.parametrize("steps", ["gelu", "gelu_tanh", "relu", "silu", "tanh", "mul", "silu mul add", "add relu"])
 def test_epilogues(draw, steps):
     weight = Weight(37, 48, Pattern(2, 4), torch.float32)

@@ -22,6 +22,7 @@ from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, LARGE, SHIPPE
 
 BIAS = Epilogue(True)
 GELU = Epilogue(True, ("gelu",))
+GATED = Epilogue(False, ("gated_silu",))
 
 
 def half_precision(pattern: tuple[int, int]) -> Iterator[Spec]:
@@ -42,6 +43,8 @@ def half_precision(pattern: tuple[int, int]) -> Iterator[Spec]:
             yield NMLinear("float16", tile, *pattern, even=True, low_rank="after", rank_tile=32)
         for tile in measured("nm_linear"):
             yield NMLinear("bfloat16", tile, *pattern, even=True, epilogue=GELU)
+        for tile in {*SHIPPED["nm_linear"].values(), *measured("nm_linear")}:
+            yield NMLinear("bfloat16", tile, *pattern, even=True, epilogue=GATED)
         for tile in measured("nm_linear_low_rank"):
             yield NMLinear("bfloat16", tile, *pattern, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
 
@@ -55,7 +58,7 @@ def measured(kernel: str) -> set[Tile]:
 def single_precision() -> Iterator[Spec]:
     for tile in FLOAT32.values():
         for pattern in ((1, 2), (2, 4)):
-            yield NMLinear("float32", tile, *pattern, even=True, epilogue=BIAS)
+            yield NMLinear("float32", tile, *pattern, even=True, epilogue=BIAS if pattern == (2, 4) else GATED)
             yield NMGradInput("float32", tile, *pattern, column_mask=True, even=True)
     large = FLOAT32[LARGE]
     yield NMLinear("float32", large, 4, 8)

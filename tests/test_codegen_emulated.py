@@ -52,6 +52,19 @@ def test_forward(pattern, capability):
         close(y, F.linear(x[:, :64].double(), pruned[:, :64]))
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("weight_first", [False, True])
+def test_gated(capability, weight_first):
+    pruned, _, values, indices, _ = weight(44, 80, (2, 4), BF16)
+    x, bias, operand = (torch.randn(*shape).to(BF16) for shape in ((19, 80), (44,), (19, 22)))
+    with emulation(capability):
+        plan = Plan(Tile(16, 32, 64, weight_first=weight_first))
+        args = x, values, indices, None, bias, 2, 4
+        y = launch.nm_linear(*args, steps=["gated_silu", "add"], operands=[operand], plan=plan)
+    product = F.linear(x.double(), pruned, bias.double())
+    close(y, F.silu(product[:, ::2]) * product[:, 1::2] + operand.double())
+
+
 @by_pattern
 def test_gradients(pattern):
     pruned, twice_pruned, values, indices, column_mask = weight(40, 48, pattern, FP16)

@@ -13,6 +13,8 @@ from fxsparse.codegen.epilogue import Epilogue
 from fxsparse.codegen.fused_ops import nm_linear_epilogue, sparse_tensor_core_linear
 from fxsparse.codegen.fusion import following, fuse_linears
 from fxsparse.codegen.metadata import pack_metadata
+from fxsparse.codegen.multiplex import DemuxLinear
+from fxsparse.codegen.spec import Tile
 from fxsparse.errors import OptionError
 from fxsparse.nm import Pattern, nm_mask, pack
 
@@ -105,6 +107,14 @@ def test_operators_pass_opcheck():
     torch.testing.assert_close(sparse_tensor_core_linear(x, VALUES, metadata, None, "gelu", []), expected)
 
 
+def test_a_gated_epilogue_makes_one_column_of_two():
+    x, operand = torch.randn(2, 5, 32), torch.randn(2, 5, 12)
+    args = (x, VALUES, INDICES, BIAS, 2, 4, "gated_gelu add", [operand])
+    torch.library.opcheck(nm_linear_epilogue, args)
+    product = F.linear(x, WEIGHT * nm_mask(WEIGHT.abs(), PATTERN), BIAS)
+    torch.testing.assert_close(nm_linear_epilogue(*args), F.gelu(product[..., ::2]) * product[..., 1::2] + operand)
+
+
 def test_operators_compile():
     class Layer(nn.Module):
         def forward(self, x: Tensor, gate: Tensor) -> Tensor:
@@ -120,5 +130,9 @@ def test_operators_compile():
 def test_epilogues_check_and_print():
     assert str(Epilogue(True, ("gelu", "mul"))) == "bias -> gelu -> mul"
     assert Epilogue(True, ("mul", "relu")).formula("x") == "relu((x + bias) * operand0)"
-    with pytest.raises(OptionError, match="no epilogue step 'softmax'"):
-        Epilogue(False, ("softmax",))
+    assert Epilogue(False, ("gated_silu", "add")).formula("x") == "gated_silu(x) + operand0"
+    for wrong in (("softmax",), ("gated_softmax",), ("gated_mul",), ("relu", "gated_silu")):
+        with pytest.raises(OptionError, match=f"no epilogue step '{wrong[-1]}'"):
+            Epilogue(False, wrong)
+    with pytest.raises(OptionError, match="this kernel has no step 'gated_silu'"):
+        DemuxLinear("float32", Tile(16, 16, 16), 2, epilogue=Epilogue(False, ("gated_silu",))).render()

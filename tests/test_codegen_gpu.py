@@ -154,6 +154,15 @@ def test_gather_linear(dtype, by):
         )
 
 
+@pytest.mark.parametrize("rows", [1, 64, 200])
+def test_gated_epilogue(rows):
+    pruned, values, indices, _ = weight(144, 256, Pattern(2, 4), torch.bfloat16)
+    x = randn(rows, 256, dtype=torch.bfloat16)
+    y = launch.nm_linear(x, values, indices, None, None, 2, 4, steps=["gated_silu"])
+    product = F.linear(x.double(), pruned.double())
+    close(y, F.silu(product[:, ::2]) * product[:, 1::2])
+
+
 def test_gradients_of_the_operators():
     from fxsparse.codegen import operators  # noqa: F401
 

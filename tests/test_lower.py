@@ -379,7 +379,7 @@ def test_frozen_compressed_weights_are_expanded_once_and_followed(
         expansions.append(found)
         return unpack(values, indices, found, in_features)
 
-    monkeypatch.setattr("fxsparse.lowering.unpack", counted)
+    monkeypatch.setattr("fxsparse.lowered_graph.unpack", counted)
     compiled = torch.compile(gm, backend="fxsparse", options={"compiler": "aot_eager", "fallback": False})
     with torch.no_grad():
         for rows in (3, 3, 5):
@@ -427,7 +427,7 @@ def test_a_compressed_copy_that_memory_has_no_room_for_is_not_made(monkeypatch: 
         linear.weight.mul_(torch.tensor([1.0, 0, 0, 1]).repeat(linear.in_features // 4))
     x = torch.randn(3, 32)
     for room, implementation in ((1 << 30, "compressed"), (100, "dense")):
-        monkeypatch.setattr("fxsparse.lowering.available_memory", lambda device, room=room: room)
+        monkeypatch.setattr("fxsparse.lowered_graph.available_memory", lambda device, room=room: room)
         options = {"compiler": "aot_eager", "lower": {"nm_linear": "compressed"}}
         compiled = torch.compile(model, backend="fxsparse", options=options)
         with torch.no_grad():
@@ -439,7 +439,7 @@ def test_a_compressed_copy_that_memory_has_no_room_for_is_not_made(monkeypatch: 
 
 
 def test_a_weight_that_memory_has_no_room_for_is_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxsparse.lowering.available_memory", lambda device: 100)
+    monkeypatch.setattr("fxsparse.lowered_graph.available_memory", lambda device: 100)
     gm = fxsparse.rewrite(Two(), [InsertNMMasks("2:4", keep_first=False, keep_head=False)], (torch.randn(4, 32),))
     gm.requires_grad_(False)
     compiled = torch.compile(gm, backend="fxsparse", options={"compiler": "aot_eager"})
