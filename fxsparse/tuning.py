@@ -166,7 +166,7 @@ def measure(work: Work, device: str, *, until: float | None = None, compile_refe
         compile_reference: also measure the reference, as Inductor compiles it.
     """
     found = Measurement(work)
-    with torch.no_grad(), torch.autocast(device, enabled=False):
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         runs = _right_ones(rivals(work, device, compile_reference=compile_reference, until=until), found)
         times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(ROUNDS):

@@ -162,6 +162,20 @@ def test_what_inductor_makes_of_a_reference_within_a_compilation() -> None:
     assert len(found) == 2
 
 
+@pytest.mark.usefixtures("_plain_reference")
+def test_measuring_where_autocast_or_inference_mode_is_on() -> None:
+    for surroundings in (torch.inference_mode(), torch.autocast("cpu"), torch.enable_grad()):
+        with surroundings:
+            found = tuning.measure(TUNED["nm_linear_low_rank"], "cpu")
+        assert not found.failed, "fp32 products in bfloat16 would be off"
+
+
+def test_what_inductor_makes_of_a_reference_in_inference_mode() -> None:
+    with torch.inference_mode():
+        found = tuning.measure(replace(TUNED["nm_linear"], rows=5), "cpu")
+    assert set(found.milliseconds) == {"dense", "reference"} and not found.failed
+
+
 # --- which algorithm of cuSPARSELt, which tile ------------------------------------------------------------------------
 
 
