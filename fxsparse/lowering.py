@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from fxsparse import measured
+from fxsparse import measured, tuning
 from fxsparse.codegen.fusion import Gated, following, gated
 from fxsparse.compiled import Choice, CompiledGraph
 from fxsparse.dynamo_graph import placeholders
@@ -222,10 +222,8 @@ class _FirstUse:
         work, pinned = site.work, pin_of(site.op, self.options).name is not None
         if work is None or pinned or time.monotonic() >= self.until or not undecided(site):
             return
-        from fxsparse.tuning import measure
-
         try:
-            measure(work, site.device, until=self.until, compile_reference=not site.in_memory)
+            tuning.measure(work, site.device, until=self.until, compile_reference=not site.in_memory)
         except RuntimeError as error:  # such as no memory for the operands
             self.report.note(f"{measured.key(work)} could not be measured: {str(error).partition(chr(10))[0]}")
 
