@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import io
 import linecache
 import logging
@@ -11,7 +13,7 @@ import re
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -45,7 +47,7 @@ def export(model: nn.Module, inputs: Inputs, free: Sequence[int]) -> ExportedPro
     for tensor in tensors(inputs):
         if dimensions := {dimension: Dim.AUTO for dimension in free if dimension < tensor.dim()}:
             shapes[tensor] = dimensions
-    with _quiet(), torch.inference_mode(False), torch.enable_grad(), _without_autocast():
+    with _quiet(), torch.inference_mode(False), torch.enable_grad(), _without_autocast(), _named(model, inputs[1]):
         return torch.export.export(model, *inputs, dynamic_shapes=shapes, strict=False)
 
 
@@ -63,6 +65,26 @@ def _quiet() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+@contextlib.contextmanager
+def _named(model: nn.Module, keywords: Iterable[str]) -> Iterator[None]:
+    """What ``forward`` takes as ``**kwargs`` stands in its signature: ``torch.export`` finds no shapes for it there."""
+    forward, signature = model.forward, inspect.signature(model.forward)
+    own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+    known = {item.name for item in own}
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in keywords if name not in known]
+    if not named:
+        yield
+        return
+
+    @functools.wraps(forward)
+    def with_names(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    with_names.__signature__ = signature.replace(parameters=[*own, *named])  # type: ignore[attr-defined]
+    with mock.patch.object(model, "forward", with_names):
         yield
 
 

@@ -53,6 +53,42 @@ def attentions(gm: GraphModule) -> list[tuple[Any, bool]]:
     return found
 
 
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+class TakesKeywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        y = self.linear(x + kwargs["shift"])
+        return {"y": y, "z": y.relu()} if kwargs.get("both") else {"y": y}
+
+
+def test_what_forward_takes_as_further_keywords_is_captured_too() -> None:
+    model = TakesKeywords()
+    gm = trace(model, (torch.randn(4, 8),), {"shift": torch.randn(4, 8), "both": True})
+    assert "forward" not in vars(model)
+    for rows in (2, 5):
+        x, shift = torch.randn(rows, 8), torch.randn(rows, 8)
+        assert_same(model(x, shift=shift, both=True), gm(x, both=True, shift=shift))
+    with pytest.raises(TraceError, match="both is False, but True was captured"):
+        gm(x, shift=shift, both=False)
+
+
+def test_flags_that_a_hugging_face_model_takes() -> None:
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    gm = trace(model, kwargs={"input_ids": token_ids(2, 9), "output_hidden_states": True})
+    ids = token_ids(3, 9)
+    found = gm(input_ids=ids, output_hidden_states=True)
+    assert len(found.hidden_states) == 3
+    assert_same(model(input_ids=ids, output_hidden_states=True), found)
+
+
 # --- the zoo ----------------------------------------------------------------------------------------------------------
 
 
