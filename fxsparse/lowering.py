@@ -222,10 +222,9 @@ class _FirstUse:
         work, pinned = site.work, pin_of(site.op, self.options).name is not None
         if work is None or pinned or time.monotonic() >= self.until or not undecided(site):
             return
-        try:
-            tuning.measure(work, site.device, until=self.until, compile_reference=not site.in_memory)
-        except RuntimeError as error:  # such as no memory for the operands
-            self.report.note(f"{measured.key(work)} could not be measured: {str(error).partition(chr(10))[0]}")
+        found = tuning.measure(work, site.device, until=self.until, compile_reference=not site.in_memory)
+        if not found.milliseconds:
+            self.report.note(str(found))
 
     def faster_together(self, apart: Sequence[Site], implementation: str) -> Together:
         joint = replace(apart[0], shape=(sum(site.shape[0] for site in apart), apart[0].shape[1]), in_memory=False)

@@ -57,7 +57,8 @@ class Measurement:
             f"{name} {time * 1e3:.0f} us" + (f" ({time / base:.2f})" if base else "")
             for name, time in sorted(self.milliseconds.items(), key=lambda item: item[1])
         ]
-        return f"{measured.key(self.work)}: {', '.join(shown) or 'nothing could be measured'}"
+        nothing = f"nothing could be measured, {'; '.join(self.failed.values())}"
+        return f"{measured.key(self.work)}: {', '.join(shown) or nothing}"
 
 
 def tune(
@@ -167,7 +168,12 @@ def measure(work: Work, device: str, *, until: float | None = None, compile_refe
     """
     found = Measurement(work)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-        runs = _right_ones(rivals(work, device, compile_reference=compile_reference, until=until), found)
+        try:
+            several = rivals(work, device, compile_reference=compile_reference, until=until)
+        except RuntimeError as failure:  # no memory for the operands
+            found.failed["operands"] = _in_a_line(failure)
+            return found
+        runs = _right_ones(several, found)
         times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(ROUNDS):
             if turn >= 3 and until is not None and time.monotonic() > until:
@@ -190,14 +196,18 @@ def _right_ones(rivals: Rivals, found: Measurement) -> dict[str, Run]:
         try:
             for name, run in make().items():
                 result = rivals.result(run()) if name == DENSE else run()
-                error = float((result.double() - rivals.exact).abs().max()) / scale
+                error = float((result.to(rivals.exact.dtype) - rivals.exact).abs().max()) / scale
                 if error < _TOLERANCE[found.work.dtype]:
                     runs[name] = run
                 else:
                     found.failed[name] = f"its result is off by {error:.1e}"
         except Exception as failure:  # a library that does not take the shape, a kernel that does not compile
-            found.failed[name] = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+            found.failed[name] = _in_a_line(failure)
     return runs
+
+
+def _in_a_line(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
 
 
 def timed(run: Run, device: str) -> float:

@@ -108,6 +108,14 @@ def test_an_implementation_that_is_wrong_or_fails_is_left_out(monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("_plain_reference")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", [*TUNED])
+def test_products_of_other_types(op: str, dtype: torch.dtype) -> None:
+    found = tuning.measure(replace(TUNED[op], dtype=dtype), "cpu")
+    assert "reference" in found.milliseconds and not found.failed
+
+
+@pytest.mark.usefixtures("_plain_reference")
 @pytest.mark.parametrize("op", [*TUNED])
 def test_every_product_can_be_measured(op: str) -> None:
     work = TUNED[op]
