@@ -53,10 +53,13 @@ def _platform() -> str:
 def candidates(kernel: str, rows: int, dtype: str = "bfloat16", *, tall: bool = False) -> list[Plan]:
     """Plans worth measuring for an input of ``rows`` rows.
 
-    The shipped tiles of the kernel; for few rows also twice as many columns, and the weight as the left operand; for a
+    The shipped tiles of the kernel; for few rows also twice as many columns, and the weight as the left operand; for
+    the gradient of a weight also half as many rows, which occupies more of a device where the weight is small; for a
     ``tall`` weight, of more rows than columns, also square blocks.
     """
     found = [tiles.default(kernel, number, dtype) for number in (1, 64, 1 << 30)]
+    if kernel.endswith(("grad_values", "grad_weight")):
+        found.append(replace(found[-1], rows=found[-1].rows // 2, warps=4))
     if rows <= 64 and kernel.startswith("nm_linear") and "grad" not in kernel:
         small = found[0]
         found += [replace(small, weight_first=True), replace(small, columns=2 * small.columns, depth=small.depth // 2)]

@@ -41,6 +41,9 @@ def half_precision(pattern: tuple[int, int]) -> Iterator[Spec]:
         for tile in SHIPPED["nm_linear_low_rank"].values():
             yield NMLinear("bfloat16", tile, *pattern, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
             yield NMLinear("float16", tile, *pattern, even=True, low_rank="after", rank_tile=32)
+        for tile in measured("nm_linear_grad_values"):
+            yield NMGradValues("bfloat16", tile, *pattern, even=True)
+            yield NMGradValues("bfloat16", tile, *pattern, even=False)
         for tile in measured("nm_linear"):
             yield NMLinear("bfloat16", tile, *pattern, even=True, epilogue=GELU)
         for tile in {*SHIPPED["nm_linear"].values(), *measured("nm_linear")}:
@@ -78,7 +81,7 @@ def others() -> Iterator[Spec]:
         yield GatherLinear("bfloat16", tile, "forward", columns=True)
         yield GatherLinear("bfloat16", tile, "grad_input", rows=True)
         yield GatherLinear("bfloat16", tile, "grad_input", columns=True)
-    for tile in SHIPPED["gather_linear_grad_weight"].values():
+    for tile in (*SHIPPED["gather_linear_grad_weight"].values(), *measured("gather_linear_grad_weight")):
         yield GatherLinear("bfloat16", tile, "grad_weight", rows=True)
         yield GatherLinear("bfloat16", tile, "grad_weight", columns=True)
     for tile in SHIPPED["demux_linear"].values():
