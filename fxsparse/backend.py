@@ -95,12 +95,12 @@ def _compile_graph(gm: GraphModule, example_inputs: list[Any], options: BackendO
     lowered, further = _lower(before, example_inputs, names, options, report)
     values = _values([*slots, *further], example_inputs)
     fixed = _of_fixed_size(values)
-    inner = _compile(lowered, [*example_inputs, *values], options)
+    inner = _compile(lowered, [*example_inputs, *values], report)
     del fixed
     if any(choice.implementation in lower.LAUNCHING for choice in report.choices):
         inner = record_launches(inner, report.launches)
     if rewritten is not None or further:
-        dense = _Dense(before, slots, options, report) if further else None
+        dense = _Dense(before, slots, report) if further else None
         inner = _with_states(inner, [*slots, *further], rewritten, dense)
     origin.add(report)
     return inner
@@ -149,7 +149,8 @@ def _fall_back(what: str, error: Exception, options: BackendOptions, report: Com
 # --- compiling --------------------------------------------------------------------------------------------------------
 
 
-def _compile(gm: GraphModule, inputs: list[Any], options: BackendOptions) -> Callable[..., Any]:
+def _compile(gm: GraphModule, inputs: list[Any], report: CompiledGraph) -> Callable[..., Any]:
+    options = report.options
     if options.compiler == "eager":
         return gm.forward
     if options.compiler == "aot_eager":
@@ -158,7 +159,7 @@ def _compile(gm: GraphModule, inputs: list[Any], options: BackendOptions) -> Cal
         return aot_eager(gm, inputs)
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Any = compile_fx(gm, inputs, config_patches=config_patches(options))
+    compiled: Any = compile_fx(gm, inputs, config_patches=config_patches(options, report.decided))
     return compiled
 
 
@@ -198,14 +199,13 @@ def _with_states(
 class _Dense:
     """The graph before frozen weights were compressed: for calls where one is no longer N:M; compiled when needed."""
 
-    def __init__(self, gm: GraphModule, slots: list[Slot], options: BackendOptions, report: CompiledGraph):
-        self.gm, self.slots, self.options, self.report = copy_dynamo_graph(gm), slots, options, report
+    def __init__(self, gm: GraphModule, slots: list[Slot], report: CompiledGraph):
+        self.gm, self.slots, self.report = copy_dynamo_graph(gm), slots, report
         self.compiled: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         if self.compiled is None:
             self.report.note("a frozen weight no longer satisfies its pattern: the dense graph runs")
-            plain = BackendOptions(compiler=self.options.compiler, inductor=self.options.inductor)
-            inner = torch.compile(self.gm.forward, backend=lambda gm, inputs: _compile(gm, inputs, plain))
+            inner = torch.compile(self.gm.forward, backend=lambda gm, inputs: _compile(gm, inputs, self.report))
             self.compiled = _with_states(inner, self.slots, None, None)
         return self.compiled(*args)

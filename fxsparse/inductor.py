@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from fxsparse import lower, measured
+from fxsparse import lower
 from fxsparse.inline import inline_references
 from fxsparse.options import BackendOptions
 
@@ -25,25 +26,27 @@ _SLOT = "post_grad_custom_pre_pass"
 
 
 class InlineReferences(CustomGraphPass):
-    """Inlines the references of the operators that ``lower.choose`` has no kernel for.
+    """Inlines the references of the operators that were chosen to run so.
 
     Args:
         options: of the backend.
+        decided: implementations that fixed rules would not choose, as `CompiledGraph` has them.
         then: the passes that the user gave Inductor for the same place; they run afterwards.
     """
 
-    def __init__(self, options: BackendOptions, then: Sequence[Any] = ()):
-        self.options, self.then = options, tuple(then)
+    def __init__(self, options: BackendOptions, decided: Mapping[str, str] = MappingProxyType({}), then: Any = ()):
+        self.options, self.decided, self.then = options, dict(decided), tuple(then)
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         lower.keep_transposes(graph, self.options)
-        inline_references(graph, lambda call: lower.runs_reference(call, self.options))
+        inline_references(graph, lambda call: lower.runs_reference(call, self.options, self.decided))
         for theirs in self.then:
             theirs(graph)
 
     def uuid(self) -> bytes | None:
-        """Of the sources, the options and the user's passes; None, and no caching, where one of those has none."""
-        own = hashlib.sha256(sources() + f"{self.options};{measured.digest()}".encode())
+        """Of the sources, the options, what was decided and the user's passes; None, and no caching, where one of those
+        has none."""
+        own = hashlib.sha256(sources() + f"{self.options};{sorted(self.decided.items())}".encode())
         for item in self.then:
             theirs = item.uuid() if isinstance(item, CustomGraphPass) else None
             if theirs is None:
@@ -68,12 +71,12 @@ def sources() -> bytes:
     return digest.digest()
 
 
-def config_patches(options: BackendOptions) -> dict[str, Any]:
-    """Inductor's configuration for ``options``."""
+def config_patches(options: BackendOptions, decided: Mapping[str, str]) -> dict[str, Any]:
+    """Inductor's configuration for ``options`` and what was decided for a graph."""
     from torch._inductor import config
 
     theirs = options.inductor.get(_SLOT, getattr(config, _SLOT)) or ()
     return {
         **options.inductor,
-        _SLOT: InlineReferences(options, theirs if isinstance(theirs, (list, tuple)) else [theirs]),
+        _SLOT: InlineReferences(options, decided, theirs if isinstance(theirs, (list, tuple)) else [theirs]),
     }

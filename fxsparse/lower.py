@@ -15,6 +15,7 @@ known (`fxsparse.cost_model`), else fixed rules.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -182,13 +183,24 @@ def _no_two_four(site: Site) -> str | None:
     return None if site.pattern == Pattern(2, 4) else f"they take 2:4, not {site.pattern}"
 
 
-def runs_reference(call: Node, options: BackendOptions) -> bool:
-    """Whether :func:`choose` wants the reference of an operator in a lowered graph."""
+def runs_reference(call: Node, options: BackendOptions, decided: Mapping[str, str]) -> bool:
+    """Whether the reference of an operator in a lowered graph was chosen, by fixed rules where nothing was decided."""
     name = operator_name(call.target)
     site = site_of(name, call) if name is not None else None
     if name is None or site is None:
         return False
-    return choose(site, pin_of(name, options))[0] == REFERENCE
+    known = None if site.work is None else decided.get(measured.key(site.work))
+    return (known or _without_times(site, options)) == REFERENCE
+
+
+def deviates(site: Site, implementation: str, options: BackendOptions) -> bool:
+    """Whether an operator that stays in the graph runs otherwise than fixed rules say, which
+    :func:`runs_reference` then has to be told."""
+    return site.work is not None and (implementation == REFERENCE) != (_without_times(site, options) == REFERENCE)
+
+
+def _without_times(site: Site, options: BackendOptions) -> str:
+    return choose(replace(site, rows=None), pin_of(site.op, options))[0]
 
 
 def pin_of(op: str, options: BackendOptions) -> Pin:

@@ -22,6 +22,7 @@ from fxsparse.lower import (
     SPARSE_TENSOR_CORES,
     choose,
     choose_gradient,
+    deviates,
     gradients_of,
     library_algorithm,
     pin_of,
@@ -126,10 +127,12 @@ def _lower_operators(lowered: LoweredGraph, first_use: _FirstUse, inference: boo
             reason = f"frozen, but there is no memory {copied}; {reason}"
         where = next((named[source] for source in node.all_input_nodes if source in named), node.name)
         report.choices.append(Choice(op, where, implementation, reason, place.work))
+        first_use.decide(place, implementation)
         for gradient in [] if inference else gradients_of(place, node):
             first_use.measure(gradient)
             how, why = choose_gradient(gradient, arguments_of(node).get("column_mask") is not None, options)
             report.choices.append(Choice(gradient.op, where, how, why, gradient.work))
+            first_use.decide(gradient, how)
         if implementation == SPARSE_TENSOR_CORES:
             lowered.use_sparse_tensor_cores(node)
         elif implementation == CUSPARSELT:
@@ -212,7 +215,8 @@ def faster_together(apart: Sequence[Site], joint: Site, implementation: str) -> 
 
 
 class _FirstUse:
-    """Measures products on their first use where they have a kernel, as long as a graph has time for it."""
+    """Measures products on their first use where they have a kernel, as long as a graph has time for it, and keeps what
+    was decided by it."""
 
     def __init__(self, options: BackendOptions, report: CompiledGraph):
         self.options, self.report = options, report
@@ -225,6 +229,11 @@ class _FirstUse:
         found = tuning.measure(work, site.device, until=self.until, compile_reference=not site.in_memory)
         if not found.milliseconds:
             self.report.note(str(found))
+
+    def decide(self, site: Site, implementation: str) -> None:
+        """Notes what an operator that stays in the graph is to run as."""
+        if site.work is not None and deviates(site, implementation, self.options):
+            self.report.decided[measured.key(site.work)] = implementation
 
     def faster_together(self, apart: Sequence[Site], implementation: str) -> Together:
         joint = replace(apart[0], shape=(sum(site.shape[0] for site in apart), apart[0].shape[1]), in_memory=False)

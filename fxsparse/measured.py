@@ -92,13 +92,6 @@ def forget() -> None:
         _warned.clear()
 
 
-def digest() -> str:
-    """A hash of all times this process chooses by: compiled code of other choices must not be served for these."""
-    with _lock:
-        text = json.dumps({str(path): rows for path, rows in sorted(_known.items())}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 @functools.cache
 def _identity(device: str) -> dict[str, str]:
     """What a file is of. Not cached across changes of the environment: a process has one."""

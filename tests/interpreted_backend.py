@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import fxsparse
 from fxsparse import lower, measured, rivals, tuning
 from fxsparse.codegen import fused_ops, launch, operators
+from fxsparse.cost_model import Work
 from fxsparse.custom_op import declare_kernel, implement
 from fxsparse.passes import AddLowRankBranches, DoublePruneBackward, InsertNMMasks
 
@@ -322,6 +323,28 @@ def test_a_training_graph_measures_its_products_and_their_gradients(monkeypatch)
         assert {"operator", "reference", "dense"} <= set(times)
         choices = {choice.implementation for choice in graph.choices if choice.work == work}
         assert choices == {min(("operator", "reference"), key=times.__getitem__)}
+
+
+@pytest.mark.usefixtures("_own_table")
+@pytest.mark.parametrize("slow", ["nm_linear", "nm_linear_grad_input", "nm_linear_grad_values"])
+def test_inductor_inlines_the_references_that_were_faster(slow):
+    """What was decided on Dynamo's graph holds in the forward and the backward graph, and where sizes are symbols."""
+    gm = fxsparse.rewrite(Block(), PASSES, (torch.randn(4, 32),))
+    for op in ("nm_linear", "nm_linear_grad_input", "nm_linear_grad_values"):
+        for shape in ((48, 32), (32, 48)):
+            work = Work(op, fxsparse.nm.Pattern(2, 4), torch.float32, 16, *shape)
+            measured.remember(work, "cpu", {"operator": 2.0 if op == slow else 0.5, "reference": 1.0})
+    compiled = torch.compile(gm, backend="fxsparse", options={"fallback": False}, dynamic=True)
+    double = copy.deepcopy(gm).double()
+    for rows in (11, 14):
+        x = torch.randn(rows, 32, requires_grad=True)
+        compiled(x).square().sum().backward()
+        y = x.detach().double().requires_grad_()
+        double(y).square().sum().backward()
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-4)
+    for op in ("nm_linear_2_4", "nm_linear_grad_input", "nm_linear_grad_values"):
+        expected = 0 if op.removesuffix("_2_4") == slow else 6
+        assert launches(compiled, op) == expected, fxsparse.kernels(compiled)
 
 
 @pytest.mark.usefixtures("_own_table")

@@ -332,20 +332,31 @@ def test_processes_that_write_at_once_lose_nothing() -> None:
     assert len(json.loads(table().read_text())["milliseconds"]) == 40
 
 
-def test_compiled_code_is_of_the_table_it_was_chosen_by() -> None:
+def test_compiled_code_is_of_the_choices_it_was_made_by() -> None:
+    """The caches' key changes with a choice, and not with times that change none."""
     from fxsparse.inductor import InlineReferences
     from fxsparse.options import BackendOptions
 
-    def uuid() -> bytes | None:
-        return InlineReferences(BackendOptions()).uuid()
+    def uuid(**decided: str) -> bytes | None:
+        return InlineReferences(BackendOptions(), decided).uuid()
 
-    first = uuid()
+    first, second = uuid(), uuid(product="reference")
+    assert uuid() == first != second == uuid(product="reference")
+    assert len({first, second, uuid(product="operator"), uuid(other="reference")}) == 4
+    measured.remember(FROZEN.work, "cuda", {"dense": 0.25})
     assert uuid() == first
-    measured.remember(FROZEN.work, "cuda", {"dense": 0.25})
-    second = uuid()
-    assert second != first
-    measured.remember(FROZEN.work, "cuda", {"dense": 0.25})
-    assert uuid() == second
+
+
+def test_only_what_fixed_rules_would_not_choose_is_told_to_the_compiler() -> None:
+    from fxsparse.options import BackendOptions
+
+    options = BackendOptions()
+    assert not lower.deviates(TRAINED, "operator", options)
+    assert lower.deviates(TRAINED, "reference", options)
+    pinned = BackendOptions(lower=(("nm_linear", "reference"),))
+    assert not lower.deviates(TRAINED, "reference", pinned)
+    assert not lower.deviates(replace(TRAINED, device="cpu"), "reference", options)
+    assert not lower.deviates(Site("masked_linear", "cpu", torch.float32), "reference", options)
 
 
 # --- weights expanded once --------------------------------------------------------------------------------------------
