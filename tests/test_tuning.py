@@ -266,7 +266,10 @@ def test_processes_that_tune_tiles_at_once_lose_nothing() -> None:
 # --- fxsparse.tune ----------------------------------------------------------------------------------------------------
 
 
-def test_tuning_stops_in_time_and_refuses_nonsense(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+@pytest.mark.parametrize("rich", [True, False])
+def test_tuning_stops_in_time_and_refuses_nonsense(rich: bool, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)  # as where it is not installed
     gm = fxsparse.rewrite(Two(), [InsertNMMasks("2:4", keep_first=False, keep_head=False)], (torch.randn(4, 32),))
     moments = iter([0.0, 1.0, 100.0, 100.0])
     monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: next(moments)))
