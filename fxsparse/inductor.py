@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class InlineReferences(CustomGraphPass):
         then: the passes that the user gave Inductor for the same place; they run afterwards.
     """
 
-    def __init__(self, options: BackendOptions, decided: Mapping[str, str] = MappingProxyType({}), then: Any = ()):
+    def __init__(self, options: BackendOptions, decided: Mapping[str, str], then: Sequence[Any] = ()):
         self.options, self.decided, self.then = options, dict(decided), tuple(then)
 
     def __call__(self, graph: torch.fx.Graph) -> None:

@@ -196,7 +196,7 @@ def runs_reference(call: Node, options: BackendOptions, decided: Mapping[str, st
 def deviates(site: Site, implementation: str, options: BackendOptions) -> bool:
     """Whether an operator that stays in the graph runs otherwise than fixed rules say, which
     :func:`runs_reference` then has to be told."""
-    return site.work is not None and (implementation == REFERENCE) != (_without_times(site, options) == REFERENCE)
+    return (implementation == REFERENCE) != (_without_times(site, options) == REFERENCE)
 
 
 def _without_times(site: Site, options: BackendOptions) -> str:
@@ -206,17 +206,24 @@ def _without_times(site: Site, options: BackendOptions) -> str:
 def pin_of(op: str, options: BackendOptions) -> Pin:
     """What was said of an operator, or else of the one it is a gradient of, as far as that holds for gradients."""
     own, forward = options.pin(op), options.pin(op.partition("_grad_")[0])
-    if own != Pin() or forward.name not in (SPARSE_TENSOR_CORES, CUSPARSELT):
-        return own if own != Pin() else forward
-    return Pin()
+    if own != Pin():
+        return own
+    return Pin() if forward.name in (SPARSE_TENSOR_CORES, CUSPARSELT) else forward
+
+
+def gradients(site: Site) -> list[Site]:
+    """The gradients of an operator's first two arguments, as sites."""
+    further = site.further if site.pattern is None else ()
+    return [
+        replace(site, op=name, frozen=False, inference=False, further=further) for name in GRADIENTS.get(site.op, ())
+    ]
 
 
 def gradients_of(site: Site, call: Node) -> list[Site]:
-    """The gradients that the backward pass of an operator's call takes, as sites."""
-    further = site.further if site.pattern is None else ()
+    """Those of the gradients that the backward pass of an operator's call takes."""
     return [
-        replace(site, op=name, frozen=False, inference=False, further=further)
-        for name, arg in zip(GRADIENTS.get(site.op, ()), call.args, strict=False)
+        gradient
+        for gradient, arg in zip(gradients(site), call.args, strict=False)
         if isinstance(tensor := fake_of(arg), Tensor) and tensor.requires_grad
     ]
 

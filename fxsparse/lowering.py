@@ -236,6 +236,6 @@ class _FirstUse:
             self.report.decided[measured.key(site.work)] = implementation
 
     def faster_together(self, apart: Sequence[Site], implementation: str) -> Together:
-        joint = replace(apart[0], shape=(sum(site.shape[0] for site in apart), apart[0].shape[1]), in_memory=False)
+        joint = replace(apart[0], shape=(sum(site.shape[0] for site in apart), apart[0].shape[1]))
         self.measure(joint)
         return faster_together(apart, joint, implementation)

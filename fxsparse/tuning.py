@@ -140,11 +140,10 @@ def _works_in(model: Any) -> Iterator[Work]:
         if isinstance(module, GraphModule):
             for op, node in sites.operators(module):
                 site = sites.site_of(op, node)
-                if site is not None and site.work is not None:
-                    yield site.work
+                if site is not None:
                     trained = any(parameter.requires_grad for parameter in module.parameters())
-                    for name in lower.GRADIENTS.get(op, ()) if trained else ():
-                        yield replace(site.work, op=name, further=() if site.pattern else site.further)
+                    works = [each.work for each in (site, *(lower.gradients(site) if trained else ()))]
+                    yield from (work for work in works if work is not None)
         elif isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.dim() == 2:
             pattern = None if isinstance(module, nn.Embedding) else pattern_of(weight)
             if pattern is not None:
@@ -192,17 +191,22 @@ def _right_ones(rivals: Rivals, found: Measurement) -> dict[str, Run]:
     runs: dict[str, Run] = {}
     scale = float(rivals.exact.abs().max()) or 1.0
     for implementation, make in rivals.makers.items():
-        name = implementation
         try:
-            for name, run in make().items():
+            variants = make()
+        except Exception as failure:  # a library that does not take the shape
+            found.failed[implementation] = _in_a_line(failure)
+            continue
+        for name, run in variants.items():
+            try:
                 result = rivals.result(run()) if name == DENSE else run()
                 error = float((result.to(rivals.exact.dtype) - rivals.exact).abs().max()) / scale
-                if error < _TOLERANCE[found.work.dtype]:
-                    runs[name] = run
-                else:
-                    found.failed[name] = f"its result is off by {error:.1e}"
-        except Exception as failure:  # a library that does not take the shape, a kernel that does not compile
-            found.failed[name] = _in_a_line(failure)
+            except Exception as failure:  # a kernel that does not compile
+                found.failed[name] = _in_a_line(failure)
+                continue
+            if error < _TOLERANCE[found.work.dtype]:
+                runs[name] = run
+            else:
+                found.failed[name] = f"its result is off by {error:.1e}"
     return runs
 
 

@@ -27,6 +27,24 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def own_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """An empty table of measured times, of a GPU that every machine can name."""
+    from fxsparse import measured
+
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Test")
+    measured.forget()
+    yield
+    measured.forget()
+
+
+@pytest.fixture
+def plain_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring takes references as they are: what Inductor makes of them takes long to compile."""
+    monkeypatch.setattr("fxsparse.rivals.as_inductor_compiles", lambda function, args: lambda: function(*args))
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
     """Compiled graphs of one test must not count as recompiles of the next."""

@@ -47,6 +47,13 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+@torch.no_grad()
+def prune(model: nn.Module) -> None:
+    """Makes the weights of a model's linears 2:4."""
+    for linear in model.children():
+        linear.weight.mul_(fxsparse.nm.nm_mask(linear.weight.abs(), fxsparse.nm.Pattern(2, 4)))
+
+
 PASSES = [InsertNMMasks("2:4", keep_first=False), DoublePruneBackward()]
 
 
@@ -143,8 +150,7 @@ class Projections(nn.Module):
 @pytest.mark.parametrize("bias", [True, False])
 def test_linears_on_one_input_run_as_one_product(choice, bias):
     model = Projections(bias).bfloat16().requires_grad_(False)
-    for linear in model.children():
-        linear.weight.mul_(fxsparse.nm.nm_mask(linear.weight.abs(), fxsparse.nm.Pattern(2, 4)))
+    prune(model)
     options = {"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": choice}}
     compiled = torch.compile(model, backend="fxsparse", options=options)
     x = torch.randn(3, 32).bfloat16()
@@ -187,8 +193,7 @@ def test_a_linear_and_what_it_gates_run_as_one_product(in_graph, bias, activatio
             return activation(gate) * up - 1
 
     model = Gated()
-    for linear in model.children():
-        linear.weight.data.mul_(fxsparse.nm.nm_mask(linear.weight.abs(), fxsparse.nm.Pattern(2, 4)))
+    prune(model)
     if in_graph:
         passes = [InsertNMMasks("2:4", keep_first=False, keep_head=False)]
         model = fxsparse.rewrite(model, passes, (torch.randn(3, 2, 32),))
@@ -227,8 +232,7 @@ def test_what_gates_something_else_runs_apart(what):
             return F.silu(gate) * up + (up if what == "another reader" else 0)
 
     model = Other().requires_grad_(False)
-    for linear in model.children():
-        linear.weight.mul_(fxsparse.nm.nm_mask(linear.weight.abs(), fxsparse.nm.Pattern(2, 4)))
+    prune(model)
     options = {"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": "compressed"}}
     compiled = torch.compile(model, backend="fxsparse", options=options)
     x = torch.randn(3, 32)
@@ -253,8 +257,7 @@ def test_linears_that_were_measured_faster_apart_stay_apart(monkeypatch):
             return self.query(x) @ self.key(x).t()
 
     model = Projections().requires_grad_(False)
-    for linear in model.children():
-        linear.weight.mul_(fxsparse.nm.nm_mask(linear.weight.abs(), fxsparse.nm.Pattern(2, 4)))
+    prune(model)
     options = {"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": "compressed"}}
     compiled = torch.compile(model, backend="fxsparse", options=options)
     x = torch.randn(3, 32)
@@ -268,9 +271,7 @@ def test_linears_that_were_measured_faster_apart_stay_apart(monkeypatch):
 def test_frozen_weights_run_compressed(choice):
     torch.manual_seed(0)
     model = Block().bfloat16().requires_grad_(False)
-    for linear in (model.up, model.gate, model.down):
-        mask = fxsparse.nm.nm_mask(linear.weight.abs(), fxsparse.nm.Pattern(2, 4))
-        linear.weight.mul_(mask)
+    prune(model)
     compiled = torch.compile(
         model, backend="fxsparse", options={"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": choice}}
     )
@@ -287,17 +288,7 @@ def test_frozen_weights_run_compressed(choice):
 # --- what is measured on its first use --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _own_table(monkeypatch, tmp_path):
-    """A table of its own, and references as they are: what Inductor makes of them takes long to compile."""
-    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("fxsparse.rivals.as_inductor_compiles", lambda function, args: lambda: function(*args))
-    measured.forget()
-    yield
-    measured.forget()
-
-
-@pytest.mark.usefixtures("_own_table")
+@pytest.mark.usefixtures("own_times", "plain_reference")
 def test_a_training_graph_measures_its_products_and_their_gradients(monkeypatch):
     found = []
     measure = tuning.measure
@@ -325,7 +316,7 @@ def test_a_training_graph_measures_its_products_and_their_gradients(monkeypatch)
         assert choices == {min(("operator", "reference"), key=times.__getitem__)}
 
 
-@pytest.mark.usefixtures("_own_table")
+@pytest.mark.usefixtures("own_times", "plain_reference")
 @pytest.mark.parametrize("slow", ["nm_linear", "nm_linear_grad_input", "nm_linear_grad_values"])
 def test_inductor_inlines_the_references_that_were_faster(slow):
     """What was decided on Dynamo's graph holds in the forward and the backward graph, and where sizes are symbols."""
@@ -347,11 +338,10 @@ def test_inductor_inlines_the_references_that_were_faster(slow):
         assert launches(compiled, op) == expected, fxsparse.kernels(compiled)
 
 
-@pytest.mark.usefixtures("_own_table")
+@pytest.mark.usefixtures("own_times", "plain_reference")
 def test_frozen_weights_are_measured_and_nothing_is_without_time():
     model = Block().requires_grad_(False)
-    for linear in model.children():
-        linear.weight.mul_(fxsparse.nm.nm_mask(linear.weight.abs(), fxsparse.nm.Pattern(2, 4)))
+    prune(model)
     for seconds, said in ((0, False), (600, True)):
         options = {"compiler": "aot_eager", "fallback": False, "tune": seconds}
         compiled = torch.compile(model, backend="fxsparse", options=options)
@@ -362,7 +352,7 @@ def test_frozen_weights_are_measured_and_nothing_is_without_time():
         torch._dynamo.reset()
 
 
-@pytest.mark.usefixtures("_own_table")
+@pytest.mark.usefixtures("own_times", "plain_reference")
 def test_what_cannot_be_measured_is_noted_and_compiled(monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("no room\nfor operands")
@@ -376,7 +366,7 @@ def test_what_cannot_be_measured_is_noted_and_compiled(monkeypatch):
     assert "nothing could be measured, OutOfMemoryError: no room" in fxsparse.explain(compiled)
 
 
-@pytest.mark.usefixtures("_own_table")
+@pytest.mark.usefixtures("own_times", "plain_reference")
 def test_the_kernels_of_gathering_and_multiplexing_are_measured_too():
     class Both(nn.Module):
         def forward(self, x, keys, weight, both, rows):
@@ -399,7 +389,7 @@ def test_the_kernels_of_gathering_and_multiplexing_are_measured_too():
     assert all(choice.reason.startswith("measured") for choice in graph.choices), graph.choices
 
 
-@pytest.mark.usefixtures("_own_table")
+@pytest.mark.usefixtures("own_times", "plain_reference")
 @pytest.mark.parametrize("in_graph", [False, True])
 def test_the_library_runs_with_the_algorithm_that_was_fastest(in_graph, monkeypatch):
     """With NVIDIA's library played by dense products."""
@@ -414,8 +404,7 @@ def test_the_library_runs_with_the_algorithm_that_was_fastest(in_graph, monkeypa
         return F.linear(x, packed, bias).contiguous()
 
     model = nn.Sequential(nn.Linear(32, 48)).requires_grad_(False)
-    mask = fxsparse.nm.nm_mask(model[0].weight.abs(), fxsparse.nm.Pattern(2, 4))
-    model[0].weight.mul_(mask)
+    prune(model)
     if in_graph:
         passes = [InsertNMMasks("2:4", keep_first=False, keep_head=False)]
         model = fxsparse.rewrite(model, passes, (torch.randn(4, 32),)).requires_grad_(False)

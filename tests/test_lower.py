@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from tuned import Two
 
 import fxsparse
 from fxsparse import cost_model, lower, measured
@@ -29,13 +30,7 @@ IN_GRAPH = replace(FROZEN, in_memory=False)
 TRAINED = replace(IN_GRAPH, frozen=False, inference=False)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Test")
-    measured.forget()
-    yield
-    measured.forget()
+pytestmark = pytest.mark.usefixtures("own_times")
 
 
 # --- rules, estimates, measurements -----------------------------------------------------------------------------------
@@ -360,15 +355,6 @@ def test_only_what_fixed_rules_would_not_choose_is_told_to_the_compiler() -> Non
 
 
 # --- weights expanded once --------------------------------------------------------------------------------------------
-
-
-class Two(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(32, 48), nn.Linear(48, 32, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x).relu())
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8"])

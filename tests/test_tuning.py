@@ -7,13 +7,12 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
-from tuned import TUNED
+from tuned import TUNED, Two
 
 import fxsparse
 from fxsparse import measured, reference, rivals, sites, tuning
@@ -26,32 +25,10 @@ from fxsparse.nm import Pattern
 from fxsparse.passes import InsertNMMasks
 from fxsparse.sites import Site
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Test")
-    measured.forget()
-    yield
-    measured.forget()
+pytestmark = pytest.mark.usefixtures("own_times")
 
 
-class Two(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(32, 48), nn.Linear(48, 32, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x).relu())
-
-
-@pytest.fixture
-def _plain_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference as it is: what Inductor makes of it takes long to compile."""
-    monkeypatch.setattr(rivals, "as_inductor_compiles", lambda function, args: lambda: function(*args))
-
-
-@pytest.mark.usefixtures("_plain_reference")
+@pytest.mark.usefixtures("plain_reference")
 def test_tuning_measures_what_a_model_holds_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = fxsparse.rewrite(Two(), [InsertNMMasks("2:4", keep_first=False, keep_head=False)], (torch.randn(4, 32),))
     found = fxsparse.tune(gm, rows=[1, 8], progress=False)
@@ -69,7 +46,7 @@ def test_tuning_measures_what_a_model_holds_and_keeps_it(monkeypatch: pytest.Mon
     )
 
 
-@pytest.mark.usefixtures("_plain_reference")
+@pytest.mark.usefixtures("plain_reference")
 def test_tuning_a_compiled_model_measures_the_rows_it_met() -> None:
     model = Two().requires_grad_(False)
     with torch.no_grad():
@@ -84,7 +61,7 @@ def test_tuning_a_compiled_model_measures_the_rows_it_met() -> None:
     assert {item.work.rows for item in found} == {3}
 
 
-@pytest.mark.usefixtures("_plain_reference")
+@pytest.mark.usefixtures("plain_reference")
 def test_an_implementation_that_is_wrong_or_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work("nm_linear", Pattern(2, 4), torch.float32, 5, 16, 32)
     right = tuning.rivals
@@ -94,20 +71,20 @@ def test_an_implementation_that_is_wrong_or_fails_is_left_out(monkeypatch: pytes
         dense = found.makers["dense"]()["dense"]
         found.makers["operator"] = lambda: {"operator": lambda: dense() + 1}
         found.makers["sparse_tensor_cores"] = lambda: torch.ones(2) @ torch.ones(3)
-        algorithms = {"cusparselt:0/1/-1": dense, "cusparselt:1/1/-1": lambda: torch.ones(2) @ torch.ones(3)}
+        algorithms = {"cusparselt:1/1/-1": lambda: torch.ones(2) @ torch.ones(3), "cusparselt:2/1/-1": dense}
         found.makers["cusparselt"] = lambda: algorithms
         return found
 
     monkeypatch.setattr(tuning, "rivals", with_bad_ones)
     found = tuning.measure(work, "cpu")
-    assert set(found.milliseconds) == {"dense", "reference", "cusparselt:0/1/-1"}
+    assert set(found.milliseconds) == {"dense", "reference", "cusparselt:2/1/-1"}
     assert "off by" in found.failed["operator"]
     assert "RuntimeError" in found.failed["sparse_tensor_cores"]
     assert "RuntimeError" in found.failed["cusparselt:1/1/-1"]
     assert set(measured.times(work, "cpu")) == {"dense", "reference", "cusparselt"}
 
 
-@pytest.mark.usefixtures("_plain_reference")
+@pytest.mark.usefixtures("plain_reference")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("op", [*TUNED])
 def test_products_of_other_types(op: str, dtype: torch.dtype) -> None:
@@ -115,7 +92,7 @@ def test_products_of_other_types(op: str, dtype: torch.dtype) -> None:
     assert "reference" in found.milliseconds and not found.failed
 
 
-@pytest.mark.usefixtures("_plain_reference")
+@pytest.mark.usefixtures("plain_reference")
 @pytest.mark.parametrize("op", [*TUNED])
 def test_every_product_can_be_measured(op: str) -> None:
     work = TUNED[op]
@@ -144,7 +121,7 @@ def test_operands_are_those_of_the_product(op: str) -> None:
     assert sites.site_of(op, call).work == work
 
 
-@pytest.mark.usefixtures("_plain_reference")
+@pytest.mark.usefixtures("plain_reference")
 def test_measuring_leaves_random_numbers_alone() -> None:
     before = torch.get_rng_state()
     for work in TUNED.values():
@@ -170,7 +147,7 @@ def test_what_inductor_makes_of_a_reference_within_a_compilation() -> None:
     assert len(found) == 2
 
 
-@pytest.mark.usefixtures("_plain_reference")
+@pytest.mark.usefixtures("plain_reference")
 def test_measuring_where_autocast_or_inference_mode_is_on() -> None:
     for surroundings in (torch.inference_mode(), torch.autocast("cpu"), torch.enable_grad()):
         with surroundings:

@@ -1,8 +1,9 @@
-"""One product of every operator that has several implementations."""
+"""One product of every operator that has several implementations, and a model of two linears."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from fxsparse.cost_model import Work
 from fxsparse.nm import Pattern
@@ -29,3 +30,12 @@ TUNED: dict[str, Work] = {
     "mux": _dense("mux", (3, 4), (24, 64, 64)),
     "demux_linear": _dense("demux_linear", (3, 16, 4)),
 }
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 48), nn.Linear(48, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())
