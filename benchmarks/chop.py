@@ -18,9 +18,9 @@ from torch.fx import GraphModule
 
 import fxsparse
 from benchmarks.timing import environment, interleaved
-from fxsparse.costs import costs
+from fxsparse.cost.flops import costs
 from fxsparse.passes import DropLayers
-from fxsparse.report import table
+from fxsparse.text import table
 
 
 def calls(gm: GraphModule, batch: dict[str, torch.Tensor], compiler: str) -> tuple[Callable[[], None], ...]:

@@ -27,7 +27,7 @@ from torch import nn
 
 from benchmarks.timing import Times, environment, interleaved
 from fxsparse.rewriting import rewrite
-from fxsparse.tracing import trace
+from fxsparse.tracing.trace import trace
 
 BASE = "inductor"
 

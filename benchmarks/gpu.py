@@ -29,7 +29,7 @@ import transformers
 
 from benchmarks.gpu_cases import MODELS, TOY, Case, Run, cases
 from benchmarks.timing import device_microseconds, environment
-from fxsparse.compiled import compiled_graphs
+from fxsparse.backend.compiled import compiled_graphs
 
 HEADER = "| what | model | shape | us (10 % - 90 %) | dense / this | peak MiB | weights, optimizer MiB | runs |"
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxsparse
-from fxsparse import measured, nm, tuning
-from fxsparse.cost_model import Work
-from fxsparse.nm import Pattern
+from fxsparse.lowering import measure, timings
+from fxsparse.lowering.estimates import Work
+from fxsparse.ops import nm
+from fxsparse.ops.nm import Pattern
 from fxsparse.passes import (
     AddLowRankBranches,
     DoublePruneBackward,
@@ -141,8 +142,8 @@ def linear_cases(
 
     def choose_by_measuring(op: str, *further: int) -> None:
         work = Work(op, TWO_FOUR, torch.bfloat16, tokens, out_features, in_features, further)
-        if args.device == "cuda" and "reference" not in measured.times(work, "cuda"):
-            tuning.measure(work, "cuda")
+        if args.device == "cuda" and "reference" not in timings.times(work, "cuda"):
+            measure.measure(work, "cuda")
 
     def forward() -> Rivals:
         choose_by_measuring("nm_linear")

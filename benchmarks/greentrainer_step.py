@@ -17,7 +17,7 @@ import transformers
 import fxsparse
 from benchmarks.timing import environment, interleaved
 from fxsparse.passes import Pass, SelectTensors
-from fxsparse.report import table
+from fxsparse.text import table
 
 
 def opt(hidden: int, layers: int, vocabulary: int, length: int) -> torch.nn.Module:

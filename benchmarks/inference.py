@@ -21,10 +21,10 @@ from torch import nn
 
 import fxsparse
 from benchmarks.timing import environment, interleaved
-from fxsparse import nm
-from fxsparse.compiled import compiled_graphs
+from fxsparse.backend.compiled import compiled_graphs
+from fxsparse.ops import nm
 from fxsparse.passes import InsertNMMasks
-from fxsparse.report import table
+from fxsparse.text import table
 
 
 def build(args: argparse.Namespace) -> nn.Module:

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.timing import device_microseconds, environment
-from fxsparse import nm
-from fxsparse.codegen import launch, tune
+from fxsparse.codegen import autotune, launch
 from fxsparse.codegen.metadata import SparseTranspose, pack_metadata
-from fxsparse.nm import Pattern
+from fxsparse.ops import nm
+from fxsparse.ops.nm import Pattern
 
 TOKENS = (1, 16, 64, 512, 4096)
 WEIGHTS = ((1024, 1024), (4096, 4096), (11008, 4096))
@@ -54,7 +54,7 @@ class Case:
     dense: Run
     bytes: int
     flops: int
-    tune: Callable[[], object] | None = None
+    autotune: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ def products(tokens: int, out_features: int, in_features: int, pattern: Pattern)
     def at(run: Callable[..., object]) -> Run:
         return lambda turn: run(*sets[turn % len(sets)])
 
-    key = tune.key("nm_linear", tokens, out_features, in_features, "bfloat16", n, m)
-    plans = tune.candidates("nm_linear", tokens, tall=out_features > in_features)
+    key = autotune.key("nm_linear", tokens, out_features, in_features, "bfloat16", n, m)
+    plans = autotune.candidates("nm_linear", tokens, tall=out_features > in_features)
     yield Case(
         "nm_linear",
         shape,
@@ -205,7 +205,7 @@ def products(tokens: int, out_features: int, in_features: int, pattern: Pattern)
         at(lambda x, dy, w, v, i, c, d, u: x @ w.t()),
         x.nbytes + dy.nbytes + kept,
         flops,
-        lambda: tune.measure(
+        lambda: autotune.measure(
             key, lambda plan: launch.nm_linear(x, values, indices, None, None, n, m, plan=plan), plans
         ),
     )

@@ -19,8 +19,8 @@ from torch.fx import GraphModule
 
 import fxsparse
 from benchmarks.timing import environment, interleaved
-from fxsparse.passes.multiplex import Multiplex
-from fxsparse.report import table
+from fxsparse.passes.mux.multiplex import Multiplex
+from fxsparse.text import table
 
 
 @dataclass(frozen=True)

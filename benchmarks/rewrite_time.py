@@ -14,7 +14,7 @@ import transformers
 
 import fxsparse
 from benchmarks.timing import environment
-from fxsparse.report import table
+from fxsparse.text import table
 
 PASSES = "nm-masks{pattern=2:4},double-prune,low-rank{rank=16,start=0.0}"
 

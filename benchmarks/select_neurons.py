@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import fxsparse
 from benchmarks.timing import environment, interleaved
+from fxsparse.graph.training_form import training_graph
 from fxsparse.passes import Pass, SelectNeurons
-from fxsparse.report import table
-from fxsparse.training_form import training_graph
+from fxsparse.text import table
 
 
 class Layers(nn.Module):

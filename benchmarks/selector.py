@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import transformers
 
-from fxsparse.backprop import BackpropGraph
+from fxsparse.cost.backprop import BackpropGraph
+from fxsparse.cost.selector import dp_baseline
 from fxsparse.errors import OptionError
-from fxsparse.selector import dp_baseline
-from fxsparse.tracing import trace
+from fxsparse.tracing.trace import trace
 
 BATCH, TOKENS, TARGET_TOKENS = 4, 512, 128
 

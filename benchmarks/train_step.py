@@ -16,7 +16,7 @@ from torch import nn
 import fxsparse
 from benchmarks.timing import environment, interleaved
 from fxsparse.passes import AddLowRankBranches, DoublePruneBackward, InsertNMMasks, Pass
-from fxsparse.report import table
+from fxsparse.text import table
 
 EVERY = {"keep_first": False, "keep_head": False}
 WAYS: dict[str, list[Pass]] = {

@@ -16,7 +16,7 @@ import sys
 import tempfile
 
 from benchmarks.timing import environment
-from fxsparse.report import table
+from fxsparse.text import table
 
 PROGRAM = """
 import sys, time

@@ -7,6 +7,6 @@ and renders to one readable file (``source``, ``registry``). ``launch`` takes te
 shape of the work, ``fusion`` reads epilogues from a graph, ``operators`` puts it all behind the ``fxsparse::`` names.
 """
 
-from fxsparse.codegen.registry import Kernel, kernels, recording
+from fxsparse.codegen.loaded import Kernel, kernels, recording
 
 __all__ = ["Kernel", "kernels", "recording"]

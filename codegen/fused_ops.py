@@ -22,7 +22,7 @@ from fxsparse.codegen import launch
 from fxsparse.codegen.epilogue import GATED
 from fxsparse.codegen.metadata import unpack_metadata
 from fxsparse.errors import OptionError
-from fxsparse.nm import Pattern, unpack
+from fxsparse.ops.nm import Pattern, unpack
 
 _STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

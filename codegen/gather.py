@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fxsparse.codegen.epilogue import Epilogue
-from fxsparse.codegen.parts import fill, module, multiply, optional, order
 from fxsparse.codegen.spec import Argument, Spec
+from fxsparse.codegen.template import fill, module, multiply, optional, order
 from fxsparse.errors import OptionError
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fxsparse.codegen import tune
+from fxsparse.codegen import autotune
 from fxsparse.codegen.epilogue import Epilogue
 from fxsparse.codegen.gather import GatherLinear
 from fxsparse.codegen.launching import count, device_of, dtype_of, given, launch_tiles, precision_of, rows_of
@@ -41,7 +41,7 @@ def gather_linear(
     size = (inputs.shape[0], count(rows, weight.shape[0]), inputs.shape[1])
     y = x.new_empty(*x.shape[:-1], size[1])
     if y.numel():
-        tile = (plan or tune.plan("gather_linear", *size, x)).tile
+        tile = (plan or autotune.plan("gather_linear", *size, x)).tile
         others = [rows_of(operand) for operand in operands]
         epilogue = Epilogue(bias is not None, tuple(steps))
         spec = GatherLinear(
@@ -68,7 +68,7 @@ def gather_linear_grad_input(
     size = (grads.shape[0], grads.shape[1], count(columns, weight.shape[1]))
     dx = dy.new_empty(*dy.shape[:-1], size[2])
     if dx.numel():
-        tile = (plan or tune.plan("gather_linear", size[0], size[2], size[1], dy)).tile
+        tile = (plan or autotune.plan("gather_linear", size[0], size[2], size[1], dy)).tile
         spec = GatherLinear(dtype_of(dy), tile, "grad_input", rows is not None, columns is not None, precision_of(dy))
         _gather(spec, (size[0], size[2]), (grads, dense, rows_of(dx)), rows, columns, [], size)
     return dx
@@ -94,7 +94,7 @@ def gather_linear_grad_weight(
     weight_grad = dy.new_empty(tuple(shape)) if whole else dy.new_zeros(tuple(shape))
     size = (grads.shape[0], grads.shape[1], inputs.shape[1])
     if size[1] and size[2]:
-        tile = (plan or tune.plan("gather_linear_grad_weight", size[0], size[1], size[2], dy)).tile
+        tile = (plan or autotune.plan("gather_linear_grad_weight", size[0], size[1], size[2], dy)).tile
         spec = GatherLinear(dtype_of(dy), tile, "grad_weight", rows is not None, columns is not None, precision_of(dy))
         _gather(spec, size[1:], (grads, inputs, weight_grad), rows, columns, [], size)
     return weight_grad

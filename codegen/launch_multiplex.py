@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fxsparse.codegen import tune
+from fxsparse.codegen import autotune
 from fxsparse.codegen.epilogue import Epilogue
 from fxsparse.codegen.launching import device_of, dtype_of, given, launch_tiles, precision_of, rows_of
+from fxsparse.codegen.loaded import kernel
 from fxsparse.codegen.multiplex import DemuxLinear, Mux
-from fxsparse.codegen.registry import kernel
 from fxsparse.codegen.spec import Tile
 from fxsparse.codegen.tiles import Plan
 
@@ -31,7 +31,7 @@ def mux(x: Tensor, keys: Tensor, members: int, *, tile: Tile | None = None) -> T
     mixed = x.new_empty(groups, *x.shape[1:])
     if mixed.numel():
         length = mixed.numel() // groups // dim
-        tile = tile or tune.plan("mux", length, length, dim, x).tile
+        tile = tile or autotune.plan("mux", length, length, dim, x).tile
         with device_of(x):
             grid = (-(-length // tile.rows), -(-dim // tile.columns), groups)
             kernel(Mux(dtype_of(x), tile, members)).launch(grid, inputs, keys.contiguous(), mixed, length, dim)
@@ -66,7 +66,7 @@ def demux_linear(
     if y.numel():
         projected = keys.reshape(-1, key_dim) @ weight[:, :key_dim].t()
         right = rows_of(weight)[:, key_dim:]
-        tile = (plan or tune.plan("demux_linear", rows, columns, depth, h)).tile
+        tile = (plan or autotune.plan("demux_linear", rows, columns, depth, h)).tile
         spec = DemuxLinear(dtype_of(h), tile, members, precision_of(h), Epilogue(bias is not None, tuple(steps)))
         own = members if keys.dim() == 3 else 0
         args = (hidden, right, projected, y, *given(bias))

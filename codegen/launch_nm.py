@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxsparse.codegen import tune
+from fxsparse.codegen import autotune
 from fxsparse.codegen.epilogue import Epilogue
 from fxsparse.codegen.launching import blocks, device_of, dtype_of, launch_tiles, power_of_two, precision_of, rows_of
+from fxsparse.codegen.loaded import kernel
 from fxsparse.codegen.nm_grad_values import NMGradValues
 from fxsparse.codegen.nm_linear import NMGradInput, NMLinear
 from fxsparse.codegen.nm_prune import NMPrune
-from fxsparse.codegen.registry import kernel
 from fxsparse.codegen.spec import Tile
 from fxsparse.codegen.tiles import Plan
 from fxsparse.errors import OptionError
@@ -39,7 +39,7 @@ def nm_linear(
 
     Args:
         x: ``[..., in]``.
-        values, indices: W ``[out, in]`` in the form of ``fxsparse.nm``.
+        values, indices: W ``[out, in]`` in the form of ``fxsparse.ops.nm``.
         column_mask: not read; the forward pass is exact in W^R.
         bias: ``[out]``.
         n, m: the pattern.
@@ -101,7 +101,7 @@ def _forward(
     if not y.numel():
         return y
     name = "nm_linear" if branch is None else "nm_linear_low_rank"
-    plan = plan or tune.plan(name, rows, columns, depth, x, n, m)
+    plan = plan or autotune.plan(name, rows, columns, depth, x, n, m)
     values, indices, others = values.contiguous(), indices.contiguous(), [rows_of(operand) for operand in operands]
     low_rank, rank = "none", 16
     if branch is not None and branch[0].shape[0]:
@@ -168,7 +168,7 @@ def nm_linear_grad_input(
     dx = dy.new_empty(*dy.shape[:-1], columns)
     if not dx.numel():
         return dx
-    tile = (plan or tune.plan("nm_linear_grad_input", rows, columns, depth, dy, n, m)).tile
+    tile = (plan or autotune.plan("nm_linear_grad_input", rows, columns, depth, dy, n, m)).tile
     spec = NMGradInput(
         dtype_of(dy),
         tile,
@@ -209,7 +209,7 @@ def nm_linear_grad_values(
     values_grad = dy.new_empty(rows, columns // m * n)
     if not values_grad.numel():
         return values_grad
-    tile = (plan or tune.plan("nm_linear_grad_values", depth, rows, columns, dy, n, m)).tile
+    tile = (plan or autotune.plan("nm_linear_grad_values", depth, rows, columns, dy, n, m)).tile
     even = depth % tile.depth == 0 and rows % tile.rows == 0 and columns % tile.columns == 0
     spec = NMGradValues(dtype_of(dy), tile, n, m, even=even, precision=precision_of(dy))
     tensors = (grads, inputs, packed, values_grad)
@@ -228,7 +228,7 @@ def nm_prune(
         scores: ``[out, in]``; the weights' magnitudes unless given.
 
     Returns:
-        values ``[out, in * n / m]`` and indices, uint8, as ``fxsparse.nm.pack`` gives them.
+        values ``[out, in * n / m]`` and indices, uint8, as ``fxsparse.ops.nm.pack`` gives them.
 
     Raises:
         OptionError: there is no kernel for the pattern or a dtype, or ``in`` is not a multiple of m.
@@ -236,7 +236,7 @@ def nm_prune(
     rows, columns = weight.shape
     if columns % m:
         raise OptionError(f"{columns} columns are not a multiple of {m}, as {n}:{m} needs")
-    tile = tile or tune.plan("nm_prune", rows, rows, columns, weight, n, m).tile
+    tile = tile or autotune.plan("nm_prune", rows, rows, columns, weight, n, m).tile
     spec = NMPrune(dtype_of(weight), tile, n, m, "magnitude" if scores is None else dtype_of(scores))
     bits = spec.index_bits
     values = weight.new_empty(rows, columns // m * n)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from fxsparse.codegen.registry import kernel
+from fxsparse.codegen.loaded import kernel
 from fxsparse.codegen.spec import Spec
 
 

@@ -1,6 +1,6 @@
 """The metadata words of sparse tensor cores, and a compressed transpose of W^{R,C}, in plain torch.
 
-A 2:4 weight ``[N, K]`` has one nibble for four weights, ``first | second << 2``: what ``fxsparse.nm`` packs two to a
+A 2:4 weight ``[N, K]`` has one nibble for four weights, ``first | second << 2``: `ops.nm` packs two to a
 byte. Four nibbles of a row are half a word. The word of lane 4g + 2s + h, for 32 rows and 32 columns, holds
 
     low half    row 16s + g      columns 16h .. 16h + 15
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxsparse.nm import Pattern, nm_mask, pack, unpack
+from fxsparse.ops.nm import Pattern, nm_mask, pack, unpack
 
 _PATTERN = Pattern(2, 4)
 _FIRST_TWO = 0x44  # two groups that keep positions 0 and 1, which is what padding may say
@@ -72,7 +72,7 @@ class SparseTranspose:
         """Makes it from a 2:4 weight whose columns were pruned 2:4 too.
 
         Args:
-            values, indices, column_mask: of W ``[N, K]`` in the form of ``fxsparse.nm``; N and K are multiples of 16.
+            values, indices, column_mask: of W ``[N, K]`` in the form of `fxsparse.ops.nm`; N, K multiples of 16.
         """
         kept, columns = values.shape[1], values.shape[1] * 2
         number = torch.arange(1, values.numel() + 1, device=values.device).view_as(values)

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fxsparse.codegen.epilogue import Epilogue
-from fxsparse.codegen.parts import fill, module, multiply, order
 from fxsparse.codegen.spec import Argument, Spec
+from fxsparse.codegen.template import fill, module, multiply, order
 from fxsparse.errors import OptionError
 
 

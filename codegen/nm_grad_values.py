@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxsparse.codegen.parts import fill, join, load_words, module, multiply, optional, order, planes, position
 from fxsparse.codegen.spec import Argument, NMSpec
+from fxsparse.codegen.template import fill, join, load_words, module, multiply, optional, order, planes, position
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Mask search and compression in one pass: the n best of every m weights, as values and packed indices.
 
 A weight is kept when fewer than n of its group come before it: those of a higher score, and of an equal score at a
-lower index. A NaN counts as infinity, as in ``fxsparse.nm.nm_mask``.
+lower index. A NaN counts as infinity, as in ``fxsparse.ops.nm.nm_mask``.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from fxsparse.codegen.parts import fill, join, module, optional, planes
 from fxsparse.codegen.spec import DTYPES, Argument, NMSpec
+from fxsparse.codegen.template import fill, join, module, optional, planes
 from fxsparse.errors import OptionError
 
 

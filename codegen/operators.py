@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from fxsparse import gather_ops, gather_reference, multiplexing, multiplexing_reference, ops, reference
 from fxsparse.codegen import fused_ops, launch  # noqa: F401  fused_ops registers operators
-from fxsparse.custom_op import declare_kernel, implement
+from fxsparse.ops import gather_linear, multiplex, nm_linear, reference
+from fxsparse.ops.define import declare_kernel, implement
 
 
 def _nm_linear(
@@ -53,24 +53,24 @@ def _nm_linear_low_rank(
 
 
 def _mux(x: Tensor, keys: Tensor, n: int) -> Tensor:
-    run = _choose(x.dtype, None, None, launch.mux, multiplexing_reference.mux)
+    run = _choose(x.dtype, None, None, launch.mux, reference.mux)
     return run(x, keys, n)
 
 
 def _demux_linear(h: Tensor, keys: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    run = _choose(h.dtype, None, None, launch.demux_linear, multiplexing_reference.demux_linear)
+    run = _choose(h.dtype, None, None, launch.demux_linear, reference.demux_linear)
     return run(h, keys, weight, bias)
 
 
 def _gather_linear(
     x: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    run = _choose(x.dtype, None, None, launch.gather_linear, gather_reference.gather_linear)
+    run = _choose(x.dtype, None, None, launch.gather_linear, reference.gather_linear)
     return run(x, weight, rows, columns, bias)
 
 
 def _gather_linear_grad_input(dy: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    run = _choose(dy.dtype, None, None, launch.gather_linear_grad_input, gather_reference.gather_linear_grad_input)
+    run = _choose(dy.dtype, None, None, launch.gather_linear_grad_input, reference.gather_linear_grad_input)
     return run(dy, weight, rows, columns)
 
 
@@ -78,7 +78,7 @@ def _gather_linear_grad_weight(
     dy: Tensor, x: Tensor, rows: Tensor | None, columns: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
     if launch.unsupported(dy.dtype) is not None:
-        return gather_reference.gather_linear_grad_weight(dy, x, rows, columns, out_features, in_features)
+        return reference.gather_linear_grad_weight(dy, x, rows, columns, out_features, in_features)
     return launch.gather_linear_grad_weight(dy, x, rows, columns, (out_features, in_features))
 
 
@@ -89,15 +89,15 @@ def _choose(
 
 
 KERNELS: dict[CustomOpDef, Callable[..., Tensor]] = {
-    ops.nm_linear: _nm_linear,
-    ops.nm_linear_grad_input: _nm_linear_grad_input,
-    ops.nm_linear_grad_values: _nm_linear_grad_values,
-    ops.nm_linear_low_rank: _nm_linear_low_rank,
-    multiplexing.mux: _mux,
-    multiplexing.demux_linear: _demux_linear,
-    gather_ops.gather_linear: _gather_linear,
-    gather_ops.gather_linear_grad_input: _gather_linear_grad_input,
-    gather_ops.gather_linear_grad_weight: _gather_linear_grad_weight,
+    nm_linear.nm_linear: _nm_linear,
+    nm_linear.nm_linear_grad_input: _nm_linear_grad_input,
+    nm_linear.nm_linear_grad_values: _nm_linear_grad_values,
+    nm_linear.nm_linear_low_rank: _nm_linear_low_rank,
+    multiplex.mux: _mux,
+    multiplex.demux_linear: _demux_linear,
+    gather_linear.gather_linear: _gather_linear,
+    gather_linear.gather_linear_grad_input: _gather_linear_grad_input,
+    gather_linear.gather_linear_grad_weight: _gather_linear_grad_weight,
 }
 """What an operator runs on a GPU."""
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fxsparse.codegen.epilogue import Epilogue
-from fxsparse.codegen.parts import fill, parameters
 from fxsparse.codegen.spec import Argument, Spec
+from fxsparse.codegen.template import fill, parameters
 from fxsparse.errors import OptionError
 
 _KEEP_FIRST_TWO = 0x44444444

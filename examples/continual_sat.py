@@ -34,8 +34,8 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 import fxsparse
+from fxsparse.graph.training_form import FORM_KEY, training_graph
 from fxsparse.passes import Pass, SelectNeurons
-from fxsparse.training_form import FORM_KEY, training_graph
 
 
 @dataclass

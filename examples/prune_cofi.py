@@ -31,8 +31,8 @@ from snippets import Snippets, Split, read_snippets
 from torch.fx import GraphModule
 
 import fxsparse
-from fxsparse.gating import expected_sparsity, sparsity_loss
 from fxsparse.passes import DistillLayers, GateStructures, Materialize
+from fxsparse.passes.structured.hard_concrete import expected_sparsity, sparsity_loss
 
 
 @dataclass

@@ -6,25 +6,24 @@ fast = torch.compile(sparse, backend="fxsparse")
 """
 
 from fxsparse import autoprumux
-from fxsparse.backend import invalidate
-from fxsparse.backprop import BackpropGraph
-from fxsparse.checkpoint import load, save
-from fxsparse.compiled import kernels
+from fxsparse.backend.backend import invalidate
+from fxsparse.backend.compiled import kernels
+from fxsparse.backend.tune import tune
+from fxsparse.checkpoint import dense_state_dict, load, save
+from fxsparse.cost.backprop import BackpropGraph
+from fxsparse.cost.flops import count_flops
+from fxsparse.cost.importance import tensor_importance
 from fxsparse.errors import CheckpointError, FxsparseError, LoweringError, OptionError, RewriteError, TraceError
-from fxsparse.flops import count_flops
-from fxsparse.gating import sparsity_loss
-from fxsparse.importance import tensor_importance
+from fxsparse.graph.record import Record, record_of
 from fxsparse.integrations.huggingface import from_pretrained, save_pretrained
-from fxsparse.optimizer_state import forget_dropped
+from fxsparse.optimizers import forget_dropped
 from fxsparse.passes import Pass, Pipeline
+from fxsparse.passes.structured.hard_concrete import sparsity_loss
 from fxsparse.recipes import recipe
-from fxsparse.record import Record, record_of
-from fxsparse.report import explain
+from fxsparse.reporting import explain
 from fxsparse.rewriting import replay, rewrite
 from fxsparse.schedule import Schedule
-from fxsparse.state import dense_state_dict
-from fxsparse.tracing import trace
-from fxsparse.tuning import tune
+from fxsparse.tracing.trace import trace
 from fxsparse.version import __version__
 
 __all__ = [

@@ -9,9 +9,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxsparse.errors import CheckpointError
+from fxsparse.graph.record import TRACE_KEY, Record
 from fxsparse.passes import Pass, Pipeline
-from fxsparse.record import TRACE_KEY, Record
-from fxsparse.tracing import trace
+from fxsparse.tracing.trace import trace
 
 
 def rewrite(

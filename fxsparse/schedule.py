@@ -9,9 +9,9 @@ import torch
 from torch.fx import GraphModule
 
 from fxsparse.errors import CheckpointError, OptionError
+from fxsparse.graph.record import record_of
 from fxsparse.passes.base import parse_passes
 from fxsparse.passes.event import Event
-from fxsparse.record import record_of
 
 
 class Schedule:

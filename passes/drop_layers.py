@@ -23,11 +23,12 @@ from typing import Any, ClassVar
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.blocks import Block, Stack, mark_alone, stacks
-from fxsparse.derived import weights_borrowed
+from fxsparse.analysis.blocks import Block, Stack, mark_alone, stacks
 from fxsparse.errors import OptionError, RewriteError
-from fxsparse.passes.base import FrozenMapping, Pass
-from fxsparse.record import Change, rewrote, skipped
+from fxsparse.graph.derived_buffers import weights_borrowed
+from fxsparse.graph.record import Change, rewrote, skipped
+from fxsparse.passes.base import Pass
+from fxsparse.passes.text import FrozenMapping
 
 CONFIGURATIONS = ("max-gap", "input", "output", "middle", "both")
 _SIZES = ("fraction", "count", "indices")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
-from fxsparse.costs import costs
+from fxsparse.cost.flops import costs
 from fxsparse.errors import OptionError, RewriteError
+from fxsparse.graph.record import Costs, Entry, append, record_of
 from fxsparse.passes.base import Pass, parse_passes, pass_classes
-from fxsparse.record import Costs, Entry, append, record_of
 
 STRUCTURE_ONLY = "fxsparse_structure_only"
 

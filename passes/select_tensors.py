@@ -24,15 +24,15 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.backprop import BackpropGraph
-from fxsparse.costs import costs
-from fxsparse.derived import weights_borrowed
+from fxsparse.cost.backprop import BackpropGraph
+from fxsparse.cost.flops import costs
+from fxsparse.cost.importance import METRICS, tensor_importance
 from fxsparse.errors import OptionError, RewriteError, nearest
-from fxsparse.importance import METRICS, tensor_importance
+from fxsparse.graph.derived_buffers import weights_borrowed
+from fxsparse.graph.record import META_KEY, Change, record_of, rewrote, skipped
+from fxsparse.graph.trainable import fully_trained, own_parameter, set_trained, trainable, trained
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
-from fxsparse.record import META_KEY, Change, record_of, rewrote, skipped
-from fxsparse.training_set import fully_trained, own_parameter, set_trained, trainable, trained
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
-sys.path.insert(0, str(Path(__file__).parent))  # tests import `families`
 
 import pytest
 import torch
@@ -30,19 +28,21 @@ def _seed() -> None:
 @pytest.fixture
 def own_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """An empty table of measured times, of a GPU that every machine can name."""
-    from fxsparse import measured
+    from fxsparse.lowering import timings
 
     monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Test")
-    measured.forget()
+    timings.forget()
     yield
-    measured.forget()
+    timings.forget()
 
 
 @pytest.fixture
 def plain_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measuring takes references as they are: what Inductor makes of them takes long to compile."""
-    monkeypatch.setattr("fxsparse.rivals.as_inductor_compiles", lambda function, args: lambda: function(*args))
+    monkeypatch.setattr(
+        "fxsparse.lowering.candidates.as_inductor_compiles", lambda function, args: lambda: function(*args)
+    )
 
 
 @pytest.fixture(autouse=True)

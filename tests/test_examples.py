@@ -8,7 +8,7 @@ from pathlib import Path
 
 import fxsparse
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 
 
 def run_example(name: str, *args: object) -> str:

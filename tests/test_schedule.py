@@ -6,17 +6,17 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES
-from oracle import masks_of
 from torch import nn
 from torch.fx import GraphModule
 
 import fxsparse
 from fxsparse.errors import CheckpointError, OptionError
-from fxsparse.nm import Pattern, nm_mask
+from fxsparse.graph.record import record_of
+from fxsparse.ops.nm import Pattern, nm_mask
 from fxsparse.passes import AddLowRankBranches, DoublePruneBackward, InsertNMMasks
-from fxsparse.passes.sparse_linear import sparse_linears
-from fxsparse.record import record_of
+from fxsparse.passes.nm.sparse_linear import sparse_linears
+from tests.support.families import FAMILIES
+from tests.support.oracle import masks_of
 
 
 def net() -> nn.Sequential:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.probing import nearest
+from fxsparse.analysis.probing import nearest
 
 aten = torch.ops.aten
 

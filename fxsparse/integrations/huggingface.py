@@ -20,10 +20,10 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
+from fxsparse.checkpoint import dense_state_dict
 from fxsparse.errors import CheckpointError
 from fxsparse.integrations.heads import Heads, attention_calls, choose_heads, heads_of
 from fxsparse.integrations.resizing import resize, sizes_of
-from fxsparse.state import dense_state_dict
 
 _RECORD = "fxsparse"
 """The setting that holds the sizes, and the variant of the weights' file: transformers finds none under the plain name,

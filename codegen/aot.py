@@ -1,0 +1,87 @@
+"""Compiling kernels ahead of time, for a device that need not be there, and what they use of it.
+
+Triton's wheel carries NVIDIA's assembler and its inspection tools, so a machine without a GPU or CUDA suffices.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fxsparse.codegen.loaded import kernel
+from fxsparse.codegen.spec import Spec
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory that one program may use, by compute capability (A100 and H100; CUDA programming guide)."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program of a compiled kernel takes.
+
+    Attributes:
+        registers: a thread.
+        spills: instructions that move a register that did not fit to or from local memory.
+        shared: bytes of shared memory.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def compile_for(spec: Spec, capability: int, *, aligned: bool = True) -> Any:
+    """Compiles a spec's kernel.
+
+    Args:
+        spec: of the kernel.
+        capability: 80 for an A100, 90 for an H100.
+        aligned: pointers and sizes are multiples of 16, as Triton finds them to be at most launches.
+
+    Returns:
+        Triton's compiled kernel: ``asm["ptx"]``, ``asm["cubin"]``, ``metadata``.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    function = kernel(spec).function
+    types = {argument.name: argument.type for argument in spec.arguments}
+    attributes = {
+        (position,): [["tt.divisibility", 16]]
+        for position, kind in enumerate(types.values())
+        if kind != "fp32" and aligned
+    }
+    options = {"num_warps": spec.tile.warps}
+    if spec.gluon:
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    else:
+        from triton.compiler import ASTSource as Source
+
+        options["num_stages"] = spec.tile.stages
+    origin = Source(fn=function, signature=types, constexprs={}, attrs=attributes)
+    return triton.compile(origin, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(compiled: Any) -> Resources:
+    """What a compiled kernel uses, read from its binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _inspect("cuobjdump", "--dump-resource-usage", file.name)
+        assembly = _inspect("nvdisasm", "-c", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump tells no registers: {usage}")
+    spills = re.findall(r"\b(?:LDL|STL)\b", assembly)
+    return Resources(int(registers[1]), len(spills), compiled.metadata.shared)
+
+
+def _inspect(tool: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,211 @@
+"""The ``torch.compile`` backend: ``torch.compile(model, backend="fxsparse")``.
+
+Dynamo's graph goes down this list; every step leaves a graph that torch takes for one of Dynamo's own:
+
+1. with ``options={"passes": ...}``: to the training IR, through the passes, and back (``one_line``);
+2. frozen N:M weights run from compressed form where that pays (``lower``);
+3. what the graph needs beyond Dynamo's inputs is looked up by the weights' identity on every call (``runtime_state``);
+4. the rest is Inductor's, which inlines the references of our operators (``inductor``, ``inline``).
+
+The bare call runs no passes and computes what eager computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import eval_frame
+from torch.fx import GraphModule
+
+from fxsparse.backend.compiled import CompiledGraph, Origin, compiled_graphs, forget_all, record_launches
+from fxsparse.backend.inductor import config_patches
+from fxsparse.backend.one_line import RewrittenGraph
+from fxsparse.backend.options import BackendOptions
+from fxsparse.errors import FxsparseError, LoweringError
+from fxsparse.graph.dynamo import copy_dynamo_graph, state_names
+from fxsparse.graph.runtime_state import Slot, invalidate
+from fxsparse.lowering import choose
+from fxsparse.lowering.lower import lower_graph
+
+__all__ = ["compiled_graphs", "fxsparse", "invalidate"]
+
+
+def fxsparse(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """Compiles one of Dynamo's graphs; called by ``torch.compile(model, backend="fxsparse")``.
+
+    Args:
+        gm: the graph.
+        example_inputs: its real inputs.
+        options: ``passes`` (text, Pass objects, a list of either, a Pipeline) or ``recipe`` (a name): what to rewrite
+            in every graph, with the weights staying the model's own; ``lower`` (operator -> implementation): pins a
+            choice, or excludes some; ``tune`` (seconds): how long a graph may measure products nobody measured before,
+            on a GPU; ``fallback``: False makes a graph that cannot be lowered an error; ``compiler``: ``inductor``,
+            ``aot_eager`` or ``eager``; any option of Inductor.
+        mode: as for Inductor.
+
+    Returns:
+        the compiled function. What the user did wrong (:class:`~fxsparse.errors.OptionError`,
+        :class:`~fxsparse.errors.RewriteError`) is raised when it is called: Dynamo would wrap, or swallow, an error
+        raised here.
+    """
+    eval_frame.cached_backends.setdefault(id(fxsparse), fxsparse)  # whose reset() a torch._dynamo.reset() calls, once
+    try:
+        parsed = BackendOptions.parse(options, mode)
+        return _compile_graph(gm, list(example_inputs), parsed)
+    except FxsparseError as error:
+        return _raising(error)
+
+
+def _reset() -> None:
+    forget_all()
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None:
+        trees.reset_cudagraph_trees()
+
+
+fxsparse.reset = _reset  # type: ignore[attr-defined]  # called by torch._dynamo.reset()
+
+
+def _raising(error: FxsparseError) -> Callable[..., Any]:
+    def refuse(*args: Any) -> Any:
+        for failure in (error, error.__cause__):
+            if failure is not None:
+                traceback.clear_frames(failure.__traceback__)  # they hold the model's parameters
+        raise copy.copy(error) from error.__cause__
+
+    return refuse
+
+
+def _compile_graph(gm: GraphModule, example_inputs: list[Any], options: BackendOptions) -> Callable[..., Any]:
+    origin = Origin.of_current_call()
+    report = CompiledGraph(str(gm.meta.get("dynamo_compile_id") or ""), options)
+    rewritten = _run_passes(gm, example_inputs, options, origin.module, report)
+    before, slots = (rewritten.module, rewritten.slots) if rewritten is not None else (gm, [])
+    names = rewritten.names if rewritten is not None else state_names(gm, example_inputs, origin.module)
+    report.shapes = {name: tuple(example_inputs[position].shape) for position, name in names.items()}
+    lowered, further = _lower(before, example_inputs, names, options, report)
+    values = _values([*slots, *further], example_inputs)
+    fixed = _of_fixed_size(values)
+    inner = _compile(lowered, [*example_inputs, *values], report)
+    del fixed
+    if any(choice.implementation in choose.LAUNCHING for choice in report.choices):
+        inner = record_launches(inner, report.launches)
+    if rewritten is not None or further:
+        dense = _Dense(before, slots, report) if further else None
+        inner = _with_states(inner, [*slots, *further], rewritten, dense)
+    origin.add(report)
+    return inner
+
+
+def _run_passes(
+    gm: GraphModule, example_inputs: list[Any], options: BackendOptions, root: nn.Module | None, report: CompiledGraph
+) -> RewrittenGraph | None:
+    if options.pipeline is None:
+        return None
+    try:
+        rewritten = RewrittenGraph(options.pipeline, gm, example_inputs, root)
+    except FxsparseError:
+        raise
+    except Exception as error:
+        _fall_back("bringing the graph into the form passes work on", error, options, report)
+        return None
+    report.record = rewritten.record
+    return rewritten
+
+
+def _lower(
+    gm: GraphModule,
+    example_inputs: list[Any],
+    names: dict[int, str],
+    options: BackendOptions,
+    report: CompiledGraph,
+) -> tuple[GraphModule, list[Slot]]:
+    try:
+        lowered, slots = lower_graph(gm, example_inputs, names, options, report)
+    except Exception as error:
+        _fall_back("lowering", error, options, report)
+        return gm, []
+    return lowered, slots
+
+
+def _fall_back(what: str, error: Exception, options: BackendOptions, report: CompiledGraph) -> None:
+    """Lets the graph run as it was, with a note and a warning, or raises."""
+    reason = f"{what} failed, so graph {report.name} runs as it was: {type(error).__name__}: {error}"
+    if not options.fallback:
+        raise LoweringError(reason) from error
+    report.note(reason)
+    warnings.warn(f"fxsparse: {reason}", stacklevel=2)
+
+
+# --- compiling --------------------------------------------------------------------------------------------------------
+
+
+def _compile(gm: GraphModule, inputs: list[Any], report: CompiledGraph) -> Callable[..., Any]:
+    options = report.options
+    if options.compiler == "eager":
+        return gm.forward
+    if options.compiler == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, inputs)
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled: Any = compile_fx(gm, inputs, config_patches=config_patches(options, report.decided))
+    return compiled
+
+
+def _values(slots: list[Slot], example_inputs: list[Any]) -> list[Tensor]:
+    """The further inputs for the weights that are compiled with."""
+    return [tensor for slot in slots for tensor in slot.get(example_inputs) or ()]
+
+
+def _of_fixed_size(tensors: list[Tensor]) -> list[Any]:
+    """Fake tensors that keep torch, for as long as they live, from making symbols of the sizes of ``tensors``."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return []
+    return [context.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+
+
+def _with_states(
+    inner: Callable[..., Any], slots: list[Slot], rewritten: RewrittenGraph | None, dense: Callable[..., Any] | None
+) -> Callable[..., Any]:
+    """``inner`` with its further inputs looked up for the weights of each call."""
+
+    def call(*args: Any) -> Any:
+        if rewritten is not None:
+            rewritten.check_serves(args)
+        further: list[Any] = []
+        for slot in slots:
+            tensors = slot.get(args)
+            if tensors is None:
+                assert dense is not None
+                return dense(*args)
+            further += tensors
+        return inner(*args, *further)
+
+    return call
+
+
+class _Dense:
+    """The graph before frozen weights were compressed: for calls where one is no longer N:M; compiled when needed."""
+
+    def __init__(self, gm: GraphModule, slots: list[Slot], report: CompiledGraph):
+        self.gm, self.slots, self.report = copy_dynamo_graph(gm), slots, report
+        self.compiled: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.compiled is None:
+            self.report.note("a frozen weight no longer satisfies its pattern: the dense graph runs")
+            inner = torch.compile(self.gm.forward, backend=lambda gm, inputs: _compile(gm, inputs, self.report))
+            self.compiled = _with_states(inner, self.slots, None, None)
+        return self.compiled(*args)

@@ -1,0 +1,126 @@
+"""What Inductor is told: to inline our references, and to keep its caches apart.
+
+One custom graph pass does both. It runs on the forward and on the backward graph, after AOTAutograd has parted them.
+Where a reference is inlined before, through ``decompositions=``, what the backward pass computes from weights alone
+becomes forward work: W^{R,C} is made dense there and held until the backward pass, with the positions of all kept
+values in int64. And its ``uuid`` stands in the keys of torch's compile caches, which hold the graph
+and Inductor's configuration but not the Python behind our operators: without it a changed autograd formula, or other
+options, would go on running as they were first compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxsparse.backend.options import BackendOptions
+from fxsparse.lowering import choose
+from fxsparse.ops.define import DECOMPOSITIONS
+
+_SLOT = "post_grad_custom_pre_pass"
+
+
+class InlineReferences(CustomGraphPass):
+    """Inlines the references of the operators that were chosen to run so.
+
+    Args:
+        options: of the backend.
+        decided: implementations that fixed rules would not choose, as `CompiledGraph` has them.
+        then: the passes that the user gave Inductor for the same place; they run afterwards.
+    """
+
+    def __init__(self, options: BackendOptions, decided: Mapping[str, str], then: Sequence[Any] = ()):
+        self.options, self.decided, self.then = options, dict(decided), tuple(then)
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        choose.keep_transposes(graph, self.options)
+        inline_references(graph, lambda call: choose.runs_reference(call, self.options, self.decided))
+        for theirs in self.then:
+            theirs(graph)
+
+    def uuid(self) -> bytes | None:
+        """Of the sources, the options, what was decided and the user's passes; None, and no caching, where one of those
+        has none."""
+        own = hashlib.sha256(sources() + f"{self.options};{sorted(self.decided.items())}".encode())
+        for item in self.then:
+            theirs = item.uuid() if isinstance(item, CustomGraphPass) else None
+            if theirs is None:
+                return None
+            own.update(repr(theirs).encode())
+        return own.digest()
+
+
+@functools.cache
+def sources() -> bytes:
+    """A hash of every source file of the package, passes and code generation included."""
+    import fxsparse
+    import fxsparse.codegen
+    import fxsparse.passes
+
+    digest = hashlib.sha256(torch.__version__.encode())
+    for package in (fxsparse, fxsparse.passes, fxsparse.codegen):
+        for root in package.__path__:
+            for path in sorted(Path(root).rglob("*.py")):
+                digest.update(str(path.relative_to(root)).encode())
+                digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def config_patches(options: BackendOptions, decided: Mapping[str, str]) -> dict[str, Any]:
+    """Inductor's configuration for ``options`` and what was decided for a graph."""
+    from torch._inductor import config
+
+    theirs = options.inductor.get(_SLOT, getattr(config, _SLOT)) or ()
+    return {
+        **options.inductor,
+        _SLOT: InlineReferences(options, decided, theirs if isinstance(theirs, (list, tuple)) else [theirs]),
+    }
+
+
+def inline_references(graph: Graph, wanted: Callable[[Node], bool] = lambda node: True) -> int:
+    """Replaces calls of fxsparse operators by the ATen of their references, in place.
+
+    Args:
+        graph: an ATen graph of fake tensors, as a ``post_grad_custom_pre_pass`` of Inductor gets it.
+        wanted: which calls.
+
+    Returns:
+        how many.
+    """
+    calls = [node for node in graph.nodes if node.op == "call_function" and node.target in DECOMPOSITIONS]
+    calls = [node for node in calls if wanted(node)]
+    for node in calls:
+        _inline(graph, node)
+    return len(calls)
+
+
+def _inline(graph: Graph, call: Node) -> None:
+    from torch._inductor.decomposition import select_decomp_table
+
+    sources = call.all_input_nodes
+    values = [source.meta["val"] for source in sources]
+
+    def compute(*tensors: Any) -> torch.Tensor:
+        given = dict(zip(sources, tensors, strict=True))
+        args, kwargs = torch.fx.map_arg((call.args, call.kwargs), given.__getitem__)
+        return DECOMPOSITIONS[call.target](*args, **kwargs)  # type: ignore[index]
+
+    with detect_fake_mode(values) or contextlib.nullcontext(), enable_python_dispatcher():
+        traced = make_fx(compute, select_decomp_table())(*values)
+    with graph.inserting_before(call):
+        twins = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))
+        result = graph.graph_copy(traced.graph, twins)
+    assert isinstance(result, Node)  # operators return one tensor
+    call.replace_all_uses_with(result)
+    graph.erase_node(call)

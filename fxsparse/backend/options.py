@@ -1,0 +1,151 @@
+"""The options of ``torch.compile(model, backend="fxsparse", mode=..., options={...})``, checked and in one form."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from fxsparse.errors import OptionError
+from fxsparse.lowering.pins import LOWERINGS, Pin
+
+if TYPE_CHECKING:
+    from fxsparse.passes.pipeline import Pipeline
+
+OWN = ("passes", "recipe", "lower", "tune", "fallback", "compiler")
+COMPILERS = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What a call of ``torch.compile`` asked for.
+
+    Attributes:
+        pipeline: the passes to run on every graph, None for the bare call.
+        lower: the implementation that is pinned, by operator.
+        tune: seconds that a graph may spend on measuring products nobody measured before, on a GPU.
+        fallback: whether a graph that cannot be lowered runs as it was; otherwise that is an error.
+        compiler: what compiles the lowered graph: ``inductor``, or ``aot_eager`` and ``eager`` to debug.
+        inductor: Inductor's configuration, mode included.
+    """
+
+    pipeline: Pipeline | None = None
+    lower: tuple[tuple[str, str], ...] = ()
+    tune: float = 30.0
+    fallback: bool = True
+    compiler: str = "inductor"
+    inductor: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> BackendOptions:
+        """Checks what was given to ``torch.compile``.
+
+        Raises:
+            OptionError: an option that neither fxsparse nor Inductor knows, or a value it cannot have.
+        """
+        given = dict(options or {})
+        own = {name: given.pop(name) for name in OWN if name in given}
+        return cls(
+            pipeline=_pipeline(own),
+            lower=_lower(own.get("lower")),
+            tune=_seconds(own.get("tune", cls.tune)),
+            fallback=_one_of("fallback", own.get("fallback", True), (True, False)),
+            compiler=_one_of("compiler", own.get("compiler", "inductor"), COMPILERS),
+            inductor=_inductor(given, mode),
+        )
+
+    def pin(self, op: str) -> Pin:
+        """What was said of an operator's implementations."""
+        return replace(Pin.parse(dict(self.lower).get(op, "auto")), of=op)
+
+    def __str__(self) -> str:
+        """Equal options have equal text; it is part of the compile caches' key."""
+        inductor = sorted((name, repr(value)) for name, value in self.inductor.items())
+        return f"passes={self.pipeline or ''};lower={self.lower};compiler={self.compiler};inductor={inductor}"
+
+
+def _pipeline(own: Mapping[str, Any]) -> Pipeline | None:
+    if own.get("passes") is not None and own.get("recipe") is not None:
+        raise OptionError("give passes or recipe, not both: a recipe is a name for passes")
+    if own.get("recipe") is not None:
+        from fxsparse.recipes import recipe
+
+        return recipe(own["recipe"])
+    passes = own.get("passes")
+    if passes is None or passes == "":
+        return None
+    import fxsparse.passes  # noqa: F401  (text finds the passes that are imported)
+    from fxsparse.passes.base import Pass
+    from fxsparse.passes.pipeline import Pipeline
+
+    if not isinstance(passes, (Pipeline, Pass, str, list, tuple)):
+        raise OptionError(f"passes are text, Pass objects, a list of these, or a Pipeline, not {type(passes).__name__}")
+    pipeline = passes if isinstance(passes, Pipeline) else Pipeline(passes)
+    return pipeline if pipeline.passes else None
+
+
+def _lower(given: Any) -> tuple[tuple[str, str], ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, Mapping):
+        raise OptionError(f'lower maps operators to implementations, as in {{"nm_linear": "dense"}}, not {given!r}')
+    for op, choice in given.items():
+        if op not in LOWERINGS:
+            raise OptionError(f"lower: {_unknown('operator', op, LOWERINGS)}")
+        words = [word.strip() for word in choice.split(",")] if isinstance(choice, str) else [choice]
+        excludes = all(isinstance(word, str) and word.startswith("-") for word in words)
+        if len(words) > 1 and not excludes:
+            raise OptionError(f"lower[{op!r}]={choice!r} must be one name, or names to exclude, each after a minus")
+        for word in words:
+            _one_of(f"lower[{op!r}]", word[1:] if excludes else word, LOWERINGS[op][1 if excludes else 0 :])
+    return tuple(sorted((op, choice) for op, choice in given.items() if choice != "auto"))
+
+
+def _seconds(given: Any) -> float:
+    if given is False or given is None:
+        return 0.0
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not given >= 0:
+        raise OptionError(f"tune={given!r} is no number of seconds; 0 or False measures nothing")
+    return float(given)
+
+
+def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
+    if not any(value is option or (isinstance(value, str) and value == option) for option in known):
+        raise OptionError(f"{name}={value!r} is none of {', '.join(map(repr, known))}")
+    return value
+
+
+def _inductor(given: Mapping[str, Any], mode: str | None) -> dict[str, Any]:
+    """Inductor's own options, checked and expanded by torch itself."""
+    if not given and mode in (None, "default"):
+        return {}
+    import torch
+
+    options = {name.replace("-", "_"): value for name, value in given.items()}
+    for name in options:
+        if name not in _inductor_names():
+            raise OptionError(_unknown("option", name, (*OWN, *sorted(_inductor_names()))))
+    if options.get("freezing"):
+        raise OptionError(
+            "freezing=True freezes nothing under a backend that torch.compile calls, and keeps the compile caches from "
+            "working; frozen N:M weights are found without it"
+        )
+    try:
+        return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
+    except RuntimeError as error:
+        raise OptionError(str(error)) from error
+
+
+@functools.cache
+def _inductor_names() -> frozenset[str]:
+    import torch._inductor
+
+    return frozenset(torch._inductor.list_options())
+
+
+def _unknown(kind: str, name: str, known: Any) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"fxsparse's own are {', '.join(OWN)}"
+    return f"unknown {kind} {name!r}; {hint}"

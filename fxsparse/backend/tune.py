@@ -1,0 +1,120 @@
+"""Measuring a model's operators ahead of time, for a user who asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from fxsparse.backend.compiled import compiled_graphs
+from fxsparse.errors import OptionError
+from fxsparse.lowering import choose, sites, timings
+from fxsparse.lowering.choose import REFERENCE
+from fxsparse.lowering.estimates import Work
+from fxsparse.lowering.frozen import pattern_of
+from fxsparse.lowering.measure import Measurement, measure
+
+ROWS = (1, 16, 64, 512, 4096)
+"""Rows of the input that are measured where nothing else is said: decoding up to training."""
+
+
+def tune(
+    model: nn.Module | Callable[..., Any],
+    *,
+    rows: Sequence[int] | None = None,
+    seconds: float = 60.0,
+    again: bool = False,
+    progress: bool = True,
+) -> list[Measurement]:
+    """Measures, ahead of time, the implementations of every operator of a model and of its gradients.
+
+    What is found is kept: compiled code chooses by it from then on, in this process and in later ones; what was
+    compiled before stays.
+
+    Args:
+        model: a rewritten graph module, a model with N:M weights, or what ``torch.compile(..., backend="fxsparse")``
+            returned for one.
+        rows: of the inputs, batch times sequence; by default those a compiled model has met, else `ROWS`.
+        seconds: at most spent; products that no time was left for are not in the result, call it again for them.
+        again: also measure what was measured before.
+        progress: print a line for each product to standard error, above a bar where rich is installed.
+
+    Raises:
+        OptionError: the model holds no such operator, or an option is out of range.
+    """
+    if seconds <= 0 or any(count < 1 for count in rows or ()):
+        raise OptionError(f"seconds={seconds} and every number of rows must be positive")
+    device, works = works_of(model, rows)
+    if not works:
+        raise OptionError("the model has nothing to tune: rewrite it, with nm-masks say, or give it N:M weights")
+    pending = [work for work in works if again or REFERENCE not in timings.times(work, device)]
+    until, found = time.monotonic() + seconds, []
+    with _bar(len(pending)) if progress else contextlib.nullcontext(lambda line: None) as say:
+        for count, work in enumerate(pending, 1):
+            if time.monotonic() > until:
+                say(f"tuning stopped after {seconds:g} s, {len(pending) - count + 1} left")
+                break
+            found.append(measure(work, device, until=until))
+            say(f"[{count}/{len(pending)}] {found[-1]}")
+    return found
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[Callable[[str], None]]:
+    """What prints a line for a product to standard error, above a progress bar where rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        yield functools.partial(print, file=sys.stderr, flush=True)
+        return
+    columns = TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True, soft_wrap=True), transient=True) as bar:
+        task = bar.add_task("tuning", total=total)
+
+        def say(line: str) -> None:
+            bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            bar.advance(task)
+
+        yield say
+
+
+def works_of(model: Any, rows: Sequence[int] | None) -> tuple[str, list[Work]]:
+    """The device and the products of a model, each once."""
+    met = [choice.work for graph in compiled_graphs(model) for choice in graph.choices if choice.work is not None]
+    if met and rows is None:
+        works: Iterable[Work] = met
+    else:
+        works = [_with_rows(work, count) for work in [*met, *_works_in(model)] for count in rows or ROWS]
+    module = getattr(model, "_orig_mod", model)
+    tensors = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
+    return (tensors[0].device.type if tensors else "cpu"), list(dict.fromkeys(works))
+
+
+def _works_in(model: Any) -> Iterator[Work]:
+    model = getattr(model, "_orig_mod", model)
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, GraphModule):
+            for op, node in sites.operators(module):
+                site = sites.site_of(op, node)
+                if site is not None:
+                    trained = any(parameter.requires_grad for parameter in module.parameters())
+                    works = [each.work for each in (site, *(choose.gradients(site) if trained else ()))]
+                    yield from (work for work in works if work is not None)
+        elif isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.dim() == 2:
+            pattern = None if isinstance(module, nn.Embedding) else pattern_of(weight)
+            if pattern is not None:
+                yield Work("nm_linear", pattern, weight.dtype, 1, *weight.shape)
+
+
+def _with_rows(work: Work, count: int) -> Work:
+    """A product on another number of rows; of operators that take whole groups, at least so many."""
+    length = work.further[-1] if work.op in ("mux", "demux_linear") else 1
+    return replace(work, rows=-(-count // length) * length)

@@ -1,0 +1,1 @@
+"""What a graph costs: FLOPs, bytes, the backprop graph, and the exact selection of tensors within a budget."""

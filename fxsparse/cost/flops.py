@@ -1,0 +1,188 @@
+"""What a model costs: FLOPs and bytes of the forward and the backward pass, by module.
+
+FLOPs are those of matrix products, as ``torch.utils.flop_counter.FlopCounterMode`` counts them under math attention
+(`formulas`); the backward pass is that of the tensors being trained (`backprop`). Bytes are what the
+operators read and write if each runs on its own: what fusion saves is the difference to what a device moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from fxsparse.cost.backprop import BackpropGraph
+from fxsparse.cost.dataflow import Operation, tensors_of
+from fxsparse.cost.sizes import Sizes
+from fxsparse.graph.record import Costs
+from fxsparse.graph.training_form import training_graph
+
+
+@dataclass
+class Cost:
+    """What a module and the modules inside it cost.
+
+    Attributes:
+        forward, backward: FLOPs.
+        forward_bytes, backward_bytes: bytes read and written.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+
+    @property
+    def step(self) -> int:
+        """FLOPs of a training step without the optimizer."""
+        return self.forward + self.backward
+
+    def add(self, other: Cost) -> None:
+        self.forward += other.forward
+        self.backward += other.backward
+        self.forward_bytes += other.forward_bytes
+        self.backward_bytes += other.backward_bytes
+
+
+@dataclass
+class FlopCount(Cost):
+    """What a graph costs at some sizes.
+
+    Attributes:
+        forward, backward, forward_bytes, backward_bytes: of the whole graph. ``forward`` is also the cost of inference.
+        modules: the cost of every module, by its path; a parent's includes its children's.
+        uncounted: operations whose FLOPs nothing is known about, as ``node: operator``. Where there are any, FLOPs are
+            lower bounds.
+        sizes: the symbols' sizes.
+    """
+
+    modules: dict[str, Cost] = field(default_factory=dict)
+    uncounted: tuple[str, ...] = ()
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def table(self, depth: int = 3) -> str:
+        """A table of the modules down to ``depth`` names in their path."""
+        header = ("module", "forward", "backward", "step", "of all", "bytes")
+        rows = [("model", self), *((path, cost) for path, cost in self.modules.items() if path.count(".") < depth)]
+        lines = [header, *(self._row(path, cost) for path, cost in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = "\n".join(
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        )
+        return "\n".join([text, *(f"not counted: {line}" for line in self.uncounted)])
+
+    def _row(self, path: str, cost: Cost) -> tuple[str, ...]:
+        *parents, name = path.split(".")
+        share = f"{cost.step / self.step:.1%}" if self.step else "-"
+        label = "  " * (len(parents) + (cost is not self)) + name
+        flops = (engineering(n) for n in (cost.forward, cost.backward, cost.step))
+        return (label, *flops, share, engineering(cost.forward_bytes + cost.backward_bytes))
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def engineering(number: int) -> str:
+    """``1234567`` as ``1.23 M``."""
+    for scale, unit in ((10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return str(number)
+
+
+def count_flops(gm: GraphModule, *, trained: Iterable[str] | None = None, **sizes: Any) -> FlopCount:
+    """The FLOPs and bytes of a graph, in total and by module.
+
+    Args:
+        gm: a training-IR graph module, as `fxsparse.trace` gives it. Where a pass gave it another form to train in
+            (``select-neurons``), give ``fxsparse.graph.training_form.training_graph(gm)`` for that one's.
+        trained: names of the tensors that the backward pass trains; by default those that require a gradient.
+        sizes: sizes by input, such as ``input_ids=(8, 128)`` or a whole batch of tensors (``**batch``); by default
+            those of the traced example. See `fxsparse.cost.sizes`.
+
+    Raises:
+        OptionError: a name or a size that the graph does not have.
+    """
+    graph = BackpropGraph(gm)
+    at = Sizes(gm, sizes)
+    costs = graph.costs(**sizes)
+    backward = {
+        index: sum(flops) for index, flops in graph.paid(graph.trainable if trained is None else trained, costs)
+    }
+    total = Cost()
+    modules: dict[str, Cost] = {}
+    for operation in graph.operations:
+        cost = Cost(
+            sum(costs.forward[index] for index in operation.values),
+            sum(backward.get(index, 0) for index in operation.values),
+            *_bytes(operation, at, any(index in backward for index in operation.values)),
+        )
+        total.add(cost)
+        for path in _prefixes(operation.module):
+            modules.setdefault(path, Cost()).add(cost)
+    uncounted = tuple(f"{operation.node.name}: {operation.node.target}" for operation in graph.uncounted)
+    return FlopCount(
+        total.forward, total.backward, total.forward_bytes, total.backward_bytes, modules, uncounted, at.values
+    )
+
+
+def step_flops(gm: GraphModule) -> tuple[int, int]:
+    """FLOPs of the forward pass and of a training step of every tensor that requires a gradient, at the traced
+    sizes."""
+    graph = BackpropGraph(gm)
+    costs = graph.costs()
+    forward = sum(costs.forward)
+    return forward, forward + sum(sum(flops) for _, flops in graph.paid(graph.trainable, costs))
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    names = path.split(".") if path else []
+    for length in range(1, len(names) + 1):
+        yield ".".join(names[:length])
+
+
+def _bytes(operation: Operation, sizes: Sizes, is_trained: bool) -> tuple[int, int]:
+    """Bytes that an operation moves in the forward and in the backward pass."""
+    written = _size(operation.node, sizes)
+    arguments = operation.node.all_input_nodes
+    if operation.kind == "view":
+        return 0, 0
+    if operation.kind == "create":
+        return written, 0
+    if operation.kind == "gather":
+        indices = sum(_size(argument, sizes) for argument in arguments if not _is_floating(argument))
+        forward = 2 * written + indices
+    else:
+        forward = written + sum(_size(argument, sizes) for argument in arguments)
+    if not is_trained:
+        return forward, 0
+    # The incoming gradient and the inputs are read, a gradient of each input is written.
+    return forward, written + 2 * sum(_size(argument, sizes) for argument in arguments if _is_floating(argument))
+
+
+def _size(node: Node, sizes: Sizes) -> int:
+    return sum(sizes.operand(tensor).bytes for tensor in tensors_of(node))
+
+
+def _is_floating(node: Node) -> bool:
+    return any(tensor.is_floating_point() for tensor in tensors_of(node))
+
+
+def costs(gm: GraphModule) -> Costs:
+    """The costs of a training-IR graph at the sizes it was traced with; tied parameters count once."""
+    forward, step = step_flops(training_graph(gm))
+    parameters = list(gm.parameters())
+    return Costs(
+        forward_flops=forward,
+        step_flops=step,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        parameter_bytes=sum(parameter.nbytes for parameter in parameters),
+        buffer_bytes=sum(buffer.nbytes for buffer in gm.buffers()),
+        optimizer_bytes=sum(2 * parameter.nbytes for parameter in parameters if parameter.requires_grad),
+    )

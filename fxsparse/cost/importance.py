@@ -1,0 +1,208 @@
+"""How much training a tensor lowers the loss: the importance that GreenTrainer selects by (arXiv 2309.13192, eq. 4).
+
+    I_k = - sum over the elements of tensor k of  dw * dL/dw
+
+dw is the optimizer's own step, dL/dw the gradient at the weights after it: I_k is the decrease of the loss, to first
+order, that is due to tensor k, and learning rate, moments and decay are in it.
+Gradients come from one batch, before and after the step. The authors' code leaves two extra updates in the optimizer's
+moments; here nothing of the probe stays.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.optim import Optimizer
+
+from fxsparse.cost.backprop import BackpropGraph
+from fxsparse.errors import OptionError, nearest
+from fxsparse.graph import parameter_names
+from fxsparse.graph.trainable import fully_trained, trainable
+
+METRICS = ("importance", "delta", "gradient")
+
+
+def tensor_importance(
+    gm: GraphModule,
+    optimizer: Optimizer,
+    batch: Any,
+    *,
+    metric: str = "importance",
+    tensors: Iterable[str] | None = None,
+    rho: float | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+) -> dict[str, float]:
+    """The importance of every tensor that the optimizer trains, measured on one batch.
+
+    Afterwards weights, gradients, buffers, the random state and all of the optimizer (moments, step counts, state it
+    had not made yet) are bit for bit what they were. The probe runs the graph uncompiled, twice forward and backward
+    with the same dropout, and one ``optimizer.step()`` without its hooks. It holds one more copy of the weights and
+    moments it evaluates, and their gradients.
+
+    Args:
+        gm: a traced or rewritten graph module; tensors that were frozen by a selection are measured too.
+        optimizer: the optimizer that trains it.
+        batch: what the graph is called with: a mapping of keyword inputs, a tuple of positional ones, or one tensor.
+        metric: ``importance``, in units of the loss; or, as the paper compares with, ``delta``, sum of |dw|, or
+            ``gradient``, sum of |dL/dw| before the step.
+        tensors: names of the tensors to evaluate; none evaluates all.
+        rho: leave out tensors that cannot be trained within this share of a full step's FLOPs, alone: no selection
+            contains them, and neither their gradients nor the activations that only those need are kept. The step
+            that is measured is then one of the others alone.
+        loss: the scalar loss of what the graph returns; by default its ``loss``, or its one scalar.
+
+    Returns:
+        the metric by tensor name, one name for a tied tensor.
+
+    Raises:
+        OptionError: nothing to train, an unknown name or metric, rho out of range, no scalar loss, or a result that is
+            not finite.
+    """
+    gm = getattr(gm, "_orig_mod", gm)
+    if metric not in METRICS:
+        raise OptionError(f"metric={metric!r} is none of {', '.join(METRICS)}")
+    probe = fully_trained(gm)
+    names = _evaluated(gm, optimizer, tensors)
+    if rho is not None:
+        graph = BackpropGraph(probe, trainable=trainable(gm))
+        budget, instance = graph.budget(rho), graph.instance(names)
+        names = [name for name in names if instance.cost([name]) <= budget]
+    parameters = [gm.get_parameter(name) for name in names]
+    if not parameters:
+        return {}
+    originals = [parameter.data for parameter in parameters]
+    with _left_as_it_was(gm, optimizer, parameters) as inner:
+        first = _gradients(probe, parameters, batch, loss)
+        if metric == "gradient":
+            values = [_sum(gradient.abs()) for gradient in first]
+        else:
+            for parameter, gradient in zip(parameters, first, strict=True):
+                parameter.grad = gradient
+            del first
+            inner.step()
+            for parameter in parameters:
+                parameter.grad = None
+            steps = [parameter.detach() - old for parameter, old in zip(parameters, originals, strict=True)]
+            if metric == "delta":
+                values = [_sum(step.abs()) for step in steps]
+            else:
+                second = _gradients(probe, parameters, batch, loss)
+                values = [-_sum(step.float() * dw.float()) for step, dw in zip(steps, second, strict=True)]
+    result = dict(zip(names, values, strict=True))
+    for name, value in result.items():
+        if not math.isfinite(value):
+            raise OptionError(f"the {metric} on this batch is {value}; the loss or a gradient overflows", site=name)
+    return result
+
+
+def _evaluated(gm: GraphModule, optimizer: Optimizer, tensors: Iterable[str] | None) -> list[str]:
+    """The tensors to evaluate, by the name that `trainable` gives them."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    names = [name for name in trainable(gm) if id(gm.get_parameter(name)) in held]
+    if not names:
+        raise OptionError(
+            "the optimizer holds no trainable tensor of the graph: build it from gm.parameters() after rewriting, and "
+            "leave requires_grad on what may be trained"
+        )
+    if tensors is None:
+        return names
+    known = {alias: aliases[0] for aliases in parameter_names(gm).values() for alias in aliases}
+    chosen = set()
+    for name in tensors:
+        if name not in known:
+            raise OptionError(f"no parameter of that name; {nearest(name, known)}".rstrip("; "), site=name)
+        if known[name] not in names:
+            raise OptionError("is not trained: it requires no gradient or the optimizer does not hold it", site=name)
+        chosen.add(known[name])
+    return [name for name in names if name in chosen]
+
+
+@contextmanager
+def _left_as_it_was(gm: GraphModule, optimizer: Optimizer, parameters: list[nn.Parameter]) -> Iterator[Optimizer]:
+    """Lends out the optimizer and the parameters with copies in place of their state, and puts the originals back."""
+    wrapped = getattr(optimizer, "optimizer", None)
+    inner: Optimizer = wrapped if isinstance(wrapped, Optimizer) else optimizer
+    every = {id(p): p for p in (*gm.parameters(), *(p for group in inner.param_groups for p in group["params"]))}
+    evaluated = {id(parameter) for parameter in parameters}
+    flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in every.values()]
+    values = [parameter.data for parameter in parameters]
+    attributes = dict(vars(inner))
+    devices = [p.device for p in parameters if p.device.type == "cuda"]
+    try:
+        with torch.random.fork_rng(sorted({device.index for device in devices})):
+            for parameter in every.values():
+                parameter.grad = None
+                parameter.requires_grad_(id(parameter) in evaluated)
+            for parameter in parameters:
+                parameter.data = parameter.data.clone()
+            inner.state = defaultdict(dict)
+            for key, state in attributes["state"].items():
+                inner.state[key] = (
+                    {name: _copy(item) for name, item in state.items()} if id(key) in evaluated else state
+                )
+            inner.param_groups = [
+                {name: item if name == "params" else _copy(item) for name, item in group.items()}
+                for group in attributes["param_groups"]
+            ]
+            for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+                setattr(inner, hooks, OrderedDict())
+            yield inner
+    finally:
+        vars(inner).clear()
+        vars(inner).update(attributes)
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        for parameter, flag, gradient in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+
+
+def _copy(item: Any) -> Any:
+    return item.detach().clone() if isinstance(item, Tensor) else copy.deepcopy(item)
+
+
+def _gradients(
+    probe: GraphModule, parameters: list[nn.Parameter], batch: Any, loss: Callable[[Any], Tensor] | None
+) -> list[Tensor]:
+    """The gradients of the loss; zero for a tensor it does not depend on. Leaves the random state as it was."""
+    devices = {p.device.index for p in parameters if p.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(devices)), torch.enable_grad():
+        output = call(probe, batch)
+        scalar = loss(output) if loss is not None else _loss_of(output)
+        found = torch.autograd.grad(scalar, parameters, allow_unused=True)
+    return [
+        torch.zeros_like(parameter) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
+        for parameter, gradient in zip(parameters, found, strict=True)
+    ]
+
+
+def call(gm: nn.Module, batch: Any) -> Any:
+    """``gm`` called with a mapping of keyword inputs, a tuple or list of positional ones, or one tensor."""
+    if isinstance(batch, Mapping):
+        return gm(**batch)
+    return gm(*batch) if isinstance(batch, (tuple, list)) else gm(batch)
+
+
+def _loss_of(output: Any) -> Tensor:
+    leaves = output if isinstance(output, (tuple, list)) else [output]
+    if isinstance(output, Mapping):
+        leaves = [output["loss"]] if isinstance(output.get("loss"), Tensor) else list(output.values())
+    scalars = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() == 0]
+    if len(scalars) != 1 or not scalars[0].requires_grad:
+        raise OptionError(
+            f"the graph returns {len(scalars)} scalars, and one that depends on the trained tensors is needed: give "
+            "the batch its labels, or pass loss=, a function of what the graph returns"
+        )
+    return scalars[0]
+
+
+def _sum(tensor: Tensor) -> float:
+    return float(tensor.sum(dtype=torch.float64))

@@ -1,0 +1,81 @@
+"""The training IR: a graph module, reading it and editing it. Pass writers say ``from fxsparse import graph as fx``.
+
+The training IR is the pre-dispatch ATen graph of ``torch.export``: parameters and buffers are ``get_attr`` nodes
+named by their fully qualified name, ``node.meta["val"]`` is a fake tensor with symbolic sizes, and
+``node.meta["nn_module_stack"]`` says which module of the model a node came from.
+
+| module | what |
+|---|---|
+| `linears` | products with a parameter |
+| `state` | parameters and buffers |
+| `values` | fake values and module paths of nodes |
+| `edit` | inserting, replacing and removing nodes |
+| `record` | what passes did to a graph module |
+| `derived_buffers` | buffers that are computed from parameters |
+| `training_form` | the graph that runs in training where it is another one |
+| `trainable` | which parameters are trained |
+| `dynamo` | Dynamo's graphs, and bringing them into this form and back |
+| `runtime_state` | tensors that reach a compiled graph at run time, found by a weight's identity |
+"""
+
+from fxsparse.graph.edit import eliminate_dead_code, insert_attribute, insert_call, refresh, replace, replace_with_call
+from fxsparse.graph.linears import (
+    FROZEN,
+    Linear,
+    applies_parameter,
+    depends_on_inputs,
+    first_linears,
+    head_linears,
+    is_embedding,
+    is_transpose,
+    linears,
+    read_of,
+)
+from fxsparse.graph.state import (
+    attribute,
+    copy_sharing_state,
+    copy_tree,
+    delete,
+    delete_state,
+    module_path,
+    parameter_names,
+    reads,
+    set_buffer,
+    set_parameter,
+    state_read,
+)
+from fxsparse.graph.values import example_of, fake_mode, stack_path, value
+
+__all__ = [
+    "FROZEN",
+    "Linear",
+    "applies_parameter",
+    "attribute",
+    "copy_sharing_state",
+    "copy_tree",
+    "delete",
+    "delete_state",
+    "depends_on_inputs",
+    "eliminate_dead_code",
+    "example_of",
+    "fake_mode",
+    "first_linears",
+    "head_linears",
+    "insert_attribute",
+    "insert_call",
+    "is_embedding",
+    "is_transpose",
+    "linears",
+    "module_path",
+    "parameter_names",
+    "read_of",
+    "reads",
+    "refresh",
+    "replace",
+    "replace_with_call",
+    "set_buffer",
+    "set_parameter",
+    "stack_path",
+    "state_read",
+    "value",
+]

@@ -1,0 +1,113 @@
+"""The parameters and buffers of a graph module: reading, setting, deleting them, and copies that share them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+
+def module_path(name: str) -> str:
+    """The module part of a parameter's full name: ``a.b.weight`` -> ``a.b``."""
+    return name.rpartition(".")[0]
+
+
+def attribute(gm: nn.Module, name: str) -> Any:
+    """The object a dotted name refers to; AttributeError where there is none."""
+    owner: Any = gm
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+def parameter_names(gm: nn.Module) -> dict[int, list[str]]:
+    """All names of every parameter by its identity; more than one where weights are tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in gm.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def reads(gm: GraphModule) -> dict[int, list[Node]]:
+    """The ``get_attr`` nodes that read each parameter or buffer, by the tensor's identity: tied names come together."""
+    nodes: dict[int, list[Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            tensor = attribute(gm, str(node.target))
+            if isinstance(tensor, Tensor):
+                nodes.setdefault(id(tensor), []).append(node)
+    return nodes
+
+
+def set_parameter(gm: nn.Module, name: str, tensor: Tensor, *, requires_grad: bool = True) -> nn.Parameter:
+    """Registers ``tensor`` as the parameter called ``name``, on the submodule that owns the name."""
+    parameter = nn.Parameter(tensor, requires_grad=requires_grad)
+    owner, leaf = _owner(gm, name)
+    owner.register_parameter(leaf, parameter)
+    return parameter
+
+
+def set_buffer(gm: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Registers ``tensor`` as the persistent buffer called ``name``, on the submodule that owns the name."""
+    owner, leaf = _owner(gm, name)
+    owner.register_buffer(leaf, tensor)
+    return tensor
+
+
+def delete(gm: nn.Module, name: str) -> None:
+    """Removes the parameter or buffer called ``name``."""
+    owner, leaf = _owner(gm, name)
+    delattr(owner, leaf)
+
+
+def delete_state(gm: nn.Module, names: Collection[str]) -> None:
+    """Removes those parameters and buffers among ``names`` that are still there."""
+    present = [
+        name for name, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))
+    ]
+    for name in present:
+        if name in names:
+            delete(gm, name)
+
+
+def _owner(gm: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return (gm.get_submodule(path) if path else gm), leaf
+
+
+def copy_sharing_state(gm: GraphModule) -> GraphModule:
+    """A copy with a graph and a module tree of its own whose parameters and buffers are the same tensors."""
+    shared = {id(tensor): tensor for tensor in (*gm.parameters(), *gm.buffers())}
+    return copy.deepcopy(gm, shared)
+
+
+def copy_tree(source: nn.Module, target: nn.Module, memo: dict[int, Any]) -> None:
+    """Gives ``target`` the modules, parameters, buffers and flags of ``source``, copied as ``copy.deepcopy`` does with
+    ``memo``, in the same order. Modules that ``target`` has already stay."""
+    done: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module, twin: nn.Module) -> nn.Module:
+        done[id(module)] = twin
+        twin.training = module.training
+        twin._parameters = copy.deepcopy(module._parameters, memo)
+        twin._buffers = copy.deepcopy(module._buffers, memo)
+        twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+        present, twin._modules = twin._modules, {}
+        for name, child in module._modules.items():
+            if child is None or id(child) in done:
+                twin._modules[name] = None if child is None else done[id(child)]
+            else:
+                twin._modules[name] = visit(child, present.get(name) or nn.Module())
+        return twin
+
+    visit(source, target)
+
+
+def state_read(gm: GraphModule) -> set[str]:
+    """Names of the parameters and buffers that the graph reads; a tied tensor counts under all its names."""
+    used = {id(attribute(gm, str(node.target))) for node in gm.graph.nodes if node.op == "get_attr"}
+    named = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
+    return {name for name, tensor in named if id(tensor) in used}

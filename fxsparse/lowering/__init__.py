@@ -1,0 +1,1 @@
+"""Which implementation runs each operator of a graph, and putting it in."""

@@ -1,0 +1,202 @@
+"""How an ``fxsparse::`` operator is made: schema, checks, shape, gradient, autocast, FLOPs and reference in one place.
+
+Operators are made with ``torch.library.custom_op``, opaque to autograd and export, because the body of a ``triton_op``
+is traced wherever it runs, while these may launch any kernel. A compiler that should see inside inlines their
+references below the gradients defined here (``fxsparse.backend.inductor``).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch._ops import OpOverload
+from torch.utils.flop_counter import register_flop_formula
+
+from fxsparse.errors import RewriteError
+from fxsparse.ops.nm import Pattern
+
+DECOMPOSITIONS: dict[OpOverload, Callable[..., Tensor]] = {}
+"""Operator to reference, in the form that ``decompositions=`` of AOTAutograd takes."""
+
+# A tensor whose dtype and device an operator's output has, and the output's shape.
+Output = tuple[Tensor, Sequence[int]]
+
+_AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+_library = torch.library.Library("fxsparse", "FRAGMENT")
+_outputs: dict[CustomOpDef, Callable[..., Output]] = {}
+_kernels: set[tuple[str, str]] = set()
+
+
+def define(
+    schema: str,
+    compute: Callable[..., Tensor],
+    output: Callable[..., Output],
+    flops: Callable[..., int],
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> CustomOpDef:
+    """Defines an operator.
+
+    Args:
+        schema: its arguments; it returns one tensor.
+        compute: its reference, whose name it takes.
+        output: called with the operator's name and its arguments; checks them and describes the output.
+        flops: of the arguments, with shapes in place of tensors.
+        save, backward: its gradient, as ``register_autograd`` takes them; an operator without is a gradient itself.
+    """
+    name = compute.__name__
+    output = functools.partial(output, name)
+    op = torch.library.custom_op(
+        f"fxsparse::{name}", _checked(output, compute), mutates_args=(), schema=f"({schema}) -> Tensor"
+    )
+    _outputs[op] = output
+
+    @op.register_fake
+    def _(*args: Any) -> Tensor:
+        like, shape = output(*args)
+        return like.new_empty(shape)
+
+    op.register_autograd(backward or _no_second_derivative(name), setup_context=save)
+    for device_type, key in _AUTOCAST_KEYS.items():
+        _library.impl(name, _autocast(op._opoverload, device_type, casts=backward is not None), key.name)
+    register_flop_formula(getattr(torch.ops.fxsparse, name))(flops)
+    DECOMPOSITIONS[op._opoverload] = compute
+    return op
+
+
+def implement(op: CustomOpDef, device_type: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Decorates what an operator is to run on a device instead of its reference: ``@implement(nm_linear, "cuda")``.
+
+    The function takes the operator's arguments, checked, and returns a new contiguous tensor.
+    """
+
+    def register(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        declare_kernel(op._name, device_type)
+        op.register_kernel(device_type)(_checked(_outputs[op], kernel))
+        return kernel
+
+    return register
+
+
+def declare_kernel(name: str, device_type: str) -> None:
+    """Says that an operator which was not made with :func:`define` has a kernel for a device."""
+    _kernels.add((name, device_type))
+
+
+def has_kernel(name: str, device_type: str) -> bool:
+    """Whether an operator runs anything but its reference on a device."""
+    return (name, device_type) in _kernels
+
+
+def _checked(output: Callable[..., Output], kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def checked(*args: Any) -> Tensor:
+        output(*args)
+        return kernel(*args)
+
+    return checked
+
+
+def _no_second_derivative(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise RewriteError(
+            "is a gradient and cannot be derived once more. Call backward() without create_graph=True, or take second "
+            "derivatives of the dense model (fxsparse.dense_state_dict gives its weights)",
+            site=f"fxsparse::{name}",
+        )
+
+    return backward
+
+
+def _autocast(op: OpOverload, device_type: str, *, casts: bool) -> Callable[..., Tensor]:
+    """What an operator does where autocast is on: as a product of dense matrices does, with autocast off inside.
+
+    Written out because ``register_autocast`` fixes one dtype. A gradient keeps the dtype of its forward pass.
+    """
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+    def cast(arg: Any) -> Any:
+        eligible = isinstance(arg, Tensor) and arg.is_floating_point() and arg.device.type == device_type
+        return arg.to(torch.get_autocast_dtype(device_type)) if eligible and arg.dtype != torch.float64 else arg
+
+    def kernel(*args: Any) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*map(cast, args) if casts else args)
+
+    return kernel
+
+
+class Check:
+    """Checks the arguments of a call.
+
+    Args:
+        name: of the operator, for the messages.
+        like: the tensor whose device all share, and whose dtype those share that hold real numbers.
+
+    Raises:
+        RewriteError: says which argument is wrong and what was expected; so does every method.
+    """
+
+    def __init__(self, name: str, like: Tensor):
+        self.name, self.like = name, like
+        self.require(like.dim() > 0, "its input is a scalar, expected [*, features]")
+        self.require(like.is_floating_point(), f"its input is {like.dtype}, not a real floating-point type")
+
+    def require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise RewriteError(message, site=f"fxsparse::{self.name}")
+
+    def matrix(self, argument: str, tensor: Tensor) -> None:
+        self.require(tensor.dim() == 2, f"{argument} is {list(tensor.shape)}, expected a matrix")
+
+    def tensor(
+        self, argument: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype | None = None
+    ) -> None:
+        """An argument, which may be absent, has a shape, a dtype (``like``'s unless given) and ``like``'s device."""
+        if tensor is None:
+            return
+        dtype, device = dtype or self.like.dtype, self.like.device
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype or tensor.device != device:
+            self.require(
+                False,
+                f"{argument} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, "
+                f"expected {dtype} {list(shape)} on {device}",
+            )
+
+    def compressed(
+        self,
+        rows: int,
+        in_features: int,
+        values: Tensor | None,
+        indices: Tensor,
+        column_mask: Tensor | None,
+        pattern: Pattern,
+    ) -> None:
+        """The parts of a compressed weight ``[rows, in_features]``."""
+        if in_features % pattern.m:
+            self.require(False, f"{in_features} columns are not a multiple of {pattern.m}, as {pattern} needs")
+        kept = pattern.kept(in_features)
+        self.tensor("values", values, (rows, kept))
+        self.tensor("indices", indices, (rows, pattern.index_bytes(in_features)), torch.uint8)
+        self.tensor("column_mask", column_mask, (rows, -(-kept // 8)), torch.uint8)
+
+    def masked(
+        self, shape: Sequence[int], weight: Tensor | None, mask: Tensor | None, column_mask: Tensor | None
+    ) -> None:
+        """A dense weight ``shape`` and its masks."""
+        self.tensor("weight", weight, shape)
+        self.tensor("mask", mask, shape, torch.bool)
+        self.tensor("column_mask", column_mask, shape, torch.bool)
+
+    def branch(self, rows: int, in_features: int, down: Tensor, up: Tensor) -> None:
+        """A low-rank branch beside a weight ``[rows, in_features]``."""
+        self.matrix("down", down)
+        rank = down.shape[0]
+        self.require(rank > 0, f"down is {list(down.shape)}, but a rank is at least 1")
+        self.tensor("down", down, (rank, in_features))
+        self.tensor("up", up, (rows, rank))

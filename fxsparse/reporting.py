@@ -1,0 +1,132 @@
+"""What a person reads about a rewrite: per pass and per weight what happened, and what it cost before and after."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from fxsparse.backend.compiled import CompiledGraph, compiled_graphs
+from fxsparse.graph.record import Change, Costs, Entry, Record, record_of
+from fxsparse.lowering.choice import Choice
+from fxsparse.text import quantity, ranges, table
+
+_COSTS = (
+    ("forward FLOPs", "forward_flops", 1000),
+    ("training step FLOPs", "step_flops", 1000),
+    ("parameters", "parameters", 1000),
+    ("parameter bytes", "parameter_bytes", 1024),
+    ("mask and index bytes", "buffer_bytes", 1024),
+    ("optimizer bytes (two moments)", "optimizer_bytes", 1024),
+)
+
+
+def explain(subject: Any) -> str:
+    """A readable account of what was done to a model.
+
+    Args:
+        subject: a traced or rewritten graph module, a :class:`Record`, or a compiled model or function
+            (``torch.compile(..., backend="fxsparse")``) that has run at least once.
+
+    Returns:
+        text: costs before and after, then every pass with what it rewrote and what it skipped and why.
+    """
+    if isinstance(subject, Record):
+        return explain_record(subject)
+    if isinstance(subject, GraphModule):
+        return explain_record(record_of(subject))
+    return explain_compiled(compiled_graphs(subject))
+
+
+def explain_record(record: Record) -> str:
+    """The account of one record."""
+    lines = [f"fxsparse {record.version}: {len(record.entries)} {_plural('pass', len(record.entries))}"]
+    lines += [f"  note: {note}" for note in record.notes]
+    if record.entries:
+        lines += ["", *costs_table(record.entries[0].before, record.entries[-1].after)]
+    for position, entry in enumerate(record.entries, 1):
+        lines += ["", *_entry(position, entry)]
+    return "\n".join(lines)
+
+
+def explain_compiled(graphs: Sequence[CompiledGraph]) -> str:
+    """The account of what the backend did, graph by graph."""
+    if not graphs:
+        return "no graph was compiled yet: call the compiled model once"
+    lines = []
+    for position, graph in enumerate(graphs, 1):
+        lines += [f"graph {position} of {len(graphs)} (Dynamo's {graph.name})"]
+        lines += [f"  note: {note}" for note in graph.notes]
+        if graph.record is not None:
+            lines += [f"  {line}" if line else "" for line in explain_record(graph.record).splitlines()]
+        rows = [("  operator", "runs", "where", "why")]
+        rows += [(f"  {c.op}", c.implementation, where, c.reason) for c, where in _choices(graph.choices)]
+        nothing = ["  no fxsparse operator and no frozen N:M weight: all of it is Inductor's"]
+        lines += table(rows) if graph.choices else nothing
+        if graph.launches:
+            found = [("  generated kernel", "launches", "source")]
+            counts = sorted(graph.launches.items(), key=lambda item: -item[1])
+            found += [(f"  {file.stem.rpartition('_')[0]}", str(count), str(file)) for file, count in counts]
+            lines += table(found, right=(1,))
+        lines += [""]
+    return "\n".join(lines[:-1])
+
+
+def _choices(choices: Iterable[Choice]) -> list[tuple[Choice, str]]:
+    """Choices with those that differ only in one number of their site drawn together."""
+    groups: dict[tuple[str, str, str], tuple[Choice, list[Change]]] = {}
+    for choice in choices:
+        key = (choice.op, choice.implementation, choice.reason)
+        groups.setdefault(key, (choice, []))[1].append(Change(choice.site, True, ""))
+    return [(choice, site) for choice, sites in groups.values() for _, site, _ in grouped(sites)]
+
+
+def costs_table(before: Costs, after: Costs) -> list[str]:
+    """Costs before and after with their ratio, a line each."""
+    rows = [("", "before", "after", "ratio")]
+    for label, field, base in _COSTS:
+        was, now = getattr(before, field), getattr(after, field)
+        rows.append((label, quantity(was, base), quantity(now, base), f"{now / was:.3f}" if was else "-"))
+    return table(rows, right=(1, 2, 3))
+
+
+def _shortened(text: str, length: int = 160) -> str:
+    """A pass without the end of what it found out for a replay, which may name every unit of a model."""
+    return text if len(text) <= length else f"{text[:length]} ..."
+
+
+def _entry(position: int, entry: Entry) -> list[str]:
+    header = (
+        f"{position}. {_shortened(entry.text)}: {len(entry.rewritten)} rewritten, {len(entry.skipped)} skipped, "
+        f"{entry.milliseconds:.0f} ms"
+    )
+    costs = [
+        f"{label} {quantity(getattr(entry.before, field), base)} -> {quantity(getattr(entry.after, field), base)}"
+        for label, field, base in _COSTS
+        if getattr(entry.before, field) != getattr(entry.after, field)
+    ]
+    rows = [("  rewritten" if kept else "  skipped", site, detail) for kept, site, detail in grouped(entry.changes)]
+    return [header, *(f"  {line}" for line in costs), *table(rows)]
+
+
+def grouped(changes: Iterable[Change]) -> list[tuple[bool, str, str]]:
+    """Changes with those that differ only in one number of their site drawn together, ``layers.{0-31}.fc1``."""
+    groups: dict[tuple[bool, str, str, str], list[int]] = {}
+    for change in changes:
+        match = re.search(r"(?<![^.])\d+(?![^.])", change.site)
+        if match:
+            key = (change.rewritten, change.site[: match.start()], change.site[match.end() :], change.detail)
+            groups.setdefault(key, []).append(int(match.group()))
+        else:
+            groups.setdefault((change.rewritten, change.site, "", change.detail), [])
+    rows = []
+    for (kept, head, tail, detail), numbers in groups.items():
+        middle = ranges(numbers)
+        rows.append((kept, f"{head}{{{middle}}}{tail}" if len(numbers) > 1 else f"{head}{middle}{tail}", detail))
+    return rows
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}es"

@@ -1,0 +1,202 @@
+"""Running ``torch.export`` on a model, leaving the model as it was, and saying where in the model it failed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+import io
+import linecache
+import logging
+import os
+import re
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+from unittest import mock
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, ShapeGuard
+from torch.utils import _pytree as pytree
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a model."""
+
+Frame = tuple[FrameType, int]
+"""A frame of the model's code and the line it was at."""
+
+_PACKAGES = tuple(
+    os.path.realpath(root) + os.sep
+    for package in ("torch", "sympy", "fxsparse", "fxsparse.passes", "fxsparse.codegen")
+    if (found := importlib.util.find_spec(package)) is not None
+    for root in found.submodule_search_locations or ()
+)
+"""Folders whose frames are not the user's. An editable install keeps ``passes`` and ``codegen`` apart."""
+_STANDARD_LIBRARY = os.path.realpath(sysconfig.get_path("stdlib")) + os.sep
+_STACK_LINE = re.compile(r'File "(.+)", line (\d+), in (.+)')
+_NOISY = tuple(map(logging.getLogger, ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")))
+
+
+def export(model: nn.Module, inputs: Inputs, free: Sequence[int]) -> ExportedProgram:
+    """``torch.export`` of ``model`` in the mode its modules are in, with these dimensions of every tensor input free,
+    where the model leaves them so."""
+    shapes: Any = ShapesCollection()  # export takes one, its annotation does not say so
+    for tensor in tensors(inputs):
+        if dimensions := {dimension: Dim.AUTO for dimension in free if dimension < tensor.dim()}:
+            shapes[tensor] = dimensions
+    with _quiet(), torch.inference_mode(False), torch.enable_grad(), _without_autocast(), _named(model, inputs[1]):
+        return torch.export.export(model, *inputs, dynamic_shapes=shapes, strict=False)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors in nested arguments."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A failing export prints the graph so far and logs advice; our error says what matters."""
+    with contextlib.ExitStack() as stack:
+        for log in _NOISY:
+            stack.enter_context(mock.patch.object(log, "disabled", True))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+@contextlib.contextmanager
+def _named(model: nn.Module, keywords: Iterable[str]) -> Iterator[None]:
+    """What ``forward`` takes as ``**kwargs`` stands in its signature: ``torch.export`` finds no shapes for it there."""
+    forward, signature = model.forward, inspect.signature(model.forward)
+    own = [item for item in signature.parameters.values() if item.kind is not inspect.Parameter.VAR_KEYWORD]
+    known = {item.name for item in own}
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in keywords if name not in known]
+    if not named:
+        yield
+        return
+
+    @functools.wraps(forward)
+    def with_names(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    with_names.__signature__ = signature.replace(parameters=[*own, *named])  # type: ignore[attr-defined]
+    with mock.patch.object(model, "forward", with_names):
+        yield
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Autocast belongs to a run, not to the graph: its casts must not be captured."""
+    with torch.autocast("cpu", enabled=False), contextlib.ExitStack() as stack:
+        if torch.cuda.is_available():
+            stack.enter_context(torch.autocast("cuda", enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Restores the training flags, the configuration and the random state that capture may touch."""
+    flags = [(module, module.training) for module in model.modules()]
+    config = getattr(model, "config", None)
+    settings = dict(vars(config)) if hasattr(config, "__dict__") else None
+    devices = sorted({tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        if settings is not None:
+            vars(config).clear()
+            vars(config).update(settings)
+
+
+# --- where in the model -----------------------------------------------------------------------------------------------
+
+
+def depends_on_data(error: BaseException | None) -> bool:
+    """Whether capture failed because Python asked for the value of a tensor."""
+    while error is not None:
+        if isinstance(error, GuardOnDataDependentSymNode):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def model_frames(error: BaseException) -> list[Frame]:
+    """The frames of ``error`` that are neither torch's nor ours nor the standard library's, outermost first."""
+    return _of_the_model(traceback.walk_tb(error.__traceback__))
+
+
+def innermost_module(frames: Sequence[Frame], model: nn.Module) -> nn.Module | None:
+    """The module of ``model`` whose method is the deepest in ``frames``."""
+    modules = {id(module) for module in model.modules()}
+    for frame, _ in reversed(frames):
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(owner, nn.Module) and id(owner) in modules:
+            return owner
+    return None
+
+
+def quote(frames: Sequence[Frame]) -> str:
+    """``file:line, in function`` of the deepest frame and the source line itself; nothing where there is no frame."""
+    if not frames:
+        return ""
+    frame, line = frames[-1]
+    return _quote_line(frame.f_code.co_filename, line, frame.f_code.co_name)
+
+
+def _quote_line(filename: str, line: int, function: str) -> str:
+    return f"\n  {filename}:{line}, in {function}\n    {linecache.getline(filename, line).strip()}"
+
+
+def quote_node(node: Node) -> str:
+    """The same for the line of the model that a captured node came from."""
+    for filename, line, function in reversed(_STACK_LINE.findall(node.meta.get("stack_trace") or "")):
+        if not _is_library(filename):
+            return _quote_line(filename, int(line), function)
+    return ""
+
+
+def quote_guard(guard: ShapeGuard) -> str:
+    """The same for the line of the model whose Python decided on a size; nothing where torch's own code asked."""
+    frame = guard.sloc.framework_loc
+    if not isinstance(frame, traceback.FrameSummary) or _is_library(frame.filename):
+        return ""
+    return _quote_line(frame.filename, frame.lineno or 0, frame.name)
+
+
+def where_batch_was_fixed(model: nn.Module, inputs: Inputs) -> str:
+    """The line of the model that made a symbolic size a number, quoted; captures the model once more to find it."""
+    found: list[list[Frame]] = []
+    decide = ShapeEnv._set_replacement
+
+    def watch(self: ShapeEnv, symbol: sympy.Symbol, target: sympy.Expr, *rest: Any) -> None:
+        if target.is_Integer:
+            found.append(_of_the_model(reversed(list(traceback.walk_stack(None)))))
+        decide(self, symbol, target, *rest)
+
+    with mock.patch.object(ShapeEnv, "_set_replacement", watch), contextlib.suppress(Exception):
+        export(model, inputs, free=[0])
+    return next((quote(frames) for frames in found if frames), "")
+
+
+def _of_the_model(frames: Any) -> list[Frame]:
+    return [(frame, line) for frame, line in frames if not _is_library(frame.f_code.co_filename)]
+
+
+def _is_library(filename: str) -> bool:
+    path = os.path.realpath(filename)
+    installed = f"{os.sep}site-packages{os.sep}" in path or f"{os.sep}dist-packages{os.sep}" in path
+    in_standard_library = path.startswith(_STANDARD_LIBRARY) and not installed
+    return filename.startswith("<") or path.startswith(_PACKAGES) or in_standard_library

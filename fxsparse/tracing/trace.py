@@ -1,0 +1,314 @@
+"""From a model to a training-IR graph.
+
+The training IR is the pre-dispatch ATen graph of ``torch.export``, made usable for rewriting and training: the
+parameters are the model's own, ``train()`` and ``eval()`` work, assertions and other noise of capture are gone, and
+attention that is causal says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _pytree as pytree
+
+from fxsparse import graph as fx
+from fxsparse.errors import TraceError
+from fxsparse.graph.training_form import choose_form, renew_form
+from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
+from fxsparse.tracing.export import (
+    Inputs,
+    depends_on_data,
+    export,
+    innermost_module,
+    left_as_it_was,
+    model_frames,
+    quote,
+    quote_node,
+)
+from fxsparse.tracing.input_sizes import (
+    CONDITIONS_KEY,
+    check_batch_is_free,
+    check_inputs,
+    check_one_row,
+    fixed_dimensions,
+    size_conditions,
+    tensor_inputs,
+    with_two_rows,
+)
+from fxsparse.tracing.modes import ModesDiffer, bind_training_flags, is_random
+from fxsparse.tracing.no_grad import inline_no_grad
+
+META_KEY = "fxsparse_trace"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """How a graph module was captured; kept in ``gm.meta["fxsparse_trace"]``.
+
+    Attributes:
+        inputs: name and example sizes of every tensor input.
+        notes: what a reader of the graph should know, such as "captured in evaluation mode because ...".
+    """
+
+    inputs: tuple[tuple[str, tuple[int, ...]], ...]
+    notes: tuple[str, ...] = ()
+
+
+class TracedModule(GraphModule):
+    """A graph module that refuses inputs it was not captured for; a smaller size could broadcast in silence."""
+
+    @torch._dynamo.disable(recursive=False)  # the check is Python's; what it calls is compiled
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        check_inputs(self, args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> TracedModule:
+        super().train(mode)
+        choose_form(self)
+        return self
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        renew_form(self)
+        return code
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch copies its own tree specs in a deprecated way
+            copy = super().__deepcopy__(memo)
+        fx.copy_tree(self, copy, memo)  # torch copies what the graph reads, and forgets which buffers are persistent
+        choose_form(copy)
+        return copy
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_batch: bool = True,
+    dynamic_sequence: bool = False,
+) -> GraphModule:
+    """Captures ``model`` as a training-IR graph.
+
+    The graph module takes the arguments of the example, returns what the model returns (a Hugging Face output object
+    included) and holds the model's own Parameter objects under their original names, tied ones under all of them;
+    ``state_dict()`` has the model's keys. ``train()`` and ``eval()`` work. It runs on the device of the example.
+
+    A module whose training is not a graph (layer drop branches on a random number) or draws random numbers that its
+    evaluation does not (stochastic depth) is captured as it evaluates; the notes of the trace say so, and a warning. So
+    is one that was given in evaluation mode and computes something else in training.
+
+    Args:
+        model: any module that ``torch.export`` can follow. It is left as it was: mode, configuration, random state.
+            A graph module that was traced before is returned as it is, a compiled module stands for what it compiles.
+        args: example positional inputs.
+        kwargs: example keyword inputs; what is not a tensor (None, flags) becomes part of the graph.
+        dynamic_batch: let dimension 0 of every tensor input vary. An example of one row is repeated for capture,
+            because a size of 1 cannot be told from a broadcast.
+        dynamic_sequence: let dimension 1 of every tensor input vary as well, where the model does. Every other size
+            stays that of the example.
+
+    Raises:
+        TraceError: the model cannot be captured, or not with a free batch size; the message quotes the line that
+            stopped it.
+    """
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        model = model._orig_mod
+    if isinstance(model, GraphModule) and META_KEY in model.meta:
+        return model
+    with torch.inference_mode(False):
+        given: Inputs = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), dict(kwargs or {})))
+    example = with_two_rows(model, given) if dynamic_batch else given
+    notes: list[str] = []
+    free = [dimension for dimension, wanted in enumerate((dynamic_batch, dynamic_sequence)) if wanted]
+    gm = _capture(model, example, free, notes)
+    if dynamic_batch:
+        notes += check_batch_is_free(model, gm, example)
+    if dynamic_sequence:
+        notes += fixed_dimensions(gm, 1)
+    gm.meta[CONDITIONS_KEY] = size_conditions(gm)
+    notes += map(str, gm.meta[CONDITIONS_KEY])
+    if example is not given:
+        check_one_row(model, gm, given)
+        notes.append("captured with two rows, the example's one row repeated")
+    for count, what in (
+        (drop_open_masks(gm), "mask that hides nothing dropped"),
+        (restore_is_causal(gm), "causal mask turned into is_causal"),
+    ):
+        if count:
+            notes.append(f"{what} in {count} attention{'s' if count > 1 else ''}")
+    gm.graph.lint()
+    gm.recompile()
+    gm.meta[META_KEY] = Trace(tuple((node.name, _example_sizes(node)) for node in tensor_inputs(gm)), tuple(notes))
+    return gm
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    """Two arguments that are one tensor (``labels=input_ids``) would be captured as one input."""
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _example_sizes(node: Node) -> tuple[int, ...]:
+    return tuple(size if isinstance(size, int) else size.node.hint for size in fx.value(node).shape)
+
+
+# --- capture ----------------------------------------------------------------------------------------------------------
+
+
+def _capture(model: nn.Module, example: Inputs, free: list[int], notes: list[str]) -> GraphModule:
+    """Captures both modes as one graph; what only works in evaluation mode is held there."""
+    held: dict[type[nn.Module], str] = {}
+
+    def exported(training: bool) -> ExportedProgram:
+        with left_as_it_was(model):
+            for module in model.modules():
+                module.training = training and type(module) not in held
+            return export(model, example, free)
+
+    while True:
+        try:
+            gm = _assemble(model, exported(training=True))
+            paths = {path for path, module in model.named_modules() if type(module) in held}
+            bind_training_flags(gm, _flat_module(exported(training=False)), paths)
+            break
+        except ModesDiffer as difference:
+            path = difference.path
+            while path and type(model.get_submodule(path)) in held:
+                path = path.rpartition(".")[0]
+            module, error = model.get_submodule(path), _modes_differ(model, path, difference)
+            if type(module) in held or (module.training and not difference.is_random(path)):
+                raise error from difference
+            held[type(module)] = f"in training it runs other operators{_where(difference)}"
+        except Exception as failure:
+            frames = model_frames(failure)
+            owner = innermost_module(frames, model) if depends_on_data(failure) else None
+            if owner is None or type(owner) in held:
+                raise _cannot_capture(model, failure) from failure
+            held[type(owner)] = f"in training it branches on data{quote(frames)}"
+    for kind, reason in held.items():
+        note = f"{kind.__name__} is captured as it evaluates, because {reason}"
+        warnings.warn(f"{note}\nTraining the graph runs it that way too, but for its dropout.", stacklevel=3)
+        notes.append(note)
+    return gm
+
+
+def _where(difference: ModesDiffer) -> str:
+    return quote_node(difference.training) or quote_node(difference.evaluation)
+
+
+def _modes_differ(model: nn.Module, path: str, difference: ModesDiffer) -> TraceError:
+    site = f"{type(model).__name__}{f', {path}' if path else ''}"
+    return TraceError(
+        f"{site}: training computes something else than evaluation, which one graph cannot hold{_where(difference)}\n"
+        "Call eval() on that module before tracing to capture what it evaluates, or move the difference out of it."
+    )
+
+
+def _cannot_capture(model: nn.Module, error: Exception) -> TraceError:
+    name, where = type(model).__name__, quote(model_frames(error))
+    if depends_on_data(error):
+        return TraceError(
+            f"{name} cannot be captured: Python needs the value of a tensor here, and a graph has none{where}\n"
+            "Write the choice with torch.where or torch.cond, or move it out of the model."
+        )
+    reason = str(error).strip().partition("\n")[0]
+    return TraceError(f"{name} cannot be captured: {type(error).__name__}: {reason}{where}")
+
+
+def _assemble(model: nn.Module, program: ExportedProgram) -> GraphModule:
+    """The exported graph over a tree of modules with the names, the flags and the very tensors of ``model``."""
+    exported = _flat_module(program)
+    gm = TracedModule(nn.Module(), Graph(), type(model).__name__)
+    tree = _mirror(model, {})
+    gm.training = tree.training
+    for held in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        getattr(gm, held).update(getattr(tree, held))
+    first: dict[int, str] = {}
+    for name, tensor in (*gm.named_parameters(), *gm.named_buffers()):
+        first[id(tensor)] = name
+    reads: dict[str, Node] = {}
+    for node in exported.graph.find_nodes(op="get_attr"):
+        item = fx.attribute(exported, str(node.target))
+        name = first.get(id(item), str(node.target))  # a tied tensor is read under its first name
+        if name in reads:
+            fx.replace(node, reads[name])
+            continue
+        reads[name] = node
+        if name != node.target:
+            node.target = name
+            node._rename(name.replace(".", "_"))
+        _adopt(gm, name, item)
+    gm.graph = exported.graph
+    return gm
+
+
+def _flat_module(program: ExportedProgram) -> GraphModule:
+    """The graph of an exported program, without assertions and with the regions without gradients inlined."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gm = program.module(check_guards=False)
+    for part in [module for module in gm.modules() if isinstance(module, GraphModule)]:
+        for node in list(part.graph.nodes):
+            if node.target in _ASSERTIONS and _always_holds(node):
+                part.graph.erase_node(node)
+    inline_no_grad(gm)
+    gm.graph.eliminate_dead_code(is_impure_node=_has_effect)
+    for node in gm.graph.nodes:
+        node.meta.setdefault("val", None)
+    return gm
+
+
+_ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default}
+
+
+def _has_effect(node: Node) -> bool:
+    """Whether ``node`` matters although nothing reads it: it writes, moves the random state or asserts."""
+    if node.op != "call_function":
+        return node.op in {"placeholder", "output"}
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return isinstance(node.target, torch._ops.HigherOrderOperator)
+    return bool(schema.is_mutable) or is_random(node) or node.target in _ASSERTIONS
+
+
+def _always_holds(node: Node) -> bool:
+    """Whether an assertion says what capture knows already; one on a size that data decides stays."""
+    if node.target is torch.ops.aten._assert_tensor_metadata.default:
+        return True
+    condition = node.args[0]
+    return not isinstance(condition, Node) or statically_known_true(fx.value(condition))
+
+
+def _mirror(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    """A bare tree of modules with the names, the flags, the parameters and the buffers of ``module``."""
+    if id(module) not in done:
+        copy = done[id(module)] = nn.Module()
+        copy.training = module.training
+        copy._parameters.update(module._parameters)
+        copy._buffers.update(module._buffers)
+        copy._non_persistent_buffers_set.update(module._non_persistent_buffers_set)
+        for name, child in module._modules.items():
+            copy._modules[name] = None if child is None else _mirror(child, done)
+    return done[id(module)]
+
+
+def _adopt(gm: GraphModule, name: str, item: Any) -> None:
+    """Gives ``gm`` a constant or a region that capture made, unless the model's own tree has it."""
+    try:
+        fx.attribute(gm, name)
+    except AttributeError:
+        path, _, leaf = name.rpartition(".")
+        owner = gm.get_submodule(path)
+        if isinstance(item, Tensor):
+            owner.register_buffer(leaf, item, persistent=False)
+        else:
+            setattr(owner, leaf, item)

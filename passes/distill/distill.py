@@ -1,0 +1,315 @@
+"""Distilling a student's hidden states and logits from a frozen teacher (CoFi, arXiv 2204.00408; CHOP, 2305.14864).
+
+The graph's ``loss`` becomes, in training, the one of `losses`; in evaluation it stays the task's and the
+teacher does not run. So training takes the one call it always took, compiled or not::
+
+    gm = fxsparse.rewrite(model, [DropLayers("input", fraction=0.5), DistillLayers(teacher)], kwargs=batch)
+    gm(**batch).loss.backward()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxsparse import graph as fx
+from fxsparse.analysis.blocks import Block, Stack, stacks
+from fxsparse.errors import OptionError, RewriteError
+from fxsparse.graph.derived_buffers import weights_borrowed
+from fxsparse.graph.record import Change, record_of, rewrote
+from fxsparse.passes.base import Pass, parse_passes
+from fxsparse.passes.distill.losses import Distillation, Losses
+from fxsparse.passes.distill.teacher import frozen_teacher, logits_of, loss_of, tapped
+from fxsparse.passes.pipeline import structure_only
+from fxsparse.passes.text import FrozenMapping
+
+PATH = "distillation"
+"""The module of a student graph that holds the teacher and the projections."""
+
+_GATE_MARK = "fxsparse_gate"  # what passes.gates notes on a product with a gate: (unit, path, name)
+MATCHINGS = ("dynamic", "plain")
+PROJECTIONS = ("none", "shared", "per-layer")
+
+
+@dataclass(frozen=True)
+class DistillLayers(Pass):
+    """Adds distillation from a teacher to the model's loss in training.
+
+    Attributes:
+        teacher: a module that takes the student's inputs, traced or not. It is not trained, and not in the student's
+            ``state_dict``; one that shares parameters with the student (the model it was made from) is copied.
+        matching: ``dynamic`` (CoFi: each teacher layer finds its student layer at every step) or ``plain`` (CHOP: each
+            student layer has its teacher layer).
+        temperature: T of the logits.
+        weights: of the task's own loss, of the logits, of the hidden states. CoFi leaves the task's out, CHOP does not.
+        teacher_layers: numbers, from 0, of the teacher's layers, or a mapping from globs over stack paths to them.
+            Dynamic matching takes evenly spaced ones, four unless there are fewer; the plain one needs one for every
+            student layer, evenly spaced ending with the last unless given.
+        projection: of student states to the teacher's width: ``none``, ``shared`` (one for all layers, CoFi) or
+            ``per-layer`` (CHOP). They start as the identity.
+        width: the teacher's hidden size; only loading a checkpoint without the teacher needs it, where it differs.
+
+    Raises:
+        OptionError: an option is out of range.
+        RewriteError: the model returns no loss, or teacher and student do not fit: another width without a projection,
+            other inputs, other stacks or classes.
+    """
+
+    name: ClassVar[str] = "distill"
+    cannot_follow: ClassVar[tuple[str, ...]] = ("distill", "select-tensors")
+    teacher: nn.Module | None = field(default=None, compare=False, repr=False)
+    matching: str = "dynamic"
+    temperature: float = 2.0
+    weights: tuple[float, float, float] = (0.0, 0.1, 0.9)
+    teacher_layers: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+    projection: str = "none"
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        for option, known in (("matching", MATCHINGS), ("projection", PROJECTIONS)):
+            if getattr(self, option) not in known:
+                raise OptionError(
+                    f"{option}={getattr(self, option)!r} is none of {', '.join(known)}", pass_name=self.name
+                )
+        if self.teacher is not None and not isinstance(self.teacher, nn.Module):
+            raise OptionError(f"the teacher must be a module, not {type(self.teacher).__name__}", pass_name=self.name)
+        if isinstance(self.temperature, bool) or not self.temperature > 0:
+            raise OptionError(f"temperature={self.temperature} must be positive", pass_name=self.name)
+        weights = tuple(self.weights)
+        if len(weights) != 3 or min(weights) < 0 or not any(weights[1:]):
+            raise OptionError(
+                f"weights={self.weights} are those of task, logits and hidden states: three numbers of at least 0, and "
+                "one of the last two above it",
+                pass_name=self.name,
+            )
+        object.__setattr__(self, "weights", weights)
+        layers = self.teacher_layers
+        if isinstance(layers, (Mapping, FrozenMapping)):
+            items = dict(layers).items()
+            object.__setattr__(self, "teacher_layers", FrozenMapping({glob: tuple(chosen) for glob, chosen in items}))
+        elif layers is not None:
+            object.__setattr__(self, "teacher_layers", (layers,) if isinstance(layers, int) else tuple(layers))
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        if weights_borrowed(graph):
+            raise RewriteError(
+                "a one-line call has no teacher; call fxsparse.rewrite(model, [DistillLayers(teacher)], ...)",
+                pass_name=self.name,
+            )
+        if self.teacher is None and not structure_only(graph):
+            raise RewriteError("needs a teacher: DistillLayers(teacher)", pass_name=self.name)
+        loss, logits = loss_of(graph), logits_of(graph) if self.weights[1] else None
+        found = stacks(graph) if self.weights[2] else []
+        if self.weights[2] and not found:
+            raise RewriteError(
+                "the model has no stack of layers whose hidden states could be compared; distil its logits alone with "
+                "weights=(0, 1, 0)",
+                pass_name=self.name,
+            )
+        if self.weights[1] and logits is None:
+            raise RewriteError("the model returns no logits; use weights=(a, 0, c)", pass_name=self.name)
+        teacher = None if self.teacher is None else self._frozen(graph, self.teacher, found)
+        widths = [self.width] * len(found) if teacher is None else [_width(stack) for stack in teacher.stacks]
+        projections = [self._projection(*pair) for pair in zip(found, widths, strict=True)]
+        module = Distillation(Losses(*self.weights, self.temperature, self.matching == "dynamic"), None, projections)
+        module.train(graph.training)
+        module.to(next(graph.parameters()))
+        graph.add_submodule(PATH, module)
+        streams = [[block.stream_out for block in stack.blocks] for stack in found]
+        gates = [[_gates(block) for block in stack.blocks] for stack in found]
+        with graph.graph.inserting_before(graph.graph.output_node()):
+            node = graph.graph.call_module(PATH, (loss, logits, streams, gates, _tensor_inputs(graph)))
+        node.meta["val"] = fx.value(loss)
+        graph.graph.output_node().replace_input_with(loss, node)
+        yield from self._changes(found)
+        if teacher is not None:
+            self._attach(graph, node, teacher, found, logits)
+        task, of_logits, _ = self.weights
+        note = ", the teacher is a copy, for it shares parameters" if teacher is not None and teacher.copied else ""
+        yield rewrote("loss", f"task x {task}, logits x {of_logits} at T = {self.temperature}{note}")
+
+    def _changes(self, found: list[Stack]) -> Iterable[Change]:
+        for stack in found:
+            how = f"{self.matching} matching" + ("" if self.projection == "none" else f", {self.projection} projection")
+            yield rewrote(stack.path, f"hidden states of {len(stack.blocks)} layers x {self.weights[2]}, {how}")
+
+    def _projection(self, stack: Stack, width: int | None) -> list[nn.Linear]:
+        if self.projection == "none":
+            return []
+        own = _width(stack)
+        linears = [nn.Linear(own, width or own) for _ in (stack.blocks if self.projection == "per-layer" else [0])]
+        for linear in linears:
+            nn.init.eye_(linear.weight), nn.init.zeros_(linear.bias)
+        return linears
+
+    def _frozen(self, gm: GraphModule, teacher: nn.Module, found: list[Stack]) -> _Teacher:
+        """The teacher, with the stacks that go with the student's."""
+        graph, copied = frozen_teacher(gm, teacher)
+        end_distillation(graph)
+        theirs = self._paired(found, stacks(graph) if found else [])
+        for mine, other in zip(found, theirs, strict=True):
+            self._check_width(mine, other)
+        return _Teacher(graph, theirs, copied)
+
+    def _attach(self, gm: GraphModule, node: Node, teacher: _Teacher, found: list[Stack], logits: Node | None) -> None:
+        """Gives the student's graph its teacher."""
+        taps: list[Any] = [self._teacher_logits(teacher.graph, logits) if logits is not None else None]
+        for mine, other in zip(found, teacher.stacks, strict=True):
+            taps.append([other.blocks[position].stream_out for position in self._layers(mine, other)])
+        function = tapped(teacher.graph, taps)
+        inputs = {str(read.target): read for read in _tensor_inputs(gm)}
+        wanted = [str(read.target) for read in function.graph.find_nodes(op="placeholder")]
+        if missing := [name for name in wanted if name not in inputs]:
+            raise RewriteError(
+                f"the teacher reads {', '.join(missing)}, which the student is not given; it takes {', '.join(inputs)}",
+                pass_name=self.name,
+            )
+        node.args = (*node.args[:4], [inputs[name] for name in wanted])
+        gm.get_submodule(PATH).held.module = function  # type: ignore[union-attr]
+
+    def _paired(self, mine: list[Stack], theirs: list[Stack]) -> list[Stack]:
+        if len(mine) == len(theirs):
+            return theirs
+        by_path = {stack.path: stack for stack in theirs}
+        if all(stack.path in by_path for stack in mine):
+            return [by_path[stack.path] for stack in mine]
+        raise RewriteError(
+            f"the teacher's stacks of layers ({', '.join(by_path) or 'none'}) are not the student's "
+            f"({', '.join(stack.path for stack in mine)})",
+            pass_name=self.name,
+        )
+
+    def _check_width(self, mine: Stack, theirs: Stack) -> None:
+        own, other = (fx.value(stack.blocks[0].stream_out).shape for stack in (mine, theirs))
+        if self.projection == "none" and own[-1] != other[-1]:
+            raise RewriteError(
+                f"its hidden states are {own[-1]} wide and the teacher's {other[-1]}; "
+                "give projection='shared' or projection='per-layer'",
+                pass_name=self.name,
+                site=mine.path,
+            )
+        fixed = [
+            (a, b) for a, b in zip(own[:-1], other[:-1], strict=False) if isinstance(a, int) and isinstance(b, int)
+        ]
+        if len(own) != len(other) or any(a != b for a, b in fixed):
+            raise RewriteError(
+                f"its hidden states have sizes {tuple(own)} and the teacher's {tuple(other)}",
+                pass_name=self.name,
+                site=mine.path,
+            )
+
+    def _teacher_logits(self, traced: GraphModule, logits: Node) -> Node:
+        theirs = logits_of(traced)
+        own, other = fx.value(logits).shape, None if theirs is None else fx.value(theirs).shape
+        if theirs is None or other is None or len(own) != len(other) or own[-1] != other[-1]:
+            raise RewriteError(
+                f"the student's logits have sizes {tuple(own)} and the teacher's {other and tuple(other)}; "
+                "distil hidden states alone with weights=(a, 0, c)",
+                pass_name=self.name,
+            )
+        return theirs
+
+    def _layers(self, mine: Stack, theirs: Stack) -> Sequence[int]:
+        """Positions of the teacher's layers that are compared."""
+        layers = len(theirs.blocks)
+        given: Any = self.teacher_layers
+        if isinstance(given, FrozenMapping):
+            given = next((chosen for glob, chosen in given if fnmatchcase(mine.path, glob)), None)
+        wanted = len(mine.blocks) if self.matching == "plain" else min(4, layers)
+        if given is None:
+            return [max(0, (position + 1) * layers // wanted - 1) for position in range(wanted)]
+        if not given or any(not 0 <= number < layers for number in given):
+            raise RewriteError(
+                f"teacher_layers={list(given)} must be numbers of the teacher's {layers} layers, from 0",
+                pass_name=self.name,
+                site=mine.path,
+            )
+        if self.matching == "plain" and len(given) != wanted:
+            raise RewriteError(
+                f"plain matching needs a teacher layer for each of the {wanted} layers, not {len(given)}",
+                pass_name=self.name,
+                site=mine.path,
+            )
+        return given
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """A frozen graph, its stacks in the order of the student's, and whether its parameters had to be copied."""
+
+    graph: GraphModule
+    stacks: list[Stack]
+    copied: bool
+
+
+@dataclass(frozen=True)
+class EndDistillation(Pass):
+    """Takes the teacher and the projections out again, so that the model is what it is without them."""
+
+    name: ClassVar[str] = "end-distill"
+    must_follow: ClassVar[tuple[str, ...]] = ("distill",)
+    ends: ClassVar[tuple[str, ...]] = ("distill",)
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        if end_distillation(graph):
+            yield rewrote("loss", "the task's own again")
+
+
+def end_distillation(gm: GraphModule) -> bool:
+    """Takes distillation out of a graph, in place; False where it has none."""
+    node = _distillation_node(gm)
+    if node is None:
+        return False
+    fx.replace(node, node.args[0])  # type: ignore[arg-type]
+    gm.delete_submodule(PATH)
+    return True
+
+
+def attach_teacher(gm: GraphModule, teacher: nn.Module) -> None:
+    """Gives the teacher back to a student that was loaded from a checkpoint, in place.
+
+    Raises:
+        RewriteError: ``gm`` does not distil, or the teacher does not fit.
+    """
+    node = _distillation_node(gm)
+    texts = [entry.text for entry in record_of(gm).entries if entry.text.partition("{")[0] == DistillLayers.name]
+    if node is None or not texts:
+        raise RewriteError(
+            "this graph does not distil; rewrite it with DistillLayers(teacher)", pass_name=DistillLayers.name
+        )
+    (item,) = parse_passes(texts[-1])
+    assert isinstance(item, DistillLayers)
+    found = stacks(gm) if item.weights[2] else []
+    logits: Any = node.args[1]
+    item._attach(gm, node, item._frozen(gm, teacher, found), found, logits)
+    gm.recompile()
+
+
+def _gates(block: Block) -> list[list[Node]]:
+    """The gates of each sublayer of a block; none where the block has attention or MLPs without gates."""
+    sublayers: dict[str, list[Node]] = {}
+    units: set[str] = set()
+    for node in block.nodes:
+        if _GATE_MARK in node.meta:
+            unit, path, _ = node.meta[_GATE_MARK]
+            units.add(unit)
+            sublayers.setdefault(path, []).append(node.args[1])  # type: ignore[arg-type]
+    both = units & {"heads", "attention"} and units & {"intermediate", "ffn"}
+    return list(sublayers.values()) if both else []
+
+
+def _tensor_inputs(gm: GraphModule) -> list[Node]:
+    return [node for node in gm.graph.find_nodes(op="placeholder") if isinstance(node.meta.get("val"), Tensor)]
+
+
+def _width(stack: Stack) -> int:
+    return int(fx.value(stack.blocks[0].stream_out).shape[-1])
+
+
+def _distillation_node(gm: GraphModule) -> Node | None:
+    return next(iter(gm.graph.find_nodes(op="call_module", target=PATH)), None)

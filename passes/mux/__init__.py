@@ -1,0 +1,1 @@
+"""Data multiplexing: several inputs through one forward pass (DataMUX, MUX-PLM)."""

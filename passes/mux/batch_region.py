@@ -1,0 +1,250 @@
+"""Running a part of a graph at another batch size.
+
+The part is what lies between two nodes, a source and a sink. Everything else it reads is a side input; only those that
+carry the batch size matter, and each is one of
+
+- a size: its expression is computed again from the new batch size;
+- a tensor made from sizes and parameters alone: it is made again at the new batch size;
+- a tensor that depends on input values: the caller says what becomes of it.
+
+Sizes that are read inside follow by themselves. Nothing but the sink may be read from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import SymInt, Tensor
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from fxsparse import graph as fx
+from fxsparse.cost import formulas
+from fxsparse.errors import RewriteError
+
+aten = torch.ops.aten
+_PASS = "multiplex"
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes that depend on ``source`` and that one of ``sinks`` depends on, in order; the source is not one."""
+
+    source: Node
+    sinks: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+
+    @property
+    def first(self) -> Node:
+        return self.nodes[0]
+
+
+def region_between(gm: GraphModule, source: Node, *sinks: Node) -> Region:
+    """The region between two places of a graph."""
+    after = {source}
+    for node in gm.graph.nodes:
+        if any(read in after for read in node.all_input_nodes):
+            after.add(node)
+    before = set(sinks)
+    for node in reversed(gm.graph.nodes):
+        if any(user in before for user in node.users):
+            before.add(node)
+    inside = after & before - {source}
+    return Region(source, sinks, tuple(node for node in gm.graph.nodes if node in inside))
+
+
+def symbols(value: Any) -> set[sympy.Symbol]:
+    """The symbols in the sizes of a fake value."""
+    found: set[sympy.Symbol] = set()
+    for leaf in tree_leaves(value):
+        sizes = leaf.shape if isinstance(leaf, Tensor) else (leaf,)
+        found.update(*(size.node.expr.free_symbols for size in sizes if isinstance(size, SymInt)))
+    return found
+
+
+def batch_symbols(gm: GraphModule, node: Node) -> set[sympy.Symbol]:
+    """The symbols that stand for the batch size of ``node``; each input may have one of its own.
+
+    Raises:
+        RewriteError: the batch size of ``node`` is a number, or not a size that varies by itself.
+    """
+    size = fx.value(node).shape[0]
+    if not isinstance(size, SymInt) or not isinstance(size.node.expr, sympy.Symbol):
+        raise RewriteError(
+            f"the batch dimension of {node.name} is {size}, not a symbol; trace with an example of at least two rows "
+            "and dynamic_batch=True",
+            pass_name=_PASS,
+            site=fx.stack_path(node),
+        )
+    found = {size.node.expr}
+    for placeholder in gm.graph.find_nodes(op="placeholder"):
+        value = placeholder.meta.get("val")
+        if isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], SymInt):
+            rows = value.shape[0].node
+            if isinstance(rows.expr, sympy.Symbol) and rows.hint == size.node.hint:
+                found.add(rows.expr)
+    return found
+
+
+def run_at(
+    gm: GraphModule,
+    region: Region,
+    batch: set[sympy.Symbol],
+    size: Node,
+    outside: Node,
+    convert: Callable[[Node, Node], Node],
+) -> None:
+    """Lets a region run at batch ``size``; its source is already what it should be.
+
+    Args:
+        gm: the graph.
+        region: the part of it.
+        batch: symbols of the batch size it ran at.
+        size: the node of the new one, an integer.
+        outside: the node of the one that the rest of the graph keeps.
+        convert: called with a side input that depends on values and the node to insert before; gives its replacement.
+
+    Raises:
+        RewriteError: a node in the region other than the sink is read from outside.
+    """
+    inside = set(region.nodes)
+    _check_nothing_else_leaves(region, batch, outside)
+    maker = _Maker(gm, batch, size)
+    made: dict[Node, Node] = {}
+    for node in region.nodes:
+        for side in node.all_input_nodes:
+            if side in inside or side is region.source:
+                continue
+            if symbols(side.meta.get("val")) & batch:
+                if side not in made:
+                    made[side] = convert(side, node) if maker.depends_on_values(side) else maker.make(side, node)
+                node.replace_input_with(side, made[side])
+
+
+def _check_nothing_else_leaves(region: Region, batch: set[sympy.Symbol], outside: Node) -> None:
+    inside = set(region.nodes)
+    for node in region.nodes:
+        readers = [user for user in node.users if user not in inside]
+        if node in region.sinks or not readers or not symbols(fx.value(node)) & batch:
+            continue
+        if isinstance(fx.value(node), SymInt) and isinstance(fx.value(node).node.expr, sympy.Symbol):
+            for reader in readers:
+                reader.replace_input_with(node, outside)
+            continue
+        raise RewriteError(
+            f"{node.name} is computed inside the repeated core and read outside it, by {readers[0].name}; at another "
+            "batch size nothing but the core's last hidden states may leave it. Trace with use_cache=False, "
+            "output_hidden_states=False and output_attentions=False",
+            pass_name=_PASS,
+            site=fx.stack_path(node),
+        )
+
+
+class _Maker:
+    """Makes what depends on sizes again, at another batch size."""
+
+    def __init__(self, gm: GraphModule, batch: set[sympy.Symbol], size: Node):
+        self.gm, self.batch, self.size = gm, batch, size
+        self.twins: dict[Node, Node] = {}
+        self.by_value: dict[Node, bool] = {}
+
+    def depends_on_values(self, node: Node) -> bool:
+        """Whether ``node`` depends on what an input holds, not only on how large it is."""
+        pending = [node]
+        while pending:
+            current = pending[-1]
+            if current in self.by_value:
+                pending.pop()
+            elif current.op != "call_function" or _reads_sizes_only(current):
+                self.by_value[current] = current.op == "placeholder"
+            elif unknown := [read for read in current.all_input_nodes if read not in self.by_value]:
+                pending += unknown
+            else:
+                self.by_value[current] = any(self.by_value[read] for read in current.all_input_nodes)
+        return self.by_value[node]
+
+    def make(self, node: Node, before: Node) -> Node:
+        """``node`` at the new batch size, inserted before ``before``."""
+        if not symbols(node.meta.get("val")) & self.batch:
+            return node
+        if node not in self.twins:
+            if node.target is aten.sym_size.int:
+                self.twins[node] = self.size
+                return self.size
+            with self.gm.graph.inserting_before(before):
+                twin = self.gm.graph.node_copy(node, lambda read: self.make(read, before))
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                raise RewriteError(
+                    f"{node.name}, which carries the batch size into the core, runs a region of its own; trace the "
+                    "model without autocast",
+                    pass_name=_PASS,
+                    site=fx.stack_path(node),
+                )
+            fx.refresh(self.gm, twin)
+            self.twins[node] = twin
+        return self.twins[node]
+
+
+def _reads_sizes_only(node: Node) -> bool:
+    """Whether a call takes nothing from its tensors but sizes, dtype and device."""
+    kind = formulas.kind(node.target)
+    return node.target is aten.sym_size.int or (kind == "create" and "_like" not in str(node.target))
+
+
+def refresh(gm: GraphModule, nodes: Iterable[Node], batch: set[sympy.Symbol], size: Node) -> None:
+    """Propagates shapes through nodes that run at a new batch size, and checks that nothing else changed.
+
+    Raises:
+        RewriteError: a node cannot run at that size; it names the node.
+    """
+    number = fx.value(size).node.hint
+    known = {symbol: hint for node in gm.graph.find_nodes(op="placeholder") for symbol, hint in _symbol_hints(node)}
+    resized = {**known, **dict.fromkeys(batch, number)}
+    for node in nodes:
+        if node.op != "call_function":
+            continue
+        old = node.meta.get("val")
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise RewriteError(
+                f"{node.name} in the core runs a region of its own; trace the model without autocast",
+                pass_name=_PASS,
+                site=fx.stack_path(node),
+            )
+        try:
+            fx.refresh(gm, node)
+        except Exception as error:
+            raise RewriteError(
+                f"{node.name} cannot run at another batch size: {error}", pass_name=_PASS, site=fx.stack_path(node)
+            ) from error
+        expected, found = _numbers(old, resized), _numbers(node.meta["val"], known)
+        if expected != found or bool(symbols(old) & batch) != bool(symbols(node.meta["val"]) & batch):
+            raise RewriteError(
+                f"{node.name} has sizes {found} at batch {number}, where {expected} follow from its place in the "
+                "model; it ties the batch to another size",
+                pass_name=_PASS,
+                site=fx.stack_path(node),
+            )
+
+
+def _symbol_hints(node: Node) -> Iterable[tuple[sympy.Symbol, int]]:
+    value = node.meta.get("val")
+    for size in value.shape if isinstance(value, Tensor) else ():
+        if isinstance(size, SymInt) and isinstance(size.node.expr, sympy.Symbol):
+            yield size.node.expr, size.node.hint
+
+
+def _numbers(value: Any, known: Mapping[sympy.Symbol, int]) -> list[tuple[int, ...]]:
+    """The sizes of a fake value, with numbers for symbols."""
+
+    def number(size: Any) -> int:
+        return int(size.node.expr.xreplace(known)) if isinstance(size, SymInt) else int(size)
+
+    return [
+        tuple(map(number, leaf.shape)) if isinstance(leaf, Tensor) else (number(leaf),)
+        for leaf in tree_leaves(value)
+        if isinstance(leaf, (Tensor, SymInt))
+    ]

@@ -1,0 +1,160 @@
+"""Reading from a graph what multiplexing needs: the core, the tokens, attention and its masks, what the head reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from fxsparse import graph as fx
+from fxsparse.analysis.blocks import Stack
+from fxsparse.errors import RewriteError
+
+aten = torch.ops.aten
+_PASS = "multiplex"
+_END = torch.iinfo(torch.int64).max
+
+
+def choose(found: list[Stack], wanted: str | None) -> Stack:
+    """The list of blocks that is multiplexed: the one at ``wanted``, or the only one."""
+    paths = [stack.path for stack in found]
+    if wanted is not None:
+        if wanted not in paths:
+            raise RewriteError(
+                f"there is no list of blocks at stack={wanted}; there are: {', '.join(paths) or 'none'}",
+                pass_name=_PASS,
+            )
+        return found[paths.index(wanted)]
+    if not found:
+        raise RewriteError(
+            "the model has no repeated core: no list of blocks that pass one stream of hidden states on",
+            pass_name=_PASS,
+        )
+    if len(found) > 1:
+        raise RewriteError(
+            f"the model has several lists of blocks, {', '.join(paths)}; choose one with stack=", pass_name=_PASS
+        )
+    return found[0]
+
+
+def token_embedding(gm: GraphModule, source: Node) -> Node | None:
+    """The lookup of tokens in the largest table among those that feed ``source``; None where it embeds no tokens but
+    images, say.
+
+    Raises:
+        RewriteError: nothing embeds what the core is given.
+    """
+    pending, seen = [source], set()
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending += node.all_input_nodes
+    if not any(fx.is_embedding(node) or fx.applies_parameter(gm, node) for node in seen):
+        raise RewriteError(
+            f"there is no embedding: the core reads {source.name}, which no table, linear or convolution makes; "
+            "inputs are mixed after they are embedded",
+            pass_name=_PASS,
+            site=fx.stack_path(source),
+        )
+    lookups = [node for node in seen if fx.is_embedding(node) and _is_given(node.args[1])]  # type: ignore[arg-type]
+    return max(lookups, key=lambda node: fx.value(node.args[0]).shape[0], default=None)  # type: ignore[arg-type]
+
+
+def _is_given(node: Node) -> bool:
+    """Whether a node is an input of the model, reshaped or converted at most."""
+    while node.op == "call_function" and len(node.all_input_nodes) >= 1 and node.target in _PASSED_ON:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder"
+
+
+_PASSED_ON = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.unsqueeze.default,
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten._to_copy.default,
+    aten.contiguous.default,
+    aten.clone.default,
+}
+
+
+def mask_of(attention: Node) -> Node | None:
+    """The mask of an attention."""
+    mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
+    return mask if isinstance(mask, Node) else None
+
+
+def is_causal(attention: Node) -> bool:
+    """Whether an attention is causal without a mask that says so."""
+    given = attention.args[5] if len(attention.args) > 5 else attention.kwargs.get("is_causal", False)
+    return bool(given)
+
+
+def only_masks_attention(mask: Node, inside: set[Node]) -> bool:
+    """Whether all that becomes of ``mask`` in a region is to mask attention: as SDPA's mask, or added to scores."""
+    for user in mask.users:
+        if user not in inside and user.target is not aten.scaled_dot_product_attention.default:
+            continue
+        if user.target is aten.scaled_dot_product_attention.default and mask_of(user) is mask:
+            continue
+        if user.target in _PASSED_ON and user.args[0] is mask and only_masks_attention(user, inside):
+            continue
+        if user.target is aten.add.Tensor and all(_is_softmax(reader) for reader in user.users):
+            continue
+        return False
+    return True
+
+
+def _is_softmax(node: Node) -> bool:
+    return node.target in {aten.softmax.int, aten._softmax.default}
+
+
+def move_up(node: Node, before: Node) -> None:
+    """Moves ``node`` and what it depends on before ``before``, on which none of them depends."""
+    order = {item: place for place, item in enumerate(node.graph.nodes)}
+    needed, pending = set(), [node]
+    while pending:
+        item = pending.pop()
+        if item not in needed and order[item] > order[before]:
+            needed.add(item)
+            pending += item.all_input_nodes
+    for item in sorted(needed, key=order.__getitem__):
+        before.prepend(item)
+
+
+def positions_read(sink: Node) -> list[Node]:
+    """The calls that pick positions from ``sink``, one after the other, where nothing else reads it."""
+    chain: list[Node] = []
+    node = sink
+    while len(node.users) == 1:
+        (user,) = node.users
+        rank = fx.value(node).dim()
+        picks = user.target in {aten.select.int, aten.slice.Tensor} and _dim_of(user) % rank != 0
+        if not picks and not (user.target is aten.slice.Tensor and _is_whole(user)):
+            break
+        chain.append(user)
+        node = user
+    return chain
+
+
+def _dim_of(node: Node) -> int:
+    return int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+
+
+def _is_whole(node: Node) -> bool:
+    given = [*node.args[2:], None, None, None]
+    start, end, step = given[:3]
+    return start in (None, 0) and end in (None, _END) and step in (None, 1)
+
+
+def scalar_output(gm: GraphModule) -> Node | None:
+    """The scalar the model returns; None where it returns none, or several."""
+    outputs = {node for node in tree_leaves(gm.graph.output_node().args) if isinstance(node, Node)}
+    scalars = [node for node in outputs if isinstance(fx.value(node), Tensor) and fx.value(node).dim() == 0]
+    return scalars[0] if len(scalars) == 1 else None

@@ -1,0 +1,132 @@
+"""Data multiplexing: N inputs share one pass through the core of a network (DataMUX, arXiv 2202.09318; MUX-PLM,
+arXiv 2302.12441; ensembles of one input in several slots).
+
+    embeddings -> mux: N rows become one -> repeated core at batch / N -> demux: one row becomes N -> head
+
+Rows g N, ..., g N + N - 1 of a batch form group g. The members of a group influence each other: an output depends on
+what else is in its group, which costs accuracy, and where groups mix users one user's output can carry traces of
+another's input. Form groups of one user's inputs where that matters. Attention in the core sees the union of what the
+members' masks let it see, so the padding of a short member is attended to wherever a longer one has tokens.
+
+A batch that N does not divide is filled up with its own rows from the start, and what comes of them is cut off: the
+same batch gives the same outputs, whatever was run before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule
+
+from fxsparse.errors import OptionError, RewriteError
+from fxsparse.graph.derived_buffers import BORROWED
+from fxsparse.graph.record import Change
+from fxsparse.passes.base import Pass
+from fxsparse.passes.event import Event
+from fxsparse.passes.mux.rewrite import PATH, Rewrite
+from fxsparse.passes.mux.stages import Stages
+
+__all__ = ["DEMUXES", "MUXES", "PATH", "Multiplex"]
+
+MUXES = ("gaussian", "orthogonal", "binary", "attention", "unit")
+DEMUXES = ("keys", "mlp", "prefix", "repeat")
+
+
+@dataclass(frozen=True)
+class Multiplex(Pass):
+    """Runs the repeated core of a model at batch / n.
+
+    Attributes:
+        n: N, members of a group.
+        mux: how members are mixed: ``gaussian`` (mean of members times Gaussian keys), ``orthogonal`` (sum of randomly
+            rotated members over sqrt(n)), ``binary`` (each member keeps its own n-th of the features), ``attention``
+            (MUX-PLM's contextual mixing), ``unit`` (the plain mean).
+        demux: how they are told apart: ``keys`` (an MLP of a learned key and the hidden state; RSA), ``mlp`` (an MLP
+            for each member), ``prefix`` (as ``keys``, with the outputs at n prefix positions as keys; the last n
+            positions of a sequence make room, so pad sequences by n), ``repeat`` (not at all).
+        layers: linear layers of ``keys`` and ``prefix``.
+        learned: train the mixing keys or rotations; else they stay as drawn.
+        norm: length of a Gaussian key; sqrt(d) unless given, DataMUX's code has 1 and 20.
+        ensemble: how many slots each input takes; its outputs are averaged. It divides n.
+        stages: training stages ``(until, task, retrieval)``: up to that fraction of the steps the ``loss`` that the
+            model returns in training is task * its own + retrieval * the retrieval loss. A warm-up and then DataMUX's
+            mixture is ``((0.3, 0, 1), (1, 0.9, 0.1))``. A ``Schedule`` drives them; evaluation has the task loss.
+        ignore: token ids that the retrieval loss leaves out, such as padding and special tokens.
+        stack: path of the list of blocks that is the core; needed where a model has several.
+        seed: of keys and initial weights.
+
+    To tune what was pretrained so with another head, ``tuned.load_state_dict(pretrained.state_dict(), strict=False)``:
+    mux, demux and retrieval have the same names in both.
+
+    A head that reads one position (``[:, 0]``) is given just that position, told apart. Demultiplexing all positions
+    costs as much per token as without multiplexing.
+
+    Raises:
+        OptionError: an option is out of range.
+        RewriteError: the batch size is not free, there is no embedding or no repeated core, the core's states leave it,
+            or it reads something that depends on a member's values and is no attention mask.
+    """
+
+    name: ClassVar[str] = "multiplex"
+    cannot_follow: ClassVar[tuple[str, ...]] = ("multiplex", "select-tensors")
+    n: int = 2
+    mux: str = "gaussian"
+    demux: str = "keys"
+    layers: int = 2
+    learned: bool = False
+    norm: float | None = None
+    ensemble: int = 1
+    stages: tuple[tuple[float, float, float], ...] = ()
+    ignore: tuple[int, ...] = ()
+    stack: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ignore = (self.ignore,) if isinstance(self.ignore, int) else self.ignore
+        object.__setattr__(self, "ignore", tuple(ignore))
+        for option in ("n", "layers", "ensemble"):
+            number = getattr(self, option)
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise OptionError(f"{option}={number} must be a whole number of at least 1", pass_name=self.name)
+        for option, known in (("mux", MUXES), ("demux", DEMUXES)):
+            if getattr(self, option) not in known:
+                raise OptionError(
+                    f"{option}={getattr(self, option)!r} is none of {', '.join(known)}", pass_name=self.name
+                )
+        if self.n % self.ensemble:
+            raise OptionError(f"ensemble={self.ensemble} does not divide n={self.n}", pass_name=self.name)
+        if self.mux == "attention" and self.demux == "prefix":
+            raise OptionError("mux=attention takes demux=keys or demux=mlp, not a prefix", pass_name=self.name)
+        if self.norm is not None and not self.norm > 0:
+            raise OptionError(f"norm={self.norm} must be positive", pass_name=self.name)
+        object.__setattr__(self, "stages", self._checked_stages())
+
+    def _checked_stages(self) -> tuple[tuple[float, float, float], ...]:
+        stages = tuple(tuple(map(float, stage)) for stage in self.stages)
+        ends = [stage[0] for stage in stages]
+        if any(len(stage) != 3 or min(stage) < 0 for stage in stages) or ends != sorted(set(ends)):
+            raise OptionError(
+                f"stages={self.stages} are (until, task, retrieval) with growing ends and weights of at least 0",
+                pass_name=self.name,
+            )
+        if stages and ends[-1] != 1:
+            raise OptionError(f"the last of stages={self.stages} must end at 1", pass_name=self.name)
+        return stages  # type: ignore[return-value]
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        if graph.meta.get(BORROWED):
+            raise RewriteError(
+                "mux and demux have parameters that the optimizer of a one-line call has never seen; call "
+                "fxsparse.rewrite(model, passes, ...) and compile its result",
+                pass_name=self.name,
+            )
+        if hasattr(graph, PATH):
+            raise RewriteError(f"the model already has a module called {PATH}", pass_name=self.name, site=PATH)
+        yield from Rewrite(self, graph).run()
+
+    def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
+        if self.stages:
+            yield Stages(self.stages, graph.get_submodule(PATH), total_steps)

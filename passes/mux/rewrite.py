@@ -1,0 +1,337 @@
+"""How a graph is multiplexed: mux before the core, the core at another batch size, demux after it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from fxsparse import graph as fx
+from fxsparse.analysis.blocks import stacks
+from fxsparse.errors import RewriteError
+from fxsparse.graph.record import Change, rewrote
+from fxsparse.passes.mux.batch_region import Region, batch_symbols, refresh, region_between, run_at, symbols
+from fxsparse.passes.mux.core import (
+    choose,
+    is_causal,
+    mask_of,
+    move_up,
+    only_masks_attention,
+    positions_read,
+    scalar_output,
+    token_embedding,
+)
+from fxsparse.passes.mux.modules import (
+    ContextualMux,
+    KeyDemux,
+    KeyMux,
+    Multiplexer,
+    OrthogonalMux,
+    PrefixMux,
+    Repeat,
+    Retrieval,
+    RetrievalLoss,
+    SlotDemux,
+)
+from fxsparse.passes.mux.splice import adopt, splice
+
+if TYPE_CHECKING:
+    from fxsparse.passes.mux.multiplex import Multiplex
+
+aten = torch.ops.aten
+
+PATH = "multiplex"
+"""The module of a multiplexed graph that holds the state of mux, demux and retrieval."""
+
+_END = torch.iinfo(torch.int64).max
+
+
+class Rewrite:
+    """One multiplexing of one graph."""
+
+    def __init__(self, owner: Multiplex, gm: GraphModule):
+        self.owner, self.gm, self.n = owner, gm, owner.n
+        self.stack = choose(stacks(gm), owner.stack)
+        self.source, self.sink = self.stack.blocks[0].stream_in, self.stack.blocks[-1].stream_out
+        self.batch = batch_symbols(gm, self.source)
+        self.embedding = token_embedding(gm, self.source)
+        self.core = region_between(gm, self.source, self.sink)
+        self.merged: list[str] = []
+
+    def run(self) -> Iterable[Change]:
+        dim = int(fx.value(self.source).shape[-1])
+        parts = self._build(dim)
+        adopt(self.gm, PATH, parts)
+        first = self.core.first
+        self.rows = fx.insert_call(self.gm, aten.sym_size.int, (self.source, 0), like=first)
+        self.total = self._call(operator.mul, self.rows, self.owner.ensemble, like=first)
+        filled = self._call(operator.add, self.total, self.n - 1, like=first)
+        self.groups = self._call(operator.floordiv, filled, self.n, like=first)
+        self._check_example()
+        self.slots = self._slots(first)
+        mixed = self._mix(parts.mux, first)
+        for node in self.core.nodes:
+            node.replace_input_with(self.source, mixed)
+        core = Region(mixed, self.core.sinks, self.core.nodes)
+        run_at(self.gm, core, self.batch, self.groups, self.rows, self._merge_mask)
+        if self.owner.demux == "prefix":
+            self._shift_masks()
+        refresh(self.gm, core.nodes, self.batch, self.groups)
+        told_apart = self._tell_apart(parts)
+        if self.owner.ensemble > 1:
+            self._average(told_apart)
+        shared = f"; members share {', '.join(self.merged)}" if self.merged else ""
+        yield rewrote(self.stack.path, f"runs at batch / {self.n}, mixed by {self.owner.mux}{shared}")
+        each = f", {self.owner.ensemble} slots for each input" if self.owner.ensemble > 1 else ""
+        yield rewrote(PATH, f"tells {self.n} members apart by {self.owner.demux}{each}")
+
+    def _call(self, target: Any, *args: Any, like: Node) -> Node:
+        return fx.insert_call(self.gm, target, args, like=like)
+
+    def _build(self, dim: int) -> Multiplexer:
+        owner = self.owner
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(owner.seed)
+            mux: nn.Module
+            if owner.mux == "orthogonal":
+                mux = OrthogonalMux(self.n, dim, owner.learned)
+            elif owner.mux == "attention":
+                attention = self._attention()
+                heads = int(fx.value(attention.args[0]).shape[1])  # type: ignore[arg-type]
+                mux = ContextualMux(self.n, dim, heads, is_causal(attention), owner.norm, owner.learned)
+            else:
+                mux = KeyMux(self.n, dim, owner.mux, owner.norm, owner.learned)
+            demux: nn.Module = Repeat(self.n)
+            if owner.demux == "mlp":
+                demux = SlotDemux(self.n, dim)
+            elif owner.demux != "repeat":
+                demux = KeyDemux(self.n, dim, owner.layers, own_keys=owner.demux == "keys")
+            if owner.demux == "prefix":
+                self._check_length()
+                mux = PrefixMux(mux, self.n, dim)
+            retrieval = self._retrieval(dim) if owner.stages else None
+            parts = Multiplexer(mux, demux, retrieval)
+        device = fx.value(self.source).device
+        parts.to(device=device, dtype=fx.value(self.source).dtype)
+        if owner.stages:
+            parts.register_buffer("step", torch.ones((), dtype=torch.int64, device=device))
+            parts.register_buffer("loss_weights", torch.tensor(owner.stages[0][1:], device=device))
+        return parts
+
+    def _retrieval(self, dim: int) -> Retrieval:
+        if self.embedding is None:
+            raise RewriteError(
+                "stages need token ids to retrieve, and the model looks none up; leave stages out",
+                pass_name=self.owner.name,
+                site=self.stack.path,
+            )
+        table = fx.attribute(self.gm, str(self.embedding.args[0].target))  # type: ignore[union-attr]
+        decoder = table if table.shape[1] == dim else torch.randn(table.shape[0], dim) * 0.02
+        return Retrieval(self.n, decoder, self.owner.ignore, self.n if self.owner.demux == "prefix" else 0)
+
+    def _check_example(self) -> None:
+        rows = fx.value(self.rows).node.hint
+        if rows * self.owner.ensemble <= self.n:  # a single group: a size of 1 cannot be told from a broadcast
+            raise RewriteError(
+                f"the model was traced with {rows} rows, which fill one group of {self.n} only; "
+                f"trace with an example of at least {self.n // self.owner.ensemble + 1} rows",
+                pass_name=self.owner.name,
+                site=self.stack.path,
+            )
+
+    def _check_length(self) -> None:
+        length = fx.value(self.source).shape[1]
+        if isinstance(length, int) and length <= self.n:
+            raise RewriteError(
+                f"sequences of {length} have no room for a prefix of {self.n}; trace with longer ones",
+                pass_name=self.owner.name,
+                site=self.stack.path,
+            )
+
+    # --- before the core ----------------------------------------------------------------------------------------------
+
+    def _slots(self, before: Node) -> Node | None:
+        """Which row stands in each slot, int64 ``[groups * n]``; None where every row has its own and none is left."""
+        if self.n == 1:
+            return None
+        count = self._call(operator.mul, self.groups, self.n, like=before)
+        device = fx.value(self.source).device
+        slots = fx.insert_call(self.gm, aten.arange.default, (count,), {"device": device}, like=before)
+        if self.owner.ensemble > 1:
+            slots = fx.insert_call(
+                self.gm, aten.div.Scalar_mode, (slots, self.owner.ensemble), {"rounding_mode": "floor"}, like=before
+            )
+        return self._call(aten.remainder.Scalar, slots, self.rows, like=before)
+
+    def _members(self, rows: Node, before: Node) -> Node:
+        """``[batch, ...]`` as the slots hold it, ``[groups * n, ...]``."""
+        if self.slots is None:
+            return rows
+        return self._call(aten.index_select.default, rows, 0, self.slots, like=before)
+
+    def _mix(self, mux: nn.Module, before: Node) -> Node:
+        inputs = [self._members(self.source, before)]
+        mask = mask_of(self._attention()) if self.owner.mux == "attention" else None
+        if mask is not None:
+            move_up(mask, before)
+            varies = symbols(fx.value(mask)) & self.batch
+            inputs.append(self._members(mask, before) if varies else mask)
+        return splice(self.gm, f"{PATH}.mux", mux, inputs, before=before)
+
+    def _attention(self) -> Node:
+        for node in self.core.nodes:
+            if node.target is aten.scaled_dot_product_attention.default:
+                return node
+        raise RewriteError(
+            'the core has no scaled_dot_product_attention to take the mask from; use attn_implementation="sdpa" or '
+            "mux=gaussian",
+            pass_name=self.owner.name,
+            site=self.stack.path,
+        )
+
+    def _merge_mask(self, mask: Node, before: Node) -> Node:
+        """What the members' masks let be seen, together."""
+        value, site = fx.value(mask), fx.stack_path(mask)
+        if not isinstance(value, Tensor) or not all(symbols(size) & self.batch for size in value.shape[:1]):
+            self._refuse(mask, "does not have the batch as its first dimension")
+        if any(symbols(size) & self.batch for size in value.shape[1:]):
+            self._refuse(mask, "has the batch in more than its first dimension")
+        if not only_masks_attention(mask, set(self.core.nodes)):
+            self._refuse(mask, "is not just an attention mask")
+        self.merged.append(f"{mask.name} of {site or 'the model'} (what any of them may see)")
+        members = self._members(mask, before)
+        grouped = self._call(aten.unflatten.int, members, 0, [self.groups, self.n], like=before)
+        merge = aten.any.dim if value.dtype == torch.bool else aten.amax.default
+        return self._call(merge, grouped, 1 if value.dtype == torch.bool else [1], like=before)
+
+    def _refuse(self, node: Node, why: str) -> None:
+        raise RewriteError(
+            f"the core reads {node.name} {_sizes(node)}, which depends on each member's input and {why}, so a group "
+            "cannot share it; leave out the input it comes from",
+            pass_name=self.owner.name,
+            site=fx.stack_path(node),
+        )
+
+    def _shift_masks(self) -> None:
+        """Lets every position see the prefix; it sees what the first position sees."""
+        shifted: dict[Node, Node] = {}
+        for node in self.core.nodes:
+            mask = mask_of(node) if node.target is aten.scaled_dot_product_attention.default else None
+            if mask is None:
+                continue
+            if mask not in shifted:
+                value = fx.value(mask)
+                seen = aten.ones_like.default if value.dtype == torch.bool else aten.zeros_like.default
+                prefix = self._call(seen, self._call(aten.slice.Tensor, mask, -1, 0, self.n, like=node), like=node)
+                kept = self._call(aten.slice.Tensor, mask, -1, 0, -self.n, like=node)
+                new = self._call(aten.cat.default, [prefix, kept], -1, like=node)
+                if value.dim() > 1 and value.shape[-2] != 1:
+                    rows = self._call(aten.slice.Tensor, new, -2, 0, 1, like=node)
+                    rows = self._call(aten.expand.default, rows, [*[-1] * (value.dim() - 2), self.n, -1], like=node)
+                    others = self._call(aten.slice.Tensor, new, -2, 0, -self.n, like=node)
+                    new = self._call(aten.cat.default, [rows, others], -2, like=node)
+                shifted[mask] = new
+            node.replace_input_with(mask, shifted[mask])
+
+    # --- after the core -----------------------------------------------------------------------------------------------
+
+    def _tell_apart(self, parts: Multiplexer) -> Node:
+        """Puts the demultiplexer after the core, as late as it can come; returns the rows it tells apart."""
+        chain = positions_read(self.sink)
+        stream, keys = self.sink, []
+        if self.owner.demux == "prefix":
+            readers, after = list(self.sink.users), self.sink.next
+            keys = [self._call(aten.slice.Tensor, self.sink, 1, 0, self.n, like=after)]
+            rest = self._call(aten.slice.Tensor, self.sink, 1, self.n, _END, like=after)
+            lost = self._call(aten.zeros_like.default, keys[0], like=after)
+            stream = self._call(aten.cat.default, [rest, lost], 1, like=after)
+            for reader in readers:
+                reader.replace_input_with(self.sink, stream)
+        read = chain[-1] if chain else stream
+        readers = list(read.users)
+        if parts.retrieval is not None:
+            self._add_retrieval(parts, stream, keys)
+        refresh(self.gm, chain, self.batch, self.groups)
+        after = read.next
+        inputs: list[Node | None] = [read, None, *keys] if keys else [read]
+        apart = splice(self.gm, f"{PATH}.demux", parts.demux, inputs, before=after)
+        if self.n > 1:
+            apart = self._call(aten.slice.Tensor, apart, 0, 0, self.total, like=after)
+        for reader in readers:
+            reader.replace_input_with(read, apart)
+        return apart
+
+    def _add_retrieval(self, parts: Multiplexer, stream: Node, keys: list[Node]) -> None:
+        loss = scalar_output(self.gm)
+        if loss is None or parts.retrieval is None or self.embedding is None:
+            return  # a trace without labels, for serving: the state is there, its loss is not asked for
+        after = stream.next
+        ids = self._members(self.embedding.args[1], after)  # type: ignore[arg-type]
+        step = fx.insert_attribute(self.gm, f"{PATH}.step", before=after)
+        module = RetrievalLoss(parts.demux, parts.retrieval)
+        retrieval = splice(self.gm, PATH, module, [stream, ids, step, *keys], before=after)
+        self._mix_losses(loss, retrieval)
+
+    def _mix_losses(self, task: Node, retrieval: Node) -> None:
+        """In training the loss becomes the weighted sum; ``task + training * (sum - task)``."""
+        readers, after = list(task.users), task.next
+        weights = fx.insert_attribute(self.gm, f"{PATH}.loss_weights", before=after)
+        shares = [
+            self._call(aten.mul.Tensor, loss, self._call(aten.select.int, weights, 0, place, like=after), like=after)
+            for place, loss in enumerate((task, retrieval))
+        ]
+        change = self._call(aten.sub.Tensor, self._call(aten.add.Tensor, *shares, like=after), task, like=after)
+        with self.gm.graph.inserting_before(after):
+            training = self.gm.graph.create_node("get_attr", f"{PATH}.training")
+        training.meta["val"] = self.gm.training
+        change = self._call(aten.mul.Scalar, change, training, like=after)
+        total = self._call(aten.add.Tensor, task, change, like=after)
+        for reader in readers:
+            reader.replace_input_with(task, total)
+
+    # --- ensembles ----------------------------------------------------------------------------------------------------
+
+    def _average(self, apart: Node) -> None:
+        """Runs the head on every slot and averages what the model returns for each input."""
+        outputs = [node for node in tree_leaves(self.gm.graph.output_node().args) if isinstance(node, Node)]
+        head = region_between(self.gm, apart, *outputs)
+        sinks = [node for node in dict.fromkeys(outputs) if node in {apart, *head.nodes} and self._has_rows(node)]
+        if not sinks:
+            raise RewriteError(
+                "the model returns nothing with one row for each input, so there is nothing to average",
+                pass_name=self.owner.name,
+            )
+        head = region_between(self.gm, apart, *sinks)
+        run_at(self.gm, head, self.batch, self.total, self.rows, self._repeat)
+        refresh(self.gm, head.nodes, self.batch, self.total)
+        inside = set(head.nodes)
+        for sink in sinks:
+            readers, after = [user for user in sink.users if user not in inside], sink.next
+            slots = self._call(aten.unflatten.int, sink, 0, [self.rows, self.owner.ensemble], like=after)
+            mean = self._call(aten.mean.dim, slots, [1], like=after)
+            for reader in readers:
+                reader.replace_input_with(sink, mean)
+
+    def _has_rows(self, node: Node) -> bool:
+        value = fx.value(node)
+        return (
+            isinstance(value, Tensor)
+            and value.dim() > 0
+            and value.is_floating_point()
+            and bool(symbols(value.shape[0]) & self.batch)
+        )
+
+    def _repeat(self, side: Node, before: Node) -> Node:
+        value = fx.value(side)
+        if not isinstance(value, Tensor) or not symbols(value.shape[0]) & self.batch:
+            self._refuse(side, "does not have the batch as its first dimension")
+        return self._call(aten.repeat_interleave.self_int, side, self.owner.ensemble, 0, like=before)
+
+
+def _sizes(node: Node) -> str:
+    return f"({', '.join(map(str, getattr(fx.value(node), 'shape', ())))})"

@@ -1,0 +1,1 @@
+"""SAT: a choice of heads and channels to compute in each training step."""

@@ -1,0 +1,1 @@
+"""N:M masks: SLoPe, SR-STE, Wanda, double pruning and low-rank branches."""

@@ -1,0 +1,200 @@
+"""Lazy low-rank branches beside linears (SLoPe, arXiv 2405.16325, section 2.3).
+
+    y = x (W^R)^T + b + (x down^T) up^T / r        down [r, in] ~ N(0, 1), up [out, r] = 0
+
+At insertion a branch changes nothing, because ``up`` is zero. SLoPe trains them in the last 1 % of the steps: the
+branches' parameters exist from the start, so that optimizers, DDP and FSDP know them, and the graph uses them from
+the step on that a ``Schedule`` reaches. The factor 1/r is that of SLoPe's code.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxsparse import graph as fx
+from fxsparse.errors import OptionError, RewriteError
+from fxsparse.graph import Linear
+from fxsparse.graph.derived_buffers import BORROWED
+from fxsparse.graph.record import Change, rewrote, skipped, substitute
+from fxsparse.passes.base import Pass
+from fxsparse.passes.event import Event
+from fxsparse.passes.nm.sparse_linear import SparseLinear, replace_call, sparse_linears
+
+_WITH_BRANCH: dict[Any, Any] = {
+    torch.ops.fxsparse.nm_linear.default: torch.ops.fxsparse.nm_linear_low_rank.default,
+    torch.ops.fxsparse.masked_linear.default: torch.ops.fxsparse.masked_linear_low_rank.default,
+}
+
+
+@dataclass(frozen=True)
+class AddLowRankBranches(Pass):
+    """Adds low-rank branches beside linears.
+
+    Attributes:
+        rank: r; none takes it from the ratio.
+        ratio: r over the smaller of the weight's two dimensions, at least 1; SLoPe's are 0.39, 1.56 and 6.25 %.
+        start: fraction of the training steps after which the branches take part; 0 is at once.
+        layers: globs over the module paths of linears, dense or N:M, that get a branch; none takes every N:M linear.
+        seed: of ``down``.
+
+    Raises:
+        OptionError: an option is out of range.
+        RewriteError: there is no N:M linear, or a glob matches no linear.
+    """
+
+    name: ClassVar[str] = "low-rank"
+    cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors",)
+    rank: int | None = None
+    ratio: float | None = None
+    start: float = 0.99
+    layers: tuple[str, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            object.__setattr__(self, "layers", (self.layers,) if isinstance(self.layers, str) else tuple(self.layers))
+        if self.rank is not None and self.ratio is not None:
+            raise OptionError("give rank or ratio, not both", pass_name=self.name)
+        if self.rank is None and self.ratio is None:
+            object.__setattr__(self, "ratio", 1 / 64)
+        if self.rank is not None and (isinstance(self.rank, bool) or self.rank != int(self.rank) or self.rank < 1):
+            raise OptionError(f"rank={self.rank} must be a positive whole number", pass_name=self.name)
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise OptionError(f"ratio={self.ratio} must lie in (0, 1]", pass_name=self.name)
+        if not 0 <= self.start <= 1:
+            raise OptionError(f"start={self.start} is a fraction of the training steps, in [0, 1]", pass_name=self.name)
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        if graph.meta.get(BORROWED):
+            raise RewriteError(
+                "branches are parameters that the optimizer of a one-line call has never seen; call "
+                "sparse = fxsparse.rewrite(model, passes, ...), build the optimizer from sparse.parameters(), "
+                'and compile with torch.compile(sparse, backend="fxsparse")',
+                pass_name=self.name,
+            )
+        candidates = self._candidates(graph)
+        present = {name for name, _ in graph.named_parameters(remove_duplicate=False)}
+        done: set[str] = set()
+        for linear in candidates:
+            if linear.name in done:
+                continue
+            done.add(linear.name)
+            if f"{linear.name}_down" in present:
+                yield skipped(linear.path, "already has a branch")
+                continue
+            rank = self.rank or max(1, round((self.ratio or 0) * min(linear.in_features, linear.out_features)))
+            self._register(graph, linear, rank)
+            when = "from the start" if self.start == 0 else f"from {self.start:.0%} of the steps on"
+            yield rewrote(linear.path, f"rank {rank}, {when}")
+        if self.start == 0:
+            insert_branches(graph)
+
+    def _candidates(self, gm: GraphModule) -> list[Linear | SparseLinear]:
+        sparse = list(sparse_linears(gm))
+        if self.layers is None:
+            if not sparse:
+                raise RewriteError(
+                    "there is no N:M linear to add a branch to; the order that works is nm-masks,low-rank, "
+                    "or name dense linears with layers=[...]",
+                    pass_name=self.name,
+                )
+            return list(sparse)
+        every: list[Linear | SparseLinear] = [*sparse, *fx.linears(gm)]
+        for glob in self.layers:
+            if not any(fnmatchcase(linear.path, glob) for linear in every):
+                shown = ", ".join(linear.path for linear in every[:4])
+                raise RewriteError(
+                    f"the glob {glob!r} matches no linear; there are: {shown or 'none'}", pass_name=self.name
+                )
+        return [linear for linear in every if any(fnmatchcase(linear.path, glob) for glob in self.layers)]
+
+    def _register(self, gm: GraphModule, linear: Linear | SparseLinear, rank: int) -> None:
+        source = fx.attribute(gm, _holder(linear))
+        generator = torch.Generator().manual_seed(zlib.crc32(linear.name.encode(), self.seed))
+        down = torch.randn(rank, linear.in_features, generator=generator).to(source)
+        up = torch.zeros(linear.out_features, rank, dtype=source.dtype, device=source.device)
+        fx.set_parameter(gm, f"{linear.name}_down", down)
+        fx.set_parameter(gm, f"{linear.name}_up", up)
+
+    def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
+        if self.start > 0:
+            yield _Start(self, graph, optimizer, round(self.start * total_steps))
+
+
+def _holder(linear: Linear | SparseLinear) -> str:
+    return linear.parameter_name if isinstance(linear, SparseLinear) else linear.name
+
+
+class _Start(Event):
+    """Lets the branches take part once their step is reached, in the optimizer as well."""
+
+    def __init__(self, owner: AddLowRankBranches, gm: GraphModule, optimizer: torch.optim.Optimizer, at: int):
+        self.owner, self.gm, self.optimizer, self.at = owner, gm, optimizer, at
+
+    def after_step(self, step: int) -> None:
+        if step >= self.at and any(waiting_branches(self.gm)):
+            self._start()
+
+    def _start(self) -> None:
+        added = insert_branches(self.gm)
+        self.gm.recompile()
+        known = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
+        for holder, branch in added:
+            group = known.get(id(fx.attribute(self.gm, holder)))
+            if group is None:
+                continue  # a frozen weight: its branch is trained only where the caller gave it to the optimizer
+            for name in branch:
+                parameter = fx.attribute(self.gm, name)
+                if id(parameter) not in known:
+                    group["params"].append(parameter)
+        # From here on a replay of the record gives the graph as it is now, with the branches in use.
+        substitute(self.gm, str(self.owner), str(replace(self.owner, start=0.0)))
+
+
+def waiting_branches(gm: GraphModule) -> Iterable[Linear | SparseLinear]:
+    """The linears whose branch exists but takes no part yet."""
+    used = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    present = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
+    linears: list[Linear | SparseLinear] = [*sparse_linears(gm), *fx.linears(gm)]
+    for linear in linears:
+        if f"{linear.name}_down" in present - used:
+            yield linear
+
+
+def insert_branches(gm: GraphModule) -> list[tuple[str, tuple[str, str]]]:
+    """Makes the graph use every waiting branch; returns (parameter of the linear, its branch's parameters)."""
+    inserted = {}
+    for linear in list(waiting_branches(gm)):
+        down, up = f"{linear.name}_down", f"{linear.name}_up"
+        nodes = (fx.insert_attribute(gm, down, before=linear.node), fx.insert_attribute(gm, up, before=linear.node))
+        if isinstance(linear, SparseLinear):
+            replace_call(gm, linear.node, _WITH_BRANCH[linear.node.target], down=nodes[0], up=nodes[1])
+        else:
+            _add_beside(gm, linear, *nodes)
+        inserted[linear.name] = (_holder(linear), (down, up))
+    return list(inserted.values())
+
+
+def _add_beside(gm: GraphModule, linear: Linear, down: Node, up: Node) -> None:
+    aten = torch.ops.aten
+    hidden = fx.insert_call(gm, aten.linear.default, (linear.input, down), like=linear.node)
+    branch = fx.insert_call(gm, aten.linear.default, (hidden, up), like=linear.node)
+    scaled = fx.insert_call(gm, aten.div.Tensor, (branch, int(fx.value(down).shape[0])), like=linear.node)
+    node = linear.node
+    with gm.graph.inserting_after(node):
+        total = gm.graph.call_function(aten.add.Tensor, (node, scaled))
+    total.meta = dict(node.meta)
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+
+def merged(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """The dense weight ``[out, in]`` that computes what a weight and its branch compute together."""
+    return weight + (up @ down) / down.shape[0]

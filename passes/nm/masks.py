@@ -1,0 +1,262 @@
+"""N:M sparse weights: in every group of m consecutive weights along the input dimension, n are kept.
+
+    y = x (W^R)^T + b        W^R = W * mask, mask [out, in], n of every m kept along in
+
+SLoPe (arXiv 2405.16325) fixes the mask before training and keeps only the surviving values, which are then the
+parameter: gradients and optimizer states shrink with it. Its paper speaks of a random mask at initialisation, its
+code takes the largest magnitudes, which on a fresh initialisation is the same thing; both are offered.
+
+As baselines there are dynamic masks on dense weights: SR-STE (Zhou et al., arXiv 2102.04010) prunes in the forward
+pass, passes the gradient straight through to every weight and pulls pruned weights towards zero; it is "extended" in
+that the pull is added to the gradient once per optimizer step, whichever optimizer follows. Transposable masks keep
+n of m along both dimensions, so that forward and backward products are N:M without a second pruning.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxsparse import graph as fx
+from fxsparse.analysis.activation_norms import activation_norms
+from fxsparse.errors import OptionError, RewriteError
+from fxsparse.graph import Linear
+from fxsparse.graph.derived_buffers import BORROWED, Derived, derive
+from fxsparse.graph.record import Change, HeldWeight, hold, rewrote, skipped
+from fxsparse.ops import nm_linear  # noqa: F401  (defines the operators)
+from fxsparse.ops.nm import Pattern, pack
+from fxsparse.passes.base import Pass
+from fxsparse.passes.event import Event
+from fxsparse.passes.nm.rules import CRITERIA, NMMask
+from fxsparse.passes.nm.sparse_linear import sparse_linears
+from fxsparse.passes.nm.sr_ste import DynamicMasks
+from fxsparse.passes.pipeline import structure_only
+from fxsparse.passes.text import FrozenMapping
+
+STORAGES = ("compressed", "masked")
+
+
+@dataclass(frozen=True)
+class InsertNMMasks(Pass):
+    """Makes the weights of linears N:M sparse.
+
+    Attributes:
+        pattern: ``"2:4"`` for all linears, or a mapping from globs over module paths to patterns,
+            ``{"*.layers.[0-5].*": "2:4", "*.layers.[6-9].*": "2:8"}``; the first glob that matches a path counts,
+            and a path that none matches stays dense.
+        criterion: what is kept: ``magnitude``, ``random``, or ``wanda`` (|weight| times the norm of its input over the
+            calibration batches; Sun et al., arXiv 2306.11695).
+        storage: ``compressed`` keeps the surviving values as the parameter ``<weight>_values [out, in*n/m]`` and
+            ``<weight>_indices`` as a buffer; ``masked`` keeps the dense weight and a boolean buffer ``<weight>_mask``.
+        transposable: keep n of m along the output dimension too.
+        dynamic: SR-STE: recompute the mask from the magnitudes while training (needs ``masked`` and a Schedule).
+        every: optimizer steps between two masks of a dynamic pass.
+        decay: SR-STE's pull on pruned weights, added to their gradient; 2e-4 is the original's.
+        exclude: globs over module paths that stay dense.
+        keep_first: leave the first linears after the input dense.
+        keep_head: leave the heads dense.
+        seed: of ``random``.
+        calibration: batches for ``wanda``: mappings of keyword arguments, tuples of arguments, or single tensors.
+
+    Raises:
+        OptionError: an option is out of range.
+        RewriteError: a glob matches no linear.
+    """
+
+    name: ClassVar[str] = "nm-masks"
+    cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors",)
+    pattern: Any = "2:4"
+    criterion: str = "magnitude"
+    storage: str = "compressed"
+    transposable: bool = False
+    dynamic: bool = False
+    every: int = 1
+    decay: float = 2e-4
+    exclude: tuple[str, ...] = ()
+    keep_first: bool = True
+    keep_head: bool = True
+    seed: int = 0
+    calibration: Iterable[Any] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", _canonical(self.pattern))
+        object.__setattr__(self, "exclude", _globs(self.exclude))
+        for option, known in (("criterion", CRITERIA), ("storage", STORAGES)):
+            if getattr(self, option) not in known:
+                raise OptionError(
+                    f"{option}={getattr(self, option)!r} is none of {', '.join(known)}", pass_name=self.name
+                )
+        if self.dynamic and self.storage != "masked":
+            raise OptionError('dynamic masks need the pruned weights: use storage="masked"', pass_name=self.name)
+        if self.every < 1:
+            raise OptionError(f"every={self.every} must be at least 1 step", pass_name=self.name)
+        if self.decay < 0:
+            raise OptionError(f"decay={self.decay} must not be negative", pass_name=self.name)
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        sites = _sites(graph)
+        self._check_globs([site[0].path for site in sites])
+        reasons = _DenseByDefault(graph, self.keep_first, self.keep_head)
+        chosen: list[tuple[list[Linear], Pattern]] = []
+        for site in sites:
+            pattern, reason = self._pattern_for(site[0])
+            reason = reason or reasons(site)
+            if reason is None and pattern is not None:
+                reason = self._misfit(site[0], pattern)
+            if reason is None and pattern is not None:
+                chosen.append((site, pattern))
+            else:
+                yield skipped(site[0].path, f"kept dense, {reason}")
+        for linear in sparse_linears(graph):
+            yield skipped(linear.path, f"is already {linear.pattern}")
+        norms = self._norms(graph, [site for site, _ in chosen])
+        names = fx.parameter_names(graph)
+        for site, pattern in chosen:
+            name = site[0].name
+            all_names = tuple(names[id(fx.attribute(graph, name))])
+            yield self._sparsify(graph, site, pattern, norms.get(name), all_names)
+
+    # --- which weights ---
+
+    def _pattern_for(self, linear: Linear) -> tuple[Pattern | None, str | None]:
+        for glob in self.exclude:
+            if fnmatch.fnmatchcase(linear.path, glob):
+                return None, f"excluded by {glob!r}"
+        if isinstance(self.pattern, str):
+            return Pattern.parse(self.pattern), None
+        for glob, pattern in self.pattern:
+            if fnmatch.fnmatchcase(linear.path, glob):
+                return Pattern.parse(pattern), None
+        return None, "no glob of the pattern matches it"
+
+    def _check_globs(self, paths: list[str]) -> None:
+        given = [*self.exclude, *(() if isinstance(self.pattern, str) else (glob for glob, _ in self.pattern))]
+        for glob in given:
+            if not any(fnmatch.fnmatchcase(path, glob) for path in paths):
+                shown = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
+                raise RewriteError(
+                    f"the glob {glob!r} matches no linear; there are: {shown or 'none'}", pass_name=self.name
+                )
+
+    def _misfit(self, linear: Linear, pattern: Pattern) -> str | None:
+        dtype = fx.value(linear.weight).dtype
+        if not dtype.is_floating_point:
+            return f"its weight is {dtype}, not a real floating-point type"
+        if linear.in_features % pattern.m:
+            return f"{linear.in_features} columns, not a multiple of {pattern.m}"
+        if self.transposable and linear.out_features % pattern.m:
+            return f"{linear.out_features} rows, not a multiple of {pattern.m} as a transposable mask needs"
+        return None
+
+    # --- how ---
+
+    def _norms(self, graph: GraphModule, sites: list[list[Linear]]) -> dict[str, Tensor]:
+        if self.criterion != "wanda" or structure_only(graph):
+            return {}
+        if graph.meta.get(BORROWED):
+            raise RewriteError(
+                "wanda needs to run the model on calibration batches, which the one-line call cannot do; "
+                "call fxsparse.rewrite and compile its result",
+                pass_name=self.name,
+            )
+        if self.calibration is None:
+            raise RewriteError("wanda needs calibration=[batch, ...]", pass_name=self.name)
+        return activation_norms(graph, [linear for site in sites for linear in site], self.calibration)
+
+    def _sparsify(
+        self, gm: GraphModule, site: list[Linear], pattern: Pattern, norms: Tensor | None, names: tuple[str, ...]
+    ) -> Change:
+        borrowed = bool(gm.meta.get(BORROWED))
+        storage = "masked" if borrowed else self.storage
+        name, transposed = site[0].name, site[0].transposed
+        weight = fx.attribute(gm, name)
+        criterion = "magnitude" if structure_only(gm) else self.criterion
+        rule = NMMask(str(pattern), criterion, self.transposable, self.seed, "" if borrowed else name, transposed)
+        mask = rule.with_norms(weight.detach(), norms)
+        if storage == "compressed":
+            dense = weight.detach().t() if transposed else weight.detach()
+            values, indices = pack(dense, mask, pattern)
+            fx.set_parameter(gm, f"{name}_values", values, requires_grad=weight.requires_grad)
+            fx.set_buffer(gm, f"{name}_indices", indices)
+        else:
+            fx.set_buffer(gm, f"{name}_mask", mask)
+            if borrowed:
+                derive(gm, f"{name}_mask", Derived(rule, (name,)))
+        for linear in site:
+            _call_compressed(gm, linear, pattern) if storage == "compressed" else self._call_masked(gm, linear)
+        hold(gm, [HeldWeight(name, storage, str(pattern), transposed, site[0].in_features, names)])
+        kind = "transposable " if self.transposable else ""
+        return rewrote(site[0].path, f"{kind}{pattern}, {self.criterion}, {storage}")
+
+    def _call_masked(self, gm: GraphModule, linear: Linear) -> None:
+        weight = linear.weight
+        if linear.transposed:
+            weight = fx.insert_call(gm, torch.ops.aten.t.default, (weight,), like=linear.node)
+        mask = fx.insert_attribute(gm, f"{linear.name}_mask", before=linear.node)
+        args = (linear.input, weight, mask, None, linear.bias, self.dynamic)
+        fx.replace_with_call(gm, linear.node, torch.ops.fxsparse.masked_linear.default, args)
+
+    def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
+        if self.dynamic:
+            yield DynamicMasks(graph, decay=self.decay, every=self.every, transposable=self.transposable)
+
+
+def _call_compressed(gm: GraphModule, linear: Linear, pattern: Pattern) -> None:
+    values = fx.insert_attribute(gm, f"{linear.name}_values", before=linear.node)
+    indices = fx.insert_attribute(gm, f"{linear.name}_indices", before=linear.node)
+    args = (linear.input, values, indices, None, linear.bias, pattern.n, pattern.m)
+    fx.replace_with_call(gm, linear.node, torch.ops.fxsparse.nm_linear.default, args)
+
+
+def _canonical(pattern: Any) -> str | FrozenMapping:
+    """A pattern's one spelling: text, or a mapping from globs to text."""
+    if isinstance(pattern, (str, Pattern)):
+        return str(Pattern.parse(str(pattern)))
+    items = FrozenMapping(pattern)
+    if not items:
+        raise OptionError("a mapping of patterns must not be empty", pass_name=InsertNMMasks.name)
+    return FrozenMapping((glob, str(Pattern.parse(str(text)))) for glob, text in items)
+
+
+def _globs(globs: Any) -> tuple[str, ...]:
+    return (globs,) if isinstance(globs, str) else tuple(globs)
+
+
+def _sites(gm: GraphModule) -> list[list[Linear]]:
+    """The linears of a graph, those that share a weight together."""
+    sites: dict[int, list[Linear]] = {}
+    for linear in fx.linears(gm):
+        sites.setdefault(id(fx.attribute(gm, linear.name)), []).append(linear)
+    return list(sites.values())
+
+
+class _DenseByDefault:
+    """Why a weight stays dense without being told to, or None."""
+
+    def __init__(self, gm: GraphModule, keep_first: bool, keep_head: bool):
+        self.gm = gm
+        self.reads = fx.reads(gm)
+        self.first: set[Node] = fx.first_linears(gm) if keep_first else set()
+        self.heads: set[Node] = fx.head_linears(gm) if keep_head else set()
+
+    def __call__(self, site: list[Linear]) -> str | None:
+        reads = self.reads[id(fx.attribute(self.gm, site[0].name))]
+        for read in reads:
+            for user in read.users:
+                if fx.is_embedding(user):
+                    return f"tied to the embedding {fx.stack_path(user) or user.name}"
+        if sum(len(read.users) for read in reads) > len(site):
+            return "its weight is also read by something that is not a linear"
+        if len({linear.transposed for linear in site}) > 1:
+            return "its weight is shared by linears that read it in different orientations"
+        if any(linear.node in self.heads for linear in site):
+            return "it is a head (keep_head=False sparsifies it)"
+        if any(linear.node in self.first for linear in site):
+            return "it is the first linear after the input (keep_first=False sparsifies it)"
+        return None

@@ -1,0 +1,73 @@
+"""How masks follow from weights: plain values that compare equal, so that equal rules can share their results."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxsparse.ops.nm import Pattern, double_prune_mask, nm_mask, transposable_mask
+
+CRITERIA = ("magnitude", "random", "wanda")
+
+
+@dataclass(frozen=True)
+class NMMask:
+    """The mask of W^R: n of every m kept along the input dimension.
+
+    Attributes:
+        pattern: ``n:m``.
+        criterion: ``magnitude``, ``random`` or ``wanda``.
+        transposable: n of m along the output dimension too.
+        seed: of ``random``.
+        name: the weight's name, so that equal seeds give different weights different masks; where it is empty the
+            weight's first elements stand for it.
+        transposed: whether the weight is stored ``[in, out]``.
+    """
+
+    pattern: str
+    criterion: str = "magnitude"
+    transposable: bool = False
+    seed: int = 0
+    name: str = ""
+    transposed: bool = False
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The mask, bool ``[out, in]``, of a weight ``[out, in]`` (``[in, out]`` where transposed)."""
+        return self.with_norms(weight, None)
+
+    def with_norms(self, weight: Tensor, norms: Tensor | None) -> Tensor:
+        """The mask, with the input norms ``[in]`` that ``wanda`` multiplies magnitudes by."""
+        dense = weight.t() if self.transposed else weight
+        scores = self._random(dense) if self.criterion == "random" else dense.abs().float()
+        if norms is not None:
+            scores = scores * norms.to(scores.device)
+        search = transposable_mask if self.transposable else nm_mask
+        return search(scores, Pattern.parse(self.pattern))
+
+    def _random(self, dense: Tensor) -> Tensor:
+        if dense.device.type == "meta":
+            return dense.abs()
+        salt = self.name.encode() or dense.flatten()[:4096].float().cpu().numpy().tobytes()
+        generator = torch.Generator().manual_seed(zlib.crc32(salt, self.seed))
+        return torch.rand(dense.shape, generator=generator).to(dense.device)
+
+
+@dataclass(frozen=True)
+class ColumnMask:
+    """The mask of W^{R,C}: W^R pruned again along the output dimension, n of every m by magnitude.
+
+    Attributes:
+        pattern: ``n:m``.
+        transposed: whether the weight is stored ``[in, out]``.
+    """
+
+    pattern: str
+    transposed: bool = False
+
+    def __call__(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """The mask, bool ``[out, in]``, of a weight and the mask ``[out, in]`` of its W^R."""
+        dense = weight.t() if self.transposed else weight
+        return double_prune_mask(dense, mask, Pattern.parse(self.pattern))

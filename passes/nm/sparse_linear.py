@@ -1,0 +1,122 @@
+"""The sparse linears of a graph: fxsparse's own operators, read and edited by the names of their schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxsparse import graph as fx
+from fxsparse.graph.record import HeldWeight, record_of
+from fxsparse.ops import nm_linear  # noqa: F401  (defines the operators)
+from fxsparse.ops.nm import Pattern, pack_column_mask, unpack, unpack_mask
+
+COMPRESSED = (torch.ops.fxsparse.nm_linear.default, torch.ops.fxsparse.nm_linear_low_rank.default)
+MASKED = (torch.ops.fxsparse.masked_linear.default, torch.ops.fxsparse.masked_linear_low_rank.default)
+LOW_RANK = (COMPRESSED[1], MASKED[1])
+
+
+@dataclass(frozen=True)
+class SparseLinear:
+    """A call of an N:M operator.
+
+    Attributes:
+        node: the call.
+        held: how its weight is held.
+    """
+
+    node: Node
+    held: HeldWeight
+
+    @property
+    def name(self) -> str:
+        """Full name of the original weight."""
+        return self.held.name
+
+    @property
+    def path(self) -> str:
+        return fx.module_path(self.held.name)
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern.parse(self.held.pattern)
+
+    @property
+    def compressed(self) -> bool:
+        return self.node.target in COMPRESSED
+
+    @property
+    def has_branch(self) -> bool:
+        return self.node.target in LOW_RANK
+
+    @property
+    def out_features(self) -> int:
+        return int(fx.value(self["values" if self.compressed else "mask"]).shape[0])
+
+    @property
+    def in_features(self) -> int:
+        return self.held.in_features
+
+    @property
+    def parameter_name(self) -> str:
+        """Full name of the parameter that holds the weight now: the values, or the dense weight."""
+        return f"{self.name}_values" if self.compressed else self.name
+
+    def __getitem__(self, argument: str) -> Any:
+        """An argument of the call by its name in the schema; None where it is absent."""
+        return arguments(self.node).get(argument)
+
+
+def sparse_linears(gm: GraphModule) -> Iterator[SparseLinear]:
+    """The N:M linears of a graph in order of execution."""
+    held = {weight.name: weight for weight in record_of(gm).weights}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in (*COMPRESSED, *MASKED):
+            name = _weight_name(node)
+            if name in held:
+                yield SparseLinear(node, held[name])
+
+
+def _weight_name(node: Node) -> str:
+    if node.target in COMPRESSED:
+        return str(fx.read_of(arguments(node)["values"]).target).removesuffix("_values")
+    return str(arguments(node)["mask"].target).removesuffix("_mask")
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of a call of an operator by their names, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
+    named.update(zip((argument.name for argument in schema), node.args, strict=False))
+    named.update(node.kwargs)
+    return named
+
+
+def replace_call(gm: GraphModule, node: Node, target: Any, **changed: Any) -> Node:
+    """Replaces a call of an operator by one of ``target`` with the same arguments but for those that changed."""
+    named = {**arguments(node), **changed}
+    args = tuple(named.get(argument.name, argument.default_value) for argument in target._schema.arguments)
+    return fx.replace_with_call(gm, node, target, args)
+
+
+def dense_and_mask(gm: GraphModule, linear: SparseLinear) -> tuple[Tensor, Tensor]:
+    """W^R and its mask, both ``[out, in]``, of the tensors as they are now."""
+    if linear.compressed:
+        values = fx.attribute(gm, f"{linear.name}_values").detach()
+        indices = fx.attribute(gm, f"{linear.name}_indices")
+        return (
+            unpack(values, indices, linear.pattern, linear.in_features),
+            unpack_mask(indices, linear.pattern, linear.in_features),
+        )
+    weight = fx.attribute(gm, linear.name).detach()
+    mask = fx.attribute(gm, f"{linear.name}_mask")
+    return (weight.t() if linear.held.transposed else weight) * mask, mask
+
+
+def store_column_mask(gm: GraphModule, linear: SparseLinear, column_mask: Tensor, mask: Tensor) -> Tensor:
+    """A column mask ``[out, in]`` in the form the operator takes: packed bits of the kept values, or as it is."""
+    return pack_column_mask(column_mask, mask, linear.pattern) if linear.compressed else column_mask

@@ -1,0 +1,51 @@
+"""SR-STE on a schedule: masks that follow the magnitudes of dense weights, and a pull on the pruned ones.
+
+    grad += decay * (1 - mask) * W       once per optimizer step, before the optimizer
+    mask  = top n of m of |W|            after it, every few steps
+
+Zhou et al., arXiv 2102.04010, eq. 9. The pull enters the gradient, so every optimizer treats it as part of the
+gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule
+
+from fxsparse import graph as fx
+from fxsparse.passes.event import Event
+from fxsparse.passes.nm.rules import NMMask
+from fxsparse.passes.nm.sparse_linear import SparseLinear, sparse_linears
+
+
+class DynamicMasks(Event):
+    """Moves the masks of the straight-through linears of a graph.
+
+    Args:
+        gm: the rewritten graph module.
+        decay: the pull on pruned weights.
+        every: optimizer steps between two masks.
+        transposable: n of m along both dimensions.
+    """
+
+    def __init__(self, gm: GraphModule, *, decay: float, every: int, transposable: bool):
+        self.gm, self.decay, self.every, self.transposable = gm, decay, every, transposable
+
+    def _weights(self) -> list[SparseLinear]:
+        return list({linear.name: linear for linear in sparse_linears(self.gm) if linear["straight_through"]}.values())
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> None:
+        for linear in self._weights():
+            weight, mask = fx.attribute(self.gm, linear.name), fx.attribute(self.gm, f"{linear.name}_mask")
+            if weight.grad is not None and self.decay:
+                pruned = ~(mask.t() if linear.held.transposed else mask)
+                weight.grad.add_(weight * pruned, alpha=self.decay)
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        if step % self.every:
+            return
+        for linear in self._weights():
+            rule = NMMask(linear.held.pattern, transposable=self.transposable, transposed=linear.held.transposed)
+            fx.attribute(self.gm, f"{linear.name}_mask").copy_(rule(fx.attribute(self.gm, linear.name)))

@@ -1,0 +1,208 @@
+"""Gates on attention heads, MLP channels and whole sublayers (CoFi, arXiv 2204.00408).
+
+    heads          z[h] on the result of attention, before the output projection
+    attention      z on what an attention adds to the stream
+    intermediate   z[c] on the channels of an MLP, before its last linear
+    ffn            z on what an MLP adds to the stream
+    hidden         z[j] on the dimensions of the residual stream, wherever they are written; norms over what is open
+
+Gates learn to close until the expected sparsity is the target; or a score closes them once. ``materialize`` then takes
+out what is closed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from fxsparse import graph as fx
+from fxsparse.errors import OptionError, RewriteError
+from fxsparse.graph.record import Change, rewrote
+from fxsparse.passes.event import Event
+from fxsparse.passes.structured import hard_concrete
+from fxsparse.passes.structured.hard_concrete import META_KEY, mask_name
+from fxsparse.passes.structured.sites import SCORES, UNITS, Gating, Scorer, gate_sites, hidden_gate
+
+
+@dataclass(frozen=True)
+class GateStructures(Gating):
+    """Puts gates on the structures of a model.
+
+    Gates and their multipliers are parameters, ``<path>.heads_gate`` and ``sparsity.lambda_1``, which a ``Schedule``
+    trains with two AdamW of its own (without decay, the multipliers by ascent) and takes out of the optimizer it is
+    given. Add ``fxsparse.sparsity_loss(gm)`` to the loss. One draw of the gates a step serves the whole batch; in
+    evaluation gates are their masks, 0 or 1, chosen so that the sparsity is the target. Heads of grouped queries have
+    gates of their own, keys and values stay as long as one of their heads does.
+
+    Attributes:
+        units: what gets gates: any of heads, attention, intermediate, ffn, hidden. Hidden dimensions are those of the
+            whole model, so ``layers`` does not choose among them.
+        target: share of the gated linears' parameters to take away, in [0, 1).
+        warmup: share of the training over which the target rises from 0, linearly.
+        lr: of the gates.
+        reg_lr: of the multipliers.
+        every: steps between two choices of the masks; they are chosen at the last step as well.
+        score: closes gates once, at insertion, by ``magnitude`` (of the unit's weights), by ``activation`` or at
+            ``random``, and none of them is trained; none trains them.
+        layers: globs over module paths of attentions and MLPs; none takes all.
+        seed: of the gates' first values and of random scores.
+        calibration: batches for ``activation``: mappings of keyword arguments, tuples of arguments, or single tensors.
+
+    Raises:
+        OptionError: an option is out of range.
+        RewriteError: the model has gates already, has nothing to gate, or a glob matches nothing.
+    """
+
+    name: ClassVar[str] = "gates"
+    cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims", "nm-masks", "low-rank", "select-tensors")
+    units: tuple[str, ...] = UNITS[:4]
+    target: float = 0.6
+    warmup: float = 0.3
+    lr: float = 0.1
+    reg_lr: float = 0.1
+    every: int = 50
+    score: str | None = None
+    layers: tuple[str, ...] | None = None
+    seed: int = 0
+    calibration: Iterable[Any] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check_units(UNITS, "gated")
+        if isinstance(self.target, bool) or not 0 <= self.target < 1:
+            raise OptionError(f"target={self.target} must lie in [0, 1)", pass_name=self.name)
+        if not 0 <= self.warmup <= 1:
+            raise OptionError(f"warmup={self.warmup} is a share of the training, in [0, 1]", pass_name=self.name)
+        if self.lr <= 0 or self.reg_lr <= 0 or self.every < 1:
+            raise OptionError("lr, reg_lr and every must be positive", pass_name=self.name)
+        if self.score is not None and self.score not in SCORES:
+            raise OptionError(f"score={self.score!r} is none of {', '.join(SCORES)}", pass_name=self.name)
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        sites = self._find_sites(graph, "gates")
+        scorer = Scorer(graph, sites, self.score or "magnitude", self.calibration, self.seed, self.name)
+        scores = {hidden_gate(stream): scorer(stream) for stream in sites.streams} if self.score else {}
+        sublayers = []
+        generator = torch.Generator().manual_seed(self.seed)
+        gates = gate_sites(graph, sites, self.units, functools.partial(self._register, graph, generator))
+        for site, item in gates:
+            sublayers.append(item)
+            if item.gates:
+                names = [name.rpartition(".")[2].removesuffix("_gate") for name in item.gates]
+                yield rewrote(site.path, f"gates on {' and '.join(names)}, {item.size:,} parameters")
+            if self.score is not None:
+                units = scorer(site)
+                scores |= {item.units: units} if item.units is not None else {}
+                scores |= {item.layer: units.mean()[None]} if item.layer is not None else {}
+        for stream in sites.streams:
+            yield rewrote(stream.path, f"gates on {stream.size} hidden dimensions")
+        if not sublayers:
+            reasons = "".join(f"; {change.site}: {change.detail}" for change in sites.skipped[:4])
+            raise RewriteError(f"found nothing of {', '.join(self.units)} to gate{reasons}", pass_name=self.name)
+        graph.meta[META_KEY] = tuple(sublayers)
+        self._check_reachable(graph)
+        yield from sites.skipped
+        if self.score is None:
+            graph.add_module("sparsity", _sparsity(graph))
+        else:
+            hard_concrete.close(graph, self.target, scores)
+
+    def _register(self, gm: GraphModule, generator: torch.Generator, unit: str, name: str, count: int) -> None:
+        device = next(gm.parameters()).device
+        if self.score is None:
+            # Half of the channels are likely to close before training, almost nothing else (as CoFi starts).
+            start = torch.randn(count, generator=generator) * 0.01 + (0.0 if unit == "intermediate" else 10.0)
+            fx.set_parameter(gm, name, start.clamp(hard_concrete.LOWEST, hard_concrete.HIGHEST).to(device))
+        fx.set_buffer(gm, mask_name(name), torch.ones(count, device=device))
+
+    def _check_reachable(self, gm: GraphModule) -> None:
+        if self.score is not None:
+            return
+        lowest = torch.tensor(hard_concrete.LOWEST, dtype=torch.double)
+        most = float(
+            hard_concrete.sparsity_at(gm, lambda name: hard_concrete.probability(lowest.expand(_length(gm, name))))
+        )
+        if self.target > most:
+            raise RewriteError(
+                f"the target {self.target} is above what trained gates can reach, {math.floor(most * 1000) / 1000}: "
+                "ask for less, gate more units, or close gates by a score",
+                pass_name=self.name,
+            )
+
+    def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
+        if self.score is None and META_KEY in graph.meta:
+            yield _Sparsify(self, graph, optimizer, total_steps)
+
+
+def _length(gm: GraphModule, name: str) -> int:
+    return len(gm.get_buffer(mask_name(name)))
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _sparsity(gm: GraphModule) -> nn.Module:
+    """The multipliers and the target of the step."""
+    device = next(gm.parameters()).device
+    module = nn.Module()
+    module.lambda_1 = nn.Parameter(torch.zeros((), device=device))
+    module.lambda_2 = nn.Parameter(torch.zeros((), device=device))
+    module.register_buffer("target", torch.zeros((), device=device))
+    return module
+
+
+class _Sparsify(Event):
+    """Trains gates and multipliers, moves the target, chooses the masks."""
+
+    varying = ("target",)
+
+    def __init__(self, owner: GateStructures, gm: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int):
+        self.owner, self.gm, self.total_steps = owner, gm, total_steps
+        self.gates = {name: gm.get_parameter(name) for name in hard_concrete.gate_names(gm)}
+        multipliers = [gm.get_parameter("sparsity.lambda_1"), gm.get_parameter("sparsity.lambda_2")]
+        own = {id(parameter) for parameter in (*self.gates.values(), *multipliers)}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        self.descent = torch.optim.AdamW(self.gates.values(), lr=owner.lr, weight_decay=0.0)
+        self.ascent = torch.optim.AdamW(multipliers, lr=owner.reg_lr, weight_decay=0.0, maximize=True)
+        self.step = 0
+        self._aim()
+
+    def _aim(self) -> None:
+        """Sets the target of the next step."""
+        step = self.step + 1
+        target = self.signals["target"](step) if "target" in self.signals else self.owner.target
+        ramp = max(1.0, self.owner.warmup * self.total_steps)
+        with torch.no_grad():
+            self.gm.get_buffer("sparsity.target").fill_(target * min(1.0, step / ramp))
+
+    def before_step(self, step: int) -> None:
+        self.descent.step()
+        self.ascent.step()
+        for optimizer in (self.descent, self.ascent):
+            optimizer.zero_grad()
+        with torch.no_grad():
+            for gate in self.gates.values():
+                gate.clamp_(hard_concrete.LOWEST, hard_concrete.HIGHEST)
+
+    def after_step(self, step: int) -> None:
+        self.step = step
+        self._aim()
+        if step % self.owner.every == 0 or step >= self.total_steps:
+            target = float(self.gm.get_buffer("sparsity.target"))
+            hard_concrete.close(self.gm, target, self.gates)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "descent": self.descent.state_dict(), "ascent": self.ascent.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.descent.load_state_dict(state["descent"])
+        self.ascent.load_state_dict(state["ascent"])
+        self._aim()

@@ -1,0 +1,100 @@
+"""Taking hidden dimensions out of a stream: every parameter that has them becomes smaller, each once.
+
+Inputs of the model that carry the stream are narrowed where they enter, and outputs are filled up with zeros, so that
+the model keeps its interface.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxsparse import graph as fx
+from fxsparse.analysis.residual_streams import Stream, sizes
+from fxsparse.passes.structured.slicing import patch_sizes, propagate
+
+aten = torch.ops.aten
+
+
+def narrow(gm: GraphModule, stream: Stream, keep: Tensor) -> None:
+    """Leaves some hidden dimensions of a stream.
+
+    Args:
+        gm: the graph; parameters and buffers are replaced, never written to.
+        stream: of `fxsparse.analysis.residual_streams`, found in ``gm`` as it is.
+        keep: bool ``[stream.size]``, at least one.
+
+    Raises:
+        RewriteError: a constant of the graph does not follow.
+    """
+    index = keep.nonzero().flatten()
+    leaving = [node for node in stream.nodes if any(user.op == "output" for user in node.users)]
+    names = fx.parameter_names(gm)
+    done: dict[int, Tensor] = {}
+    for node, axes in stream.nodes.items():
+        if node.op == "get_attr":
+            old = fx.attribute(gm, str(node.target))
+            if id(old) not in done:
+                done[id(old)] = new = _narrowed(old, axes, keep)
+                for name in names.get(id(old), (str(node.target),)):
+                    _set(gm, name, new)
+                done[id(new)] = new  # what the other nodes of a tied tensor read by now
+            node.meta = {**node.meta, "val": fx.fake_mode(gm).from_tensor(done[id(old)].detach(), static_shapes=True)}
+        elif node.op == "call_function":
+            patch_sizes(node, {axis: _repeated(keep, sizes(node)[axis]) for axis in axes})
+    first = next(node for node in gm.graph.nodes if node.op == "call_function")
+    for node, axes in stream.nodes.items():
+        if node.op == "placeholder":
+            chosen = _selected(gm, node, axes[-1], index, f"{stream.path}.hidden_kept", before=first)
+            node.replace_all_uses_with(chosen, delete_user_cb=functools.partial(operator.is_not, chosen))
+    propagate(gm, stream.path)
+    for node in leaving:
+        _widen(gm, node, stream, keep)
+
+
+def _repeated(keep: Tensor, size: int) -> Tensor:
+    """What stays of an axis that holds the stream once or several times."""
+    return keep.repeat(size // len(keep))
+
+
+def _narrowed(old: Tensor, axes: tuple[int, ...], keep: Tensor) -> Tensor:
+    new = old.detach()
+    for axis in axes:
+        new = new.index_select(axis, _repeated(keep, old.shape[axis]).nonzero().flatten().to(old.device))
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _set(gm: GraphModule, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner: Any = gm.get_submodule(path)
+    if isinstance(tensor, nn.Parameter):
+        owner._parameters[leaf] = tensor
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def _selected(gm: GraphModule, node: Node, axis: int, index: Tensor, name: str, *, before: Node) -> Node:
+    device = next(gm.parameters()).device
+    fx.set_buffer(gm, name, index.to(device))
+    read = fx.insert_attribute(gm, name, before=before)
+    chosen = fx.insert_call(gm, aten.index_select.default, (node, axis, read), like=before)
+    for new in (read, chosen):  # outside of the blocks, as the model's own inputs and outputs are
+        new.meta.pop("nn_module_stack", None)
+    return chosen
+
+
+def _widen(gm: GraphModule, node: Node, stream: Stream, keep: Tensor) -> None:
+    """Fills the dimensions of an output that are gone with zeros."""
+    (output,) = (user for user in node.users if user.op == "output")
+    axis = stream.nodes[node][-1]
+    one = fx.insert_call(gm, aten.slice.Tensor, (node, axis, 0, 1), like=output)
+    zero = fx.insert_call(gm, aten.zeros_like.default, (one,), like=output)
+    padded = fx.insert_call(gm, aten.cat.default, ([node, zero], axis), like=output)
+    places = torch.where(keep, keep.cumsum(0) - 1, int(keep.sum()))
+    wide = _selected(gm, padded, axis, places, f"{stream.path}.hidden_places", before=output)
+    output.replace_input_with(node, wide)

@@ -1,0 +1,131 @@
+"""Gates become smaller weights: closed heads and channels are sliced away, closed sublayers leave the graph.
+
+The result is a smaller model that computes what the gated one computes with its masks, to rounding. Weights are new
+parameters of the graph module: build the optimizer after it (moments of a running one belong to weights that are gone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxsparse import graph as fx
+from fxsparse.analysis.residual_streams import streams
+from fxsparse.analysis.structures import MLP, Attention, structures
+from fxsparse.errors import RewriteError
+from fxsparse.graph.record import Change, rewrote, skipped
+from fxsparse.passes.base import Pass
+from fxsparse.passes.distill.distill import end_distillation
+from fxsparse.passes.structured.hard_concrete import META_KEY, gate_names, gated, mask_name
+from fxsparse.passes.structured.hidden_dims import narrow
+from fxsparse.passes.structured.nodes import remove_gates
+from fxsparse.passes.structured.sites import hidden_gate
+from fxsparse.passes.structured.slicing import remove_result, slice_attention, slice_mlp
+from fxsparse.passes.text import FrozenMapping
+from fxsparse.text import ranges
+
+
+@dataclass(frozen=True)
+class Materialize(Pass):
+    """Takes out what gates have closed. A distillation that ran beside them ends; another one may follow.
+
+    Attributes:
+        kept: what stays of each gate, as ranges (``0-3,7``) by its name; written into the record, so that a replay
+            gives the same shapes. None reads the gates.
+
+    Raises:
+        RewriteError: there are no gates, or a part cannot be taken out: a weight is shared, a constant does not follow.
+    """
+
+    name: ClassVar[str] = "materialize"
+    must_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
+    ends: ClassVar[tuple[str, ...]] = ("gates", "drop-dims", "distill")
+    kept: FrozenMapping | None = None
+    _read: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.kept, Mapping):
+            object.__setattr__(self, "kept", FrozenMapping(self.kept))
+
+    def recorded(self) -> Materialize:
+        return Materialize(FrozenMapping(self._read))
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        sublayers = gated(graph)
+        masks = self._masks(graph)
+        self._read.clear()
+        self._read.update({name: ranges(mask.nonzero().flatten().tolist()) for name, mask in masks.items()})
+        if end_distillation(graph):  # it reads the gates, and hidden states of widths that change
+            yield rewrote("loss", "the task's own again: distillation ends with the gates")
+        remove_gates(graph)
+        yield from self._narrow(graph, masks)
+        found = structures(graph)
+        sublayers_left: tuple[Attention | MLP, ...] = (*found.attentions, *found.mlps)
+        sites = {site.path: site for site in sublayers_left}
+        for item in filter(lambda item: item.gates, sublayers):
+            keep = masks[item.units] if item.units is not None else torch.ones(item.count, dtype=torch.bool)
+            open_ = bool(masks[item.layer].all()) if item.layer is not None else True
+            site = sites[item.path]
+            what = "heads" if isinstance(site, Attention) else "channels"
+            if not open_ or not bool(keep.any() or site.output.linear.bias is not None):
+                remove_result(graph, site.output.linear, item.path)
+                yield rewrote(item.path, "taken out")
+            elif not bool(keep.any()):
+                keep[0] = True
+                _slice(graph, site, keep)
+                zeros = torch.zeros_like(graph.get_parameter(site.output.linear.name))
+                fx.set_parameter(graph, site.output.linear.name, zeros)
+                yield rewrote(item.path, f"none of {item.count} {what} counts; one stays, of weight 0, for the bias")
+            elif bool(keep.all()):
+                yield skipped(item.path, f"all {item.count} {what} stay")
+            else:
+                _slice(graph, site, keep)
+                yield rewrote(item.path, f"{int(keep.sum())} of {item.count} {what} stay")
+        del graph.meta[META_KEY]
+        if hasattr(graph, "sparsity"):
+            del graph.sparsity
+        present = {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}
+        fx.eliminate_dead_code(graph)
+        fx.delete_state(graph, {n for name in masks for n in (name, mask_name(name))} & present)
+
+    def _masks(self, gm: GraphModule) -> dict[str, Tensor]:
+        counts = {name: len(gm.get_buffer(mask_name(name))) for name in gate_names(gm)}
+        if self.kept is None:
+            return {name: gm.get_buffer(mask_name(name)).cpu().bool() for name in counts}
+        kept: dict[str, Any] = dict(self.kept)
+        return {name: _mask(str(kept.get(name, "")), count) for name, count in counts.items()}
+
+    def _narrow(self, gm: GraphModule, masks: Mapping[str, Tensor]) -> Iterable[Change]:
+        """Takes hidden dimensions out, while all sublayers are there to find the streams by."""
+        names = [name for name in masks if name.endswith(".hidden_gate")]
+        found = {hidden_gate(stream): stream for stream in streams(gm)[0]} if names else {}
+        for name in names:
+            stream, keep = found.get(name), masks[name]
+            if stream is None:
+                raise RewriteError("the stream of these gates is no longer found", pass_name=self.name, site=name)
+            if bool(keep.all()):
+                yield skipped(stream.path, f"all {stream.size} hidden dimensions stay")
+            else:
+                narrow(gm, stream, keep)
+                yield rewrote(stream.path, f"{int(keep.sum())} of {stream.size} hidden dimensions stay")
+
+
+def _slice(gm: GraphModule, site: Attention | MLP, keep: Tensor) -> None:
+    if isinstance(site, Attention):
+        slice_attention(gm, site, keep)
+    else:
+        slice_mlp(gm, site, keep)
+
+
+def _mask(text: str, count: int) -> Tensor:
+    """``0-3,7`` as a mask."""
+    mask = torch.zeros(count, dtype=torch.bool)
+    for part in filter(None, text.split(",")):
+        low, _, high = part.partition("-")
+        mask[int(low) : int(high or low) + 1] = True
+    return mask

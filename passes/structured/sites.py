@@ -1,0 +1,224 @@
+"""Where gates go: the heads, channels, sublayers and hidden dimensions of a model, and the parameters they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fxsparse.analysis.activation_norms import activation_norms
+from fxsparse.analysis.residual_streams import Stream, streams
+from fxsparse.analysis.structures import MLP, Attention, structures
+from fxsparse.analysis.units import activations, magnitudes, readers
+from fxsparse.errors import OptionError, RewriteError
+from fxsparse.graph import Linear
+from fxsparse.graph.derived_buffers import weights_borrowed
+from fxsparse.graph.record import Change
+from fxsparse.passes.base import Pass
+from fxsparse.passes.pipeline import structure_only
+from fxsparse.passes.structured.hard_concrete import Count, Gated
+from fxsparse.passes.structured.nodes import gate_stream, multiply, multiply_input
+
+UNITS = ("heads", "attention", "intermediate", "ffn", "hidden")
+SCORES = ("magnitude", "activation", "random")
+
+Site = Attention | MLP
+
+
+class Gating(Pass):
+    """A pass with gates: which kinds of units, of which sublayers."""
+
+    units: tuple[str, ...]
+    layers: tuple[str, ...] | None
+
+    def _check_units(self, known: Collection[str], what: str) -> None:
+        """Makes tuples of ``units`` and ``layers``; an OptionError where a unit is unknown, or none is given."""
+        for name in ("units", "layers"):
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+        unknown = [unit for unit in self.units if unit not in known]
+        if unknown or not self.units:
+            shown = ", ".join(map(str, unknown)) or "nothing"
+            raise OptionError(f"units={shown} cannot be {what}; there are: {', '.join(known)}", pass_name=self.name)
+
+    def _find_sites(self, gm: GraphModule, state: str) -> Sites:
+        """:func:`find_sites`; a RewriteError in a one-line call."""
+        if weights_borrowed(gm):
+            raise RewriteError(
+                f"{state} are state that a one-line call has nowhere to keep; call fxsparse.rewrite(model, passes, "
+                "...) and compile its result",
+                pass_name=self.name,
+            )
+        return find_sites(gm, self.units, self.layers, self.name)
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What of a model can get gates.
+
+    Attributes:
+        sublayers: attentions and MLPs, in order of execution.
+        named: the paths of those that get gates of their own.
+        streams: whose hidden dimensions get gates.
+        skipped: what was looked at and is left alone.
+    """
+
+    sublayers: tuple[Site, ...]
+    named: frozenset[str]
+    streams: tuple[Stream, ...]
+    skipped: tuple[Change, ...]
+
+    def stream_of(self, site: Site) -> Stream | None:
+        """The gated stream that a sublayer reads and writes."""
+        found = [stream for stream in self.streams if any(_touches(stream, linear) for linear in _linears(site))]
+        if len(found) > 1:
+            raise RewriteError(
+                f"reads streams of {' and '.join(str(stream.size) for stream in found)} dimensions, whose gates would "
+                "count its parameters twice; leave out hidden",
+                site=site.path,
+            )
+        return found[0] if found else None
+
+
+def find_sites(gm: GraphModule, units: Collection[str], globs: Iterable[str] | None, pass_name: str) -> Sites:
+    """The sites that gates on ``units`` concern.
+
+    Raises:
+        RewriteError: there is no attention and no MLP, or a glob matches none.
+    """
+    found = structures(gm)
+    sublayers: tuple[Site, ...] = (*found.attentions, *found.mlps)
+    if not sublayers:
+        raise RewriteError("found no attention and no MLP to gate", pass_name=pass_name)
+    named = {site.path for site in sublayers}
+    if globs is not None:
+        for glob in globs:
+            if not any(fnmatchcase(path, glob) for path in named):
+                known = ", ".join(site.path for site in sublayers[:4])
+                raise RewriteError(f"the glob {glob!r} matches nothing; there are: {known}", pass_name=pass_name)
+        named = {path for path in named if any(fnmatchcase(path, glob) for glob in globs)}
+    hidden, unknown = streams(gm) if "hidden" in units else ([], [])
+    return Sites(sublayers, frozenset(named), tuple(hidden), (*found.skipped, *unknown))
+
+
+def gate_sites(
+    gm: GraphModule,
+    sites: Sites,
+    units: Collection[str],
+    register: Callable[[str, str, int], None],
+    *,
+    straight: bool = False,
+) -> Iterator[tuple[Site, Gated]]:
+    """Puts gates on sites.
+
+    Args:
+        units: which kinds.
+        register: adds the state of a gate: called with its kind, its name and its count.
+        straight: let gradients pass closed gates.
+
+    Yields:
+        the sublayers, with what is gated and what they hold.
+    """
+    gates = {stream: hidden_gate(stream) for stream in sites.streams}
+    for site in sites.sublayers:
+        unit, layer = ("heads", "attention") if isinstance(site, Attention) else ("intermediate", "ffn")
+        own = units if site.path in sites.named else ()
+        count = site.heads if isinstance(site, Attention) else site.channels
+        stream = sites.stream_of(site)
+        output = site.output.linear
+        units_name = layer_name = None
+        if unit in own:
+            units_name = f"{site.path}.{unit}_gate"
+            register(unit, units_name, count)
+            mark = (unit, site.path, units_name)
+            if isinstance(site, Attention):
+                multiply(gm, site.sdpa, units_name, (count, 1, 1), mark, straight)
+            else:
+                multiply_input(gm, output.node, output.input, units_name, mark, straight)
+        if layer in own:
+            layer_name = f"{site.path}.{layer}_gate"
+            register(layer, layer_name, 1)
+            multiply(gm, output.node, layer_name, (1,), (layer, site.path, layer_name), straight)
+        if units_name is not None or layer_name is not None or stream is not None:
+            yield site, _counted(site, units_name, layer_name, stream)
+    for stream, name in gates.items():
+        register("hidden", name, stream.size)
+        gate_stream(gm, stream, name, ("hidden", stream.path, name), straight=straight)
+
+
+def hidden_gate(stream: Stream) -> str:
+    """The name of the gate of a stream's hidden dimensions."""
+    return f"{stream.path}.hidden_gate"
+
+
+def _linears(site: Site) -> list[Linear]:
+    return [*(rows.linear for rows in site.projections), site.output.linear]
+
+
+def _touches(stream: Stream, linear: Linear) -> bool:
+    return stream.reads(linear) or stream.writes(linear)
+
+
+def _counted(site: Site, units: str | None, layer: str | None, stream: Stream | None) -> Gated:
+    def count(parameters: int, along: bool) -> Count:
+        return Count(wide=parameters) if along else Count(fixed=parameters)
+
+    output = site.output
+    written = stream is not None and stream.writes(output.linear)
+    per_unit = count(output.index.shape[1] * output.linear.out_features, written)
+    per_group = Count()
+    for rows in site.projections:
+        each = count(rows.index.shape[1] * rows.linear.in_features, stream is not None and stream.reads(rows.linear))
+        each += Count(fixed=rows.index.shape[1] * (rows.linear.bias is not None))
+        if rows.kind in ("key", "value"):
+            per_group += each
+        else:
+            per_unit += each
+    rest = count(output.linear.out_features * (output.linear.bias is not None), written)
+    is_attention = isinstance(site, Attention)
+    heads, groups = (site.heads, site.kv_heads) if is_attention else (site.channels, site.channels)  # type: ignore[union-attr]
+    gate = hidden_gate(stream) if stream is not None else None
+    return Gated(site.path, units, layer, gate, heads, per_unit, per_group, groups, rest)
+
+
+class Scorer:
+    """Scores the units of sites once, by what they weigh, what flows through them, or at random.
+
+    Args:
+        gm: the graph, before anything is gated.
+        sites: what will be scored.
+        score: ``magnitude`` of the weights, ``activation`` (root mean square where linears read it) or ``random``.
+        calibration: batches for ``activation``: mappings of keyword arguments, tuples of arguments, or tensors.
+        seed: of what is random.
+
+    Raises:
+        RewriteError: ``activation`` has no batches.
+    """
+
+    def __init__(
+        self, gm: GraphModule, sites: Sites, score: str, calibration: Iterable[Any] | None, seed: int, pass_name: str
+    ):
+        # A graph that is rebuilt around a checkpoint gets its masks from there.
+        self.gm, self.score = gm, "magnitude" if score == "activation" and structure_only(gm) else score
+        self.generator = torch.Generator().manual_seed(seed)
+        self.norms: dict[str, Tensor] = {}
+        if self.score == "activation":
+            if calibration is None:
+                raise RewriteError("scores by activation need calibration=[batch, ...]", pass_name=pass_name)
+            observed = readers(gm, [*sites.sublayers, *sites.streams])
+            self.norms = activation_norms(gm, observed, calibration, pass_name=pass_name)
+
+    def __call__(self, site: Site | Stream) -> Tensor:
+        """Scores ``[units]``, float64, 1 on average but for random ones, which lie in [0, 1)."""
+        if self.score == "activation":
+            return activations(self.gm, site, self.norms)
+        scores = magnitudes(self.gm, site)
+        if self.score == "random":
+            return torch.rand(scores.shape, generator=self.generator, dtype=torch.double)
+        return scores

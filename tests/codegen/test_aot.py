@@ -1,0 +1,166 @@
+"""Every shipped configuration compiled for an A100 and an H100, on a machine that needs neither."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fxsparse.codegen import autotune, tiles
+from fxsparse.codegen.aot import SHARED_LIMIT, compile_for, resources
+from fxsparse.codegen.epilogue import Epilogue
+from fxsparse.codegen.gather import GatherLinear
+from fxsparse.codegen.launch_nm import LARGEST_RANK_INSIDE
+from fxsparse.codegen.loaded import kernel
+from fxsparse.codegen.multiplex import DemuxLinear, Mux
+from fxsparse.codegen.nm_grad_values import NMGradValues
+from fxsparse.codegen.nm_linear import NMGradInput, NMLinear
+from fxsparse.codegen.nm_prune import NMPrune
+from fxsparse.codegen.sparse_tensor_cores import SparseTensorCoreLinear
+from fxsparse.codegen.spec import NMSpec, Spec, Tile
+from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, LARGE, SHIPPED, SPARSE
+
+BIAS = Epilogue(True)
+GELU = Epilogue(True, ("gelu",))
+GATED = Epilogue(False, ("gated_silu",))
+
+
+def half_precision(pattern: tuple[int, int]) -> Iterator[Spec]:
+    """Kernels of one pattern; bfloat16 and float16 differ in no instruction that counts."""
+    usual = pattern == (2, 4)
+    for even in (True, False) if usual else (True,):
+        for tile in SHIPPED["nm_linear"].values():
+            yield NMLinear("bfloat16", tile, *pattern, even=even, epilogue=GELU if usual else BIAS)
+        for tile in SHIPPED["nm_linear_grad_input"].values():
+            yield NMGradInput("bfloat16", tile, *pattern, column_mask=True, even=even)
+        for tile in SHIPPED["nm_linear_grad_values"].values():
+            yield NMGradValues("bfloat16", tile, *pattern, even=even)
+    for tile in SHIPPED["nm_prune"].values():
+        yield NMPrune("bfloat16", tile, *pattern)
+    if usual:
+        for tile in SHIPPED["nm_linear_low_rank"].values():
+            yield NMLinear("bfloat16", tile, *pattern, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
+            yield NMLinear("float16", tile, *pattern, even=True, low_rank="after", rank_tile=32)
+        for tile in measured("nm_linear_grad_values"):
+            yield NMGradValues("bfloat16", tile, *pattern, even=True)
+            yield NMGradValues("bfloat16", tile, *pattern, even=False)
+        for tile in measured("nm_linear"):
+            yield NMLinear("bfloat16", tile, *pattern, even=True, epilogue=GELU)
+        for tile in {*SHIPPED["nm_linear"].values(), *measured("nm_linear")}:
+            yield NMLinear("bfloat16", tile, *pattern, even=True, epilogue=GATED)
+        for tile in measured("nm_linear_low_rank"):
+            yield NMLinear("bfloat16", tile, *pattern, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
+
+
+def measured(kernel: str) -> set[Tile]:
+    """Tiles that only tuning runs."""
+    tried = {plan.tile for rows in (1, 64) for plan in autotune.candidates(kernel, rows, tall=True)}
+    return tried - set(SHIPPED[kernel].values())
+
+
+def single_precision() -> Iterator[Spec]:
+    for tile in FLOAT32.values():
+        for pattern in ((1, 2), (2, 4)):
+            yield NMLinear("float32", tile, *pattern, even=True, epilogue=BIAS if pattern == (2, 4) else GATED)
+            yield NMGradInput("float32", tile, *pattern, column_mask=True, even=True)
+    large = FLOAT32[LARGE]
+    yield NMLinear("float32", large, 4, 8)
+    yield NMLinear("float32", large, 2, 4, even=True, precision="tf32")
+    yield NMLinear("float32", large, 2, 4, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
+    yield NMGradValues("float32", large, 2, 4, even=True)
+    for tile in FLOAT32_DENSE.values():
+        yield GatherLinear("float32", tile, "forward", rows=True)
+    for product in ("grad_input", "grad_weight"):
+        yield GatherLinear("float32", FLOAT32_DENSE[LARGE], product, rows=True)
+    yield DemuxLinear("float32", FLOAT32_DENSE[LARGE], members=5, epilogue=GELU)
+
+
+def others() -> Iterator[Spec]:
+    for tile in SHIPPED["gather_linear"].values():
+        yield GatherLinear("bfloat16", tile, "forward", rows=True, epilogue=GELU)
+        yield GatherLinear("bfloat16", tile, "forward", columns=True)
+        yield GatherLinear("bfloat16", tile, "grad_input", rows=True)
+        yield GatherLinear("bfloat16", tile, "grad_input", columns=True)
+    for tile in (*SHIPPED["gather_linear_grad_weight"].values(), *measured("gather_linear_grad_weight")):
+        yield GatherLinear("bfloat16", tile, "grad_weight", rows=True)
+        yield GatherLinear("bfloat16", tile, "grad_weight", columns=True)
+    for tile in SHIPPED["demux_linear"].values():
+        yield DemuxLinear("bfloat16", tile, members=5, epilogue=GELU)
+    for tile in SHIPPED["mux"].values():
+        yield Mux("bfloat16", tile, members=5)
+
+
+def sparse_tensor_cores() -> Iterator[Spec]:
+    for name, (tile, warp_rows, warp_columns) in SPARSE.items():
+        epilogue = BIAS if name == LARGE else Epilogue(True, ("gelu", "mul"))
+        yield SparseTensorCoreLinear("bfloat16", tile, warp_rows, warp_columns, epilogue)
+    yield SparseTensorCoreLinear("float16", *SPARSE[DECODE])
+
+
+GROUPS = {
+    **{f"{n}:{m}": (lambda pattern=(n, m): half_precision(pattern)) for n, m in NMSpec.PATTERNS},
+    "float32": single_precision,
+    "others": others,
+    "sparse tensor cores": sparse_tensor_cores,
+}
+
+
+@pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
+@pytest.mark.parametrize("group", GROUPS)
+def test_shipped_configurations_fit(group, capability):
+    """Prints what each uses (``pytest -s``)."""
+    failures = []
+    for spec in GROUPS[group]():
+        used = resources(compile_for(spec, capability))
+        line = (
+            f"sm_{capability}  {spec.name:34} {spec.tile!s:48} "
+            f"{used.registers:3} registers  {used.shared:6} bytes shared  {used.spills} spills"
+        )
+        print(line)
+        if used.spills or used.shared > SHARED_LIMIT[capability]:
+            failures.append(line)
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
+def test_unaligned_sizes_fit(capability):
+    """Sizes that are not multiples of 16 get the smaller tiles."""
+    small, decode = (tiles.default("nm_linear", rows, aligned=False) for rows in (5000, 1))
+    specs = [
+        NMLinear("bfloat16", small, 2, 4, epilogue=GELU),
+        NMLinear("bfloat16", decode, 2, 4),
+        NMGradInput("bfloat16", tiles.default("nm_linear_grad_input", 5000, aligned=False), 2, 4, column_mask=True),
+        NMGradValues("bfloat16", tiles.default("nm_linear_grad_values", 5000, aligned=False), 2, 4),
+        NMLinear("float32", tiles.default("nm_linear", 5000, "float32", aligned=False), 2, 4),
+        GatherLinear("bfloat16", tiles.default("gather_linear", 5000, aligned=False), "forward", rows=True),
+        next(sparse_tensor_cores()),
+    ]
+    for spec in specs:
+        assert not resources(compile_for(spec, capability, aligned=False)).spills, spec
+
+
+def test_sparse_tensor_cores_run_their_instruction():
+    (tile, rows, columns), depth = SPARSE[LARGE], 32
+    ptx = compile_for(SparseTensorCoreLinear("bfloat16", tile, rows, columns), 90).asm["ptx"]
+    each_step = (rows // 8) * (columns // 16) * (tile.depth // depth)
+    assert ptx.count("mma.sp::ordered_metadata") == each_step
+    assert ptx.count("wait_group") == ptx.count("cp.async.wait_group") >= 1
+
+
+def test_spills_are_noticed():
+    crowded = NMLinear("float32", Tile(64, 64, 32, warps=4, stages=2), 2, 4, even=True)
+    assert resources(compile_for(crowded, 80)).spills > 0
+
+
+def test_defaults_are_shipped():
+    for name, shipped in SHIPPED.items():
+        for rows in (1, 16, 17, 64, 65, 5000):
+            assert tiles.default(name, rows) in shipped.values()
+            single = tiles.default(name, rows, "float32")
+            assert single in (*FLOAT32.values(), *FLOAT32_DENSE.values(), *shipped.values())
+
+
+def test_kernel_of_equal_specs_is_one():
+    tile = SHIPPED["mux"][LARGE]
+    assert kernel(Mux("bfloat16", tile, 3)) is kernel(Mux("bfloat16", tile, 3))
+    assert kernel(Mux("bfloat16", tile, 3)).file != kernel(Mux("bfloat16", tile, 4)).file

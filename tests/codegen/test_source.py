@@ -1,0 +1,148 @@
+"""Sources: golden ones, the cache on disk, and what the generator refuses."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxsparse.codegen import autotune, launch, source
+from fxsparse.codegen.epilogue import Epilogue
+from fxsparse.codegen.gather import GatherLinear
+from fxsparse.codegen.launch_sparse import unsupported_sparse
+from fxsparse.codegen.nm_linear import NMGradInput, NMLinear
+from fxsparse.codegen.sparse_tensor_cores import SparseTensorCoreLinear
+from fxsparse.codegen.spec import Tile
+from fxsparse.codegen.template import fill
+from fxsparse.codegen.tiles import Plan
+from fxsparse.errors import OptionError
+
+GOLDEN = {
+    "nm_linear": NMLinear(
+        "bfloat16", Tile(64, 64, 64), 2, 4, low_rank="inside", epilogue=Epilogue(True, ("gelu", "mul"))
+    ),
+    "nm_linear_grad_input": NMGradInput("float32", Tile(32, 64, 32), 4, 8, column_mask=True, even=True),
+    "sparse_tensor_core_linear": SparseTensorCoreLinear(
+        "bfloat16", Tile(64, 64, 64, stages=4), 32, 32, Epilogue(True, ("silu",))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_sources(name):
+    """``FXSPARSE_UPDATE_GOLDEN=1`` writes them anew."""
+    path = Path(__file__).parent / "golden" / f"{name}.txt"
+    text = GOLDEN[name].render()
+    if os.environ.get("FXSPARSE_UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert text == path.read_text()
+    tree = ast.parse(text)
+    assert "Made by fxsparse.codegen from" in (ast.get_docstring(tree) or "")
+    kernel = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == GOLDEN[name].name)
+    assert [arg.arg for arg in kernel.args.args] == [argument.name for argument in GOLDEN[name].arguments]
+
+
+def test_templates():
+    template = "a $b\n    $block\nend"
+    assert fill(template, b="1", block="x\n  y") == "a 1\n    x\n      y\nend"
+    assert fill(template, b="1", block="") == "a 1\nend"
+
+
+def test_cache_directory_is_the_users_choice(monkeypatch, tmp_path):
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
+    path = source.write("answer", "ANSWER = 42\n")
+    assert path.parent == tmp_path / "kernels"
+    assert source.write("answer", "ANSWER = 42\n") == path
+    assert source.write("answer", "ANSWER = 43\n") != path
+    assert source.load(path).ANSWER == 42
+    assert source.load(path) is source.load(path)
+    path.write_text("damaged")
+    assert source.write("answer", "ANSWER = 42\n").read_text() == "ANSWER = 42\n"
+    monkeypatch.delenv("FXSPARSE_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert source.cache_dir() == tmp_path / "xdg" / "fxsparse"
+
+
+def test_processes_may_write_at_once(tmp_path):
+    script = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('source', {source.__file__!r})\n"
+        "source = importlib.util.module_from_spec(spec); spec.loader.exec_module(source)\n"
+        "for i in range(200):\n"
+        "    path = source.write('x', f'VALUE = {i % 5}\\n' + '#' * 20000)\n"
+        "    assert path.read_text().startswith(f'VALUE = {i % 5}') and len(path.read_text()) == 20010\n"
+    )
+    environment = {**os.environ, "FXSPARSE_CACHE_DIR": str(tmp_path)}
+    workers = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(4)]
+    assert [worker.wait() for worker in workers] == [0] * 4
+    assert len(list((tmp_path / "kernels").iterdir())) == 5
+
+
+def test_what_the_generator_refuses():
+    tile = Tile(16, 16, 32)
+    with pytest.raises(OptionError, match="power of two"):
+        Tile(16, 48, 16)
+    with pytest.raises(OptionError, match="no kernel for pattern 3:4"):
+        NMLinear("bfloat16", tile, 3, 4)
+    with pytest.raises(OptionError, match="no kernel for float64"):
+        NMLinear("float64", tile, 2, 4)
+    with pytest.raises(OptionError, match="depth of at least 32"):
+        NMGradInput("bfloat16", Tile(32, 32, 16), 2, 4)
+    with pytest.raises(OptionError, match="product='sideways'"):
+        GatherLinear("bfloat16", tile, "sideways")
+    assert launch.unsupported(torch.bfloat16, 2, 4) is None
+    assert "float64" in str(launch.unsupported(torch.float64, 2, 4))
+    assert "2:16" in str(launch.unsupported(torch.bfloat16, 2, 16))
+    assert unsupported_sparse(torch.bfloat16, 64) is None
+    assert "multiple of 16" in str(unsupported_sparse(torch.bfloat16, 40))
+
+
+def test_tuning_is_remembered(monkeypatch, tmp_path):
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
+    autotune._tuned.cache_clear()
+    key = autotune.key("nm_linear", 100, 256, 128, "bfloat16", 2, 4)
+    assert key == autotune.key("nm_linear", 65, 256, 128, "bfloat16", 2, 4)
+    assert key != autotune.key("nm_linear", 64, 256, 128, "bfloat16", 2, 4)
+    best = Plan(Tile(64, 128, 32, warps=8), square=True)
+    autotune.remember(key, best)
+    autotune._tuned.cache_clear()
+    assert autotune._tuned()[key] == best
+    autotune._tuned.cache_clear()
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"a": 1}', '{"a": {"square": false, "rows": 3}}'])
+def test_damaged_tuning_is_ignored_with_a_warning(monkeypatch, tmp_path, damage):
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
+    autotune._path().write_text(damage)
+    autotune._tuned.cache_clear()
+    with pytest.warns(UserWarning, match="ignored"):
+        assert autotune._tuned() == {}
+    best = Plan(Tile(64, 128, 32, warps=8))
+    with pytest.warns(UserWarning, match="ignored"):
+        autotune.remember("b", best)
+    autotune._tuned.cache_clear()
+    assert autotune._tuned() == {"b": best}  # the damage is gone
+    autotune._tuned.cache_clear()
+
+
+def test_tuning_where_nothing_can_be_written_serves_this_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path / "file" / "below"))
+    (tmp_path / "file").write_text("")
+    autotune._tuned.cache_clear()
+    best = Plan(Tile(64, 128, 32, warps=8))
+    with pytest.warns(UserWarning, match="serves this process only"):
+        autotune.remember("a", best)
+    assert autotune._tuned() == {"a": best}
+    autotune._tuned.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_tuning_needs_a_gpu():
+    with pytest.raises(OptionError, match="this machine has none"):
+        autotune.measure("key", lambda plan: None, autotune.candidates("nm_linear", 8, tall=True))

@@ -1,0 +1,299 @@
+"""Distillation: the loss in plain torch, CoFi's matching, and a teacher that stays out of the way."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import fxsparse
+from fxsparse.errors import OptionError, RewriteError
+from fxsparse.graph.record import record_of
+from fxsparse.passes import (
+    DistillLayers,
+    DropLayers,
+    EndDistillation,
+    GateStructures,
+    InsertNMMasks,
+    Materialize,
+    Pipeline,
+)
+from fxsparse.passes.distill.distill import attach_teacher
+from fxsparse.passes.distill.losses import layer_loss, layers_exist, match_layers
+from tests.support.dropped import built_without
+from tests.support.families import FAMILIES, HIDDEN, draws_alike
+from tests.support.traced import traced
+
+DROPPED = {
+    "bert": {"bert.encoder.layer": (1,)},
+    "opt": {"model.decoder.layers": (1,)},
+    "llama": {"model.layers": (1,)},
+    "gpt2": {"transformer.h": (0,)},
+    "vit": {"vit.layers": (1,)},
+}
+
+
+def matching_in_python(errors: list[list[float]], exists: list[bool]) -> list[int]:
+    """CoFi's, from the last teacher layer down, never out of range."""
+    last, chosen = len(exists), []
+    for row in reversed(errors):
+        below = [place for place in range(min(last, len(exists))) if exists[place]]
+        last = min(below, key=row.__getitem__) if below else last
+        chosen.append(min(last, len(exists) - 1))
+    return chosen[::-1]
+
+
+def test_matching_equals_the_rule_in_python() -> None:
+    for trial in range(200):
+        generator = torch.Generator().manual_seed(trial)
+        teachers, students = (int(torch.randint(1, 7, (), generator=generator)) for _ in range(2))
+        errors = torch.rand(teachers, students, generator=generator)
+        exists = torch.rand(students, generator=generator) < 0.6
+        chosen = match_layers(errors, exists)
+        assert chosen.tolist() == matching_in_python(errors.tolist(), exists.tolist())
+        assert ((chosen >= 0) & (chosen < students)).all()
+        if exists.any():
+            assert exists[chosen].all(), "a layer that does not exist was chosen"
+
+
+def test_loss_of_layers_and_its_gradient() -> None:
+    own = [torch.randn(3, 5, 8, requires_grad=True) for _ in range(4)]
+    wanted = [torch.randn(3, 5, 8) for _ in range(2)]
+    exists = torch.tensor([True, False, True, True])
+    errors = [[F.mse_loss(mine, theirs).item() for mine in own] for theirs in wanted]
+    chosen = matching_in_python(errors, exists.tolist())
+    expected = sum(F.mse_loss(own[place], theirs) for place, theirs in zip(chosen, wanted, strict=True))
+    expected_grad = torch.autograd.grad(expected, own, allow_unused=True)
+    loss = layer_loss(own, wanted, exists)
+    torch.testing.assert_close(loss, expected)
+    for mine, theirs in zip(torch.autograd.grad(loss, own), expected_grad, strict=True):
+        torch.testing.assert_close(mine, torch.zeros_like(mine) if theirs is None else theirs)
+    nothing = layer_loss(own, wanted, torch.zeros(4, dtype=torch.bool))
+    assert nothing.item() == 0
+
+
+def test_a_layer_exists_while_one_sublayer_is_open() -> None:
+    on, off, heads = torch.ones(1), torch.zeros(1), torch.tensor([0.0, 0.3])
+    layers = [[[on, heads], [off]], [[on, off], [off]], [], [[off, heads], [on]]]
+    assert layers_exist(layers, torch.device("cpu")).tolist() == [True, False, True, True]
+
+
+def in_plain_torch(
+    student: nn.Module, teacher: nn.Module, batch: dict[str, Any], weights: tuple[float, float, float], dynamic: bool
+) -> Tensor:
+    out = student(**batch, output_hidden_states=True)
+    with torch.no_grad():
+        wanted = teacher.eval()(**batch, output_hidden_states=True)
+    own, theirs = list(states_of(student, out))[1:], list(states_of(teacher, wanted))[1:]
+    temperature = 3.0
+    soft = F.softmax(wanted.logits / temperature, -1)
+    rows = soft[..., 0].numel()
+    gap = soft.clamp_min(1e-30).log() - F.log_softmax(out.logits / temperature, -1)
+    divergence = (soft * gap).sum() / rows * temperature**2
+    if dynamic:
+        errors = [[F.mse_loss(mine, their).item() for mine in own] for their in theirs]
+        places = matching_in_python(errors, [True] * len(own))
+        hidden = sum(F.mse_loss(own[place], their) for place, their in zip(places, theirs, strict=True))
+    else:
+        pairs = zip(own, [theirs[(i + 1) * len(theirs) // len(own) - 1] for i in range(len(own))], strict=True)
+        hidden = sum(F.mse_loss(mine, their) for mine, their in pairs)
+    return weights[0] * out.loss + weights[1] * divergence + weights[2] * hidden
+
+
+def states_of(model: nn.Module, output: Any) -> list[Tensor]:
+    """Hidden states before and after every layer; Hugging Face gives the last one after the final norm."""
+    found: list[Tensor] = []
+    return list(model.streams) if hasattr(model, "streams") else found or list(output.hidden_states)
+
+
+def watched(model: nn.Module, path: str) -> nn.Module:
+    """A copy of ``model`` that keeps the hidden states around its layers."""
+    model = copy.deepcopy(model)
+    model.streams = []
+    first = lambda value: value[0] if isinstance(value, tuple) else value  # noqa: E731
+    layers = model.get_submodule(path)
+    model.register_forward_pre_hook(lambda *_: model.streams.clear())
+    layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: model.streams.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    for layer in layers:
+        layer.register_forward_hook(lambda _, args, out: model.streams.append(first(out)))
+    return model
+
+
+@pytest.mark.parametrize("matching", ["dynamic", "plain"])
+@pytest.mark.parametrize("name", DROPPED)
+def test_loss_equals_the_one_in_plain_torch(name: str, matching: str) -> None:
+    family, base = traced(name)
+    if not draws_alike(base):
+        pytest.skip("the original draws other random numbers than the graph")
+    teacher = FAMILIES[name]().model
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    weights = (0.25, 0.5, 0.75)
+    item = DistillLayers(teacher, matching=matching, temperature=3.0, weights=weights)
+    gm = fxsparse.rewrite(base, [DropLayers(indices=DROPPED[name]), item])
+    ((path, _),) = DROPPED[name].items()
+    student = watched(built_without(family.model, DROPPED[name]), path).train()
+    reference = watched(teacher, path)
+    batch = family.make_batch(batch=3)
+    torch.manual_seed(1)
+    expected = in_plain_torch(student, reference, batch, weights, matching == "dynamic")
+    expected.backward()
+    norms = sorted(p.grad.norm().item() for p in student.parameters() if p.grad is not None)
+    for call in (gm, torch.compile(gm, backend="aot_eager")):
+        gm.train(), gm.zero_grad()
+        torch.manual_seed(1)
+        loss = call(**batch).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+        loss.backward()
+        ours = sorted(p.grad.norm().item() for p in gm.parameters() if p.grad is not None)
+        torch.testing.assert_close(ours, norms, rtol=1e-3, atol=1e-6)
+    gm.eval()
+    assert torch.equal(gm(**batch).loss, built_without(family.model, DROPPED[name]).eval()(**batch).loss)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_encoder_and_decoder_are_both_distilled() -> None:
+    family, base = traced("t5")
+    item = DistillLayers(family.model, matching="plain", weights=(0.0, 0.0, 1.0))
+    gm = fxsparse.rewrite(base, [DropLayers(indices=(1,)), item])
+    assert {change.site for change in record_of(gm).entries[-1].rewritten} >= {"encoder.block", "decoder.block"}
+    loss = gm.train()(**family.make_batch()).loss
+    loss.backward()
+    assert gm.get_parameter("encoder.block.0.layer.0.SelfAttention.q.weight").grad.abs().sum() > 0
+    assert gm.get_parameter("decoder.block.0.layer.0.SelfAttention.q.weight").grad.abs().sum() > 0
+
+
+def test_the_teacher_is_in_no_state_and_does_not_move() -> None:
+    family, base = traced("opt")
+    gm = fxsparse.rewrite(base, [DropLayers(indices=(1,)), DistillLayers(family.model, projection="shared")])
+    plain = fxsparse.rewrite(base, [DropLayers(indices=(1,))])
+    extra = {"distillation.projections.0.0.weight", "distillation.projections.0.0.bias"}
+    assert set(gm.state_dict()) - set(plain.state_dict()) == extra
+    assert {name for name, _ in gm.named_parameters()} - {name for name, _ in plain.named_parameters()} == extra
+    teacher = gm.distillation.held.module
+    before = copy.deepcopy(dict(teacher.named_parameters()))
+    optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-2)
+    losses = []
+    batch = family.make_batch()
+    gm.eval(), gm.distillation.train()  # the loss of training without its dropout
+    for _ in range(12):
+        loss = gm(**batch).loss
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(torch.equal(parameter, before[name]) for name, parameter in teacher.named_parameters())
+    assert not {id(p) for p in teacher.parameters()} & {id(p) for p in gm.parameters()}
+    again = copy.deepcopy(gm)
+    assert again.distillation.held.module is teacher
+
+
+def test_projection_to_another_width() -> None:
+    family, base = traced("bert")
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=64, num_labels=3,
+    )  # fmt: skip
+    teacher = transformers.BertForSequenceClassification(config)
+    with pytest.raises(RewriteError, match=r"32 wide and the teacher's 48; give projection='shared'"):
+        fxsparse.rewrite(base, [DistillLayers(teacher)])
+    for projection, count in (("shared", 1), ("per-layer", 3)):
+        gm = fxsparse.rewrite(base, [DistillLayers(teacher, projection=projection)])
+        shapes = [tuple(p.shape) for n, p in gm.named_parameters() if n.startswith("distillation") and p.dim() == 2]
+        assert shapes == [(48, HIDDEN)] * count
+        gm.train()(**family.make_batch()).loss.backward()
+        grads = [p.grad.abs().sum() for n, p in gm.named_parameters() if n.startswith("distillation")]
+        assert max(grads) > 0
+
+
+def test_save_load_and_give_the_teacher_back(tmp_path: Any) -> None:
+    family, base = traced("opt")
+    fresh = copy.deepcopy(family.model)
+    gm = fxsparse.rewrite(base, [DropLayers(indices=(1,)), DistillLayers(family.model, projection="per-layer")])
+    nn.init.normal_(gm.get_parameter("distillation.projections.0.1.weight"))
+    fxsparse.save(gm, tmp_path / "student.safetensors")
+    batch = family.make_batch()
+    loaded = fxsparse.load(tmp_path / "student.safetensors", fresh, kwargs=batch)
+    assert torch.equal(loaded.eval()(**batch).loss, gm.eval()(**batch).loss)
+    loaded.distillation.train()
+    with pytest.raises(RewriteError, match=r"attach_teacher"):
+        loaded(**batch)
+    attach_teacher(loaded, family.model)
+    gm.distillation.train()
+    torch.testing.assert_close(loaded(**batch).loss, gm(**batch).loss)
+
+
+def test_composes_with_masks_and_ends() -> None:
+    family, base = traced("llama")
+    gm = fxsparse.rewrite(base, [InsertNMMasks("2:4"), DistillLayers(family.model)])
+    gm.train()(**family.make_batch()).loss.backward()
+    ended = fxsparse.rewrite(gm, [EndDistillation()]).eval()
+    batch = family.make_batch(batch=2)
+    assert torch.equal(ended(**batch).loss, gm.eval()(**batch).loss)
+    assert not hasattr(ended, "distillation") and hasattr(gm, "distillation")
+    assert torch.equal(ended.train()(**batch).loss, fxsparse.rewrite(base, "nm-masks").train()(**batch).loss)
+
+
+def test_distilling_anew_after_the_gates_are_cut() -> None:
+    """CoFi distils into the pruned model too: cutting ends the distillation, and another may follow."""
+    family, base = traced("bert")
+    passes = [GateStructures(score="magnitude", target=0.4), DistillLayers(FAMILIES["bert"]().model)]
+    gates = fxsparse.rewrite(base, passes)
+    with pytest.raises(RewriteError, match="cannot follow distill"):
+        fxsparse.rewrite(gates, [DistillLayers(family.model)])
+    small = fxsparse.rewrite(gates, [Materialize()])
+    assert not any(name.startswith("distillation") or "gate" in name for name, _ in small.named_modules())
+    batch = family.make_batch(batch=3)
+    task = small.eval()(**batch).loss
+    torch.testing.assert_close(task, fxsparse.rewrite(gates, "end-distill").eval()(**batch).loss)
+    for name in ("materialize", "end-distill"):
+        with pytest.raises(RewriteError, match="did not run before"):
+            fxsparse.rewrite(small, name)
+    again = fxsparse.rewrite(small, [DistillLayers(family.model)])
+    torch.testing.assert_close(again.eval()(**batch).loss, task)
+    assert again.train()(**batch).loss.isfinite()
+    assert not torch.isclose(again(**batch).loss, task)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"matching": "random"}, "none of dynamic, plain"),
+        ({"projection": "linear"}, "none of none, shared"),
+        ({"temperature": 0}, "positive"),
+        ({"weights": (1, 0, 0)}, "three numbers"),
+        ({"teacher": "bert"}, "must be a module"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        DistillLayers(**options)
+
+
+def test_refusals() -> None:
+    family, base = traced("opt")
+    for item, message in (
+        (DistillLayers(), "needs a teacher"),
+        (DistillLayers(family.model, teacher_layers=(3,)), "numbers of the teacher's 3 layers"),
+        (DistillLayers(family.model, matching="plain", teacher_layers=(0, 1)), "each of the 3 layers"),
+    ):
+        with pytest.raises(RewriteError, match=message):
+            fxsparse.rewrite(base, [item])
+    with pytest.raises(RewriteError, match="cannot follow distill; the order that works is drop-layers,distill"):
+        fxsparse.rewrite(base, [DistillLayers(family.model), DropLayers(count=1)])
+    with pytest.raises(RewriteError, match="trace it with labels"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        fxsparse.rewrite(model, [DistillLayers(copy.deepcopy(model))], (torch.randn(3, 4),))
+
+
+def test_text_form() -> None:
+    item = DistillLayers(matching="plain", weights=(1.0, 0.5, 0.0), teacher_layers={"encoder.*": (1,)})
+    assert Pipeline.parse(str(Pipeline(item))).passes == (item,)

@@ -1,0 +1,188 @@
+"""Pipelines: all or nothing, a record of everything, replay, and passes of others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_manager import PassManager
+
+import fxsparse
+from fxsparse import graph as fx
+from fxsparse.errors import CheckpointError, RewriteError
+from fxsparse.graph.record import Record, record_of
+from fxsparse.passes import Change, DoublePruneBackward, InsertNMMasks, Pass, Pipeline, rewrote
+from tests.support.families import FAMILIES
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class SquareReLU(Pass):
+    """A pass of somebody else's: gelu becomes the square of a relu."""
+
+    name: ClassVar[str] = "test-square-relu"
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        for node in graph.graph.find_nodes(op="call_function", target=aten.gelu.default):
+            relu = fx.insert_call(graph, aten.relu.default, (node.args[0],), like=node)
+            fx.replace(node, fx.insert_call(graph, aten.mul.Tensor, (relu, relu), like=node))
+            yield rewrote(fx.stack_path(relu), "gelu to relu squared")
+
+
+@dataclass(frozen=True)
+class FailsHalfWay(Pass):
+    name: ClassVar[str] = "test-fails"
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        for linear in list(fx.linears(graph)):
+            fx.replace(linear.node, linear.input)
+            fx.delete(graph, linear.name)
+            yield rewrote(linear.path, "removed")
+            raise ValueError("half way")
+
+
+def small() -> tuple[nn.Sequential, tuple[torch.Tensor]]:
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4))
+    return model, (torch.randn(3, 8),)
+
+
+def test_passes_of_others_compose_with_ours() -> None:
+    model, args = small()
+    gm = fxsparse.rewrite(model, [InsertNMMasks("2:4"), SquareReLU()], args)
+    assert [len(entry.rewritten) for entry in record_of(gm).entries] == [1, 2]
+    masked = copy.deepcopy(model)
+    masked.load_state_dict(fxsparse.dense_state_dict(gm))
+    x = torch.randn(5, 8)
+    expected = masked[4](masked[2](masked[0](x).relu().square()).relu().square())
+    torch.testing.assert_close(gm(x), expected)
+    assert Pipeline.parse(record_of(gm).text) == Pipeline([InsertNMMasks("2:4"), SquareReLU()])
+
+
+def test_a_pass_runs_in_a_pass_manager_of_torch() -> None:
+    model, args = small()
+    gm = fxsparse.trace(model, args)
+    result = PassManager(passes=[SquareReLU()])(gm)
+    assert result is not None and result.modified
+    assert not gm.graph.find_nodes(op="call_function", target=aten.gelu.default)
+
+
+def test_a_failing_pass_leaves_the_model_as_it_was() -> None:
+    model, args = small()
+    gm = fxsparse.trace(model, args)
+    code, state, expected = (
+        gm.code,
+        {name: id(tensor) for name, tensor in gm.state_dict(keep_vars=True).items()},
+        gm(*args),
+    )
+    with pytest.raises(RewriteError, match=r"test-fails.*half way") as caught:
+        Pipeline([InsertNMMasks(), FailsHalfWay()])(gm)
+    assert caught.value.pass_name == "test-fails"
+    assert gm.code == code
+    assert {name: id(tensor) for name, tensor in gm.state_dict(keep_vars=True).items()} == state
+    assert torch.equal(gm(*args), expected)
+    assert not record_of(gm).entries
+
+
+def test_a_rewrite_leaves_the_original_alone_and_shares_what_it_kept() -> None:
+    family = FAMILIES["opt"]()
+    before = {name: tensor.clone() for name, tensor in family.model.state_dict().items()}
+    gm = fxsparse.rewrite(family.model, "nm-masks,double-prune", kwargs=family.make_batch())
+    assert before.keys() == family.model.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in family.model.state_dict().items())
+    shared = dict(family.model.named_parameters())
+    kept = [name for name, parameter in gm.named_parameters() if parameter is shared.get(name)]
+    replaced = {weight.name for weight in record_of(gm).weights}
+    assert set(kept) == set(shared) - replaced
+    assert not replaced & set(dict(gm.named_parameters())), "replaced weights stayed in the module"
+
+
+def test_the_order_that_works_is_named() -> None:
+    model, args = small()
+    with pytest.raises(RewriteError, match="the order that works is nm-masks,double-prune"):
+        fxsparse.rewrite(model, "double-prune,nm-masks", args)
+    with pytest.raises(RewriteError, match="nm-masks,low-rank"):
+        fxsparse.rewrite(model, "low-rank", args)
+
+
+def test_a_pass_that_does_nothing_warns() -> None:
+    model, args = small()
+    with pytest.warns(UserWarning, match="nm-masks.*rewrote nothing"):
+        fxsparse.rewrite(model, [InsertNMMasks("2:4", exclude="2")], args)
+
+
+def test_a_pass_twice_is_skipped_with_its_reason() -> None:
+    model, args = small()
+    with pytest.warns(UserWarning, match="rewrote nothing"):
+        gm = fxsparse.rewrite(model, "nm-masks,nm-masks,double-prune,double-prune", args)
+    entries = record_of(gm).entries
+    assert "2: is already 2:4" in [str(change) for change in entries[1].skipped]
+    assert [str(change) for change in entries[3].skipped] == ["2: is already double-pruned"]
+
+
+def test_the_record_survives_json() -> None:
+    family = FAMILIES["gpt2"]()
+    gm = fxsparse.rewrite(
+        family.model, "nm-masks{pattern=1:4},double-prune,low-rank{rank=2}", kwargs=family.make_batch()
+    )
+    record = record_of(gm)
+    assert len(record.entries) == 3 and record.weights
+    assert Record.from_json(record.to_json()) == record
+
+
+def test_costs_in_the_record_are_those_of_the_tensors() -> None:
+    model, args = small()
+    gm = fxsparse.rewrite(model, [InsertNMMasks("2:4"), DoublePruneBackward()], args)
+    first, last = record_of(gm).entries[0].before, record_of(gm).entries[-1].after
+    sizes = [8 * 16, 16 * 16, 16 * 4]
+    assert first.forward_flops == 2 * 3 * sum(sizes)
+    assert first.step_flops == 2 * 3 * (3 * sum(sizes) - sizes[0])  # the input needs no gradient
+    assert last.forward_flops == 2 * 3 * (sum(sizes) - sizes[1] // 2)
+    assert last.step_flops == first.step_flops - 2 * (2 * 3 * sizes[1] // 2)  # forward and grad input
+    assert first.parameters == sum(sizes) + 36 and last.parameters == first.parameters - 128
+    assert last.parameter_bytes == 4 * last.parameters and last.optimizer_bytes == 8 * last.parameters
+    assert first.buffer_bytes == 0 and last.buffer_bytes == 128 // 4 + 128 // 8
+
+
+def test_replay_gives_the_same_structure() -> None:
+    family = FAMILIES["llama"]()
+    passes = 'nm-masks{pattern={"*.mlp.*":2:4,"*.self_attn.*":1:4}},double-prune,low-rank{rank=2,start=0.0}'
+    gm = fxsparse.rewrite(family.model, passes, kwargs=family.make_batch())
+    fresh = FAMILIES["llama"]()
+    again = fxsparse.replay(Record.from_json(record_of(gm).to_json()), fresh.model, kwargs=fresh.make_batch())
+    assert [(n.op, str(n.target)) for n in again.graph.nodes] == [(n.op, str(n.target)) for n in gm.graph.nodes]
+    assert {name: t.shape for name, t in again.state_dict().items()} == {
+        name: t.shape for name, t in gm.state_dict().items()
+    }
+    assert record_of(again).weights == record_of(gm).weights
+    other = FAMILIES["opt"]()
+    with pytest.raises((CheckpointError, RewriteError)):
+        fxsparse.replay(record_of(gm), other.model, kwargs=other.make_batch())
+
+
+def test_a_rewritten_graph_can_be_rewritten_again() -> None:
+    model, args = small()
+    once = fxsparse.rewrite(model, [InsertNMMasks({"2": "2:4"}, keep_first=False)], args)
+    twice = fxsparse.rewrite(once, [InsertNMMasks({"0": "1:4"}, keep_first=False), DoublePruneBackward()])
+    assert [len(entry.rewritten) for entry in record_of(twice).entries] == [1, 1, 2]
+    assert len(record_of(once).entries) == 1
+    assert {weight.name: weight.pattern for weight in record_of(twice).weights} == {
+        "2.weight": "2:4",
+        "0.weight": "1:4",
+    }
+
+
+def test_a_running_compile_notices_a_second_rewrite() -> None:
+    model, args = small()
+    gm = fxsparse.trace(model, args)
+    compiled = torch.compile(gm, backend="aot_eager")
+    dense = compiled(*args)
+    sparse = fxsparse.rewrite(gm, "nm-masks")
+    assert not torch.allclose(torch.compile(sparse, backend="aot_eager")(*args), dense)
+    assert torch.equal(compiled(*args), dense)
