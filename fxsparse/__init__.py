@@ -3,28 +3,37 @@
 sparse = fxsparse.rewrite(model, [InsertNMMasks("2:4"), DoublePruneBackward()], kwargs=batch)
 print(fxsparse.explain(sparse))
 fast = torch.compile(sparse, backend="fxsparse")
+
+Importing the package registers the ``fxsparse::`` operators and defines the errors. Every other public name, and every
+subpackage, is imported when it is first read, because Dynamo, Inductor and the passes take longer to import than torch.
 """
 
-from fxsparse import autoprumux
-from fxsparse.backend.backend import invalidate
-from fxsparse.backend.compiled import kernels
-from fxsparse.backend.tune import tune
-from fxsparse.checkpoint import dense_state_dict, load, save
-from fxsparse.cost.backprop import BackpropGraph
-from fxsparse.cost.flops import count_flops
-from fxsparse.cost.importance import tensor_importance
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fxsparse import ops  # noqa: F401  registers the operators
 from fxsparse.errors import CheckpointError, FxsparseError, LoweringError, OptionError, RewriteError, TraceError
-from fxsparse.graph.record import Record, record_of
-from fxsparse.integrations.huggingface import from_pretrained, save_pretrained
-from fxsparse.optimizers import forget_dropped
-from fxsparse.passes import Pass, Pipeline
-from fxsparse.passes.structured.hard_concrete import sparsity_loss
-from fxsparse.recipes import recipe
-from fxsparse.reporting import explain
-from fxsparse.rewriting import replay, rewrite
-from fxsparse.schedule import Schedule
-from fxsparse.tracing.trace import trace
 from fxsparse.version import __version__
+
+if TYPE_CHECKING:
+    from fxsparse import autoprumux
+    from fxsparse.backend.backend import invalidate
+    from fxsparse.backend.compiled import kernels
+    from fxsparse.backend.tune import tune
+    from fxsparse.checkpoint import dense_state_dict, load, save
+    from fxsparse.cost.backprop import BackpropGraph
+    from fxsparse.cost.flops import count_flops
+    from fxsparse.cost.importance import tensor_importance
+    from fxsparse.graph.record import Record, record_of
+    from fxsparse.integrations.huggingface import from_pretrained, save_pretrained
+    from fxsparse.optimizers import forget_dropped
+    from fxsparse.passes import Pass, Pipeline
+    from fxsparse.passes.structured.hard_concrete import sparsity_loss
+    from fxsparse.recipes import recipe
+    from fxsparse.reporting import explain
+    from fxsparse.rewriting import replay, rewrite
+    from fxsparse.schedule import Schedule
+    from fxsparse.tracing.trace import trace
 
 __all__ = [
     "BackpropGraph",
@@ -59,3 +68,50 @@ __all__ = [
     "trace",
     "tune",
 ]
+
+# The module that defines each public name which is imported when it is first read; the imports above, at run time.
+_DEFINED_IN = {
+    "BackpropGraph": "fxsparse.cost.backprop",
+    "Pass": "fxsparse.passes",
+    "Pipeline": "fxsparse.passes",
+    "Record": "fxsparse.graph.record",
+    "Schedule": "fxsparse.schedule",
+    "count_flops": "fxsparse.cost.flops",
+    "dense_state_dict": "fxsparse.checkpoint",
+    "explain": "fxsparse.reporting",
+    "forget_dropped": "fxsparse.optimizers",
+    "from_pretrained": "fxsparse.integrations.huggingface",
+    "invalidate": "fxsparse.backend.backend",
+    "kernels": "fxsparse.backend.compiled",
+    "load": "fxsparse.checkpoint",
+    "recipe": "fxsparse.recipes",
+    "record_of": "fxsparse.graph.record",
+    "replay": "fxsparse.rewriting",
+    "rewrite": "fxsparse.rewriting",
+    "save": "fxsparse.checkpoint",
+    "save_pretrained": "fxsparse.integrations.huggingface",
+    "sparsity_loss": "fxsparse.passes.structured.hard_concrete",
+    "tensor_importance": "fxsparse.cost.importance",
+    "trace": "fxsparse.tracing.trace",
+    "tune": "fxsparse.backend.tune",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a submodule, that was not read before."""
+    if name in _DEFINED_IN:
+        value = getattr(importlib.import_module(_DEFINED_IN[name]), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):
+        module = f"{__name__}.{name}"
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -24,14 +24,16 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import sympy
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+if TYPE_CHECKING:  # as slow to import as the rest of the operators
+    import sympy
 
 Size: TypeAlias = "int | sympy.Expr"
 Kind = Literal["product", "view", "elementwise", "gather", "create", "free"]
