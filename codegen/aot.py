@@ -72,12 +72,13 @@ def resources(compiled: Any) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _inspect("cuobjdump", "--dump-resource-usage", file.name)
-        assembly = _inspect("nvdisasm", "-c", file.name)
-    registers = re.search(r"REG:(\d+)", usage)
-    if registers is None:
-        raise RuntimeError(f"cuobjdump tells no registers: {usage}")
-    spills = re.findall(r"\b(?:LDL|STL)\b", assembly)
-    return Resources(int(registers[1]), len(spills), compiled.metadata.shared)
+        sizes = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+        if sizes is None:
+            raise RuntimeError(f"cuobjdump tells no registers: {usage}")
+        registers, *local = map(int, sizes.groups())
+        # Spills need local memory; where there is none, disassembling would take as long as compiling did.
+        assembly = _inspect("nvdisasm", "-c", "-ndf", file.name) if any(local) else ""
+    return Resources(registers, len(re.findall(r"\b(?:LDL|STL)\b", assembly)), compiled.metadata.shared)
 
 
 def _inspect(tool: str, *arguments: str) -> str:

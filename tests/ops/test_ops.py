@@ -264,7 +264,7 @@ def test_no_second_derivative() -> None:
         ({"up": torch.randn(12, 3)}, r"up is .* expected torch.float32 \[12, 2\]"),
         ({"down": torch.randn(0, 12), "up": torch.randn(12, 0)}, "a rank is at least 1"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
 def test_arguments_that_do_not_fit_are_named(wrong: dict[str, Tensor], match: str) -> None:
     case = Case("2:4", (3,), groups=3)
