@@ -1,15 +1,16 @@
-"""Auto-PruMUX: which (N, s) to train, from a few that were measured (PruMUX, ACL Findings 2023, section 4).
+"""Auto-PruMUX predicts the best (N, s) to train from a few measured points (PruMUX, ACL Findings 2023, section 4).
 
-    zeta(N, s) = f_T(N, s) * g(f_A(N, s)),    g(a) = 1 if a >= threshold else 0;    the best is argmax zeta
+    zeta(N, s) = f_T(N, s) * g(f_A(N, s)),    g(a) = 1 if a >= threshold else 0;    the best point is argmax zeta
 
-N inputs share a forward pass, a share s of the encoder is pruned. The accuracy model f_A is piecewise bilinear,
+N inputs share one forward pass, and a share s of the encoder is pruned. The accuracy model f_A is piecewise bilinear,
 
     f_A(N, s) = k00 + k01 s + k10 N + k11 N s    in each cell of the measured points,
 
-and equals the measurement at every measured point. The paper has a full grid; here a cell is the smallest box around
-(N, s) whose corners were all measured, so any set of points will do. The paper's throughput model is a table of one
-task, used for all others; here its gaps are filled by the same interpolation of log throughput over (log N, s), which
-is exact where throughput is a power of N. A point inside no cell is extrapolated from the points near it, and says so.
+and equals the measurement at every measured point. The paper measures a full grid. Here a cell is the smallest box
+around (N, s) with all corners measured, so any set of points works. The paper's throughput model f_T is a table
+measured on one task and used for all others. Here the gaps of such a table are filled by the same interpolation, of
+log throughput over (log N, s), which is exact if throughput is a power of N. A point outside every cell is
+extrapolated from the nearby points, and its estimate is marked as extrapolated.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ _COLUMNS = {
     "accuracy": ("accuracy",),
     "throughput": ("throughput",),
 }
-_STEP = 0.05  # of the sparsities that are predicted unless others are asked for, as in the paper
+_STEP = 0.05  # spacing of the sparsities predicted by default, as in the paper
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A model's value at a point.
+    """An estimated accuracy or throughput at a point.
 
     Attributes:
-        value: accuracy in the unit it was given in, or throughput.
-        basis: the measured points it comes from.
-        extrapolated: whether the point lies in no cell of measured points.
+        value: accuracy or throughput, in the unit of the measurements.
+        basis: the measured points used for it.
+        extrapolated: whether the point lies outside every cell of measured points.
     """
 
     value: float
@@ -55,18 +56,19 @@ class Estimate:
 
     @property
     def measured(self) -> bool:
+        """Whether the point itself was measured."""
         return len(self.basis) == 1 and not self.extrapolated
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A candidate that meets the threshold; a list of them is ranked by throughput, the best first.
+    """A candidate (N, s) that reaches the accuracy threshold.
 
     Attributes:
         members: N.
         sparsity: s.
-        accuracy, throughput: what the models say.
-        reason: why it stands where it stands, in words.
+        accuracy, throughput: the estimates of the two models.
+        reason: its throughput relative to the best candidate's, its accuracy, and the source of both, in words.
     """
 
     members: int
@@ -89,12 +91,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What a model says of a measured point when it has not seen it.
+    """A measured point and its prediction from the other measured points.
 
     Attributes:
         point: (N, s).
         measured: the measurement.
-        predicted: the model's value without it.
+        predicted: the estimate of a model fitted without this point.
     """
 
     point: Point
@@ -103,19 +105,19 @@ class LeftOut:
 
     @property
     def error(self) -> float:
-        """Predicted less measured."""
+        """Predicted minus measured."""
         return self.predicted.value - self.measured
 
 
 class Surface:
-    """An interpolation of measured points, exact at each, bilinear in the smallest measured box around a point.
+    """An interpolation of measured points, bilinear in the smallest measured box around a point, exact at its corners.
 
     Args:
         values: the measurements by (N, s).
-        scale: of N, the coordinate that the surface is linear in.
+        scale: maps N to the coordinate in which the surface is linear.
 
     Raises:
-        OptionError: there is no point.
+        OptionError: ``values`` is empty.
     """
 
     def __init__(self, values: Mapping[Point, float], scale: Callable[[float], float] = float):
@@ -140,7 +142,7 @@ class Surface:
         return Estimate(float(value), tuple(corners), extrapolated=False)
 
     def _box(self, members: float, sparsity: float) -> tuple[tuple[int, int], tuple[float, float]] | None:
-        """The smallest box, a segment or a point included, that holds the point and whose corners were measured."""
+        """The smallest box around the point with all corners measured; it may be a segment or a single point."""
         counts = _around(members, {n for n, _ in self.values})
         shares = _around(sparsity, {s for _, s in self.values})
         boxes = [(n, s) for n in counts for s in shares if all((a, b) in self.values for a in n for b in s)]
@@ -151,7 +153,7 @@ class Surface:
         return float(np.dot((self.scale(n1) - self.scale(n0), s1 - s0), 1 / self._spread))
 
     def _extrapolate(self, members: float, sparsity: float) -> Estimate:
-        """Least squares of the bilinear form, near points weighing most; of fewer terms where points are too few."""
+        """Fits the bilinear form by least squares, near points weighted most; too few points get fewer terms."""
         points = list(self.values)
         offsets = np.array([(self.scale(n) - self.scale(members), s - sparsity) for n, s in points]) / self._spread
         values = np.array([self.values[point] for point in points])
@@ -166,7 +168,7 @@ class Surface:
 
 
 def _around(at: float, known: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """Pairs of known coordinates, perhaps twice the same, that enclose ``at``."""
+    """Pairs (low, high) of known coordinates that enclose ``at``; low and high may be equal."""
     return [(low, high) for low, high in combinations_with_replacement(sorted(known), 2) if low <= at <= high]
 
 
@@ -178,8 +180,8 @@ class AutoPruMUX:
     """Predicts the best (N, s) from measured points; build it with :meth:`fit`.
 
     Attributes:
-        accuracy: f_A, an :class:`Estimate` of (N, s).
-        baseline: the accuracy that a loss budget is counted from: that of the plain model, (1, 0).
+        accuracy: f_A, which maps (N, s) to an :class:`Estimate`.
+        baseline: the accuracy of the plain model, (1, 0), from which a loss budget is subtracted.
     """
 
     def __init__(
@@ -201,14 +203,15 @@ class AutoPruMUX:
         """Fits both models to measurements.
 
         Args:
-            table: a CSV file with columns N (or members), s (or sparsity), accuracy and throughput, in which a cell may
-                be empty; or a mapping from (N, s) to (accuracy, throughput), to a mapping with these names, or to the
-                accuracy alone. Accuracy is in any unit, throughput in inputs a second or relative to anything.
-            throughput: by (N, s), measured on another task, which the paper finds to be good enough.
-            baseline: the accuracy of the plain model, where (1, 0) was not measured.
+            table: a CSV file with columns N (or members), s (or sparsity), accuracy and throughput; accuracy or
+                throughput of a row may be empty. Or a mapping from (N, s) to (accuracy, throughput), to a mapping with
+                these names, or to the accuracy alone. Accuracy is in any unit, throughput in inputs per second or
+                relative to anything.
+            throughput: throughputs by (N, s) measured on another task; the paper finds these good enough.
+            baseline: the accuracy of the plain model; by default the one measured at (1, 0).
 
         Raises:
-            OptionError: a number is missing or out of range; it names the row.
+            OptionError: a number is missing or out of range; the message names the row.
         """
         rows = _read_csv(Path(table)) if isinstance(table, (str, os.PathLike)) else _read_mapping(table)
         accuracies: dict[Point, float] = {}
@@ -237,11 +240,11 @@ class AutoPruMUX:
         return Estimate(math.exp(estimate.value), estimate.basis, estimate.extrapolated)
 
     def candidates(self) -> list[Point]:
-        """The measured points, and for every measured N the sparsities in steps of 0.05 that need no extrapolation."""
+        """The measured points and, for every measured N, each s in steps of 0.05 that needs no extrapolation."""
         measured = set(self.accuracies) & set(self.throughputs)
         steps = [round(_STEP * step, 10) for step in range(round(1 / _STEP))]
-        found = {(n, s) for n, _ in self.accuracies for s in steps if not self._extrapolates(n, s)}
-        return sorted(measured | found)
+        interpolated = {(n, s) for n, _ in self.accuracies for s in steps if not self._extrapolates(n, s)}
+        return sorted(measured | interpolated)
 
     def _extrapolates(self, members: int, sparsity: float) -> bool:
         return self.accuracy(members, sparsity).extrapolated or self.throughput(members, sparsity).extrapolated
@@ -257,14 +260,14 @@ class AutoPruMUX:
         """The candidates with the largest zeta, the best first.
 
         Args:
-            threshold: the least accuracy that will do.
-            loss_budget: the same as what may be lost of the baseline's accuracy, in points of accuracy.
-            candidates: (N, s) to choose among; :meth:`candidates` by default.
-            top: how many to return.
+            threshold: the lowest acceptable accuracy.
+            loss_budget: instead of a threshold, the acceptable loss against the baseline, in points of accuracy.
+            candidates: the points (N, s) to choose from; :meth:`candidates` by default.
+            top: the largest number of predictions to return.
 
         Raises:
-            OptionError: both or neither of threshold and budget are given, the baseline is not known, or no candidate
-                reaches the threshold; the message has the one that comes nearest.
+            OptionError: both or neither of threshold and loss budget are given, the baseline is unknown, or no
+                candidate reaches the threshold; the message then names the nearest candidate.
         """
         if (threshold is None) == (loss_budget is None):
             raise OptionError("give threshold or loss_budget, one of them", site="autoprumux")
@@ -274,24 +277,24 @@ class AutoPruMUX:
             threshold = self.baseline - float(loss_budget or 0)
         chosen = self.candidates() if candidates is None else [_point(n, s, f"({n}, {s})") for n, s in candidates]
         pool = [(point, self.accuracy(*point), self.throughput(*point)) for point in chosen]
-        able = [item for item in pool if item[1].value >= threshold - 1e-9]
-        if not able:
+        eligible = [item for item in pool if item[1].value >= threshold - 1e-9]
+        if not eligible:
             (members, sparsity), nearest, _ = max(pool, key=lambda item: item[1].value)
             raise OptionError(
                 f"no candidate reaches the accuracy {threshold:g}; the best, N={members}, s={sparsity:g}, is predicted "
                 f"{nearest.value:.2f}",
                 site="autoprumux",
             )
-        able.sort(key=lambda item: (-item[2].value, -item[1].value))
+        eligible.sort(key=lambda item: (-item[2].value, -item[1].value))
         return [
-            Prediction(*point, accuracy, speed, _reason(place, accuracy, speed, threshold, able[0][2].value))
-            for place, (point, accuracy, speed) in enumerate(able[:top])
+            Prediction(*point, accuracy, speed, _reason(place, accuracy, speed, threshold, eligible[0][2].value))
+            for place, (point, accuracy, speed) in enumerate(eligible[:top])
         ]
 
     def leave_one_out(self) -> dict[str, list[LeftOut]]:
-        """How well each model predicts each measured point from the others: ``accuracy`` and ``throughput``.
+        """Predicts each measured point from the others; the keys are ``accuracy`` and ``throughput``.
 
-        A point at the edge of what was measured is extrapolated from the others; ``predicted.extrapolated`` says so.
+        A point at the edge of the measured ones is extrapolated from the others; ``predicted.extrapolated`` says so.
         The paper asks for an accuracy error below 1.5 points and a throughput error below 20 %.
         """
         return {
@@ -302,19 +305,19 @@ class AutoPruMUX:
         }
 
     def frontier(self, candidates: Iterable[Point] | None = None) -> list[tuple[Point, float, float]]:
-        """The candidates no other beats in accuracy and throughput, fastest last: ((N, s), accuracy, throughput)."""
+        """The candidates that no other beats in both measures, fastest last: ((N, s), accuracy, throughput)."""
         points = self.candidates() if candidates is None else candidates
         pool = [(point, self.accuracy(*point).value, self.throughput(*point).value) for point in points]
         pool.sort(key=lambda item: (-item[2], -item[1]))
-        best, kept = -math.inf, []
+        best, frontier = -math.inf, []
         for item in pool:
             if item[1] > best:
-                kept.append(item)
+                frontier.append(item)
                 best = item[1]
-        return kept[::-1]
+        return frontier[::-1]
 
     def plot(self, path: str | os.PathLike[str], *, title: str = "") -> None:
-        """Draws accuracy over throughput: measured points by kind, predictions between them, and the frontier.
+        """Draws accuracy over throughput: the measured points by kind, the predictions between them, and the frontier.
 
         Needs matplotlib (``pip install fxsparse[plots]``).
         """
@@ -387,18 +390,18 @@ def _left_out(values: Mapping[Point, float], point: Point, logarithmic: bool = F
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
-_Row = tuple[str, tuple[Any, Any, Any, Any]]  # where it stands; N, s, accuracy, throughput
+_Row = tuple[str, tuple[Any, Any, Any, Any]]  # the row's name for errors; N, s, accuracy, throughput
 
 
 def _read_csv(path: Path) -> list[_Row]:
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        found = {name.strip().lower(): name for name in reader.fieldnames or ()}
+        headers = {name.strip().lower(): name for name in reader.fieldnames or ()}
         columns = {}
         for column, names in _COLUMNS.items():
-            columns[column] = next((found[name] for name in names if name in found), None)
+            columns[column] = next((headers[name] for name in names if name in headers), None)
             if columns[column] is None and column in ("members", "sparsity"):
-                raise OptionError(f"has no column {' or '.join(names)}, only {', '.join(found)}", site=str(path))
+                raise OptionError(f"has no column {' or '.join(names)}, only {', '.join(headers)}", site=str(path))
         return [
             (f"{path}, line {reader.line_num}", tuple(_cell(row, columns[column]) for column in _COLUMNS))  # type: ignore[misc]
             for row in reader
@@ -432,11 +435,11 @@ def _point(members: Any, sparsity: Any, row: str) -> Point:
     return int(count), round(share, 10)
 
 
-def _number(text: Any, what: str, row: str) -> float:
+def _number(text: Any, name: str, row: str) -> float:
     try:
         number = float(text)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise OptionError(f"{what} is {text!r}, not a number", site=row)
+        raise OptionError(f"{name} is {text!r}, not a number", site=row)
     return number

@@ -1,7 +1,16 @@
-"""Saving and loading rewritten models: one safetensors file that holds the tensors and the record.
+"""Saves a rewritten model in one safetensors file with its tensors and its record, and loads it again.
 
-The file's metadata has the record as JSON, so that loading needs the original model's code and nothing else: the
-record is replayed on a fresh instance, then the tensors are filled in. Nothing is pickled.
+The file's metadata holds the record as JSON. `load` needs only this file and the code of the original model: it
+replays the record on a fresh instance and then fills in the tensors. Nothing is pickled.
+
+`dense_state_dict` goes the other way: it gives the weights in the form that the original model loads.
+
+| a weight ``w`` in the graph | in the file                                       | in `dense_state_dict`              |
+|-----------------------------|---------------------------------------------------|------------------------------------|
+| compressed N:M              | ``w_values``, ``w_indices``                       | ``w``, zero at pruned positions    |
+| masked N:M                  | ``w``, ``w_mask``                                 | ``w`` times its mask               |
+| double-pruned               | and ``w_column_mask``                             | the same                           |
+| with a low-rank branch      | and ``w_down``, ``w_up``                          | the branch is added to ``w``       |
 """
 
 from __future__ import annotations
@@ -32,7 +41,8 @@ def save(gm: GraphModule, path: str | os.PathLike[str]) -> None:
 
     Args:
         gm: a traced or rewritten graph module.
-        path: the file, by custom ``*.safetensors``; it appears whole or not at all.
+        path: the file, by convention ``*.safetensors``. It is written under another name and then renamed, so that
+            it is never incomplete.
     """
     tensors = {name: tensor.detach().contiguous() for name, tensor in _unique(gm.state_dict()).items()}
     unfinished = f"{os.fspath(path)}.{os.getpid()}.tmp"
@@ -53,10 +63,13 @@ def load(
     """Reads a rewritten model.
 
     Args:
-        path: what :func:`save` wrote.
-        model: a fresh instance of the original model. The loaded graph module takes over its parameters, so it is
-            used up.
+        path: a file written by :func:`save`.
+        model: a fresh instance of the original model. The loaded graph module takes over its parameters; do not use
+            ``model`` afterwards.
         args, kwargs: an example batch, as for :func:`fxsparse.trace`.
+
+    Returns:
+        the rewritten graph module, with the saved tensors and record.
 
     Raises:
         CheckpointError: the file was not written by :func:`save`, or does not fit the model.
@@ -76,7 +89,7 @@ def load(
 
 
 def _unique(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tied tensors under their first name only: a file holds each once."""
+    """Keeps tied tensors under their first name only, because a file holds each tensor once."""
     seen: set[int] = set()
     unique = {}
     for name, tensor in state.items():
@@ -89,22 +102,22 @@ def _unique(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _fill(gm: GraphModule, tensors: Mapping[str, Tensor], path: str) -> None:
-    own = _unique(gm.state_dict())
-    missing, unexpected = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-    misfits = [name for name in set(own) & set(tensors) if own[name].shape != tensors[name].shape]
-    for what, names in (("lacks", missing), ("has unknown", unexpected), ("has other shapes for", sorted(misfits))):
+    expected = _unique(gm.state_dict())
+    missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    misfits = [name for name in set(expected) & set(tensors) if expected[name].shape != tensors[name].shape]
+    for problem, names in (("lacks", missing), ("has unknown", unexpected), ("has other shapes for", sorted(misfits))):
         if names:
-            raise CheckpointError(f"{path} {what} {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
+            raise CheckpointError(f"{path} {problem} {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
     for weight in record_of(gm).weights:
         if weight.storage == "compressed":
             parts = (tensors.get(f"{weight.name}_{part}") for part in ("values", "indices", "column_mask"))
             _check(weight, *parts)
-    for name, tensor in own.items():
+    for name, tensor in expected.items():
         tensor.copy_(tensors[name])
 
 
 def _check(weight: HeldWeight, values: Tensor | None, indices: Tensor | None, column_mask: Tensor | None) -> None:
-    if values is None or indices is None:  # _fill has said so of a weight that the graph reads
+    if values is None or indices is None:  # the graph does not read this weight, or _fill would have raised
         return
     validate(values, indices, Pattern.parse(weight.pattern), weight.in_features, column_mask, name=weight.name)
 
@@ -114,27 +127,27 @@ _SUFFIXES = ("_values", "_indices", "_column_mask", "_mask", "_down", "_up")
 
 @torch.no_grad()
 def dense_state_dict(gm: GraphModule) -> dict[str, Tensor]:
-    """The state dict of the model as it was before the rewrite: its keys, dense values, pruned weights zero.
+    """A state dict with the keys of the original model and dense values; pruned positions are zero.
 
-    Low-rank branches that take part are merged into their weight, which is then no longer sparse, so that the result
-    computes what the graph computes. It loads into the original model with ``load_state_dict``. What multiplexing added
-    is no part of it.
+    It loads into the original model with ``load_state_dict``. Low-rank branches that the graph reads are added to
+    their weight, which is then no longer sparse, so that the original model computes the same as the graph. The tensors
+    that multiplexing added are left out.
 
     Args:
         gm: a traced or rewritten graph module.
 
     Returns:
-        every key of the original's ``state_dict``; tied weights under all their names.
+        a tensor for every key of the original's ``state_dict``; tied weights stand under all their names.
     """
     state = {name: tensor.detach() for name, tensor in gm.state_dict().items()}
     branches = {
         str(node.target) for node in gm.graph.nodes if node.op == "get_attr" and str(node.target).endswith("_down")
     }
     held = {weight.name: weight for weight in record_of(gm).weights}
-    own = {f"{name}{suffix}" for name in held for suffix in _SUFFIXES}
-    own |= {name for name in state if _is_branch(name, state)}
-    own |= {name for name in state if name.startswith(f"{MULTIPLEXER}.") and "multiplex{" in record_of(gm).text}
-    dense = {name: tensor for name, tensor in state.items() if name not in own}
+    added = {f"{name}{suffix}" for name in held for suffix in _SUFFIXES}
+    added |= {name for name in state if _is_branch(name, state)}
+    added |= {name for name in state if name.startswith(f"{MULTIPLEXER}.") and "multiplex{" in record_of(gm).text}
+    dense = {name: tensor for name, tensor in state.items() if name not in added}
     for weight in held.values():
         values = _dense(weight, state)
         dense.update((name, values) for name in weight.names)
@@ -155,7 +168,7 @@ def _is_branch(name: str, state: dict[str, Tensor]) -> bool:
 
 
 def _dense(weight: HeldWeight, state: dict[str, Tensor]) -> Tensor:
-    """A held weight as it was stored before, with its pruned positions zero."""
+    """A held weight in its original layout, with zeros at its pruned positions."""
     if weight.storage == "masked":
         mask = state[f"{weight.name}_mask"]
         return state[weight.name] * (mask.t() if weight.transposed else mask)

@@ -1,4 +1,4 @@
-"""What becomes of an optimizer when a rewrite takes parameters away."""
+"""Removes the parameters that a rewrite dropped from an optimizer."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import nn
 
 
 def forget_dropped(optimizer: torch.optim.Optimizer, before: nn.Module, after: nn.Module) -> int:
-    """Removes from ``optimizer`` the parameters that ``before`` has and ``after`` has no more, with their state.
+    """Removes from ``optimizer`` the parameters of ``before`` that ``after`` no longer has, and their state.
 
-    Parameters that both have keep their moments and step counts, so a training goes on with the state it gathered;
-    parameters of neither are left alone. Groups stay, also empty ones, because learning-rate schedulers count them.
-    Parameters that only ``after`` has are added by ``optimizer.add_param_group``.
+    Parameters of both keep their moments and step counts, so training continues with them; parameters of neither are
+    left alone. Parameter groups stay even when they become empty, because learning-rate schedulers count them. New
+    parameters of ``after`` are not added: pass them to ``optimizer.add_param_group``.
 
     Args:
         optimizer: any torch optimizer.
-        before: the graph module or model it was built from.
-        after: what a rewrite made of it.
+        before: the graph module or model from which the optimizer was built.
+        after: the rewritten graph module.
 
     Returns:
-        how many parameters left the optimizer.
+        the number of parameters removed.
     """
-    kept = {id(parameter) for parameter in after.parameters()}
-    dropped = {id(parameter) for parameter in before.parameters()} - kept
+    remaining = {id(parameter) for parameter in after.parameters()}
+    dropped = {id(parameter) for parameter in before.parameters()} - remaining
     removed = 0
     for group in optimizer.param_groups:
         removed += sum(id(parameter) in dropped for parameter in group["params"])

@@ -1,4 +1,4 @@
-"""Named pipelines: each of the published methods in one word."""
+"""Named pipelines: one name for each published method."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from fxsparse.errors import OptionError, nearest
 from fxsparse.passes import Pipeline
 
 RECIPES: dict[str, str] = {
-    # SLoPe (arXiv 2405.16325); without branches it also serves the one-line call, whose optimizer knows of none.
+    # SLoPe (arXiv 2405.16325). Without branches it also works in the one-line call, whose optimizer holds no branches.
     "slope": "nm-masks{pattern=2:4},double-prune",
     "slope-low-rank": "nm-masks{pattern=2:4},double-prune,low-rank{ratio=0.015625}",
-    # GreenTrainer (arXiv 2309.13192) at half the FLOPs; a Schedule chooses by the batches it observes.
+    # GreenTrainer (arXiv 2309.13192) at half the FLOPs; a Schedule chooses tensors on the batches it observes.
     "greentrainer": "select-tensors{rho=0.5,times=3}",
-    # SAT (arXiv 2406.01392): half the heads and channels take part in a step; a Schedule chooses and climbs the ladder.
+    # SAT (arXiv 2406.01392): half the heads and channels take part in a step. A Schedule chooses them and the rung.
     "sat": "select-neurons{omission=0.5,rungs=4}",
-    # LayerCHOP (arXiv 2305.14864): half the layers at once, then train on.
+    # LayerCHOP (arXiv 2305.14864): half the layers are dropped at once; train on afterwards.
     "layerchop": "drop-layers{configuration=max-gap,fraction=0.5}",
-    # DimCHOP (the same): half of the hidden dimensions while training goes on; materialize takes them out.
+    # DimCHOP (the same paper): half of the hidden dimensions are masked during training; materialize removes them.
     "dimchop": "drop-dims{fraction=0.5}",
-    # PruMUX (Findings of ACL 2023): then train, distil from the multiplexed model, and materialize.
+    # PruMUX (Findings of ACL 2023): afterwards train, distil from the multiplexed model, and materialize.
     "prumux": "multiplex{n=2},gates{target=0.6}",
 }
 

@@ -1,4 +1,4 @@
-"""What a person reads about a rewrite: per pass and per weight what happened, and what it cost before and after."""
+"""Readable reports of a rewrite: the changes of every pass, and the costs of the model before and after."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _COSTS = (
 
 
 def explain(subject: Any) -> str:
-    """A readable account of what was done to a model.
+    """A readable report of the changes made to a model.
 
     Args:
         subject: a traced or rewritten graph module, a :class:`Record`, or a compiled model or function
             (``torch.compile(..., backend="fxsparse")``) that has run at least once.
 
     Returns:
-        text: costs before and after, then every pass with what it rewrote and what it skipped and why.
+        text: the costs before and after; then, for every pass, the rewritten sites, and the skipped ones with reasons.
     """
     if isinstance(subject, Record):
         return explain_record(subject)
@@ -41,7 +41,7 @@ def explain(subject: Any) -> str:
 
 
 def explain_record(record: Record) -> str:
-    """The account of one record."""
+    """The report of one record."""
     lines = [f"fxsparse {record.version}: {len(record.entries)} {_plural('pass', len(record.entries))}"]
     lines += [f"  note: {note}" for note in record.notes]
     if record.entries:
@@ -52,7 +52,7 @@ def explain_record(record: Record) -> str:
 
 
 def explain_compiled(graphs: Sequence[CompiledGraph]) -> str:
-    """The account of what the backend did, graph by graph."""
+    """The report of the compiled graphs: the implementation of every operator, and why it was chosen."""
     if not graphs:
         return "no graph was compiled yet: call the compiled model once"
     lines = []
@@ -66,16 +66,16 @@ def explain_compiled(graphs: Sequence[CompiledGraph]) -> str:
         nothing = ["  no fxsparse operator and no frozen N:M weight: all of it is Inductor's"]
         lines += table(rows) if graph.choices else nothing
         if graph.launches:
-            found = [("  generated kernel", "launches", "source")]
+            kernels = [("  generated kernel", "launches", "source")]
             counts = sorted(graph.launches.items(), key=lambda item: -item[1])
-            found += [(f"  {file.stem.rpartition('_')[0]}", str(count), str(file)) for file, count in counts]
-            lines += table(found, right=(1,))
+            kernels += [(f"  {file.stem.rpartition('_')[0]}", str(count), str(file)) for file, count in counts]
+            lines += table(kernels, right=(1,))
         lines += [""]
     return "\n".join(lines[:-1])
 
 
 def _choices(choices: Iterable[Choice]) -> list[tuple[Choice, str]]:
-    """Choices with those that differ only in one number of their site drawn together."""
+    """Choices with their sites; choices that differ only in one number of their site share one entry."""
     groups: dict[tuple[str, str, str], tuple[Choice, list[Change]]] = {}
     for choice in choices:
         key = (choice.op, choice.implementation, choice.reason)
@@ -84,7 +84,7 @@ def _choices(choices: Iterable[Choice]) -> list[tuple[Choice, str]]:
 
 
 def costs_table(before: Costs, after: Costs) -> list[str]:
-    """Costs before and after with their ratio, a line each."""
+    """A line for each cost: before, after, and their ratio."""
     rows = [("", "before", "after", "ratio")]
     for label, field, base in _COSTS:
         was, now = getattr(before, field), getattr(after, field)
@@ -93,7 +93,7 @@ def costs_table(before: Costs, after: Costs) -> list[str]:
 
 
 def _shortened(text: str, length: int = 160) -> str:
-    """A pass without the end of what it found out for a replay, which may name every unit of a model."""
+    """The text of a pass, cut short: options recorded for a replay may list every unit of a model."""
     return text if len(text) <= length else f"{text[:length]} ..."
 
 
@@ -107,12 +107,18 @@ def _entry(position: int, entry: Entry) -> list[str]:
         for label, field, base in _COSTS
         if getattr(entry.before, field) != getattr(entry.after, field)
     ]
-    rows = [("  rewritten" if kept else "  skipped", site, detail) for kept, site, detail in grouped(entry.changes)]
+    rows = [
+        ("  rewritten" if rewritten else "  skipped", site, detail)
+        for rewritten, site, detail in grouped(entry.changes)
+    ]
     return [header, *(f"  {line}" for line in costs), *table(rows)]
 
 
 def grouped(changes: Iterable[Change]) -> list[tuple[bool, str, str]]:
-    """Changes with those that differ only in one number of their site drawn together, ``layers.{0-31}.fc1``."""
+    """Rows of (rewritten, site, detail).
+
+    Changes that differ only in one number of their site share a row: ``layers.{0-31}.fc1``.
+    """
     groups: dict[tuple[bool, str, str, str], list[int]] = {}
     for change in changes:
         match = re.search(r"(?<![^.])\d+(?![^.])", change.site)
@@ -122,9 +128,9 @@ def grouped(changes: Iterable[Change]) -> list[tuple[bool, str, str]]:
         else:
             groups.setdefault((change.rewritten, change.site, "", change.detail), [])
     rows = []
-    for (kept, head, tail, detail), numbers in groups.items():
+    for (rewritten, head, tail, detail), numbers in groups.items():
         middle = ranges(numbers)
-        rows.append((kept, f"{head}{{{middle}}}{tail}" if len(numbers) > 1 else f"{head}{middle}{tail}", detail))
+        rows.append((rewritten, f"{head}{{{middle}}}{tail}" if len(numbers) > 1 else f"{head}{middle}{tail}", detail))
     return rows
 
 

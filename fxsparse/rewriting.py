@@ -1,4 +1,4 @@
-"""From a model to a rewritten graph module in one call, and the same again from a record."""
+"""Rewrites a model in one call: `rewrite` runs passes, `replay` runs the passes of a record again."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def rewrite(
     """Traces ``model`` and runs passes on it.
 
     Args:
-        model: a module, or a graph module that :func:`fxsparse.trace` or ``rewrite`` gave (then ``args`` and
-            ``kwargs`` are not needed).
-        passes: passes, their text, or a pipeline.
+        model: a module, or a graph module returned by :func:`fxsparse.trace` or ``rewrite``, which needs neither
+            ``args`` nor ``kwargs``.
+        passes: passes, the text of passes, or a pipeline.
         args, kwargs: an example batch, as for :func:`fxsparse.trace`.
-        dynamic_batch, dynamic_sequence: whether other batch sizes and sequence lengths will be used.
+        dynamic_batch, dynamic_sequence: whether the graph must also run at other batch sizes and sequence lengths.
 
     Returns:
-        a graph module that takes the same arguments and shares those parameters of ``model`` that no pass replaced.
-        ``model`` is left as it was; while it is referenced its dense weights stay in memory.
+        a graph module with the same arguments. It shares with ``model`` all parameters that no pass replaced. ``model``
+        itself is unchanged; as long as it is referenced, its dense weights stay in memory.
 
     Raises:
         TraceError: the model cannot be traced.
-        RewriteError: a pass refused; nothing was changed.
+        RewriteError: a pass cannot do its work on this model; nothing was changed.
     """
     pipeline = passes if isinstance(passes, Pipeline) else Pipeline(passes)
     return pipeline(_traced(model, args, kwargs, dynamic_batch=dynamic_batch, dynamic_sequence=dynamic_sequence))
@@ -52,25 +52,28 @@ def replay(
     *,
     structure_only: bool = False,
 ) -> GraphModule:
-    """Does to ``model`` what ``record`` says was done to another instance of it.
+    """Runs the passes of a record on another instance of the model.
 
     Args:
-        record: ``record_of(gm)`` of a rewritten graph module, or one read back with ``Record.from_json``.
+        record: ``record_of(gm)`` of a rewritten graph module, or a record read with ``Record.from_json``.
         model: a fresh instance of the original model.
         args, kwargs: an example batch.
-        structure_only: the values of what the passes add will be loaded afterwards, so they need not be computed
-            (nor the calibration data of ``wanda`` be at hand).
+        structure_only: passes add tensors of the right shapes but do not compute their values, because these are
+            loaded afterwards; ``wanda`` then needs no calibration data.
+
+    Returns:
+        the rewritten graph module.
 
     Raises:
-        CheckpointError: a pass changed other sites than the record says: ``model`` is not what was rewritten then.
+        CheckpointError: a pass changed other sites than in the record, so ``model`` differs from the original model.
     """
     rewritten = Pipeline.parse(record.text)(_traced(model, args, kwargs), structure_only=structure_only)
     again = rewritten.meta["fxsparse"]
     for then, now in zip(record.entries, again.entries[-len(record.entries) :], strict=True):
-        missing = {change.site for change in then.rewritten} ^ {change.site for change in now.rewritten}
-        if missing:
+        different = {change.site for change in then.rewritten} ^ {change.site for change in now.rewritten}
+        if different:
             raise CheckpointError(
-                f"{then.text} does not fit this model: it differs at {', '.join(sorted(missing)[:4])}"
+                f"{then.text} does not fit this model: it differs at {', '.join(sorted(different)[:4])}"
             )
     return rewritten
 

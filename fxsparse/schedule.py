@@ -1,4 +1,4 @@
-"""What changes while a rewritten model trains, in one object with one call a step."""
+"""The schedule of a rewritten model makes all changes during training, with one call per optimizer step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxsparse.passes.event import Event
 
 
 class Schedule:
-    """Drives whatever the passes of a rewritten graph left to do during training.
+    """Makes the changes that the passes of a rewritten graph planned for training.
 
     Build it after the optimizer and call :meth:`step` after every optimizer step::
 
@@ -25,19 +25,19 @@ class Schedule:
         optimizer.step()
         schedule.step()
 
-    Changes of buffers are in place; where the graph itself changes (low-rank branches start), it is recompiled and a
-    running ``torch.compile`` notices. Under gradient accumulation, step once per optimizer step.
+    Buffers change in place. A change of the graph itself (low-rank branches start) recompiles the graph module, and
+    a running ``torch.compile`` notices. Under gradient accumulation, call :meth:`step` once per optimizer step.
 
     Args:
         gm: a rewritten graph module.
         optimizer: the optimizer that trains it.
         total_steps: optimizer steps of the whole training.
-        signals: options that vary, as functions of the optimizer step (from 1), by pass and option:
-            ``{"select-tensors.rho": lambda step: 0.4 if is_noon() else 0.7}``.
+        signals: options that vary during training. Each is named by pass and option, and is a function of the
+            optimizer step, counted from 1: ``{"select-tensors.rho": lambda step: 0.4 if is_noon() else 0.7}``.
 
     Raises:
-        OptionError: ``total_steps`` is not positive, the optimizer trains none of the graph's parameters, or a signal
-            is for an option that nothing here reads.
+        OptionError: ``total_steps`` is not positive, the optimizer trains none of the graph's parameters, or no pass
+            of the graph reads the option of a signal.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class Schedule:
     ):
         if total_steps < 1:
             raise OptionError(f"total_steps={total_steps} must be at least 1")
-        own = {id(parameter) for parameter in gm.parameters()}
-        if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        parameters = {id(parameter) for parameter in gm.parameters()}
+        if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
             raise OptionError(
                 "the optimizer holds none of the graph module's parameters; "
                 "build it from gm.parameters() after rewriting"
@@ -64,26 +64,26 @@ class Schedule:
         for entry in record_of(gm).entries:
             for item in parse_passes(entry.text):
                 for event in item.schedule(gm, optimizer, total_steps):
-                    own_signals = {name: f"{item.name}.{name}" for name in event.varying}
-                    event.signals = {name: signals[key] for name, key in own_signals.items() if key in signals}
-                    read |= set(own_signals.values())
+                    keys = {name: f"{item.name}.{name}" for name in event.varying}
+                    event.signals = {name: signals[key] for name, key in keys.items() if key in signals}
+                    read |= set(keys.values())
                     self.events[f"{item.name}.{len(self.events)}"] = event
         if unknown := sorted(set(signals) - read):
             raise OptionError(
                 f"no signal is called {', '.join(unknown)}; there are: {', '.join(sorted(read)) or 'none'}"
             )
-        # The gradients are final, unscaled and clipped, only inside optimizer.step().
+        # Only inside optimizer.step() are the gradients unscaled and clipped.
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def observe(self, batch: Any, *, loss: Callable[[Any], torch.Tensor] | None = None) -> None:
         """Shows the schedule the batch of the next step; call it before the forward pass.
 
-        Passes that choose by what a batch shows (``select-tensors{rho=...}``) do so here on the steps they are due, and
-        ignore it on others. Under gradient accumulation the step's first batch counts.
+        Passes that choose by measurements on a batch (``select-tensors{rho=...}``) do so here on the steps they are
+        due, and ignore the batches of other steps. Under gradient accumulation the step's first batch counts.
 
         Args:
-            batch: what the graph is called with: a mapping of keyword inputs, a tuple of positional ones, or a tensor.
-            loss: the scalar loss of what the graph returns; by default its ``loss``, or its one scalar.
+            batch: the inputs of the graph: a mapping of keyword inputs, a tuple of positional ones, or a tensor.
+            loss: computes the scalar loss from the graph's output; by default the output's ``loss``, or its one scalar.
         """
         for event in self.events.values():
             event.observe(self.steps_done + 1, batch, loss)
@@ -93,17 +93,17 @@ class Schedule:
             event.before_step(self.steps_done + 1)
 
     def step(self) -> None:
-        """Call after each optimizer step."""
+        """Makes the changes that are due; call it after each optimizer step."""
         self.steps_done += 1
         for event in self.events.values():
             event.after_step(self.steps_done)
 
     def remove(self) -> None:
-        """Takes the schedule's hook off the optimizer."""
+        """Removes the schedule's hook from the optimizer."""
         self._hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the training, for a checkpoint beside the optimizer's."""
+        """The position in the training, to be saved beside the optimizer's state."""
         states = {key: event.state_dict() for key, event in self.events.items()}
         return {
             "steps_done": self.steps_done,
@@ -112,10 +112,10 @@ class Schedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resumes where :meth:`state_dict` was taken.
+        """Resumes at the step at which :meth:`state_dict` was called.
 
         Raises:
-            CheckpointError: the state is of a graph with other passes.
+            CheckpointError: the state belongs to a graph with other passes.
         """
         unknown = sorted(set(state["events"]) - set(self.events))
         if unknown:

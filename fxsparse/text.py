@@ -1,4 +1,4 @@
-"""Numbers and tables as text."""
+"""Formats numbers and tables as text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def quantity(amount: int, base: int) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Rows as aligned lines; the columns in ``right`` are aligned to the right."""
+    """Rows of equal length as aligned lines; columns whose number is in ``right`` are aligned to the right."""
     if not rows:
         return []
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
