@@ -1,7 +1,16 @@
-"""What a graph computes from what, as its costs need it: values, and the operator calls between them.
+"""Reads a graph as values and the operator calls that compute them, for counting costs.
 
-Views share the value of what they view, and an in-place write gives the written tensor, under all its views, a new
-value. Gradients stop at integers, at ``detach``, at newly created tensors and where gradients are switched off.
+A value is a tensor as far as gradients are concerned, not a node:
+
+| operator | value of its result |
+|---|---|
+| a view | the value of its base |
+| an in-place write | a new value, also for the written tensor and all its views |
+| attention, experts | one value for every matrix product inside, such as ``attention:scores`` |
+| any other | a new value |
+
+Gradients stop at integers, at ``detach``, at newly created tensors and in regions without gradients. To read this file,
+start at `Value` and `Operation`, then follow `_Reader.call`.
 """
 
 from __future__ import annotations
@@ -23,9 +32,9 @@ from fxsparse.errors import OptionError
 from fxsparse.graph import attribute, stack_path
 
 _DETACHES = {"aten::detach", "aten::detach_", "aten::detach_copy"}
-_SHAPED_LIKE = {"aten::to", "aten::type_as"}  # their second tensor lends its dtype or shape only
+_SHAPED_LIKE = {"aten::to", "aten::type_as"}  # use only the dtype or the shape of their second tensor
 _AUTOCAST_MARKS = {"_enter_autocast", "_exit_autocast"}
-# Higher-order operators that run a submodule as it stands: the position of the submodule among the arguments.
+# Higher-order operators that only run a submodule, with the position of the submodule among their arguments.
 _INLINED = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 
 
@@ -34,11 +43,12 @@ class Value:
     """A tensor that gradients may flow through.
 
     Attributes:
-        name: the parameter's full name, or the node's name (``attention:scores`` for a product inside one).
-        operator: the operator that computes it; ``parameter``, ``buffer`` or ``input`` where none does.
-        module: path of the module it was computed in.
-        sources: the values it was computed from, each with the position of its gradient among those of the product that
-            computes it, or None where that gradient is free.
+        name: the parameter's full name or the node's name, with the name of the product for one of several
+            (``attention:scores``).
+        operator: the operator that computes it, or ``parameter``, ``buffer`` or ``input``.
+        module: path of the module that computes it.
+        sources: the values it depends on. Each has the position of its gradient among the gradients of the product that
+            computes this value, or None if that gradient needs no product.
     """
 
     name: str
@@ -49,17 +59,17 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A formula bound to the node it counts."""
+    """A node with the formula that counts its FLOPs, or a measurement if ``measured``."""
 
     node: Node
     measured: bool = False
 
     def products(self, sizes: Sizes | Symbolic) -> Sequence[Product]:
-        """The products of the operator at some sizes."""
+        """The matrix products of the operator at these sizes."""
         return self.bind(sizes)[0]
 
     def bind(self, sizes: Sizes | Symbolic) -> tuple[Sequence[Product], dict[Operand, Node]]:
-        """The products, and the node of every operand."""
+        """The matrix products of the operator at these sizes, and the node of every operand."""
         operands: dict[Operand, Node] = {}
 
         def convert(argument: Node) -> Any:
@@ -89,10 +99,11 @@ class Operation:
 
     Attributes:
         node: the call.
-        kind: what it does, see `formulas.kind`; None where neither a formula nor a measurement says what it costs.
+        kind: the kind of operator, see `formulas.kind`; None if its cost is unknown.
         module: path of the module it belongs to.
-        values: the values it computes: one for each of its products, one where it holds none, none for a view.
-        call: what its FLOPs are; None where it costs none.
+        values: the indices of the values it computes: one for each of its products, one if it has no product, none for
+            a view.
+        call: counts its FLOPs; None if it has no product.
     """
 
     node: Node
@@ -104,13 +115,13 @@ class Operation:
 
 @dataclass
 class Dataflow:
-    """The values of a graph in the order of the forward pass, and what computes them.
+    """The values of a graph, and the operations that compute them, in the order of the forward pass.
 
     Attributes:
-        values: every value; a value's sources stand before it.
+        values: every value; its sources stand before it.
         operations: every operator call that reads or writes tensors.
-        parameters: the value of each parameter that the graph reads.
-        loss: the values the backward pass starts from.
+        parameters: the index of the value of each parameter that the graph reads, by name.
+        loss: the indices of the values at which the backward pass starts.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -124,9 +135,9 @@ def read(gm: GraphModule, names: Mapping[str, str], loss: str | None = None) -> 
 
     Args:
         gm: the graph module.
-        names: the name that stands for each parameter name, one for all names of a tied parameter.
-        loss: name of the output the backward pass starts from. By default the output called ``loss``, else the scalar
-            outputs, else all floating-point outputs.
+        names: maps every parameter name to the name used here, the same for all names of a tied parameter.
+        loss: name of the output at which the backward pass starts. By default the output called ``loss``, else the
+            scalar outputs, else all floating-point outputs.
 
     Raises:
         OptionError: no output is called ``loss``.
@@ -138,12 +149,15 @@ def read(gm: GraphModule, names: Mapping[str, str], loss: str | None = None) -> 
 
 
 class _Reader:
+    """Walks a graph and its submodules once and collects a `Dataflow`."""
+
     def __init__(self, gm: GraphModule, names: Mapping[str, str]):
         self.gm, self.names, self.flow = gm, names, Dataflow()
         self.sizes = Sizes(gm)
-        self.at: dict[Node, Any] = {}  # a node's value; a list of them for a submodule's outputs; None for no tensor
-        self.rewritten: dict[int, int] = {}  # what an in-place write turned a value into
-        self.prefix = ""  # of the names in a submodule, which has a namespace of its own
+        # The value of every node: an index, a list for a submodule's outputs, or None for a node without a tensor.
+        self.at: dict[Node, Any] = {}
+        self.rewritten: dict[int, int] = {}  # the value after an in-place write, by the value before it
+        self.prefix = ""  # of names inside a submodule, because node names are unique only within one graph
 
     def read(self, gm: GraphModule, *, enabled: bool, module: str) -> None:
         for node in gm.graph.nodes:
@@ -186,12 +200,12 @@ class _Reader:
             self.compute(node, *self.counted(node, kind), where, enabled)
 
     def is_no_tensor(self, node: Node) -> bool:
-        """Whether a call neither yields a tensor nor writes into one."""
+        """Whether a call neither returns a tensor nor writes to one."""
         schema = getattr(node.target, "_schema", None)
         return "val" in node.meta and not tensors_of(node) and not (schema is not None and schema.is_mutable)
 
     def is_passed_on(self, node: Node) -> bool:
-        """Whether a view passes gradients on to what it views."""
+        """Whether gradients flow through a view to its base."""
         return not _is_detach(node) and _is_floating(node) == _is_floating(node.all_input_nodes[0])
 
     def inline(self, gm: GraphModule, node: Node, name: str, where: str, enabled: bool) -> None:
@@ -208,7 +222,7 @@ class _Reader:
         self.at[node] = outputs if isinstance(returned, (list, tuple)) else outputs[0]
 
     def counted(self, node: Node, kind: formulas.Kind | None) -> tuple[formulas.Kind | None, Call | None]:
-        """What is known of a call's cost: a formula, that it has none, or what running it shows."""
+        """The kind of a call, and its FLOPs if it has any: by formula, or measured if there is no formula."""
         if not tensors_of(node):
             return None, None
         if kind not in {"product", None} or not isinstance(node.target, torch._ops.OpOverload):
@@ -221,7 +235,7 @@ class _Reader:
         return ("product", call) if kind or products[-1].flops else ("elementwise", None)
 
     def compute(self, node: Node, kind: formulas.Kind | None, call: Call | None, where: str, enabled: bool) -> None:
-        """Adds the values a call computes."""
+        """Adds the values that a call computes."""
         start = len(self.flow.values)
         flows = enabled and kind != "create" and not _is_detach(node) and (kind is None or _is_floating(node))
         if call is None:
@@ -251,7 +265,7 @@ class _Reader:
             computed[product] = self.add(Value(name, _operator(call.node), where, tuple(sources)))
 
     def write(self, node: Node) -> None:
-        """Lets later readers of a tensor that ``node`` writes in place see the new value."""
+        """Gives the tensors that ``node`` writes in place their new value, for all later readers."""
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable:
             return
@@ -288,7 +302,7 @@ class _Reader:
 
 
 def _output_fields(gm: GraphModule, returned: Any) -> dict[str, Node]:
-    """The output nodes by name, where the model returns a dictionary or a Hugging Face output."""
+    """The output nodes by name; empty unless the model returns a dictionary or a Hugging Face output."""
     info = getattr(gm.graph._codegen, "pytree_info", None)
     leaves = tree_leaves(returned)
     if info is None or info.out_spec is None or info.out_spec.num_leaves != len(leaves):
@@ -300,17 +314,17 @@ def _output_fields(gm: GraphModule, returned: Any) -> dict[str, Node]:
 
 
 def value_of(node: Node) -> Any:
-    """The fake value of a node; None where there is none."""
+    """The fake value of a node, or None."""
     return node.meta.get("val", node.meta.get("example_value"))
 
 
 def tensors_of(node: Node) -> list[Tensor]:
-    """The fake tensors a node yields."""
+    """The fake tensors that a node returns."""
     return [leaf for leaf in tree_leaves(value_of(node)) if isinstance(leaf, Tensor)]
 
 
 def operand_of(node: Node, sizes: Sizes | Symbolic) -> Any:
-    """A node as a formula's argument: an operand, a number, or a tuple of them."""
+    """The argument that stands for a node in a formula: an operand, a number, or a tuple of them."""
     value = value_of(node)
     if isinstance(value, Tensor):
         return sizes.operand(value)

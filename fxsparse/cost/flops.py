@@ -1,8 +1,10 @@
-"""What a model costs: FLOPs and bytes of the forward and the backward pass, by module.
+"""Counts the FLOPs and bytes of the forward and the backward pass, by module.
 
 FLOPs are those of matrix products, as ``torch.utils.flop_counter.FlopCounterMode`` counts them under math attention
-(`formulas`); the backward pass is that of the tensors being trained (`backprop`). Bytes are what the
-operators read and write if each runs on its own: what fusion saves is the difference to what a device moves.
+(`formulas`). The backward pass computes the gradients of the trained tensors only (`backprop`). Bytes are the reads and
+writes of operators that run one by one; a device moves fewer bytes where operators are fused.
+
+`count_flops` gives the full table at any sizes, `costs` the six totals that the record stores for every pass.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from fxsparse.graph.training_form import training_graph
 
 @dataclass
 class Cost:
-    """What a module and the modules inside it cost.
+    """The costs of a module, including the modules inside it.
 
     Attributes:
         forward, backward: FLOPs.
@@ -48,14 +50,14 @@ class Cost:
 
 @dataclass
 class FlopCount(Cost):
-    """What a graph costs at some sizes.
+    """The costs of a graph at concrete sizes.
 
     Attributes:
-        forward, backward, forward_bytes, backward_bytes: of the whole graph. ``forward`` is also the cost of inference.
-        modules: the cost of every module, by its path; a parent's includes its children's.
-        uncounted: operations whose FLOPs nothing is known about, as ``node: operator``. Where there are any, FLOPs are
-            lower bounds.
-        sizes: the symbols' sizes.
+        forward, backward, forward_bytes, backward_bytes: totals of the whole graph, FLOPs and bytes; ``forward`` is
+            also the cost of inference.
+        modules: the cost of every module, by path; a parent's cost includes its children's.
+        uncounted: operations with unknown FLOPs, as ``node: operator``. If there are any, all FLOPs are lower bounds.
+        sizes: the size of every symbol.
     """
 
     modules: dict[str, Cost] = field(default_factory=dict)
@@ -100,14 +102,14 @@ def count_flops(gm: GraphModule, *, trained: Iterable[str] | None = None, **size
     """The FLOPs and bytes of a graph, in total and by module.
 
     Args:
-        gm: a training-IR graph module, as `fxsparse.trace` gives it. Where a pass gave it another form to train in
-            (``select-neurons``), give ``fxsparse.graph.training_form.training_graph(gm)`` for that one's.
+        gm: a training-IR graph module, as `fxsparse.trace` returns it. If a pass gave it a separate form for training
+            (``select-neurons``), pass ``fxsparse.graph.training_form.training_graph(gm)`` to count that form.
         trained: names of the tensors that the backward pass trains; by default those that require a gradient.
         sizes: sizes by input, such as ``input_ids=(8, 128)`` or a whole batch of tensors (``**batch``); by default
             those of the traced example. See `fxsparse.cost.sizes`.
 
     Raises:
-        OptionError: a name or a size that the graph does not have.
+        OptionError: the graph has no tensor or input of that name, or cannot take that size.
     """
     graph = BackpropGraph(gm)
     at = Sizes(gm, sizes)
@@ -133,8 +135,7 @@ def count_flops(gm: GraphModule, *, trained: Iterable[str] | None = None, **size
 
 
 def step_flops(gm: GraphModule) -> tuple[int, int]:
-    """FLOPs of the forward pass and of a training step of every tensor that requires a gradient, at the traced
-    sizes."""
+    """FLOPs at the traced sizes: of the forward pass, and of a training step of all tensors that require a gradient."""
     graph = BackpropGraph(gm)
     costs = graph.costs()
     forward = sum(costs.forward)
@@ -148,7 +149,7 @@ def _prefixes(path: str) -> Iterator[str]:
 
 
 def _bytes(operation: Operation, sizes: Sizes, is_trained: bool) -> tuple[int, int]:
-    """Bytes that an operation moves in the forward and in the backward pass."""
+    """Bytes read and written by an operation in the forward and in the backward pass."""
     written = _size(operation.node, sizes)
     arguments = operation.node.all_input_nodes
     if operation.kind == "view":
@@ -162,7 +163,7 @@ def _bytes(operation: Operation, sizes: Sizes, is_trained: bool) -> tuple[int, i
         forward = written + sum(_size(argument, sizes) for argument in arguments)
     if not is_trained:
         return forward, 0
-    # The incoming gradient and the inputs are read, a gradient of each input is written.
+    # The backward pass reads the incoming gradient and the inputs, and writes a gradient for each input.
     return forward, written + 2 * sum(_size(argument, sizes) for argument in arguments if _is_floating(argument))
 
 

@@ -1,10 +1,17 @@
-"""The symbolic sizes of a graph and the numbers to read them at.
+"""Evaluates the symbolic sizes of a graph at concrete sizes.
 
-Sizes are named by input and dimension: ``input_ids=(8, 128)`` says that ``input_ids`` is ``[8, 128]``. None leaves a
-dimension as it was traced, a tensor stands for its shape, and a symbol may be named itself (``s43=8``). A symbol that
-nobody named has the size it was traced with, except where it is the same dimension of another input as a named one and
-was traced with the same size (the batch of ``labels`` goes with the batch of ``input_ids``, though tracing gave them
-two symbols): then it follows.
+The caller names sizes by input, and every symbol of the graph gets a number:
+
+| the caller says | meaning |
+|---|---|
+| ``input_ids=(8, 128)`` | the input ``input_ids`` is ``[8, 128]`` |
+| ``input_ids=(8, None)`` | the second dimension keeps its traced size |
+| ``input_ids=tensor`` | the input has the shape of the tensor |
+| ``s43=8`` | the symbol ``s43`` is 8 |
+
+An unnamed symbol keeps its traced size, unless it is the same dimension of another input as a named symbol and has the
+same traced size: then it takes the named size. Tracing gives the batch dimensions of ``input_ids`` and ``labels`` two
+symbols, and this rule keeps them equal.
 """
 
 from __future__ import annotations
@@ -24,23 +31,23 @@ from fxsparse.errors import OptionError
 
 def expression(size: Any) -> Size:
     """A dimension of a fake tensor as an integer or a sympy expression."""
-    found = size.node.expr if isinstance(size, torch.SymInt) else size
-    return int(found) if getattr(found, "is_number", True) else found
+    expr = size.node.expr if isinstance(size, torch.SymInt) else size
+    return int(expr) if getattr(expr, "is_number", True) else expr
 
 
 class Sizes:
-    """The numbers to read a graph's symbols at.
+    """A number for every symbol of a graph.
 
     Args:
         gm: a training-IR graph module.
-        given: sizes by input, as the module docstring says; none for those of the traced example.
+        sizes: sizes by input, see the module docstring; by default those of the traced example.
 
     Raises:
-        OptionError: an input or symbol the graph does not have, a wrong number of dimensions, or a static dimension at
-            another size.
+        OptionError: the graph has no such input or symbol, the number of dimensions is wrong, or a static dimension
+            would need another size.
     """
 
-    def __init__(self, gm: GraphModule, given: Mapping[str, Any] | None = None):
+    def __init__(self, gm: GraphModule, sizes: Mapping[str, Any] | None = None):
         inputs = {
             str(node.target): node.meta["val"].shape
             for node in gm.graph.nodes
@@ -58,13 +65,13 @@ class Sizes:
         named: dict[sympy.Symbol, int] = {}
         symbols = {str(symbol): symbol for symbol in traced}
         flags = {str(node.target) for node in gm.graph.nodes if node.op == "placeholder"} - set(inputs)
-        for name, sizes in (given or {}).items():
+        for name, wanted in (sizes or {}).items():
             if name in flags:
                 continue
             if name in inputs:
-                _bind(name, inputs[name], getattr(sizes, "shape", sizes), named)
+                _bind(name, inputs[name], getattr(wanted, "shape", wanted), named)
             elif name in symbols:
-                _assign(named, symbols[name], int(sizes), name)
+                _assign(named, symbols[name], int(wanted), name)
             else:
                 raise OptionError(
                     f"no input and no size of that name{suggest(name, [*inputs, *symbols])}; "
@@ -100,7 +107,7 @@ class Sizes:
         return self._known[size]
 
     def operand(self, value: Tensor) -> Operand:
-        """A fake tensor's shape in numbers."""
+        """The operand of a fake tensor, with its shape in numbers."""
         return Operand(tuple(map(self.number, value.shape)), value.dtype)
 
 
@@ -128,7 +135,7 @@ def _bind(name: str, shape: Iterable[Any], sizes: Any, named: dict[sympy.Symbol,
 
 
 def _solve(size: sympy.Expr, number: int) -> tuple[sympy.Symbol, int] | None:
-    """The one symbol of ``size`` and its value where ``size`` is ``number``; None where there is no such integer."""
+    """The only symbol of ``size`` and its integer value for which ``size`` equals ``number``; None if there is none."""
     if isinstance(size, sympy.Symbol):
         return size, number
     if len(size.free_symbols) != 1:
@@ -158,7 +165,7 @@ def _followed(
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """``, did you mean ...?`` where a known name is close to ``name``."""
+    """``, did you mean ...?`` if a known name is close to ``name``, else an empty string."""
     close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
     return f", did you mean {' or '.join(close)}?" if close else ""
 
