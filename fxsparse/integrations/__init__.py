@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries: rewritten Hugging Face models are written and read as such."""

@@ -1,9 +1,9 @@
-"""Attentions of a Hugging Face model whose query heads lost different partners.
+"""Lets the attentions of a Hugging Face model select key heads and heads of a position bias by index.
 
-Two things about heads are in no weight's shape. Where the groups of grouped queries lost different numbers of heads, it
-is which key each query head reads; and where a position bias is shared by all layers (T5's), it is which of its heads
-are an attention's own. Both are chosen at the call of the attention function, so keys and values are cached as few as
-they are, and the shared bias stays whole for the layers after.
+The shapes of pruned weights leave two facts about heads open. If the groups of grouped queries lost different numbers
+of heads, the key head of each query head is unknown. If all layers share one position bias (T5), the bias heads that
+belong to one attention are unknown. Both indices are applied when the attention function is called. The cache therefore
+holds only the key and value heads that exist, and the shared bias stays whole for later layers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fxsparse.analysis.probing import nearest
 aten = torch.ops.aten
 
 Heads = dict[str, dict[str, list[int]]]
-"""By the path of an attention: ``keys``, the key head of each query head; ``bias``, its heads of a position bias."""
+"""For an attention, by module path: ``keys``, the key head of each query head; ``bias``, the bias head of each."""
 
 _SDPA = aten.scaled_dot_product_attention.default
 _FUNCTION = "fxsparse_heads"
@@ -35,14 +35,14 @@ def attention_calls(gm: GraphModule) -> list[Node]:
 
 
 def heads_of(gm: GraphModule, model: nn.Module, before: Mapping[str, Mapping[str, list[int]]]) -> Heads:
-    """What each attention of a graph chooses of its keys and its position bias, numbered as in its module.
+    """The key heads and bias heads that each attention of a graph selects, numbered as in its module.
 
     Args:
         gm: the graph.
-        model: what it was traced from.
-        before: what that chose.
+        model: the model from which it was traced.
+        before: the heads that the attentions of ``model`` select.
     """
-    found: Heads = {}
+    heads: Heads = {}
     for sdpa in attention_calls(gm):
         path = fx.stack_path(sdpa)
         keys, bias = _keys(gm, sdpa), _chosen(gm, _operand(sdpa, 3, "attn_mask"), -3)
@@ -50,15 +50,15 @@ def heads_of(gm: GraphModule, model: nn.Module, before: Mapping[str, Mapping[str
         if inherited is not None:
             bias = inherited if bias is None else [inherited[head] for head in bias]
         if bias is None and _passes_bias(model, path):
-            bias = list(range(fx.value(sdpa).shape[1]))  # the bias that is passed along is the same for all heads
+            bias = list(range(fx.value(sdpa).shape[1]))  # a bias without an index is the same for every head
         chosen = {kind: index for kind, index in (("keys", keys), ("bias", bias)) if index is not None}
         if chosen:
-            found[path] = chosen
-    return found
+            heads[path] = chosen
+    return heads
 
 
 def choose_heads(model: nn.Module, heads: Mapping[str, Mapping[str, list[int]]]) -> None:
-    """Lets the attentions of ``model`` choose as `heads_of` says, in place; others are left as they are."""
+    """Lets the attentions of ``model`` that are named in ``heads``, see `heads_of`, select these heads; in place."""
     if not heads:
         return
     from transformers import AttentionInterface
@@ -69,7 +69,7 @@ def choose_heads(model: nn.Module, heads: Mapping[str, Mapping[str, list[int]]])
         device = next(module.parameters()).device
         for kind, index in chosen.items():
             module.register_buffer(f"{kind}_of_heads", torch.tensor(index, device=device), persistent=False)
-        # The configuration of the model still says which function runs and what masks it is given.
+        # The model's own configuration still decides which function runs and which masks are made for it.
         module.config_of_model = module.config
         module.config = copy.deepcopy(module.config)
         module.config._attn_implementation = _FUNCTION
@@ -78,7 +78,7 @@ def choose_heads(model: nn.Module, heads: Mapping[str, Mapping[str, list[int]]])
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The model's attention function on chosen keys ``[batch, heads, tokens, head size]`` and a chosen bias."""
+    """The model's attention function on selected heads: keys are ``[batch, heads, tokens, head size]``."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     index = getattr(module, "keys_of_heads", None)
@@ -87,7 +87,7 @@ def _attention(
     bias = options.get("position_bias")
     if bias is not None and hasattr(module, "bias_of_heads"):
         options["position_bias"] = bias.index_select(1, module.bias_of_heads)
-    # Eager functions are their modules' own; SDPA takes the masks that they are given.
+    # An eager function belongs to its modeling file and is not registered; SDPA accepts the same masks.
     name = module.config_of_model._attn_implementation
     function = ALL_ATTENTION_FUNCTIONS.get(name) or ALL_ATTENTION_FUNCTIONS["sdpa"]
     result: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **options)
@@ -103,7 +103,7 @@ def _operand(sdpa: Node, place: int, name: str) -> Any:
 
 
 def _chosen(gm: GraphModule, node: Any, axis: int) -> list[int] | None:
-    """What an ``index_select`` by a buffer takes along an axis; None where the node is none."""
+    """The indices of ``node`` if it is an ``index_select`` by a buffer along ``axis``, else None."""
     if not isinstance(node, Node) or node.target is not aten.index_select.default:
         return None
     dim, index = node.args[1:]
@@ -114,7 +114,7 @@ def _chosen(gm: GraphModule, node: Any, axis: int) -> list[int] | None:
 
 
 def _keys(gm: GraphModule, sdpa: Node) -> list[int] | None:
-    """The key head of every query head, where that is not simply its group's."""
+    """The key head of every query head; None if all groups have the same size, which implies the key heads."""
     key = sdpa.args[1]
     index = _chosen(gm, key, 1)
     if index is None:
@@ -122,10 +122,10 @@ def _keys(gm: GraphModule, sdpa: Node) -> list[int] | None:
     assert isinstance(key, Node) and isinstance(key.args[0], Node)
     linears = {linear.node: linear for linear in fx.linears(gm)}
     total, size = fx.value(key.args[0]).shape[1], fx.value(key).shape[-1]
-    own = sum(linears[source].out_features for source in nearest(key, linears)) // size
-    if not own or total % own:
+    key_heads = sum(linears[source].out_features for source in nearest(key, linears)) // size
+    if not key_heads or total % key_heads:
         return index
-    # Where capture had repeated the keys for all heads of their group, several numbers mean the same one.
-    index = [head * own // total for head in index]
-    even = len(index) % own == 0 and index == [head // (len(index) // own) for head in range(len(index))]
+    # If the trace repeats each key head for all query heads of its group, several indices name one key head.
+    index = [head * key_heads // total for head in index]
+    even = len(index) % key_heads == 0 and index == [head // (len(index) // key_heads) for head in range(len(index))]
     return None if even else index

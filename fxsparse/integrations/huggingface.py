@@ -1,9 +1,13 @@
-"""Writing a shortened or pruned Hugging Face model as a checkpoint that loads again.
+"""Writes a shortened or pruned Hugging Face model as a checkpoint, and reads it again.
 
-Where the architecture can say it (fewer layers, one narrower feed-forward width, fewer heads of the same size), what is
-written is an ordinary checkpoint: ``AutoModel...from_pretrained`` and every other tool read it. Otherwise the sizes
-that differ stand in its configuration, under ``fxsparse``, and `from_pretrained` here builds the module that has them.
-Either way the result is a module of its class: ``generate()``, training and ``save_pretrained`` of its own work.
+If a configuration can express the new sizes (fewer layers, one narrower feed-forward width, fewer heads of the same
+size), the checkpoint is an ordinary one: ``AutoModel...from_pretrained`` and every other tool read it. Otherwise the
+differing sizes stand in its configuration under ``fxsparse``, and `from_pretrained` of this module builds a module with
+these sizes. In both cases the result is a module of the model's class: ``generate()``, training and its own
+``save_pretrained`` work.
+
+`save_pretrained` goes through three steps: depth (`_shortened_lists`, `_with_layers`), width (`_narrower_configs`), and
+building the module and comparing it with the graph (`_build`, `_difference`).
 """
 
 from __future__ import annotations
@@ -26,29 +30,30 @@ from fxsparse.integrations.heads import Heads, attention_calls, choose_heads, he
 from fxsparse.integrations.resizing import resize, sizes_of
 
 _RECORD = "fxsparse"
-"""The setting that holds the sizes, and the variant of the weights' file: transformers finds none under the plain name,
-instead of drawing at random what a smaller model lacks."""
+"""The name of the setting with the sizes, and the variant in the names of the weight files. Transformers alone finds no
+file of that name; under the plain name it would initialise the tensors of other sizes at random."""
 _FEED_FORWARD = ("inner", "intermediate", "ffn")
 
 
 def save_pretrained(gm: GraphModule, model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Writes what a rewritten graph computes as a Hugging Face checkpoint.
+    """Writes a rewritten graph as a Hugging Face checkpoint.
 
-    Layers are numbered anew without gaps, per-layer settings of the configuration (``layer_types``) follow, and the
-    first layer left of a T5 stack takes over its position bias. Pruned N:M weights are written dense, with their zeros.
-    What is written was compared with the graph on a batch of the traced sizes.
+    The remaining layers are numbered without gaps, and per-layer settings of the configuration (``layer_types``) are
+    cut accordingly. The first remaining layer of a T5 stack takes over the position bias. Pruned N:M weights are
+    written dense, with their zeros. The module is compared with the graph on a batch of the traced sizes before it is
+    written.
 
     Args:
         gm: the rewritten model.
-        model: the Hugging Face model it was made from, or a fresh one; its configuration, class and generation settings
+        model: the original Hugging Face model or a fresh instance; its class, configuration and generation settings
             are used.
         path: a folder; weights in it are replaced.
 
     Returns:
-        the module that was written, in evaluation mode.
+        the written module, in evaluation mode.
 
     Raises:
-        CheckpointError: no module of the model's class computes what the graph does.
+        CheckpointError: no module of the model's class computes the same as the graph.
     """
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         raise CheckpointError(f"{type(model).__name__} is no Hugging Face model; write it with fxsparse.save")
@@ -57,10 +62,10 @@ def save_pretrained(gm: GraphModule, model: nn.Module, path: str | os.PathLike[s
     before = vars(model.config).pop(_RECORD, {"heads": {}})
     state = {name: tensor.detach().cpu() for name, tensor in dense_state_dict(gm).items()}
     original = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    kept = _kept_layers(model, original, state)
-    config = _with_layers(model, kept)
-    heads = {_renumber(name, kept): chosen for name, chosen in heads_of(gm, model, before["heads"]).items()}
-    state = _renumbered(state, kept, _shapes(type(model), config))
+    shortened = _shortened_lists(model, original, state)
+    config = _with_layers(model, shortened)
+    heads = {_renumber(name, shortened): chosen for name, chosen in heads_of(gm, model, before["heads"]).items()}
+    state = _renumbered(state, shortened, _shapes(type(model), config))
     narrower = _narrower_configs(type(model), config, state, gm)
     candidates: list[tuple[Any, Heads | None]] = [*((fitting, None) for fitting in narrower), (config, heads)]
     for chosen, choices in candidates:
@@ -82,17 +87,17 @@ def save_pretrained(gm: GraphModule, model: nn.Module, path: str | os.PathLike[s
 
 
 def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
-    """Reads a checkpoint that `save_pretrained` wrote, or any other that names its class in the configuration.
+    """Reads a checkpoint written by `save_pretrained`, or any other whose configuration names a transformers class.
 
     Args:
         path: the folder.
-        options: of transformers' ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``, ...
+        options: passed to transformers' ``from_pretrained``: ``dtype``, ``device_map``, ``attn_implementation``, ...
 
     Returns:
         the model, in evaluation mode.
 
     Raises:
-        CheckpointError: the folder holds no such checkpoint, or not the tensors it should.
+        CheckpointError: the folder holds no such checkpoint, or its tensors do not fit.
     """
     import transformers
 
@@ -107,13 +112,13 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
     record = getattr(config, _RECORD, None)
     if record is None:
         return cls.from_pretrained(folder, **options).eval()
-    # Files of plain names come from a later save_pretrained of the model's own, which leaves the others where they are.
+    # Files with plain names come from a later call of the model's own save_pretrained, which leaves the other files.
     plain = any(_RECORD not in file.name for file in folder.glob("model*.safetensors"))
     sized = _sized(cls, record)
-    model, found = sized.from_pretrained(
+    model, loading = sized.from_pretrained(
         folder, variant=None if plain else _RECORD, output_loading_info=True, **options
     )
-    wrong = [f"{name} is {what}" for what in ("missing", "unexpected") for name in sorted(found[f"{what}_keys"])]
+    wrong = [f"{key} is {state}" for state in ("missing", "unexpected") for key in sorted(loading[f"{state}_keys"])]
     if wrong:
         raise CheckpointError(f"{folder}: the tensors do not fit {name}: {', '.join(wrong[:4])}")
     model.__class__ = cls
@@ -122,7 +127,7 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
 
 
 def _sized(cls: Any, record: Mapping[str, Any]) -> Any:
-    """The class, whose new modules have the recorded sizes."""
+    """A subclass of ``cls`` whose new instances have the recorded sizes."""
 
     class Sized(cls):
         def __init__(self, config: Any, *args: Any, **kwargs: Any):
@@ -130,28 +135,28 @@ def _sized(cls: Any, record: Mapping[str, Any]) -> Any:
             recorded = {name: tuple(shape) for name, shape in record["sizes"].items()}
             resize(self, {**sizes_of(self.state_dict()), **recorded}, record["heads"])
 
-    Sized.__name__, Sized.__module__ = cls.__name__, cls.__module__  # what transformers knows names of weights by
+    Sized.__name__, Sized.__module__ = cls.__name__, cls.__module__  # transformers looks up weight names by these
     return Sized
 
 
 # --- depth ------------------------------------------------------------------------------------------------------------
 
 
-def _kept_layers(
+def _shortened_lists(
     model: nn.Module, original: Mapping[str, Any], state: Mapping[str, Any]
 ) -> dict[str, tuple[list[int], int]]:
-    """For every list of layers that lost some, by its path: the numbers that are left, and how many there were."""
-    kept: dict[str, tuple[list[int], int]] = {}
+    """For every list that lost layers, by path: the numbers of the remaining layers, and the original count."""
+    shortened: dict[str, tuple[list[int], int]] = {}
     lists: list[str] = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in lists):
-            continue  # the parts of a layer (T5's) are no layers
+            continue  # a list inside a layer (T5) holds parts of the layer
         lists.append(path)
-        # A layer counts as there when more of it is left than a position bias that outlived it.
-        there = [i for i in range(len(module)) if _is_left(f"{path}.{i}.", original, state)]
-        if there and len(there) < len(module):
-            kept[path] = (there, len(module))
-    return kept
+        # A position bias alone does not make a layer: it stays for later layers when its own is dropped.
+        remaining = [i for i in range(len(module)) if _is_left(f"{path}.{i}.", original, state)]
+        if remaining and len(remaining) < len(module):
+            shortened[path] = (remaining, len(module))
+    return shortened
 
 
 def _is_left(prefix: str, original: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
@@ -159,10 +164,10 @@ def _is_left(prefix: str, original: Mapping[str, Any], state: Mapping[str, Any])
     return not names or any(name in state for name in names if "relative_attention_bias" not in name)
 
 
-def _with_layers(model: Any, kept: Mapping[str, tuple[list[int], int]]) -> Any:
-    """The configuration with fewer layers: the number that, changed, makes the list shorter."""
+def _with_layers(model: Any, shortened: Mapping[str, tuple[list[int], int]]) -> Any:
+    """The configuration with fewer layers; tries each setting of the original count until the list becomes shorter."""
     config = copy.deepcopy(model.config)
-    for path, (numbers, before) in kept.items():
+    for path, (numbers, before) in shortened.items():
         for part in _parts(config):
             for name, setting in list(vars(part).items()):
                 if isinstance(setting, (list, tuple)) and len(setting) == before:
@@ -172,13 +177,13 @@ def _with_layers(model: Any, kept: Mapping[str, tuple[list[int], int]]) -> Any:
         ):
             raise CheckpointError(f"{path}: no setting of {type(config).__name__} gives it {len(numbers)} layers")
         if getattr(config, "num_decoder_layers", None):
-            # T5's own name for them is not the one by which `generate` finds how many layers a cache has.
+            # `generate` sizes the cache by decoder_layers, but T5 configurations only have num_decoder_layers.
             config.decoder_layers = config.num_decoder_layers
     return config
 
 
 def _parts(config: Any) -> list[Any]:
-    """A configuration and those inside it (of a model with a text part)."""
+    """A configuration and its sub-configurations, such as that of the text part of a model."""
     return [config, *(part for part in vars(config).values() if hasattr(part, "to_diff_dict"))]
 
 
@@ -205,17 +210,17 @@ def _shortens(cls: Any, config: Any, part: Any, name: str, path: str, layers: in
 
 
 def _renumbered(
-    state: Mapping[str, Tensor], kept: Mapping[str, tuple[list[int], int]], expected: Mapping[str, Any]
+    state: Mapping[str, Tensor], shortened: Mapping[str, tuple[list[int], int]], expected: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    renamed = {_renumber(name, kept): tensor for name, tensor in state.items()}
+    renamed = {_renumber(name, shortened): tensor for name, tensor in state.items()}
     return {name: tensor for name, tensor in renamed.items() if name in expected}
 
 
-def _renumber(name: str, kept: Mapping[str, tuple[list[int], int]]) -> str:
-    for path, (numbers, _) in kept.items():
+def _renumber(name: str, shortened: Mapping[str, tuple[list[int], int]]) -> str:
+    for path, (numbers, _) in shortened.items():
         if name.startswith(f"{path}."):
             number, _, rest = name[len(path) + 1 :].partition(".")
-            # What outlived its layer (T5's position bias) belongs to the first one now.
+            # A tensor of a dropped layer (T5's position bias) moves to the first remaining layer.
             place = numbers.index(int(number)) if int(number) in numbers else 0
             return f"{path}.{place}.{rest}"
     return name
@@ -231,27 +236,29 @@ def _shapes(cls: Any, config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _misfits(cls: Any, config: Any, state: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Shapes that the configuration gives and those that are wanted, where they differ; absent ones are empty."""
-    given, wanted = _shapes(cls, config), sizes_of(state)
-    pairs = {name: (given.get(name, ()), wanted.get(name, ())) for name in (*given, *wanted)}
+    """The shapes (by the configuration, wanted) of tensors for which the two differ; an absent tensor's is empty."""
+    shapes, wanted = _shapes(cls, config), sizes_of(state)
+    pairs = {name: (shapes.get(name, ()), wanted.get(name, ())) for name in (*shapes, *wanted)}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _narrower_configs(cls: Any, config: Any, state: Mapping[str, Tensor], gm: GraphModule) -> list[Any]:
-    """The configurations whose modules have exactly these shapes, the likeliest first."""
+    """The configurations whose modules have exactly the shapes of ``state``, the likeliest first."""
     heads_first = _with_widths(cls, _with_heads(config, gm), state)
     plain = _with_widths(cls, config, state)
     heads_last = None if plain is None else _with_widths(cls, _with_heads(plain, gm), state)
-    found: list[Any] = []
+    configs: list[Any] = []
     for fitting in (heads_first, heads_last, plain):
-        if fitting is not None and fitting not in found:
-            found.append(fitting)
-    return found
+        if fitting is not None and fitting not in configs:
+            configs.append(fitting)
+    return configs
 
 
 def _with_heads(config: Any, gm: GraphModule) -> Any:
-    """The configuration with fewer heads, where all attentions have the same number; no shape says it where the size of
-    heads follows from it."""
+    """The configuration with the graph's number of heads, if all attentions have the same number.
+
+    The number is read from the graph, because shapes do not show it if the head size is derived from it.
+    """
     counts = {fx.value(sdpa.all_input_nodes[0]).shape[1] for sdpa in attention_calls(gm)}
     before = getattr(config, "num_attention_heads", None)
     config = copy.deepcopy(config)
@@ -263,14 +270,14 @@ def _with_heads(config: Any, gm: GraphModule) -> Any:
 
 
 def _with_widths(cls: Any, config: Any, state: Mapping[str, Tensor]) -> Any | None:
-    """The configuration whose model has exactly these shapes; None where the architecture cannot say them."""
+    """The configuration whose model has exactly the shapes of ``state``; None if there is none."""
     config = copy.deepcopy(config)
     try:
         misfits = _misfits(cls, config, state)
     except Exception:
-        return None  # sizes that the architecture refuses
+        return None  # the class refuses these sizes
     if not all(all(pair) for pair in misfits.values()):
-        return None  # no width makes a part of a layer come or go
+        return None  # no width adds or removes a part of a layer
     while misfits:
         better = None
         for part, name, number in _narrower(config, misfits):
@@ -279,7 +286,7 @@ def _with_widths(cls: Any, config: Any, state: Mapping[str, Tensor]) -> Any | No
             try:
                 left = _misfits(cls, config, state)
             except Exception:
-                left = misfits  # sizes that the architecture refuses
+                left = misfits  # the class refuses these sizes
             if len(left) < len(misfits):
                 better = left
                 break
@@ -287,7 +294,7 @@ def _with_widths(cls: Any, config: Any, state: Mapping[str, Tensor]) -> Any | No
         if better is None:
             return None
         misfits = better
-    try:  # sizes that a module can have and its configuration refuses: hidden states that heads do not divide
+    try:  # a configuration may refuse sizes that its module accepts, such as a width that the heads do not divide
         type(config).from_dict(config.to_dict())
     except Exception:
         return None
@@ -297,26 +304,26 @@ def _with_widths(cls: Any, config: Any, state: Mapping[str, Tensor]) -> Any | No
 def _narrower(
     config: Any, misfits: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> list[tuple[Any, str, int]]:
-    """Settings that might explain the sizes: the size itself, or a count (of heads) in proportion to it."""
+    """Settings to try, each with a new number: the size itself, or a count (of heads) in proportion to it."""
     pairs = {
-        pair for given, wanted in misfits.values() for pair in zip(given, wanted, strict=False) if pair[0] != pair[1]
+        pair for shape, wanted in misfits.values() for pair in zip(shape, wanted, strict=False) if pair[0] != pair[1]
     }
-    found = []
+    changes = []
     for part in _parts(config):
         for name, setting in list(vars(part).items()):
-            for given, wanted in sorted(pairs):
+            for size, wanted in sorted(pairs):
                 if setting is None and any(word in name for word in _FEED_FORWARD):
-                    found.append((part, name, wanted))
-                elif type(setting) is int and setting > 0 and setting * wanted % given == 0:
-                    found.append((part, name, setting * wanted // given))
-    return found
+                    changes.append((part, name, wanted))
+                elif type(setting) is int and setting > 0 and setting * wanted % size == 0:
+                    changes.append((part, name, setting * wanted // size))
+    return changes
 
 
 # --- building and checking --------------------------------------------------------------------------------------------
 
 
 def _build(cls: Any, config: Any, state: Mapping[str, Tensor], heads: Heads | None) -> Any:
-    """The module of a configuration; of the sizes of ``state`` where ``heads`` are given."""
+    """The module of a configuration with the values of ``state``; resized to its shapes if ``heads`` is not None."""
     with torch.random.fork_rng(devices=[]):
         model = cls(copy.deepcopy(config))
     if heads is not None:
@@ -340,7 +347,7 @@ def _load(model: Any, state: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _difference(gm: GraphModule, model: Any) -> str | None:
-    """What is not the same in what module and graph compute, on a batch of the traced sizes; None where all is."""
+    """The first difference between module and graph in their outputs for a batch of the traced sizes, or None."""
     args, kwargs = _batch(gm)
     was_training = {module: module.training for module in gm.modules()}
     device = next(gm.parameters()).device
@@ -348,7 +355,7 @@ def _difference(gm: GraphModule, model: Any) -> str | None:
     try:
         for module in (gm.eval(), model.to(device)):
             outputs.append([leaf for leaf in pytree.tree_leaves(_plain(module(*args, **kwargs))) if _is_float(leaf)])
-    except Exception as error:  # sizes that the class cannot run with
+    except Exception as error:  # the class cannot run with these sizes
         return f"it cannot run: {error}"
     finally:
         for module, training in was_training.items():
@@ -358,7 +365,7 @@ def _difference(gm: GraphModule, model: Any) -> str | None:
         return f"outputs of {len(mine)} tensors are not those of {len(theirs)}"
     for wanted, got in zip(theirs, mine, strict=True):
         if wanted.shape != got.shape and wanted.dim() > 1:
-            # Hidden states of a graph that became narrower are as wide as before, with zeros for what is gone.
+            # A graph with fewer hidden dimensions returns hidden states of the old width, with zeros for the others.
             wanted = wanted[..., wanted.flatten(0, -2).any(0)]
         if wanted.shape != got.shape:
             return f"an output of shape {tuple(got.shape)} is not that of {tuple(wanted.shape)}"
@@ -370,7 +377,7 @@ def _difference(gm: GraphModule, model: Any) -> str | None:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Relative to the largest output: sums may run in another order, and half precision rounds in every layer."""
+    """Relative to the largest output. Sums may run in another order, and half precision rounds in every layer."""
     return 1e-5 if torch.finfo(dtype).bits >= 32 else 4 * torch.finfo(dtype).eps
 
 
@@ -402,8 +409,8 @@ def _batch(gm: GraphModule) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _classes(ids: Node) -> int:
-    """How many values a placeholder of numbers may take: rows of the embedding that reads it, else two, as every
-    task has."""
+    """The number of values of an integer input: the rows of the embedding that reads it, else two, the fewest classes
+    of any task."""
     embedding = torch.ops.aten.embedding.default
     tables = [user.args[0] for user in ids.users if user.target is embedding]
     return min((int(fx.value(table).shape[0]) for table in tables if isinstance(table, Node)), default=2)

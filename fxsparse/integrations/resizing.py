@@ -1,4 +1,16 @@
-"""Giving the layers of a Hugging Face model sizes of their own."""
+"""Gives the layers of a Hugging Face model individual sizes, also zero.
+
+A configuration has one number for all layers, so a model whose layers differ is built at the full size and resized:
+
+| step | function |
+|---|---|
+| a module without tensors in ``sizes`` is replaced by one that adds nothing to the residual stream | `_absent` |
+| every other parameter gets its new shape, without values | `resize` |
+| numbers derived from shapes (features, heads, groups) are set again | `_follow` |
+| tied parameters are tied again | `_tie` |
+
+The caller loads the values afterwards.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +24,9 @@ from torch import Tensor, nn
 from fxsparse.errors import CheckpointError
 
 Sizes = dict[str, tuple[int, ...]]
-"""The shape of every tensor by its name; of one that is gone, an empty tuple or nothing."""
+"""The shape of every tensor by its name; a removed tensor has an empty shape or no entry."""
 
-# What modules call the same number: heads, the size of one, all of them together.
+# The attribute names that modules use for the number of heads, the size of one, and the size of all together.
 _HEADS = ("num_heads", "n_heads", "num_attention_heads")
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _ALL_HEADS = ("all_head_size", "inner_dim", "split_size")
@@ -36,18 +48,18 @@ def sizes_of(state: Mapping[str, Tensor]) -> Sizes:
 def resize(
     model: nn.Module, sizes: Mapping[str, tuple[int, ...]], heads: Mapping[str, Mapping[str, list[int]]] | None = None
 ) -> None:
-    """Gives the parameters of ``model`` new shapes, and takes modules out whose parameters are not named.
+    """Gives the parameters of ``model`` new shapes and replaces the modules that have no parameters left.
 
-    A module without any of its parameters becomes one that adds nothing to the residual stream; a norm becomes the
-    identity. Values of resized parameters are undefined: they are loaded next.
+    A module without parameters becomes one that adds nothing to the residual stream; a norm becomes the identity. The
+    values of resized parameters are undefined until they are loaded.
 
     Args:
         model: changed in place.
-        sizes: of all its parameters.
-        heads: what attentions choose of keys and position bias, as `fxsparse.integrations.heads` has it.
+        sizes: the shapes of all its parameters.
+        heads: the key and bias heads that attentions select, see `fxsparse.integrations.heads`.
 
     Raises:
-        CheckpointError: an attention's sizes are no whole number of heads.
+        CheckpointError: the rows of an attention's projections are not a whole number of heads.
     """
     tied = _tied(model)
     named = {name for name, shape in sizes.items() if shape}
@@ -78,28 +90,28 @@ def _tie(model: nn.Module, tied: list[set[str]]) -> None:
             setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
 
 
-# --- what is gone -----------------------------------------------------------------------------------------------------
+# --- removed modules --------------------------------------------------------------------------------------------------
 
 
 def _absent(model: nn.Module, named: set[str], tied: list[set[str]]) -> dict[str, nn.Module]:
-    """What comes in the place of modules of whose parameters none is named, by their paths."""
+    """The replacements, by path, of the modules that have no parameter in ``named``."""
     named = named | {name for group in tied if group & named for name in group}
-    found: dict[str, nn.Module] = {}
+    replacements: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if not path or any(path.startswith(f"{outer}.") for outer in found):
+        if not path or any(path.startswith(f"{outer}.") for outer in replacements):
             continue
-        own = [f"{path}.{name}" for name, _ in module.named_parameters()]
-        # A position bias outlives its attention, for later layers read it.
-        if not own or any(name in named for name in own if _BIAS not in name):
+        parameters = [f"{path}.{name}" for name, _ in module.named_parameters()]
+        # A position bias can stay although its attention is removed, because later layers read it.
+        if not parameters or any(name in named for name in parameters if _BIAS not in name):
             continue
-        instead = _instead(module, any(name in named for name in own))
-        if instead is not None:
-            found[path] = instead
-    return found
+        replacement = _replacement(module, any(name in named for name in parameters))
+        if replacement is not None:
+            replacements[path] = replacement
+    return replacements
 
 
-def _instead(module: nn.Module, keeps_bias: bool) -> nn.Module | None:
-    """What adds nothing where ``module`` was; None where that is for its parts to say."""
+def _replacement(module: nn.Module, keeps_bias: bool) -> nn.Module | None:
+    """A module that adds nothing in the place of ``module``; None if its parts are replaced one by one instead."""
     if "input_tensor" in inspect.signature(module.forward).parameters:
         return _KeepsInput()
     if any(hasattr(module, name) for name in _HEAD_SIZES):
@@ -107,7 +119,7 @@ def _instead(module: nn.Module, keeps_bias: bool) -> nn.Module | None:
     if all(parameter.dim() == 1 for parameter in module.parameters()):
         return _Identity()
     if isinstance(module, nn.ModuleList) or any(map(_is_norm, module.modules())):
-        return None  # it holds its residual sum: what it sums is what goes
+        return None  # it computes the residual sum itself: the terms of the sum are replaced
     return None if keeps_bias else _Nothing()
 
 
@@ -117,29 +129,31 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 class _KeepsInput(nn.Module):
-    """In the place of a projection with its residual sum and norm: the residual."""
+    """Replaces a projection with residual sum and norm: returns the residual."""
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         return input_tensor
 
 
 class _Identity(nn.Module):
+    """Replaces a norm."""
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         return hidden_states
 
 
 class _Nothing(nn.Module):
-    """In the place of a feed-forward layer: zeros to add to the residual stream."""
+    """Replaces a feed-forward layer: adds zeros to the residual stream."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return torch.zeros_like(hidden_states)
 
 
 class _NoAttention(nn.Module):
-    """In the place of an attention: zeros; and, for the layers after it, what else they have from it.
+    """Replaces an attention: returns zeros, and serves the layers that read its cache or its position bias.
 
-    Its cache grows all the same, for the length of a cache is read from one layer. A position bias that it owned (T5's)
-    is computed as before.
+    Its cache grows as before, because the length of the whole cache is read from one layer. If it owned a position bias
+    (T5), the bias is computed as before.
     """
 
     def __init__(self, attention: Any, keeps_bias: bool):
@@ -180,11 +194,11 @@ class _NoAttention(nn.Module):
         return nothing, position_bias, None
 
 
-# --- what is smaller --------------------------------------------------------------------------------------------------
+# --- smaller modules --------------------------------------------------------------------------------------------------
 
 
 def _follow(module: nn.Module, path: str, chosen: Mapping[str, list[int]]) -> None:
-    """Lets the numbers that a module keeps about its sizes follow its parameters."""
+    """Sets the numbers of features and heads that a module stores to those of its parameters."""
     weight: Any = getattr(module, "weight", None)
     names = _LENGTHS.get(type(module).__name__)
     if isinstance(weight, nn.Parameter) and names:
@@ -204,7 +218,8 @@ def _follow(module: nn.Module, path: str, chosen: Mapping[str, list[int]]) -> No
             f"{path}: {rows} rows of queries and {key_rows} of keys are no whole heads of {size}, or groups differ"
         )
     for name, number in (
-        # A bias of no values is made anew by the first attention that finds none, as wide as those it is passed on to.
+        # A module that selects bias heads keeps its full number of heads: if it gets no position bias, it makes one of
+        # zeros with that many heads, from which later layers select.
         *((name, rows // size) for name in _HEADS if "bias" not in chosen),
         *((name, rows) for name in _ALL_HEADS),
         ("num_key_value_heads", key_rows // size),
@@ -218,6 +233,6 @@ def _rows(module: nn.Module, names: tuple[str, ...]) -> int | None:
     for name in names:
         weight = getattr(getattr(module, name, None), "weight", None)
         if isinstance(weight, Tensor):
-            # GPT-2's holds queries, keys and values, [in, 3 x out].
+            # GPT-2's c_attn holds queries, keys and values: [in, 3 x out].
             return int(weight.shape[1]) // 3 if name == "c_attn" else int(weight.shape[0])
     return None
