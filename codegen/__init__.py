@@ -1,12 +1,14 @@
-"""Generated Triton kernels: specs, the sources they render to, and how they are launched.
+"""Generated Triton kernels: from a spec to a source on disk, a Triton function, a launch and an operator.
 
-    spec -> source on disk -> Triton function -> launch
-
-A spec (``nm_linear``, ``nm_grad_values``, ``nm_prune``, ``gather``, ``multiplex``, ``sparse_tensor_cores``) is frozen
-and renders to one readable file (``source``, ``registry``). ``launch`` takes tensors; ``tiles`` and ``tune`` choose the
-shape of the work, ``fusion`` reads epilogues from a graph, ``operators`` puts it all behind the ``fxsparse::`` names.
+making       spec      frozen description of a kernel, its tile and its arguments; ``render()`` gives the source
+             template  pieces of source that the kernels share; ``epilogue`` the steps after a product
+             mma_sp    the instruction of sparse tensor cores and its layouts; ``metadata`` packs its words
+             kernels/  one file a kernel: its spec, its template, its default tiles and its launch
+running      source    generated files on disk; ``loaded`` the kernels of this process and their launches
+             launching helpers of the launches
+             tiles     default tiles; ``autotune`` measures others and ``store`` keeps every measured result
+             aot       compiling for a GPU that need not be there
+operators    operators puts launches behind the ``fxsparse::`` operators
+             fused_ops operators with an epilogue, or on sparse tensor cores
+             kept_transpose  gradients of inputs on sparse tensor cores
 """
-
-from fxsparse.codegen.loaded import Kernel, kernels, recording
-
-__all__ = ["Kernel", "kernels", "recording"]

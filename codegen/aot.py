@@ -1,4 +1,4 @@
-"""Compiling kernels ahead of time, for a device that need not be there, and what they use of it.
+"""Compiles kernels ahead of time for a given GPU, and reads how many registers and how much shared memory they use.
 
 Triton's wheel carries NVIDIA's assembler and its inspection tools, so a machine without a GPU or CUDA suffices.
 """
@@ -21,7 +21,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 @dataclass(frozen=True)
 class Resources:
-    """What one program of a compiled kernel takes.
+    """Resources of one program of a compiled kernel.
 
     Attributes:
         registers: a thread.
@@ -67,7 +67,7 @@ def compile_for(spec: Spec, capability: int, *, aligned: bool = True) -> Any:
 
 
 def resources(compiled: Any) -> Resources:
-    """What a compiled kernel uses, read from its binary."""
+    """Resources of a compiled kernel, read from its binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -1,4 +1,6 @@
-"""What a kernel does to a product before storing it: a bias, then a chain of pointwise steps, all in float32.
+"""Epilogues: a bias and a chain of pointwise steps that a kernel applies to a product before it stores the result.
+
+Everything is computed in float32:
 
 gelu(t) = t (1 + erf(t / sqrt 2)) / 2        gelu_tanh(t) = t (1 + tanh(sqrt(2/pi) (t + 0.044715 t^3))) / 2
 silu(t) = t / (1 + exp(-t))                  relu, tanh;  mul and add take a further tensor of the result's shape

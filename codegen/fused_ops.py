@@ -5,24 +5,30 @@
     cusparselt_linear(x, packed, bias?, out_features, alg_id=0, split_k=1, split_k_mode=-1)
 
 ``steps`` are names of :class:`~fxsparse.codegen.epilogue.Epilogue` separated by blanks; the last operator is NVIDIA's
-library through torch. They are made with ``custom_op`` because the compiler cannot look into a kernel, they run on a
-CPU through plain torch (but for the library's, whose packed form only it can read), and have no gradients: they stand
-in graphs that are not differentiated, or below the gradients.
+library through torch. On a CPU they run plain torch (but for the library's, whose packed form only it can read). They
+have no gradients: they stand in graphs that are not differentiated, or below the gradients. Nor have they rules for
+autocast or a reference to inline, which is why they are not made with ``fxsparse.ops.define``.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.nn import functional as F
 
-from fxsparse.codegen import launch
 from fxsparse.codegen.epilogue import GATED
+from fxsparse.codegen.kernels import nm_linear as nm_kernels
+from fxsparse.codegen.kernels import sparse_tensor_core_linear as sparse_kernels
 from fxsparse.codegen.metadata import unpack_metadata
+from fxsparse.codegen.operators import HAS_TRITON
 from fxsparse.errors import OptionError
-from fxsparse.ops.nm import Pattern, unpack
+from fxsparse.ops import reference
+from fxsparse.ops.define import declare_kernel
 
 _STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -51,7 +57,27 @@ def apply_steps(y: Tensor, steps: str, operands: list[Tensor]) -> Tensor:
     return y
 
 
-@torch.library.custom_op("fxsparse::nm_linear_epilogue", mutates_args=(), device_types="cuda")
+def _operator(features: Callable[..., int]) -> Callable[[Callable[..., Tensor]], CustomOpDef]:
+    """Makes an operator of the function that it runs on every device.
+
+    Args:
+        features: of the result, from the arguments by name; its other sizes, its dtype and device are those of ``x``.
+    """
+
+    def make(compute: Callable[..., Tensor]) -> CustomOpDef:
+        op = torch.library.custom_op(f"fxsparse::{compute.__name__}", compute, mutates_args=())
+        signature = inspect.signature(compute)
+
+        @op.register_fake
+        def _(x: Tensor, *args: Any) -> Tensor:
+            return x.new_empty(*x.shape[:-1], features(**signature.bind(x, *args).arguments))
+
+        return op
+
+    return make
+
+
+@_operator(lambda values, steps, **_: values.shape[0] // (2 if steps.startswith(GATED) else 1))
 def nm_linear_epilogue(
     x: Tensor,
     values: Tensor,
@@ -62,60 +88,28 @@ def nm_linear_epilogue(
     steps: str,
     operands: list[Tensor],
 ) -> Tensor:
-    """steps(x W^T + bias); arguments as for ``launch.nm_linear``."""
-    return launch.nm_linear(x, values, indices, None, bias, n, m, steps=steps.split(), operands=operands)
+    """steps(x W^T + bias); arguments as for the kernel's ``nm_linear``."""
+    product = (x, values, indices, None, bias, n, m)
+    if x.is_cuda:
+        return nm_kernels.nm_linear(*product, steps=steps.split(), operands=operands)
+    return apply_steps(reference.nm_linear(*product), steps, operands).contiguous()
 
 
-@nm_linear_epilogue.register_kernel("cpu")
-def _(
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    n: int,
-    m: int,
-    steps: str,
-    operands: list[Tensor],
-) -> Tensor:
-    weight = unpack(values, indices, Pattern(n, m), x.shape[-1])
-    return apply_steps(F.linear(x, weight, bias), steps, operands).contiguous()
-
-
-@nm_linear_epilogue.register_fake
-def _(
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    n: int,
-    m: int,
-    steps: str,
-    operands: list[Tensor],
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], values.shape[0] // (2 if steps.startswith(GATED) else 1))
-
-
-@torch.library.custom_op("fxsparse::sparse_tensor_core_linear", mutates_args=(), device_types="cuda")
+@_operator(lambda values, **_: values.shape[0])
 def sparse_tensor_core_linear(
     x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, steps: str, operands: list[Tensor]
 ) -> Tensor:
-    """steps(x W^T + bias), W 2:4; arguments as for ``launch.sparse_tensor_core_linear``."""
-    return launch.sparse_tensor_core_linear(x, values, metadata, bias, steps=steps.split(), operands=operands)
-
-
-@sparse_tensor_core_linear.register_kernel("cpu")
-def _(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, steps: str, operands: list[Tensor]) -> Tensor:
+    """steps(x W^T + bias), W 2:4; arguments as for the kernel's ``sparse_tensor_core_linear``."""
+    if x.is_cuda:
+        return sparse_kernels.sparse_tensor_core_linear(
+            x, values, metadata, bias, steps=steps.split(), operands=operands
+        )
     indices = unpack_metadata(metadata, values.shape[0], x.shape[-1])
-    weight = unpack(values, indices, Pattern(2, 4), x.shape[-1])
-    return apply_steps(F.linear(x, weight, bias), steps, operands).contiguous()
+    product = reference.nm_linear(x, values, indices, None, bias, 2, 4)
+    return apply_steps(product, steps, operands).contiguous()
 
 
-@sparse_tensor_core_linear.register_fake
-def _(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, steps: str, operands: list[Tensor]) -> Tensor:
-    return x.new_empty(*x.shape[:-1], values.shape[0])
-
-
-@torch.library.custom_op("fxsparse::cusparselt_linear", mutates_args=(), device_types="cuda")
+@_operator(lambda out_features, **_: out_features)
 def cusparselt_linear(
     x: Tensor,
     packed: Tensor,
@@ -142,14 +136,6 @@ def cusparselt_linear(
     return y[:rows].reshape(*x.shape[:-1], out_features).contiguous()
 
 
-@cusparselt_linear.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    alg_id: int = 0,
-    split_k: int = 1,
-    split_k_mode: int = -1,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+if HAS_TRITON:
+    declare_kernel("nm_linear_epilogue", "cuda")
+    declare_kernel("sparse_tensor_core_linear", "cuda")

@@ -1,4 +1,4 @@
-"""The kernels loaded in this process and how often each was launched."""
+"""The kernels that this process has loaded, and how often each was launched."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Kernel:
     """A generated kernel.
 
     Attributes:
-        spec: what it was made from.
+        spec: that it was generated from.
         file: its source, for a person to read.
         function: the Triton function in that file.
         launches: times it was launched by this process. A CUDA graph replays without launching anew, so its kernels

@@ -42,7 +42,7 @@ def pack_metadata(indices: Tensor) -> Tensor:
 
 
 def unpack_metadata(metadata: Tensor, rows: int, columns: int) -> Tensor:
-    """What :func:`pack_metadata` was made from: indices, uint8 ``[rows, columns / 8]``."""
+    """The indices that :func:`pack_metadata` packed, uint8 ``[rows, columns / 8]``."""
     words = metadata.view(metadata.shape[0], metadata.shape[1], 8, 2, 2).permute(0, 3, 2, 1, 4)
     halves = torch.stack([words & 0xFFFF, (words >> 16) & 0xFFFF], 2)
     packed = halves.reshape(metadata.shape[0] * 32, -1).to(torch.int16).view(torch.uint8)

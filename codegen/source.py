@@ -1,6 +1,6 @@
-"""Generated sources on disk: written once under the hash of their text, loaded as modules.
+"""Files of the cache directory: generated sources, written once under the hash of their text and loaded as modules.
 
-Triton compiles a function from the file that defines it, so a kernel has to be a file. The files lie in
+Triton compiles a function from the file that defines it, so a kernel has to be a file. The sources lie in
 ``$FXSPARSE_CACHE_DIR/kernels``, by default ``~/.cache/fxsparse/kernels``; deleting them is always safe.
 """
 
@@ -19,7 +19,7 @@ from types import ModuleType
 
 
 def cache_dir() -> Path:
-    """Where generated kernels and tuning results are kept; ``FXSPARSE_CACHE_DIR`` says otherwise."""
+    """The directory of generated kernels and measured results: ``$FXSPARSE_CACHE_DIR``, or the user's cache."""
     chosen = os.environ.get("FXSPARSE_CACHE_DIR")
     if chosen:
         return Path(chosen).expanduser()

@@ -1,4 +1,4 @@
-"""What a generated kernel is made from: a frozen spec, its tile, and the arguments the kernel takes."""
+"""Specs: frozen descriptions that kernels are generated from, with their tiles and their arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""The pieces that generated kernels are put together from."""
+"""Pieces of source that several kernels share, and the template language that puts them together.
+
+A template is source with ``$name`` in the places that depend on the spec (:func:`fill`). ``module`` makes a whole file
+of a kernel. The functions below it give pieces: the order of tiles, a step of a product, and for N:M weights the packed
+indices and the decompression of a tile. An index is 2 bits (m <= 4) or 4 bits (m = 8); the n indices of a group are a
+word.
+"""
 
 from __future__ import annotations
 

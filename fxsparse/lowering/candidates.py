@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from fxsparse.codegen import autotune as tile_tuning
 from fxsparse.codegen import fused_ops as _fused  # noqa: F401  registers operators
-from fxsparse.codegen import launch, tiles
+from fxsparse.codegen import tiles
 from fxsparse.codegen.metadata import pack_metadata
+from fxsparse.codegen.operators import launch_of
 from fxsparse.lowering.choose import (
     CUSPARSELT,
     DENSE,
@@ -204,7 +205,6 @@ def tune_tiles(work: Work, args: tuple[Any, ...], until: float | None = None) ->
     """Finds the best tile of a product's kernel, so that rivals meet at their best."""
     pattern, rows, out, features = work.pattern, work.rows, work.out_features, work.in_features
     forward, backward = (rows, out, features), (rows, features, out)
-    run: Callable[..., Tensor] = getattr(launch, work.op)
     sizes = {
         "nm_linear": ("nm_linear", forward),
         "nm_linear_low_rank": ("nm_linear_low_rank", forward),
@@ -217,8 +217,7 @@ def tune_tiles(work: Work, args: tuple[Any, ...], until: float | None = None) ->
     }
     if not args[0].is_cuda or work.op not in sizes:
         return
-    if work.op == "gather_linear_grad_weight":
-        args = (*args[:4], args[4:])
+    run = launch_of(work.op)
     kernel, size = sizes[work.op]
     dtype = str(work.dtype).removeprefix("torch.")
     tall = out > features and kernel in ("nm_linear", "nm_linear_low_rank")

@@ -24,8 +24,7 @@ from torch.fx import Graph, Node
 
 from fxsparse.backend.options import BackendOptions
 from fxsparse.codegen import kept_transpose as _kept  # noqa: F401  registers nm_linear_grad_input_kept
-from fxsparse.codegen import operators as _kernels  # noqa: F401  puts the kernels behind the operators
-from fxsparse.codegen.launch_sparse import unsupported_sparse
+from fxsparse.codegen.kernels.sparse_tensor_core_linear import unsupported_sparse
 from fxsparse.lowering import estimates, timings
 from fxsparse.lowering.pins import Pin
 from fxsparse.lowering.sites import Site, arguments_of, fake_of, operator_name, site_of

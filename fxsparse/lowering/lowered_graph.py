@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse.backend.options import BackendOptions
-from fxsparse.codegen.launch import unsupported
+from fxsparse.codegen.launching import unsupported
 from fxsparse.codegen.metadata import pack_metadata
 from fxsparse.graph.dynamo import add_placeholder, copy_dynamo_graph, placeholders, static_fake
 from fxsparse.graph.runtime_state import FollowedStates, Slot

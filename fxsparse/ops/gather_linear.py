@@ -8,7 +8,7 @@ of the dense model. The choice is data: other indices of the same number need no
 
 Shapes: ``x [*, k]``, ``weight [out, in]``, ``rows [s]`` and ``columns [k]`` int64 or None for all, ``bias [out]``;
 ``y [*, s]``. An index may appear once only where a gradient of the weight is taken. Kernels are in
-``fxsparse.codegen.launch_gather``; ``fxsparse.ops.reference`` runs on every other device.
+``fxsparse.codegen.kernels``; ``fxsparse.ops.reference`` runs on every other device.
 """
 
 from __future__ import annotations

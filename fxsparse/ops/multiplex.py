@@ -4,7 +4,7 @@
     demux_linear   y[g N + i] = W [key_i ; h[g]] + b,    W = [W_key | W_h]
 
 Rows of a group are consecutive. The concatenation is never made: ``W_h h[g]`` does not depend on i, so it is computed
-once a group and not N times. Kernels for both are in ``fxsparse.codegen.launch_multiplex``.
+once a group and not N times. Kernels for both are in ``fxsparse.codegen.kernels``.
 
 Shapes: ``x [groups * N, ..., dim]``, ``keys [N, dim]`` or, of ``demux_linear``, ``[groups, N, key_dim]``,
 ``h [groups, ..., in]``, ``weight [out, key_dim + in]``, ``bias [out]``; all of one floating-point dtype.

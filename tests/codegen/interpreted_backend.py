@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxsparse
-from fxsparse.codegen import fused_ops, launch, operators
+from fxsparse.codegen import fused_ops, operators
+from fxsparse.codegen.kernels.nm_linear import nm_linear
 from fxsparse.lowering import candidates, choose, timings
 from fxsparse.lowering import measure as tuning
 from fxsparse.lowering.estimates import Work
@@ -26,7 +27,7 @@ for op, kernel in operators.KERNELS.items():
 
 @fused_ops.nm_linear_epilogue.register_kernel("cpu")
 def _(x, values, indices, bias, n, m, steps, operands):
-    return launch.nm_linear(x, values, indices, None, bias, n, m, steps=steps.split(), operands=operands)
+    return nm_linear(x, values, indices, None, bias, n, m, steps=steps.split(), operands=operands)
 
 
 declare_kernel("nm_linear_epilogue", "cpu")

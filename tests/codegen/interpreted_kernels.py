@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxsparse.codegen import launch
 from fxsparse.codegen.fused_ops import apply_steps
+from fxsparse.codegen.kernels.demux_linear import demux_linear
+from fxsparse.codegen.kernels.gather_linear import (
+    gather_linear,
+    gather_linear_grad_input,
+    gather_linear_grad_weight,
+)
+from fxsparse.codegen.kernels.mux import mux
+from fxsparse.codegen.kernels.nm_linear import nm_linear, nm_linear_low_rank
+from fxsparse.codegen.kernels.nm_linear_grad_input import nm_linear_grad_input
+from fxsparse.codegen.kernels.nm_linear_grad_values import nm_linear_grad_values
+from fxsparse.codegen.kernels.nm_prune import nm_prune
 from fxsparse.codegen.loaded import kernels, recording
 from fxsparse.codegen.spec import NMSpec, Tile
 from fxsparse.codegen.tiles import Plan
@@ -69,14 +79,14 @@ class TestNM:
         bias = draw.choice([None, torch.randn(columns).to(dtype)])
         tile = Tile(16, 32, draw.choice([32, 64]), weight_first=draw.random() < 0.5)
         plan = Plan(tile, square=draw.random() < 0.5)
-        y = launch.nm_linear(x, weight.values, weight.indices, None, bias, *pattern, plan=plan)
+        y = nm_linear(x, weight.values, weight.indices, None, bias, *pattern, plan=plan)
         expected = F.linear(x.double(), weight.pruned, None if bias is None else bias.double())
         close(y, expected)
 
     def test_forward_without_masks(self, draw, pattern, dtype):
         weight, x = Weight(24, 128, Pattern(*pattern), dtype), torch.randn(2, 9, 128).to(dtype)
         plan = Plan(Tile(16, 16, 64, group=1))
-        y = launch.nm_linear(x, weight.values, weight.indices, None, None, *pattern, plan=plan)
+        y = nm_linear(x, weight.values, weight.indices, None, None, *pattern, plan=plan)
         close(y, F.linear(x.double(), weight.pruned))
 
     @pytest.mark.parametrize("rank", [3, 64, 75])
@@ -89,9 +99,7 @@ class TestNM:
         bias, scale = torch.randn(columns).to(dtype), draw.choice([None, 0.5])
         plan = Plan(Tile(16, 32, 32), square=draw.random() < 0.5)
         with recording() as launches:
-            y = launch.nm_linear_low_rank(
-                x, weight.values, weight.indices, None, down, up, bias, *pattern, scale, plan=plan
-            )
+            y = nm_linear_low_rank(x, weight.values, weight.indices, None, down, up, bias, *pattern, scale, plan=plan)
         branch = x.double() @ down.double().t() @ up.double().t() * (1 / rank if scale is None else scale)
         close(y, F.linear(x.double(), weight.pruned, bias.double()) + branch)
         assert sum(launches.values()) == (-(-columns // depth) if plan.square and columns > depth else 1)
@@ -102,15 +110,15 @@ class TestNM:
         plan = Plan(Tile(16, 64, draw.choice([32, 64])))
         args = (dy, weight.values, weight.indices)
         close(
-            launch.nm_linear_grad_input(*args, weight.column_mask, *pattern, plan=plan),
+            nm_linear_grad_input(*args, weight.column_mask, *pattern, plan=plan),
             dy.double() @ weight.twice_pruned,
         )
-        close(launch.nm_linear_grad_input(*args, None, *pattern, plan=plan), dy.double() @ weight.pruned)
+        close(nm_linear_grad_input(*args, None, *pattern, plan=plan), dy.double() @ weight.pruned)
 
     def test_grad_input_without_masks(self, draw, pattern, dtype):
         weight, dy = Weight(32, 64, Pattern(*pattern), dtype), torch.randn(7, 32).to(dtype)
         plan = Plan(Tile(16, 32, 32))
-        dx = launch.nm_linear_grad_input(dy, weight.values, weight.indices, weight.column_mask, *pattern, plan=plan)
+        dx = nm_linear_grad_input(dy, weight.values, weight.indices, weight.column_mask, *pattern, plan=plan)
         close(dx, dy.double() @ weight.twice_pruned)
 
     @pytest.mark.parametrize("tails", [True, False])
@@ -119,7 +127,7 @@ class TestNM:
         weight = Weight(columns, depth, Pattern(*pattern), dtype)
         dy, x = torch.randn(rows, columns).to(dtype), torch.randn(rows, depth).to(dtype)
         plan = Plan(Tile(16, 32, 16))
-        grad = launch.nm_linear_grad_values(dy, x, weight.indices, *pattern, plan=plan)
+        grad = nm_linear_grad_values(dy, x, weight.indices, *pattern, plan=plan)
         dense = dy.double().t() @ x.double()
         close(grad, nm.gather_kept(dense, weight.indices, Pattern(*pattern)))
 
@@ -130,7 +138,7 @@ class TestNM:
         if scores is not None:
             scores[0, 0] = float("nan")
         mask = nm.nm_mask(weight.abs() if scores is None else scores, Pattern(*pattern))
-        values, indices = launch.nm_prune(weight, *pattern, scores, tile=Tile(8, 64, 1))
+        values, indices = nm_prune(weight, *pattern, scores, tile=Tile(8, 64, 1))
         expected_values, expected_indices = nm.pack(weight, mask, Pattern(*pattern))
         assert torch.equal(values, expected_values)
         assert torch.equal(indices, expected_indices)
@@ -152,10 +160,7 @@ def test_gated_epilogues(draw, steps, low_rank, weight_first):
         "plan": Plan(Tile(16, 16, 32, weight_first=weight_first), True),
     }
     args = (x, weight.values, weight.indices, None)
-    if low_rank:
-        y = launch.nm_linear_low_rank(*args, down, up, bias, 2, 4, 0.5, **how)
-    else:
-        y = launch.nm_linear(*args, bias, 2, 4, **how)
+    y = nm_linear_low_rank(*args, down, up, bias, 2, 4, 0.5, **how) if low_rank else nm_linear(*args, bias, 2, 4, **how)
     product = F.linear(x.double(), weight.pruned, bias.double())
     product += 0.5 * (x.double() @ down.double().t() @ up.double().t()) if low_rank else 0
     assert y.shape == (rows, columns // 2)
@@ -167,7 +172,7 @@ def test_epilogues(draw, steps):
     weight = Weight(37, 48, Pattern(2, 4), torch.float32)
     x, bias = 3 * torch.randn(19, 48), torch.randn(37)
     operands = [torch.randn(19, 37) for step in steps.split() if step in ("mul", "add")]
-    y = launch.nm_linear(
+    y = nm_linear(
         x,
         *(weight.values, weight.indices, None, bias, 2, 4),
         steps=steps.split(),
@@ -183,12 +188,12 @@ def test_strided_inputs_and_empty_ones(draw):
     plan = Plan(Tile(16, 16, 32))
 
     def forward(x: Tensor) -> Tensor:
-        return launch.nm_linear(x, weight.values, weight.indices, None, None, 2, 4, plan=plan)
+        return nm_linear(x, weight.values, weight.indices, None, None, 2, 4, plan=plan)
 
     for x in (torch.randn(32, 5).t(), torch.randn(9, 40)[:, 3:35], torch.randn(1, 32).expand(4, 32)):
         close(forward(x), x.double() @ weight.pruned.t())
     assert forward(torch.randn(3, 0, 32)).shape == (3, 0, 20)
-    grad = launch.nm_linear_grad_values(torch.randn(0, 20), torch.randn(0, 32), weight.indices, 2, 4, plan=plan)
+    grad = nm_linear_grad_values(torch.randn(0, 20), torch.randn(0, 32), weight.indices, 2, 4, plan=plan)
     assert grad.shape == (20, 16)
     assert not grad.any()
 
@@ -204,11 +209,11 @@ def test_gather_linear(draw, by, dtype):
     part = (part if columns is None else part[:, columns]).double()
     x, dy = torch.randn(tokens, part.shape[1]).to(dtype), torch.randn(tokens, part.shape[0]).to(dtype)
     plan = Plan(Tile(16, 32, 16))
-    y = launch.gather_linear(x, weight, rows, columns, bias, steps=["relu"], plan=plan)
+    y = gather_linear(x, weight, rows, columns, bias, steps=["relu"], plan=plan)
     chosen = bias if rows is None else bias[rows]
     close(y, F.relu(F.linear(x.double(), part, chosen.double())))
-    close(launch.gather_linear_grad_input(dy, weight, rows, columns, plan=plan), dy.double() @ part)
-    grad = launch.gather_linear_grad_weight(dy, x, rows, columns, weight.shape, plan=plan)
+    close(gather_linear_grad_input(dy, weight, rows, columns, plan=plan), dy.double() @ part)
+    grad = gather_linear_grad_weight(dy, x, rows, columns, *weight.shape, plan=plan)
     expected = torch.zeros(weight.shape, dtype=torch.double)
     at = (
         torch.arange(out_features)[:, None] if rows is None else rows[:, None],
@@ -223,7 +228,7 @@ def test_gather_linear(draw, by, dtype):
 def test_mux(draw, members, dtype):
     groups, length, dim = draw.randint(1, 3), draw.randint(1, 20), draw.randint(1, 70)
     x, keys = torch.randn(groups * members, length, dim).to(dtype), torch.randn(members, dim).to(dtype)
-    mixed = launch.mux(x, keys, members, tile=Tile(8, 32, 1))
+    mixed = mux(x, keys, members, tile=Tile(8, 32, 1))
     grouped = x.double().view(groups, members, length, dim)
     close(mixed, (grouped * keys.double()[:, None]).mean(1))
 
@@ -236,7 +241,7 @@ def test_demux_linear(draw, own_keys, dtype):
     h = torch.randn(groups, length, dim).to(dtype)
     keys = torch.randn(*([groups] if own_keys else []), members, key_dim).to(dtype)
     weight, bias = torch.randn(out_features, key_dim + dim).to(dtype), torch.randn(out_features).to(dtype)
-    y = launch.demux_linear(h, keys, weight, bias, steps=["gelu"], plan=Plan(Tile(16, 16, 16)))
+    y = demux_linear(h, keys, weight, bias, steps=["gelu"], plan=Plan(Tile(16, 16, 16)))
     every = keys.double().expand(groups, members, key_dim)[:, :, None].expand(-1, -1, length, -1)
     hidden = h.double()[:, None].expand(-1, members, -1, -1)
     expected = F.gelu(F.linear(torch.cat([every, hidden], -1), weight.double(), bias.double()))
@@ -247,7 +252,7 @@ def test_launches_are_counted_and_sources_listed(draw):
     weight = Weight(16, 32, Pattern(2, 4), torch.float32)
     plan, x = Plan(Tile(16, 16, 32, group=3)), torch.randn(4, 32)
     for _ in range(3):
-        launch.nm_linear(x, weight.values, weight.indices, None, None, 2, 4, plan=plan)
+        nm_linear(x, weight.values, weight.indices, None, None, 2, 4, plan=plan)
     found = next(kernel for kernel in kernels() if kernel.spec.tile == plan.tile)
     assert found.launches == 3
     assert "y = x W^T, W 2:4, float32" in found.file.read_text()

@@ -9,16 +9,17 @@ import pytest
 from fxsparse.codegen import autotune, tiles
 from fxsparse.codegen.aot import SHARED_LIMIT, compile_for, resources
 from fxsparse.codegen.epilogue import Epilogue
-from fxsparse.codegen.gather import GatherLinear
-from fxsparse.codegen.launch_nm import LARGEST_RANK_INSIDE
+from fxsparse.codegen.kernels.demux_linear import DemuxLinear
+from fxsparse.codegen.kernels.gather_linear import GatherLinear
+from fxsparse.codegen.kernels.mux import Mux
+from fxsparse.codegen.kernels.nm_linear import LARGEST_RANK_INSIDE, NMLinear
+from fxsparse.codegen.kernels.nm_linear_grad_input import NMGradInput
+from fxsparse.codegen.kernels.nm_linear_grad_values import NMGradValues
+from fxsparse.codegen.kernels.nm_prune import NMPrune
+from fxsparse.codegen.kernels.sparse_tensor_core_linear import SPARSE, SparseTensorCoreLinear
 from fxsparse.codegen.loaded import kernel
-from fxsparse.codegen.multiplex import DemuxLinear, Mux
-from fxsparse.codegen.nm_grad_values import NMGradValues
-from fxsparse.codegen.nm_linear import NMGradInput, NMLinear
-from fxsparse.codegen.nm_prune import NMPrune
-from fxsparse.codegen.sparse_tensor_cores import SparseTensorCoreLinear
 from fxsparse.codegen.spec import NMSpec, Spec, Tile
-from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, LARGE, SHIPPED, SPARSE
+from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, LARGE, SHIPPED
 
 BIAS = Epilogue(True)
 GELU = Epilogue(True, ("gelu",))

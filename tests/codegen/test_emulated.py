@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxsparse.codegen import launch
+from fxsparse.codegen.kernels.demux_linear import demux_linear
+from fxsparse.codegen.kernels.gather_linear import (
+    gather_linear,
+    gather_linear_grad_input,
+    gather_linear_grad_weight,
+)
+from fxsparse.codegen.kernels.mux import mux
+from fxsparse.codegen.kernels.nm_linear import nm_linear, nm_linear_low_rank
+from fxsparse.codegen.kernels.nm_linear_grad_input import nm_linear_grad_input
+from fxsparse.codegen.kernels.nm_linear_grad_values import nm_linear_grad_values
+from fxsparse.codegen.kernels.nm_prune import nm_prune
 from fxsparse.codegen.spec import NMSpec, Tile
 from fxsparse.codegen.tiles import Plan
 from fxsparse.ops import nm
@@ -44,11 +54,11 @@ def test_forward(pattern, capability):
     pruned, _, values, indices, _ = weight(40, 80, pattern, BF16)
     x, bias = torch.randn(19, 80).to(BF16), torch.randn(40).to(BF16)
     with emulation(capability):
-        y = launch.nm_linear(x, values, indices, None, bias, *pattern, plan=Plan(Tile(16, 32, 64)))
+        y = nm_linear(x, values, indices, None, bias, *pattern, plan=Plan(Tile(16, 32, 64)))
         close(y, F.linear(x.double(), pruned, bias.double()))
         head = Pattern(*pattern)  # the first 64 columns, through strides of 80
         args = x[:, :64], values[:, : head.kept(64)], indices[:, : head.index_bytes(64)], None, None
-        y = launch.nm_linear(*args, *pattern, plan=Plan(Tile(16, 32, 32, weight_first=True), square=True))
+        y = nm_linear(*args, *pattern, plan=Plan(Tile(16, 32, 32, weight_first=True), square=True))
         close(y, F.linear(x[:, :64].double(), pruned[:, :64]))
 
 
@@ -60,7 +70,7 @@ def test_gated(capability, weight_first):
     with emulation(capability):
         plan = Plan(Tile(16, 32, 64, weight_first=weight_first))
         args = x, values, indices, None, bias, 2, 4
-        y = launch.nm_linear(*args, steps=["gated_silu", "add"], operands=[operand], plan=plan)
+        y = nm_linear(*args, steps=["gated_silu", "add"], operands=[operand], plan=plan)
     product = F.linear(x.double(), pruned, bias.double())
     close(y, F.silu(product[:, ::2]) * product[:, 1::2] + operand.double())
 
@@ -72,11 +82,11 @@ def test_gradients(pattern):
     plan = Plan(Tile(32, 32, 32))
     with emulation(80):
         close(
-            launch.nm_linear_grad_input(dy, values, indices, column_mask, *pattern, plan=plan),
+            nm_linear_grad_input(dy, values, indices, column_mask, *pattern, plan=plan),
             dy.double() @ twice_pruned,
         )
-        close(launch.nm_linear_grad_input(dy, values, indices, None, *pattern, plan=plan), dy.double() @ pruned)
-        grad = launch.nm_linear_grad_values(dy, x, indices, *pattern, plan=plan)
+        close(nm_linear_grad_input(dy, values, indices, None, *pattern, plan=plan), dy.double() @ pruned)
+        grad = nm_linear_grad_values(dy, x, indices, *pattern, plan=plan)
         close(grad, nm.gather_kept(dy.double().t() @ x.double(), indices, Pattern(*pattern)))
 
 
@@ -86,7 +96,7 @@ def test_low_rank(rank):
     x, down, up = torch.randn(19, 64).to(BF16), torch.randn(rank, 64).to(BF16), torch.randn(40, rank).to(BF16)
     with emulation(80):
         plan = Plan(Tile(16, 32, 32))
-        y = launch.nm_linear_low_rank(x, values, indices, None, down, up, None, 2, 4, plan=plan)
+        y = nm_linear_low_rank(x, values, indices, None, down, up, None, 2, 4, plan=plan)
     branch = x.double() @ down.double().t() @ up.double().t() / rank
     assert ((y.double() - F.linear(x.double(), pruned) - branch).abs().max() / y.abs().max()) < 8e-3
 
@@ -98,7 +108,7 @@ def test_tf32():
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         with emulation(80):
-            y = launch.nm_linear(x, values, indices, None, None, 2, 4, plan=Plan(Tile(16, 32, 32)))
+            y = nm_linear(x, values, indices, None, None, 2, 4, plan=Plan(Tile(16, 32, 32)))
     finally:
         torch.backends.cuda.matmul.fp32_precision = precision
     assert float((y - F.linear(x.double(), pruned)).abs().max() / y.abs().max()) < 2e-3
@@ -108,7 +118,7 @@ def test_tf32():
 def test_prune(pattern):
     dense, scores = torch.randn(13, pattern[1] * 11).to(BF16), torch.randn(13, pattern[1] * 11).round(decimals=1)
     with emulation(80):
-        values, indices = launch.nm_prune(dense, *pattern, scores, tile=Tile(16, 64, 1))
+        values, indices = nm_prune(dense, *pattern, scores, tile=Tile(16, 64, 1))
     expected = nm.pack(dense, nm.nm_mask(scores, Pattern(*pattern)), Pattern(*pattern))
     assert torch.equal(values, expected[0])
     assert torch.equal(indices, expected[1])
@@ -118,9 +128,9 @@ def test_gather_linear():
     dense, rows = torch.randn(50, 48).to(BF16), torch.randperm(50)[:21]
     x, dy, plan = torch.randn(19, 48).to(BF16), torch.randn(19, 21).to(BF16), Plan(Tile(16, 32, 16))
     with emulation(80):
-        close(launch.gather_linear(x, dense, rows, None, None, plan=plan), x.double() @ dense[rows].double().t())
-        close(launch.gather_linear_grad_input(dy, dense, rows, None, plan=plan), dy.double() @ dense[rows].double())
-        grad = launch.gather_linear_grad_weight(dy, x, rows, None, dense.shape, plan=plan)
+        close(gather_linear(x, dense, rows, None, None, plan=plan), x.double() @ dense[rows].double().t())
+        close(gather_linear_grad_input(dy, dense, rows, None, plan=plan), dy.double() @ dense[rows].double())
+        grad = gather_linear_grad_weight(dy, x, rows, None, *dense.shape, plan=plan)
     expected = torch.zeros(50, 48, dtype=torch.double)
     expected[rows] = dy.double().t() @ x.double()
     close(grad, expected)
@@ -130,10 +140,8 @@ def test_multiplexing():
     x, keys = torch.randn(6, 5, 40).to(BF16), torch.randn(3, 40).to(BF16)
     both = torch.randn(24, 80).to(BF16)
     with emulation(80):
-        close(
-            launch.mux(x, keys, 3, tile=Tile(8, 32, 1)), (x.double().view(2, 3, 5, 40) * keys.double()[:, None]).mean(1)
-        )
-        y = launch.demux_linear(x, keys, both, None, plan=Plan(Tile(16, 32, 16)))
+        close(mux(x, keys, 3, tile=Tile(8, 32, 1)), (x.double().view(2, 3, 5, 40) * keys.double()[:, None]).mean(1))
+        y = demux_linear(x, keys, both, None, plan=Plan(Tile(16, 32, 16)))
     pairs = torch.cat([keys[None, :, None].expand(6, 3, 5, 40), x[:, None].expand(6, 3, 5, 40)], -1)
     expected = F.linear(pairs.double(), both.double()).flatten(0, 1)
     assert ((y.double() - expected).abs().max() / expected.abs().max()) < 8e-3  # the keys' part is rounded on its own

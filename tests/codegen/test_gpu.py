@@ -13,10 +13,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxsparse.codegen import autotune, launch
+from fxsparse.codegen import autotune, store
+from fxsparse.codegen.kernels.demux_linear import demux_linear
+from fxsparse.codegen.kernels.gather_linear import (
+    gather_linear,
+    gather_linear_grad_input,
+    gather_linear_grad_weight,
+)
+from fxsparse.codegen.kernels.mux import mux
+from fxsparse.codegen.kernels.nm_linear import nm_linear, nm_linear_low_rank
+from fxsparse.codegen.kernels.nm_linear_grad_input import nm_linear_grad_input
+from fxsparse.codegen.kernels.nm_linear_grad_values import nm_linear_grad_values
+from fxsparse.codegen.kernels.nm_prune import nm_prune
+from fxsparse.codegen.kernels.sparse_tensor_core_linear import (
+    sparse_tensor_core_grad_input,
+    sparse_tensor_core_linear,
+)
 from fxsparse.codegen.metadata import SparseTranspose, pack_metadata
 from fxsparse.codegen.spec import NMSpec
-from fxsparse.ops import nm, nm_linear, reference
+from fxsparse.ops import nm, reference
 from fxsparse.ops.nm import Pattern
 from tests.support.tuned import TUNED
 
@@ -67,22 +82,22 @@ def test_nm_products(pattern, dtype):
             randn(columns, dtype=dtype),
         )
         close(
-            launch.nm_linear(x, values, indices, None, bias, *pattern),
+            nm_linear(x, values, indices, None, bias, *pattern),
             F.linear(x.double(), dense.double(), bias.double()),
         )
         close(
-            launch.nm_linear_grad_input(dy, values, indices, column_mask, *pattern),
+            nm_linear_grad_input(dy, values, indices, column_mask, *pattern),
             reference.nm_linear_grad_input(dy.double(), values.double(), indices, column_mask, *pattern),
         )
         close(
-            launch.nm_linear_grad_values(dy, x, indices, *pattern),
+            nm_linear_grad_values(dy, x, indices, *pattern),
             nm.gather_kept(dy.double().t() @ x.double(), indices, Pattern(*pattern)),
         )
         for rank in (8, 100):
             down, up = randn(rank, depth, dtype=dtype), randn(columns, rank, dtype=dtype)
             branch = x.double() @ down.double().t() @ up.double().t() / rank
             close(
-                launch.nm_linear_low_rank(x, values, indices, None, down, up, None, *pattern),
+                nm_linear_low_rank(x, values, indices, None, down, up, None, *pattern),
                 F.linear(x.double(), dense.double()) + branch,
             )
 
@@ -94,9 +109,7 @@ def test_sparse_tensor_cores(dtype, steps):
         dense, values, indices, _ = weight(columns, depth, Pattern(2, 4), dtype)
         x, bias, gate = (randn(*shape, dtype=dtype) for shape in ((rows, depth), (columns,), (rows, columns)))
         operands = [gate] if "mul" in steps else []
-        y = launch.sparse_tensor_core_linear(
-            x, values, pack_metadata(indices), bias, steps=steps.split(), operands=operands
-        )
+        y = sparse_tensor_core_linear(x, values, pack_metadata(indices), bias, steps=steps.split(), operands=operands)
         expected = F.linear(x.double(), dense.double(), bias.double())
         if steps:
             expected = F.gelu(expected) if steps == "gelu" else F.silu(expected) * gate.double()
@@ -109,23 +122,23 @@ def test_input_gradient_on_sparse_tensor_cores():
     kept = nm.double_prune_mask(dense, mask, Pattern(2, 4))
     transpose = SparseTranspose.of(values, indices, nm.pack_column_mask(kept, mask, Pattern(2, 4)))
     dy = randn(70, 192, dtype=torch.bfloat16)
-    close(launch.sparse_tensor_core_grad_input(dy, transpose), dy.double() @ (dense * kept).double())
+    close(sparse_tensor_core_grad_input(dy, transpose), dy.double() @ (dense * kept).double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_prune_mux_demux(dtype):
     dense = randn(100, 240, dtype=dtype)
     for n, m in NMSpec.PATTERNS:
-        values, indices = launch.nm_prune(dense, n, m)
+        values, indices = nm_prune(dense, n, m)
         expected = nm.pack(dense, nm.nm_mask(dense.abs(), Pattern(n, m)), Pattern(n, m))
         assert torch.equal(values, expected[0])
         assert torch.equal(indices, expected[1])
     h, keys = randn(6, 9, 240, dtype=dtype), randn(3, 240, dtype=dtype)
-    close(launch.mux(h, keys, 3), (h.double().view(2, 3, 9, 240) * keys.double()[:, None]).mean(1))
+    close(mux(h, keys, 3), (h.double().view(2, 3, 9, 240) * keys.double()[:, None]).mean(1))
     both, bias = randn(50, 480, dtype=dtype), randn(50, dtype=dtype)
     for own in (keys, randn(6, 3, 240, dtype=dtype)):
         pairs = torch.cat([own.expand(6, 3, 240)[:, :, None].expand(6, 3, 9, 240), h[:, None].expand(6, 3, 9, 240)], -1)
-        y = launch.demux_linear(h, own, both, bias)
+        y = demux_linear(h, own, both, bias)
         expected = F.linear(pairs.double(), both.double(), bias.double()).flatten(0, 1)
         assert float((y - expected).abs().max() / expected.abs().max()) < 2 * TOLERANCE[dtype]  # keys' part is rounded
 
@@ -141,15 +154,15 @@ def test_gather_linear(dtype, by):
     for count in ROWS:
         x, dy = randn(count, inputs, dtype=dtype), randn(count, outputs, dtype=dtype)
         close(
-            launch.gather_linear(x, dense, rows, columns, bias),
+            gather_linear(x, dense, rows, columns, bias),
             exact.gather_linear(x.double(), dense.double(), rows, columns, bias.double()),
         )
         close(
-            launch.gather_linear_grad_input(dy, dense, rows, columns),
+            gather_linear_grad_input(dy, dense, rows, columns),
             exact.gather_linear_grad_input(dy.double(), dense.double(), rows, columns),
         )
         close(
-            launch.gather_linear_grad_weight(dy, x, rows, columns, (100, 240)),
+            gather_linear_grad_weight(dy, x, rows, columns, 100, 240),
             exact.gather_linear_grad_weight(dy.double(), x.double(), rows, columns, 100, 240),
         )
 
@@ -158,14 +171,12 @@ def test_gather_linear(dtype, by):
 def test_gated_epilogue(rows):
     pruned, values, indices, _ = weight(144, 256, Pattern(2, 4), torch.bfloat16)
     x = randn(rows, 256, dtype=torch.bfloat16)
-    y = launch.nm_linear(x, values, indices, None, None, 2, 4, steps=["gated_silu"])
+    y = nm_linear(x, values, indices, None, None, 2, 4, steps=["gated_silu"])
     product = F.linear(x.double(), pruned.double())
     close(y, F.silu(product[:, ::2]) * product[:, 1::2])
 
 
 def test_gradients_of_the_operators():
-    from fxsparse.codegen import operators  # noqa: F401
-
     _, values, indices, column_mask = weight(96, 128, Pattern(2, 4), torch.float32)
     x, bias = randn(40, 128, dtype=torch.float32), randn(96, dtype=torch.float32)
     down, up = randn(8, 128, dtype=torch.float32), randn(96, 8, dtype=torch.float32)
@@ -174,7 +185,7 @@ def test_gradients_of_the_operators():
     def run(device: str) -> list[Tensor]:
         x, values, down, up, bias = (t.detach().to(device).requires_grad_() for t in inputs)
         packed = indices.to(device), column_mask.to(device)
-        y = nm_linear.nm_linear_low_rank(x, values, *packed, down, up, bias, 2, 4)
+        y = torch.ops.fxsparse.nm_linear_low_rank(x, values, *packed, down, up, bias, 2, 4)
         y.square().sum().backward()
         return [y, *(tensor.grad for tensor in (x, values, down, up, bias))]
 
@@ -190,20 +201,20 @@ def test_cuda_graph_replays():
     both, rows = randn(64, 1024, dtype=torch.bfloat16), torch.randperm(96, device="cuda")[:40]
 
     def run() -> list[Tensor]:
-        gathered = launch.gather_linear(x, dense, rows, None, None)
-        mixed = launch.mux(x, keys, 4)
-        y = launch.nm_linear(x, values, indices, None, None, 2, 4, steps=["relu"])
+        gathered = gather_linear(x, dense, rows, None, None)
+        mixed = mux(x, keys, 4)
+        y = nm_linear(x, values, indices, None, None, 2, 4, steps=["relu"])
         return [
             y,
-            launch.sparse_tensor_core_linear(x, values, metadata, None),
-            launch.nm_linear_grad_input(y, values, indices, column_mask, 2, 4),
-            launch.nm_linear_grad_values(y, x, indices, 2, 4),
-            launch.nm_linear_low_rank(x, values, indices, None, down, up, None, 2, 4),
+            sparse_tensor_core_linear(x, values, metadata, None),
+            nm_linear_grad_input(y, values, indices, column_mask, 2, 4),
+            nm_linear_grad_values(y, x, indices, 2, 4),
+            nm_linear_low_rank(x, values, indices, None, down, up, None, 2, 4),
             gathered,
-            launch.gather_linear_grad_input(gathered, dense, rows, None),
-            launch.gather_linear_grad_weight(gathered, x, rows, None, (96, 512)),
+            gather_linear_grad_input(gathered, dense, rows, None),
+            gather_linear_grad_weight(gathered, x, rows, None, 96, 512),
             mixed,
-            launch.demux_linear(mixed, keys, both, None),
+            demux_linear(mixed, keys, both, None),
         ]
 
     run()  # compiles
@@ -283,31 +294,33 @@ def test_every_product_is_measured_on_its_first_use(op, monkeypatch, tmp_path):
 
 def test_tuning_chooses_a_plan(monkeypatch, tmp_path):
     monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
-    autotune._tuned.cache_clear()
+    store.forget()
     _, values, indices, _ = weight(1024, 512, Pattern(2, 4), torch.bfloat16)
     x = randn(128, 512, dtype=torch.bfloat16)
     key = autotune.key("nm_linear", 128, 1024, 512, "bfloat16", 2, 4)
     times = autotune.measure(
         key,
-        lambda plan: launch.nm_linear(x, values, indices, None, None, 2, 4, plan=plan),
+        lambda plan: nm_linear(x, values, indices, None, None, 2, 4, plan=plan),
         autotune.candidates("nm_linear", 128, tall=True),
     )
     assert autotune.plan("nm_linear", 128, 1024, 512, x, 2, 4) == min(times, key=lambda plan: times[plan])
-    autotune._tuned.cache_clear()
+    store.forget()
 
 
 _SANITIZED = """
 import torch
-from fxsparse import nm
-from fxsparse.codegen import launch
+from fxsparse.codegen.kernels.gather_linear import gather_linear, gather_linear_grad_weight
+from fxsparse.codegen.kernels.nm_linear import nm_linear
+from fxsparse.codegen.kernels.nm_prune import nm_prune
+from fxsparse.codegen.kernels.sparse_tensor_core_linear import sparse_tensor_core_linear
 from fxsparse.codegen.metadata import pack_metadata
 weight = torch.randn(70, 80, device="cuda").bfloat16()
-values, indices = launch.nm_prune(weight, 2, 4)
+values, indices = nm_prune(weight, 2, 4)
 x = torch.randn(37, 80, device="cuda").bfloat16()
-launch.nm_linear(x, values, indices, None, None, 2, 4)
-launch.sparse_tensor_core_linear(x, values, pack_metadata(indices), None)
+nm_linear(x, values, indices, None, None, 2, 4)
+sparse_tensor_core_linear(x, values, pack_metadata(indices), None)
 rows = torch.randperm(70, device="cuda")[:23]
-launch.gather_linear_grad_weight(launch.gather_linear(x, weight, rows, None, None), x, rows, None, (70, 80))
+gather_linear_grad_weight(gather_linear(x, weight, rows, None, None), x, rows, None, 70, 80)
 torch.cuda.synchronize()
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fxsparse.codegen import autotune, launch, source
+from fxsparse.codegen import autotune, source, store
 from fxsparse.codegen.epilogue import Epilogue
-from fxsparse.codegen.gather import GatherLinear
-from fxsparse.codegen.launch_sparse import unsupported_sparse
-from fxsparse.codegen.nm_linear import NMGradInput, NMLinear
-from fxsparse.codegen.sparse_tensor_cores import SparseTensorCoreLinear
+from fxsparse.codegen.kernels.gather_linear import GatherLinear
+from fxsparse.codegen.kernels.nm_linear import NMLinear
+from fxsparse.codegen.kernels.nm_linear_grad_input import NMGradInput
+from fxsparse.codegen.kernels.sparse_tensor_core_linear import SparseTensorCoreLinear, unsupported_sparse
+from fxsparse.codegen.launching import unsupported
 from fxsparse.codegen.spec import Tile
 from fxsparse.codegen.template import fill
 from fxsparse.codegen.tiles import Plan
@@ -96,50 +98,80 @@ def test_what_the_generator_refuses():
         NMGradInput("bfloat16", Tile(32, 32, 16), 2, 4)
     with pytest.raises(OptionError, match="product='sideways'"):
         GatherLinear("bfloat16", tile, "sideways")
-    assert launch.unsupported(torch.bfloat16, 2, 4) is None
-    assert "float64" in str(launch.unsupported(torch.float64, 2, 4))
-    assert "2:16" in str(launch.unsupported(torch.bfloat16, 2, 16))
+    assert unsupported(torch.bfloat16, 2, 4) is None
+    assert "float64" in str(unsupported(torch.float64, 2, 4))
+    assert "2:16" in str(unsupported(torch.bfloat16, 2, 16))
     assert unsupported_sparse(torch.bfloat16, 64) is None
     assert "multiple of 16" in str(unsupported_sparse(torch.bfloat16, 40))
 
 
-def test_tuning_is_remembered(monkeypatch, tmp_path):
-    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
-    autotune._tuned.cache_clear()
+@pytest.mark.usefixtures("own_times")
+def test_tuning_is_remembered():
     key = autotune.key("nm_linear", 100, 256, 128, "bfloat16", 2, 4)
     assert key == autotune.key("nm_linear", 65, 256, 128, "bfloat16", 2, 4)
     assert key != autotune.key("nm_linear", 64, 256, 128, "bfloat16", 2, 4)
     best = Plan(Tile(64, 128, 32, warps=8), square=True)
     autotune.remember(key, best)
-    autotune._tuned.cache_clear()
-    assert autotune._tuned()[key] == best
-    autotune._tuned.cache_clear()
+    store.forget()
+    assert autotune.tuned(key) == best
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"a": 1}', '{"a": {"square": false, "rows": 3}}'])
-def test_damaged_tuning_is_ignored_with_a_warning(monkeypatch, tmp_path, damage):
-    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
-    autotune._path().write_text(damage)
-    autotune._tuned.cache_clear()
-    with pytest.warns(UserWarning, match="ignored"):
-        assert autotune._tuned() == {}
+def tiles_of(text: str) -> str:
+    """The file of the device with other tiles."""
+    return json.dumps({**json.loads(store.path("cuda").read_text()), "tiles": json.loads(text)})
+
+
+@pytest.mark.usefixtures("own_times")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda: "{",
+        lambda: "[]",
+        lambda: '{"a": 1}',
+        lambda: tiles_of("[]"),
+        lambda: tiles_of('{"a": 1}'),
+        lambda: tiles_of('{"a": {"square": false, "rows": 3}}'),
+    ],
+)
+def test_damaged_tuning_is_ignored_with_a_warning(damage):
     best = Plan(Tile(64, 128, 32, warps=8))
+    autotune.remember("a", best)
+    store.path("cuda").write_text(damage())
+    store.forget()
+    with pytest.warns(UserWarning, match="ignored"):
+        assert autotune.tuned("a") is None
     with pytest.warns(UserWarning, match="ignored"):
         autotune.remember("b", best)
-    autotune._tuned.cache_clear()
-    assert autotune._tuned() == {"b": best}  # the damage is gone
-    autotune._tuned.cache_clear()
+    store.forget()
+    assert autotune.tuned("a") is None
+    assert autotune.tuned("b") == best  # the damage is gone
 
 
+@pytest.mark.usefixtures("own_times")
 def test_tuning_where_nothing_can_be_written_serves_this_process(monkeypatch, tmp_path):
     monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path / "file" / "below"))
     (tmp_path / "file").write_text("")
-    autotune._tuned.cache_clear()
     best = Plan(Tile(64, 128, 32, warps=8))
     with pytest.warns(UserWarning, match="serves this process only"):
         autotune.remember("a", best)
-    assert autotune._tuned() == {"a": best}
-    autotune._tuned.cache_clear()
+    assert autotune.tuned("a") == best
+
+
+@pytest.mark.usefixtures("own_times")
+def test_tables_of_one_file_leave_each_other_alone():
+    """Tiles and times of a device lie in one file; what damages one is no matter to the other."""
+    best, times = Plan(Tile(64, 128, 32, warps=8)), store.Table("milliseconds", lambda row: isinstance(row, dict))
+    times.update("product", "cuda", {"dense": 0.25})
+    autotune.remember("a", best)
+    store.forget()
+    assert times.row("product", "cuda") == {"dense": 0.25} and autotune.tuned("a") == best
+    store.path("cuda").write_text(tiles_of("[]"))
+    store.forget()
+    assert times.row("product", "cuda") == {"dense": 0.25}
+    with pytest.warns(UserWarning, match="something else than tiles"):
+        autotune.remember("a", best)
+    store.forget()
+    assert times.row("product", "cuda") == {"dense": 0.25} and autotune.tuned("a") == best
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from fxsparse.codegen.aot import compile_for
 from fxsparse.codegen.epilogue import Epilogue
+from fxsparse.codegen.kernels.sparse_tensor_core_linear import SparseTensorCoreLinear
 from fxsparse.codegen.metadata import SparseTranspose, pack_metadata, unpack_metadata
-from fxsparse.codegen.sparse_tensor_cores import SparseTensorCoreLinear
 from fxsparse.codegen.spec import Tile
 from fxsparse.errors import OptionError
 from fxsparse.ops.nm import Pattern, double_prune_mask, nm_mask, pack, pack_column_mask, unpack

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from fxsparse.codegen.epilogue import Epilogue
 from fxsparse.codegen.fused_ops import nm_linear_epilogue, sparse_tensor_core_linear
+from fxsparse.codegen.kernels.demux_linear import DemuxLinear
 from fxsparse.codegen.metadata import pack_metadata
-from fxsparse.codegen.multiplex import DemuxLinear
 from fxsparse.codegen.spec import Tile
 from fxsparse.errors import OptionError
 from fxsparse.lowering.fusion import following, fuse_linears

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fxsparse
 from fxsparse.backend.compiled import compiled_graphs
+from fxsparse.codegen import source, store
 from fxsparse.lowering import estimates, timings
 from fxsparse.lowering.choose import candidates, choose, deviates, undecided
 from fxsparse.lowering.estimates import DEVICES, Work, microseconds
@@ -233,7 +234,7 @@ def test_estimates_decide_on_a_known_device(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def table() -> Path:
-    (path,) = (timings.source.cache_dir() / "measured").glob("*.json")
+    (path,) = (source.cache_dir() / "measured").glob("*.json")
     return path
 
 
@@ -280,7 +281,7 @@ def test_a_shipped_table_serves_until_something_was_measured_here(monkeypatch, t
 def test_shipped_tables_can_be_read() -> None:
     for path in timings.SHIPPED.glob("*.json"):
         content = json.loads(path.read_text())
-        assert content["format"] == timings.FORMAT
+        assert content["format"] == store.FORMAT
         assert {"device", "torch", "triton", "kernels"} <= set(content)
         assert content["milliseconds"] and all(map(timings._is_row, content["milliseconds"].values()))
 
@@ -289,7 +290,7 @@ def test_a_table_that_cannot_be_written_serves_this_process(monkeypatch: pytest.
     def refuse(*_: object) -> None:
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(timings.source, "replace", refuse)
+    monkeypatch.setattr(source, "replace", refuse)
     with pytest.warns(UserWarning, match="read-only file system"):
         timings.remember(FROZEN.work, "cuda", {"dense": 0.25})
     assert timings.times(FROZEN.work, "cuda") == {"dense": 0.25}
@@ -297,8 +298,8 @@ def test_a_table_that_cannot_be_written_serves_this_process(monkeypatch: pytest.
 
 def test_a_lock_that_another_process_holds_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     timings.remember(FROZEN.work, "cuda", {"dense": 0.25})
-    monkeypatch.setattr(timings, "PATIENCE", 0.05)
-    with timings.source.locked(table()), pytest.warns(UserWarning, match="another process held it"):
+    monkeypatch.setattr(store, "PATIENCE", 0.05)
+    with source.locked(table()), pytest.warns(UserWarning, match="another process held it"):
         timings.remember(FROZEN.work, "cuda", {"compressed": 0.5})
     assert timings.times(FROZEN.work, "cuda") == {"dense": 0.25, "compressed": 0.5}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fxsparse
 from fxsparse.codegen import autotune as tile_tuning
+from fxsparse.codegen import store
 from fxsparse.codegen.spec import Tile
 from fxsparse.codegen.tiles import Plan
 from fxsparse.lowering import candidates, measure, sites, timings
@@ -201,9 +202,7 @@ def test_a_rank_is_part_of_what_was_measured() -> None:
 def test_a_tile_that_the_device_cannot_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton.testing
 
-    tile_tuning._tuned.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    tile_tuning._platform.cache_clear()
     plans = [Plan(Tile(rows, 64, 32, warps=4)) for rows in (16, 64, 128)]
     milliseconds = {plans[1]: 2.0, plans[2]: 1.0}
 
@@ -214,20 +213,19 @@ def test_a_tile_that_the_device_cannot_run_is_left_out(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(triton.testing, "do_bench", lambda call, quantiles: milliseconds[call()])
     assert tile_tuning.measure("product", run, plans) == milliseconds
-    assert tile_tuning._tuned()["product"] == plans[2]
+    assert tile_tuning.tuned("product") == plans[2]
     with pytest.raises(RuntimeError, match="no tile runs other: out of resource"):
         tile_tuning.measure("other", run, plans[:1])
-    tile_tuning._tuned.cache_clear()
-    tile_tuning._platform.cache_clear()
 
 
 _TILES = """
-import sys
-from fxsparse.codegen import tune
+import sys, torch
+torch.cuda.get_device_name = lambda *_: "NVIDIA Test"
+from fxsparse.codegen import autotune
 from fxsparse.codegen.spec import Tile
 from fxsparse.codegen.tiles import Plan
 for count in range(20):
-    tune.remember(f"{sys.argv[1]} {count}", Plan(Tile(16, 64, 32, warps=4)))
+    autotune.remember(f"{sys.argv[1]} {count}", Plan(Tile(16, 64, 32, warps=4)))
 """
 
 
@@ -238,7 +236,7 @@ def test_processes_that_tune_tiles_at_once_lose_nothing() -> None:
     for writer in writers:
         _, errors = writer.communicate(timeout=120)
         assert writer.returncode == 0, errors.decode()
-    assert len(json.loads(tile_tuning._path().read_text())) == 40
+    assert len(json.loads(store.path("cuda").read_text())["tiles"]) == 40
 
 
 # --- fxsparse.tune ----------------------------------------------------------------------------------------------------

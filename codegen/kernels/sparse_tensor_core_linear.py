@@ -1,15 +1,9 @@
-"""2:4 products on sparse tensor cores: y = x W^T with W never expanded.
+"""A product with a 2:4 weight on sparse tensor cores: y = x W^T with W never expanded, then an epilogue.
 
-The ``mma.sp`` instruction (sm_80 and up) multiplies 16 compressed rows of W by 8 rows of x and takes half the time of
-its dense twin. Triton has no operation for it, so the kernel is written in Gluon, which fixes which thread holds which
-element, and calls the instruction as inline assembly:
+    y [M, N] = x [M, K] W [N, K]^T
 
-    W     16 rows x 32 columns, 2 of 4 kept:   A  16 x 16 values, as a dense m16n8k16 operand
-    x      8 rows x 32 columns:                B  register r of lane 4g + t holds row g, columns 8r + 2t, 8r + 2t + 1
-    where  two of the 16-row tiles:            E  one word a lane, read by one instruction in its selector 0 and 1
-                                               (``metadata.py`` packs it)
-
-Layouts and the order of the words follow the PTX ISA, section on matrix fragments for ``mma.sp.m16n8k32``.
+The kernel is written in Gluon and calls the instruction ``mma.sp`` (`mma_sp`). Copies from memory to shared memory run
+some steps ahead of the products.
 
 The gradient of the input, dy W^{R,C}, is the same product with the transpose of W^{R,C}, which is 2:4 along ``out``;
 ``metadata.SparseTranspose`` keeps it.
@@ -17,16 +11,30 @@ The gradient of the input, dy W^{R,C}, is the same product with the transpose of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from fxsparse.codegen.epilogue import Epilogue
-from fxsparse.codegen.spec import Argument, Spec
+from fxsparse.codegen.launching import device_of, dtype_of, if_present, launch_tiles, rows_of
+from fxsparse.codegen.metadata import SparseTranspose
+from fxsparse.codegen.mma_sp import KEEP_FIRST_TWO, Layouts, instructions
+from fxsparse.codegen.spec import Argument, Spec, Tile
 from fxsparse.codegen.template import fill, parameters
+from fxsparse.codegen.tiles import DECODE, LARGE, SMALL, regime
 from fxsparse.errors import OptionError
 
-_KEEP_FIRST_TWO = 0x44444444
-"""Metadata that the instruction accepts for values that are all zero."""
+SPARSE: dict[str, tuple[Tile, int, int]] = {
+    DECODE: (Tile(16, 128, 128, warps=4, stages=3), 16, 32),
+    SMALL: (Tile(64, 64, 64, warps=4, stages=4), 32, 32),
+    LARGE: (Tile(128, 128, 64, warps=4, stages=3), 64, 64),
+    "large with steps": (Tile(128, 128, 64, warps=8, stages=3), 64, 32),
+}
+"""Default tiles, each with the rows and columns of one warp. The largest part of a warp leaves no registers for
+pointwise steps, so with them the same tile takes more warps."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +60,13 @@ class SparseTensorCoreLinear(Spec):
         fits = tile.rows % self.warp_rows == tile.columns % self.warp_columns == 0
         if not fits or self.warp_rows % 8 or self.warp_columns % 32 or tile.depth % 32:
             raise OptionError(f"tile {tile} cannot be cut into warps of {self.warp_rows}x{self.warp_columns}")
-        if self._row_warps * self._column_warps != tile.warps or tile.stages < 2:
-            raise OptionError(f"tile {tile} needs {self._row_warps * self._column_warps} warps and 2 stages or more")
+        warps = self._layouts.row_warps * self._layouts.column_warps
+        if warps != tile.warps or tile.stages < 2:
+            raise OptionError(f"tile {tile} needs {warps} warps and 2 stages or more")
 
     @property
-    def _row_warps(self) -> int:
-        return self.tile.rows // self.warp_rows
-
-    @property
-    def _column_warps(self) -> int:
-        return self.tile.columns // self.warp_columns
+    def _layouts(self) -> Layouts:
+        return Layouts(self.tile, self.warp_rows, self.warp_columns)
 
     @property
     def name(self) -> str:
@@ -77,14 +82,14 @@ class SparseTensorCoreLinear(Spec):
         )
 
     def render(self) -> str:
-        tile = self.tile
+        tile, layouts = self.tile, self._layouts
         sizes = {
             "M_TILE": tile.rows,
             "N_TILE": tile.columns,
             "K_TILE": tile.depth,
             "STAGES": tile.stages,
-            "ROW_WARPS": self._row_warps,
-            "COLUMN_WARPS": self._column_warps,
+            "ROW_WARPS": layouts.row_warps,
+            "COLUMN_WARPS": layouts.column_warps,
             "PAIRS": self.warp_columns // 32,
             "EIGHTS": self.warp_rows // 8,
         }
@@ -101,82 +106,15 @@ class SparseTensorCoreLinear(Spec):
             dtype=self.dtype,
             spec=self.describe(),
             sizes="\n".join(f"{name} = gl.constexpr({size})" for name, size in sizes.items()),
-            layouts="\n".join(f"{name} = gl.constexpr({text})" for name, text in self._layouts().items()),
-            instructions=self._instructions(),
+            layouts="\n".join(f"{name} = gl.constexpr({text})" for name, text in layouts.source().items()),
+            instructions=instructions(self.dtype),
             group=str(tile.group),
             name=self.name,
             parameters=parameters(self.arguments),
-            valid=hex(_KEEP_FIRST_TWO),
+            valid=hex(KEEP_FIRST_TWO),
             epilogue=steps,
         )
         return source + "\n"
-
-    def _instructions(self) -> str:
-        """Two instructions, one for each 16 rows of W that a metadata word serves.
-
-        Operands: 0-7 results, 8-15 W, 16-23 the metadata word (8 times the same), 24-31 x (twice the same four),
-        32-39 what is added to, tied to the results.
-        """
-        kind = "bf16" if self.dtype == "bfloat16" else "f16"
-        opcode = f"mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32"
-
-        def registers(first: int) -> str:
-            return "{" + ", ".join(f"${first + i}" for i in range(4)) + "}"
-
-        lines = [
-            f"{opcode} {registers(4 * s)}, {registers(8 + 4 * s)}, {registers(24)}, {registers(32 + 4 * s)}, $16, {s};"
-            for s in (0, 1)
-        ]
-        return "\n".join(f'    "{line}\\n"' for line in lines)
-
-    def _layouts(self) -> dict[str, str]:
-        """Which thread holds what, as source.
-
-        A linear layout lists, for each bit of the register, lane and warp number, the step it makes in the tile. Words
-        are 32 bits: two kept values of W, two elements of x.
-        """
-        tile, warps = self.tile, self.tile.warps
-        row_bits = [1 << i for i in range((self._row_warps - 1).bit_length())]
-        column_bits = [1 << i for i in range((self._column_warps - 1).bit_length())]
-        row_steps = [8 << i for i in range((self.warp_rows // 8 - 1).bit_length())]
-        column_steps = [16 << i for i in range((self.warp_columns // 16 - 1).bit_length())]
-        pair_steps = [1 << i for i in range((self.warp_columns // 32 - 1).bit_length())]
-        lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-        zeros = [[0, 0] for _ in row_bits], [[0, 0] for _ in column_bits]
-        w_warps = zeros[0] + [[self.warp_columns * bit, 0] for bit in column_bits]
-        x_warps = [[self.warp_rows * bit, 0] for bit in row_bits] + zeros[1]
-        e_warps = zeros[0] + [[self.warp_columns // 32 * bit, 0] for bit in column_bits]
-
-        def linear(registers: list[list[int]], lanes: list[list[int]], warps: list[list[int]], shape: list[int]) -> str:
-            return f"gl.DistributedLinearLayout({registers}, {lanes}, {warps}, [], {shape})"
-
-        def copy(words: int) -> str:
-            across = min(32, words // 4)
-            return f"gl.BlockedLayout([1, 4], [{32 // across}, {across}], [{warps}, 1], [1, 0])"
-
-        def shared(words: int) -> str:
-            # rows of fewer than 128 bytes share a line of the 32 banks; 16-byte chunks are swapped among such lines
-            phase, chunks = max(1, 32 // words), min(8, words // 4)
-            return f"gl.SwizzledSharedLayout(4, {phase}, {chunks}, [1, 0])"
-
-        w_words, x_words, out = tile.depth // 4, tile.depth // 2, min(32, tile.columns // 8)
-        domain = [1, 1, 1, self.warp_columns // 32, self.warp_rows // 8, 2, 4]
-        return {
-            "W_FRAGMENT": linear(
-                [[8, 0], [0, 4], *([step, 0] for step in column_steps)], lanes, w_warps, [tile.columns, 8]
-            ),
-            "X_FRAGMENT": linear([[0, 4], [0, 8], *([step, 0] for step in row_steps)], lanes, x_warps, [tile.rows, 16]),
-            "E_FRAGMENT": linear(
-                [[step, 0] for step in pair_steps], [[0, 1 << i] for i in range(5)], e_warps, [tile.columns // 32, 32]
-            ),
-            "DOMAIN": f"gl.BlockedLayout({domain}, [1, 1, 32, 1, 1, 1, 1], "
-            f"[{self._row_warps}, {self._column_warps}, 1, 1, 1, 1, 1], [6, 5, 4, 3, 2, 0, 1])",
-            "W_COPY": copy(w_words),
-            "X_COPY": copy(x_words),
-            "W_SHARED": shared(w_words),
-            "X_SHARED": shared(x_words),
-            "Y_LAYOUT": f"gl.BlockedLayout([8, 1], [{out}, {32 // out}], [1, {warps}], [0, 1])",
-        }
 
 
 _SOURCE = '''
@@ -294,3 +232,88 @@ def $name(
     $epilogue
     gl.store(y + y_rows[None, :] * y_stride + columns[:, None], t.to(gl.$dtype), mask=exists)
 '''
+
+
+def unsupported_sparse(dtype: torch.dtype, in_features: int, n: int = 2, m: int = 4) -> str | None:
+    """Why sparse tensor cores cannot run a product; None if they can."""
+    if (n, m) != (2, 4):
+        return f"sparse tensor cores take 2:4, not {n}:{m}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"sparse tensor cores take bfloat16 and float16, not {dtype}"
+    if in_features % 16:
+        return f"copies of 16 bytes need {in_features} columns to be a multiple of 16"
+    return None
+
+
+def sparse_tensor_core_linear(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    *,
+    steps: Sequence[str] = (),
+    operands: Sequence[Tensor] = (),
+    spec: SparseTensorCoreLinear | None = None,
+) -> Tensor:
+    """y = x W^T + bias, then an epilogue; W is 2:4.
+
+    Args:
+        x: ``[..., in]``, bfloat16 or float16; ``in`` is a multiple of 16.
+        values: ``[out, in / 2]``.
+        metadata: int32, of :func:`~fxsparse.codegen.metadata.pack_metadata`.
+        bias: ``[out]``.
+        steps: of :class:`Epilogue`.
+        operands: the tensors its steps take, each ``[..., out]``.
+        spec: instead of the default; its dtype and epilogue are replaced.
+
+    Returns:
+        ``[..., out]``, contiguous.
+
+    Raises:
+        OptionError: the dtype or shape has no kernel.
+    """
+    reason = unsupported_sparse(x.dtype, x.shape[-1])
+    if reason is not None:
+        raise OptionError(reason)
+    inputs, columns = _words(x.reshape(-1, x.shape[-1])), values.shape[0]
+    rows, depth = inputs.shape[0], x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], columns)
+    if y.numel():
+        others = [rows_of(operand) for operand in operands]
+        epilogue = Epilogue(bias is not None, tuple(steps))
+        shape = _default(rows, bool(steps)) if spec is None else (spec.tile, spec.warp_rows, spec.warp_columns)
+        spec = SparseTensorCoreLinear(dtype_of(x), *shape, epilogue)
+        with device_of(x):
+            launch_tiles(
+                spec,
+                (rows, columns),
+                *(inputs, _words(values), metadata, rows_of(y), *if_present(bias), *others),
+                *(other.stride(0) for other in others),
+                *(rows, columns, depth, columns),
+            )
+    return y
+
+
+def sparse_tensor_core_grad_input(dy: Tensor, transpose: SparseTranspose) -> Tensor:
+    """dx = dy W^{R,C} from the kept transpose of W^{R,C}.
+
+    Args:
+        dy: ``[..., out]``, ``out`` a multiple of 16.
+        transpose: of W, its values up to date.
+
+    Returns:
+        ``[..., in]``, contiguous.
+    """
+    return sparse_tensor_core_linear(dy, transpose.values, transpose.metadata, None)
+
+
+def _default(rows: int, steps: bool) -> tuple[Tile, int, int]:
+    """The shipped tile for ``rows`` rows, and the rows and columns of a warp."""
+    name = regime(rows)
+    return SPARSE["large with steps" if steps and name == LARGE else name]
+
+
+def _words(matrix: Tensor) -> Tensor:
+    """Pairs of 16-bit elements as words."""
+    matrix = matrix.contiguous()
+    return (matrix.clone() if matrix.storage_offset() % 2 else matrix).view(torch.int32)

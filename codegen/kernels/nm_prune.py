@@ -1,7 +1,7 @@
 """Mask search and compression in one pass: the n best of every m weights, as values and packed indices.
 
-A weight is kept when fewer than n of its group come before it: those of a higher score, and of an equal score at a
-lower index. A NaN counts as infinity, as in ``fxsparse.ops.nm.nm_mask``.
+A weight is kept if fewer than n of its group come before it: those of a higher score, and those of an equal score at a
+lower index. A NaN counts as infinity, as in ``fxsparse.ops.nm.nm_mask``. No operator stands before this kernel.
 """
 
 from __future__ import annotations
@@ -9,9 +9,18 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from fxsparse.codegen.spec import DTYPES, Argument, NMSpec
+import torch
+from torch import Tensor
+
+from fxsparse.codegen import autotune
+from fxsparse.codegen.launching import device_of, dtype_of, rows_of
+from fxsparse.codegen.loaded import kernel
+from fxsparse.codegen.spec import DTYPES, Argument, NMSpec, Tile
 from fxsparse.codegen.template import fill, join, module, optional, planes
+from fxsparse.codegen.tiles import LARGE, SHIPPED
 from fxsparse.errors import OptionError
+
+SHIPPED["nm_prune"] = {LARGE: Tile(16, 128, 1, warps=4, stages=1)}
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,7 @@ class NMPrune(NMSpec):
     """The kernel; its tile's rows are along N and its columns along K.
 
     Attributes:
-        score: dtype of the scores that are given, or ``"magnitude"``: each weight's own absolute value.
+        score: dtype of the scores; or ``"magnitude"``, and there are no scores but the absolute values of the weights.
     """
 
     score: str = "magnitude"
@@ -35,23 +44,19 @@ class NMPrune(NMSpec):
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
-        given = self.score != "magnitude"
-        return (
+        scores = () if self.score == "magnitude" else (Argument("scores", f"*{DTYPES[self.score]}"),)
+        tensors = (
             Argument("weight", self.pointer),
-            *((Argument("scores", f"*{DTYPES[self.score]}"),) if given else ()),
+            *scores,
             Argument("values", self.pointer),
             Argument("indices", "*u8"),
-            Argument("N", "i32"),
-            Argument("K", "i32"),
-            *(
-                Argument(f"{name}_stride", "i32")
-                for name in ("weight", *(("scores",) if given else ()), "values", "indices")
-            ),
         )
+        strides = (Argument(f"{tensor.name}_stride", "i32") for tensor in tensors)
+        return (*tensors, Argument("N", "i32"), Argument("K", "i32"), *strides)
 
     def render(self) -> str:
         n, m = self.n, self.m
-        given = self.score != "magnitude"
+        with_scores = self.score != "magnitude"
         return module(
             self,
             title=f"values and indices of the best {n} of every {m} weights by {self.score} score, {self.dtype}.",
@@ -64,8 +69,8 @@ class NMPrune(NMSpec):
                 m=str(m),
                 bits=str(self.bits),
                 dtype=self.dtype,
-                load_scores=optional(given, _LOAD_SCORES),
-                score="score" if given else "tl.abs(tile.to(tl.float32))",
+                load_scores=optional(with_scores, _LOAD_SCORES),
+                score="score" if with_scores else "tl.abs(tile.to(tl.float32))",
                 weights=planes(f"tile.to(tl.uint{self.bits}, bitcast=True)", m, "w"),
                 scores=planes("score", m, "s"),
                 ranks=self._ranks(),
@@ -154,3 +159,36 @@ valid = (group + tl.arange(0, GROUPS) < groups)[None, :]
 word = tl.where(valid, $word, 0)
 $store_indices
 """
+
+
+def nm_prune(
+    weight: Tensor, n: int, m: int, scores: Tensor | None = None, *, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """Keeps the n best of every m weights and compresses them, reading the weight once.
+
+    Args:
+        weight: ``[out, in]``; ``in`` is a multiple of m.
+        n, m: the pattern.
+        scores: ``[out, in]``; the weights' magnitudes unless given.
+        tile: instead of the tuned or default one.
+
+    Returns:
+        values ``[out, in * n / m]`` and indices, uint8, as ``fxsparse.ops.nm.pack`` gives them.
+
+    Raises:
+        OptionError: there is no kernel for the pattern or a dtype, or ``in`` is not a multiple of m.
+    """
+    rows, columns = weight.shape
+    if columns % m:
+        raise OptionError(f"{columns} columns are not a multiple of {m}, as {n}:{m} needs")
+    tile = tile or autotune.plan("nm_prune", rows, rows, columns, weight, n, m).tile
+    spec = NMPrune(dtype_of(weight), tile, n, m, "magnitude" if scores is None else dtype_of(scores))
+    values = weight.new_empty(rows, columns // m * n)
+    row_bytes = -(-values.shape[1] * spec.index_bits // 8)
+    indices = torch.empty(rows, row_bytes, dtype=torch.uint8, device=weight.device)
+    tensors = [rows_of(weight), *([] if scores is None else [rows_of(scores)]), values, indices]
+    if values.numel():
+        grid = (-(-rows // tile.rows), -(-columns // tile.columns))
+        with device_of(weight):
+            kernel(spec).launch(grid, *tensors, rows, columns, *(tensor.stride(0) for tensor in tensors))
+    return values, indices

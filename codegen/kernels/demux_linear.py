@@ -1,55 +1,38 @@
-"""Mixing inputs before an encoder and telling them apart after it.
+"""The first layer that tells multiplexed inputs apart after an encoder (DataMUX, arXiv 2202.09318).
 
-    mux      x_mux[g] = 1/N  sum over i < N of  keys[i] * x[g N + i]          (DataMUX, arXiv 2202.09318)
-    demux    y[g N + i] = act(W [key_i ; h[g]] + bias),  W = [W_key | W_h]    (its first layer)
+    y[g N + i] = act(W [key_i ; h[g]] + bias),  W = [W_key | W_h]
 
-In the second the concatenation is never made: W_h h[g] does not depend on i, so it is computed once a group and not N
-times, and W_key key_i, ``[N, out]`` or ``[groups * N, out]``, is an input. Rows of x and y are consecutive in a group.
+The concatenation is never made: W_h h[g] does not depend on i, so it is computed once a group and not N times, and
+W_key key_i, ``[N, out]`` or ``[groups * N, out]``, is an input of the kernel. Rows of y are consecutive in a group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from fxsparse.codegen import autotune
 from fxsparse.codegen.epilogue import Epilogue
-from fxsparse.codegen.spec import Argument, Spec
+from fxsparse.codegen.launching import device_of, dtype_of, if_present, launch_tiles, precision_of, rows_of
+from fxsparse.codegen.operators import kernel_of
+from fxsparse.codegen.spec import Argument, Spec, Tile
 from fxsparse.codegen.template import fill, module, multiply, order
+from fxsparse.codegen.tiles import DECODE, LARGE, SHIPPED, SMALL, Plan
 from fxsparse.errors import OptionError
+from fxsparse.ops import multiplex as ops
 
-
-@dataclass(frozen=True)
-class Mux(Spec):
-    """The mixing kernel; its tile's rows are positions of a group, its columns features.
-
-    Attributes:
-        members: N, inputs mixed into one.
-    """
-
-    members: int = 2
-
-    @property
-    def name(self) -> str:
-        return f"mux_{self.members}_{self.short_dtype}"
-
-    @property
-    def arguments(self) -> tuple[Argument, ...]:
-        tensors = ("x", "keys", "mixed")
-        return (*(Argument(name, self.pointer) for name in tensors), Argument("L", "i32"), Argument("D", "i32"))
-
-    def render(self) -> str:
-        return module(
-            self,
-            title=f"mixed = 1/{self.members} sum of keys[i] * x[i], {self.dtype}.",
-            text="x [groups * N, L, D], keys [N, D], mixed [groups, L, D], all contiguous.",
-            constants={"L_TILE": self.tile.rows, "D_TILE": self.tile.columns, "N": self.members},
-            functions=[],
-            body=fill(_MUX, dtype=self.dtype),
-        )
+SHIPPED["demux_linear"] = {
+    DECODE: Tile(16, 64, 64, warps=4, stages=4),
+    SMALL: Tile(64, 64, 64, warps=4, stages=3),
+    LARGE: Tile(64, 128, 32, warps=8, stages=3),
+}
 
 
 @dataclass(frozen=True)
 class DemuxLinear(Spec):
-    """The first layer of a demultiplexer.
+    """The kernel; its tile's rows are along M, its columns along N, its depth along K.
 
     Attributes:
         members: N, outputs of one input.
@@ -88,7 +71,7 @@ class DemuxLinear(Spec):
             constants={"M_TILE": tile.rows, "N_TILE": tile.columns, "K_TILE": tile.depth, "MEMBERS": self.members},
             functions=[order("M_TILE", "N_TILE", tile.group), multiply(self, self.precision)],
             body=fill(
-                _DEMUX,
+                _BODY,
                 epilogue=self.epilogue.lines(
                     column="columns[None, :]", offset="", mask="exists", column_mask="(columns < N)[None, :]"
                 ),
@@ -97,21 +80,7 @@ class DemuxLinear(Spec):
         )
 
 
-_MUX = """
-position = tl.program_id(0) * L_TILE + tl.arange(0, L_TILE)
-feature = tl.program_id(1) * D_TILE + tl.arange(0, D_TILE)
-group = tl.program_id(2).to(tl.int64)
-exists = (position < L)[:, None] & (feature < D)[None, :]
-place = position.to(tl.int64)[:, None] * D + feature[None, :]
-total = tl.zeros((L_TILE, D_TILE), tl.float32)
-for i in range(N):
-    key = tl.load(keys + i * D + feature, mask=feature < D, other=0.0).to(tl.float32)
-    member = tl.load(x + (group * N + i) * L * D + place, mask=exists, other=0.0).to(tl.float32)
-    total += key[None, :] * member
-tl.store(mixed + group * L * D + place, (total / N).to(tl.$dtype), mask=exists)
-"""
-
-_DEMUX = """
+_BODY = """
 row_tile, column_tile = program_tile(M, N)
 rows = row_tile * M_TILE + tl.arange(0, M_TILE)
 columns = column_tile * N_TILE + tl.arange(0, N_TILE)
@@ -134,3 +103,42 @@ for i in range(MEMBERS):
     y_rows = (group * MEMBERS + i) * L + position
     tl.store(y + y_rows[:, None] * N + columns[None, :], t.to(tl.$dtype), mask=exists)
 """
+
+
+@kernel_of(ops.demux_linear)
+def demux_linear(
+    h: Tensor,
+    keys: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    steps: Sequence[str] = (),
+    plan: Plan | None = None,
+) -> Tensor:
+    """y[g N + i] = act(W [key_i ; h[g]] + bias) without making the concatenation.
+
+    Args:
+        h: ``[groups, ..., in]``.
+        keys: ``[N, key_dim]``, or ``[groups, N, key_dim]`` if each group has keys of its own.
+        weight: ``[out, key_dim + in]``.
+        bias: ``[out]``.
+        steps: of :class:`Epilogue`, without mul and add.
+        plan: instead of the tuned or default one.
+
+    Returns:
+        ``[groups * N, ..., out]``.
+    """
+    members, key_dim = keys.shape[-2:]
+    hidden = h.contiguous()
+    rows, depth, columns = hidden.numel() // max(h.shape[-1], 1), h.shape[-1], weight.shape[0]
+    y = h.new_empty(h.shape[0] * members, *h.shape[1:-1], columns)
+    if y.numel():
+        projected = keys.reshape(-1, key_dim) @ weight[:, :key_dim].t()
+        right = rows_of(weight)[:, key_dim:]
+        tile = (plan or autotune.plan("demux_linear", rows, columns, depth, h)).tile
+        spec = DemuxLinear(dtype_of(h), tile, members, precision_of(h), Epilogue(bias is not None, tuple(steps)))
+        members_of_group = members if keys.dim() == 3 else 0
+        sizes = (rows, columns, depth, rows // h.shape[0], members_of_group, right.stride(0))
+        with device_of(h):
+            launch_tiles(spec, (rows, columns), hidden, right, projected, y, *if_present(bias), *sizes)
+    return y

@@ -1,4 +1,4 @@
-"""The gradient of the kept values: dW = dy^T x at the kept positions, the dense gradient never leaving registers.
+"""The gradient of the kept values of an N:M weight; the dense gradient never leaves registers.
 
     values_grad[o, j] = sum over rows r of dy[r, o] x[r, column of kept value j]
 
@@ -9,8 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxsparse.codegen.spec import Argument, NMSpec
+from torch import Tensor
+
+from fxsparse.codegen import autotune
+from fxsparse.codegen.launching import device_of, dtype_of, launch_tiles, precision_of, rows_of
+from fxsparse.codegen.operators import kernel_of
+from fxsparse.codegen.spec import Argument, NMSpec, Tile
 from fxsparse.codegen.template import fill, join, load_words, module, multiply, optional, order, planes, position
+from fxsparse.codegen.tiles import LARGE, SHIPPED, Plan
+from fxsparse.ops import nm_linear as ops
+
+SHIPPED["nm_linear_grad_values"] = {LARGE: Tile(128, 64, 64, warps=8, stages=3)}
 
 
 @dataclass(frozen=True)
@@ -103,3 +112,33 @@ tl.store(
     mask=exists & (place < groups * $n)[None, :],
 )
 """
+
+
+@kernel_of(ops.nm_linear_grad_values)
+def nm_linear_grad_values(
+    dy: Tensor, x: Tensor, indices: Tensor, n: int, m: int, *, plan: Plan | None = None
+) -> Tensor:
+    """dy^T x at the kept positions.
+
+    Args:
+        dy: ``[..., out]``.
+        x: ``[..., in]``.
+        indices: of W ``[out, in]`` in the form of ``fxsparse.ops.nm``.
+        n, m: the pattern.
+        plan: instead of the tuned or default one.
+
+    Returns:
+        ``[out, in * n / m]``.
+    """
+    grads, inputs, packed = rows_of(dy), rows_of(x), indices.contiguous()
+    depth, rows, columns = grads.shape[0], grads.shape[1], inputs.shape[1]
+    values_grad = dy.new_empty(rows, columns // m * n)
+    if not values_grad.numel():
+        return values_grad
+    tile = (plan or autotune.plan("nm_linear_grad_values", depth, rows, columns, dy, n, m)).tile
+    even = depth % tile.depth == 0 and rows % tile.rows == 0 and columns % tile.columns == 0
+    spec = NMGradValues(dtype_of(dy), tile, n, m, even=even, precision=precision_of(dy))
+    tensors = (grads, inputs, packed, values_grad)
+    with device_of(dy):
+        launch_tiles(spec, (rows, columns), *tensors, depth, rows, columns, *(tensor.stride(0) for tensor in tensors))
+    return values_grad

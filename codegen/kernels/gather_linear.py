@@ -1,23 +1,38 @@
-"""A linear on chosen rows and columns of a weight, its slices never copied, and both gradients.
+"""A linear on chosen rows and columns of a weight, and both its gradients; the slice is never copied.
 
     S = W[rows][:, columns]  [N, K]
     forward      y  [M, N] = x  [M, K] S^T, then an epilogue
     grad_input   dx [M, K] = dy [M, N] S
-    grad_weight  dW [rows][:, columns] = dy^T x; the rest of dW is left as it is
+    grad_weight  dW [rows][:, columns] = dy^T x, the rest of dW stays as it is
 
-The index vectors are int64; without one a kernel takes all rows or all columns. An index may appear once only where
-the gradient of the weight is taken. (What a step of sparse fine-tuning computes: SAT, arXiv 2406.01392.)
+(A step of sparse fine-tuning: SAT, arXiv 2406.01392.) The index vectors are int64; without one a kernel takes all rows
+or all columns. An index may appear only once if the gradient of the weight is taken.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from torch import Tensor
+
+from fxsparse.codegen import autotune
 from fxsparse.codegen.epilogue import Epilogue
-from fxsparse.codegen.spec import Argument, Spec
+from fxsparse.codegen.launching import device_of, dtype_of, if_present, launch_tiles, precision_of, rows_of
+from fxsparse.codegen.operators import kernel_of
+from fxsparse.codegen.spec import Argument, Spec, Tile
 from fxsparse.codegen.template import fill, module, multiply, optional, order
+from fxsparse.codegen.tiles import DECODE, LARGE, SHIPPED, SMALL, Plan
 from fxsparse.errors import OptionError
+from fxsparse.ops import gather_linear as ops
+
+SHIPPED["gather_linear"] = {
+    DECODE: Tile(16, 64, 64, warps=4, stages=4),
+    SMALL: Tile(64, 64, 32, warps=4, stages=3),
+    LARGE: Tile(128, 128, 32, warps=8, stages=3),
+}
+SHIPPED["gather_linear_grad_weight"] = {LARGE: Tile(128, 128, 32, warps=8, stages=3)}
 
 
 @dataclass(frozen=True)
@@ -93,8 +108,7 @@ class GatherLinear(Spec):
 
     def _index(self, axis: str, numbers: str, end: str) -> str:
         """Which row (or column) of the weight each of ``numbers`` is, int64."""
-        given = self.rows if axis == "row" else self.columns
-        if given:
+        if self.rows if axis == "row" else self.columns:
             return f"tl.load({axis}_index + {numbers}, mask={numbers} < {end}, other=0)"
         return f"{numbers}.to(tl.int64)"
 
@@ -186,3 +200,119 @@ tl.store(
     weight_grad + w_rows[:, None] * weight_grad_stride + w_columns[None, :], product.to(tl.$dtype), mask=exists
 )
 """
+
+
+@kernel_of(ops.gather_linear)
+def gather_linear(
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    bias: Tensor | None,
+    *,
+    steps: Sequence[str] = (),
+    operands: Sequence[Tensor] = (),
+    plan: Plan | None = None,
+) -> Tensor:
+    """y = x W[rows][:, columns]^T + bias[rows], then an epilogue.
+
+    Args:
+        x: ``[..., k]``, k the number of columns chosen.
+        weight: ``[out, in]``.
+        rows, columns: int64, or None for all.
+        bias: ``[out]``.
+        steps: of :class:`Epilogue`.
+        operands: the tensors its steps take, each of the result's shape.
+        plan: instead of the tuned or default one.
+
+    Returns:
+        ``[..., s]``, s the number of rows chosen; contiguous.
+    """
+    inputs, dense = rows_of(x), rows_of(weight)
+    size = (inputs.shape[0], _count(rows, weight.shape[0]), inputs.shape[1])
+    y = x.new_empty(*x.shape[:-1], size[1])
+    if y.numel():
+        tile = (plan or autotune.plan("gather_linear", *size, x)).tile
+        others = [rows_of(operand) for operand in operands]
+        epilogue = Epilogue(bias is not None, tuple(steps))
+        spec = GatherLinear(
+            dtype_of(x), tile, "forward", rows is not None, columns is not None, precision_of(x), epilogue
+        )
+        extra: list[Tensor | int] = [*if_present(bias), *others, *(other.stride(0) for other in others)]
+        _launch(spec, size[:2], (inputs, dense, rows_of(y)), rows, columns, extra, size)
+    return y
+
+
+@kernel_of(ops.gather_linear_grad_input)
+def gather_linear_grad_input(
+    dy: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None, *, plan: Plan | None = None
+) -> Tensor:
+    """dx = dy W[rows][:, columns].
+
+    Args:
+        dy: ``[..., s]``.
+        others: as for :func:`gather_linear`.
+
+    Returns:
+        ``[..., k]``, contiguous.
+    """
+    grads, dense = rows_of(dy), rows_of(weight)
+    size = (grads.shape[0], grads.shape[1], _count(columns, weight.shape[1]))
+    dx = dy.new_empty(*dy.shape[:-1], size[2])
+    if dx.numel():
+        tile = (plan or autotune.plan("gather_linear", size[0], size[2], size[1], dy)).tile
+        spec = GatherLinear(dtype_of(dy), tile, "grad_input", rows is not None, columns is not None, precision_of(dy))
+        _launch(spec, (size[0], size[2]), (grads, dense, rows_of(dx)), rows, columns, [], size)
+    return dx
+
+
+@kernel_of(ops.gather_linear_grad_weight)
+def gather_linear_grad_weight(
+    dy: Tensor,
+    x: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_features: int,
+    in_features: int,
+    *,
+    plan: Plan | None = None,
+) -> Tensor:
+    """The gradient of the whole weight: dy^T x at the chosen rows and columns, zero elsewhere.
+
+    Args:
+        dy, x: ``[..., s]`` and ``[..., k]``.
+        rows, columns: int64, each index once, or None for all.
+        out_features, in_features: of the weight.
+        plan: instead of the tuned or default one.
+
+    Returns:
+        ``[out_features, in_features]``.
+    """
+    grads, inputs = rows_of(dy), rows_of(x)
+    whole = rows is None and columns is None
+    weight_grad = (dy.new_empty if whole else dy.new_zeros)((out_features, in_features))
+    size = (grads.shape[0], grads.shape[1], inputs.shape[1])
+    if size[1] and size[2]:
+        tile = (plan or autotune.plan("gather_linear_grad_weight", *size, dy)).tile
+        spec = GatherLinear(dtype_of(dy), tile, "grad_weight", rows is not None, columns is not None, precision_of(dy))
+        _launch(spec, size[1:], (grads, inputs, weight_grad), rows, columns, [], size)
+    return weight_grad
+
+
+def _count(index: Tensor | None, size: int) -> int:
+    """The number of rows or columns chosen among ``size``."""
+    return size if index is None else index.shape[0]
+
+
+def _launch(
+    spec: Spec,
+    result: Sequence[int],
+    tensors: Sequence[Tensor],
+    rows: Tensor | None,
+    columns: Tensor | None,
+    extra: Sequence[Tensor | int],
+    size: Sequence[int],
+) -> None:
+    with device_of(tensors[0]):
+        strides = (tensor.stride(0) for tensor in tensors)
+        launch_tiles(spec, result, *tensors, *if_present(rows), *if_present(columns), *extra, *size, *strides)

@@ -1,0 +1,152 @@
+"""Measured results on disk: one JSON file for a device and the versions that matter, a table for each kind of result.
+
+    {"format": 1, "device": ..., "torch": ..., "triton": ..., "kernels": hash of the sources of `fxsparse.codegen`,
+     "milliseconds": {product: {implementation: time}},   # `fxsparse.lowering.timings`
+     "tiles": {product: {"rows": 64, ...}}}               # `autotune`
+
+The files lie in ``$FXSPARSE_CACHE_DIR/measured``. Several processes may write one at once: each reads it again under a
+lock, adds its rows and replaces the file whole; if the lock does not come in time, the file is left to the others. A
+file that cannot be read or is of another device or version, and a table of something else, is ignored with a warning
+and replaced by the next result. If a file cannot be written, its results serve this process only.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxsparse.codegen import source
+
+FORMAT = 1
+PATIENCE = 5.0
+"""Seconds that a process waits for the lock of a file."""
+
+Rows = dict[str, dict[str, Any]]
+
+_lock = threading.RLock()
+_memory: dict[tuple[Path, str], Rows] = {}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Results of one kind: rows by key, each a dictionary of named values.
+
+    Attributes:
+        name: of the table in a file.
+        is_row: whether a value read from a file is a row of it.
+    """
+
+    name: str
+    is_row: Callable[[Any], bool]
+
+    def row(self, key: str, device: str, folder: Path | None = None) -> Mapping[str, Any] | None:
+        """The row of a key, None if nothing was measured.
+
+        Args:
+            key: of the result.
+            device: device type.
+            folder: of a file that was measured elsewhere, instead of this process's and this machine's results.
+        """
+        place = path(device) if folder is None else folder / path(device).name
+        with _lock:
+            return self._rows(place, device).get(key)
+
+    def update(self, key: str, device: str, values: Mapping[str, Any]) -> None:
+        """Adds values to the row of a key, or replaces them, for this process and later ones."""
+        place = path(device)
+        with _lock:
+            _add(self._rows(place, device), key, values)
+            try:
+                with source.locked(place, PATIENCE):
+                    content = _read(place, device)
+                    rows = self._of(content, place)
+                    _add(rows, key, values)
+                    content = {**content, "format": FORMAT, **_identity(device), self.name: rows}
+                    source.replace(place, json.dumps(content, indent=1, sort_keys=True))
+            except (OSError, TimeoutError) as error:
+                _warn(f"cannot keep what was measured in {place} ({error}); it serves this process only")
+
+    def _rows(self, place: Path, device: str) -> Rows:
+        """Rows as this process knows them: read once, then with its own additions."""
+        if (place, self.name) not in _memory:
+            _memory[place, self.name] = self._of(_read(place, device), place)
+        return _memory[place, self.name]
+
+    def _of(self, content: Mapping[str, Any], place: Path) -> Rows:
+        """The table's part of a file; empty, with a warning, if it holds something else."""
+        rows = content.get(self.name, {})
+        if not isinstance(rows, dict) or not all(map(self.is_row, rows.values())):
+            _warn(f"{place} holds something else than {self.name} and is ignored")
+            return {}
+        return rows
+
+
+@functools.cache
+def path(device: str) -> Path:
+    """The file of a device type."""
+    identity = _identity(device)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    name = "".join(letter if letter.isalnum() else "-" for letter in identity["device"]).strip("-")
+    return source.cache_dir() / "measured" / f"{name}-{digest}.json"
+
+
+def forget() -> None:
+    """Forgets what this process has read and measured; files stay."""
+    with _lock:
+        _memory.clear()
+        path.cache_clear()
+        _identity.cache_clear()
+
+
+def _add(rows: Rows, key: str, values: Mapping[str, Any]) -> None:
+    rows[key] = {**rows.get(key, {}), **values}
+
+
+def _read(place: Path, device: str) -> dict[str, Any]:
+    """A whole file; empty if there is none, and with a warning if it is damaged or of something else."""
+    try:
+        content = json.loads(place.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _warn(f"{place} cannot be read and is ignored: {error}")
+        return {}
+    wanted = {"format": FORMAT, **_identity(device)}
+    if not isinstance(content, dict) or any(content.get(name) != value for name, value in wanted.items()):
+        _warn(f"{place} is of another device, version or format and is ignored")
+        return {}
+    return content
+
+
+@functools.cache
+def _identity(device: str) -> dict[str, str]:
+    """The device and the versions that results hold for, which do not change while a process runs."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "none"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    kernels = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        kernels.update(file.read_bytes())
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "kernels": kernels.hexdigest()[:16],
+    }
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"fxsparse: {message}", stacklevel=2)
