@@ -20,8 +20,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
-# What differs between two runs: times and the folder of generated sources.
-VARYING = ((re.compile(r"\d+(\.\d+)? ms"), "N ms"), (re.compile(r"\S*/kernels/"), ".../kernels/"))
+# What differs between two runs: times, the folder of generated sources, names of symbols.
+VARYING = (
+    (re.compile(r"\d+(\.\d+)? ms"), "N ms"),
+    (re.compile(r"\S*/kernels/"), ".../kernels/"),
+    (re.compile(r"\bs\d+\b"), "s0"),
+)
 
 
 def run(code: str, namespace: dict[str, Any]) -> str:
