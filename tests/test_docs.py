@@ -1,8 +1,8 @@
 """The documentation's code runs, and prints what the documentation says it prints.
 
-In a page under ``docs/`` every ``python`` block runs, in order and in one namespace; a ``text`` block that follows one is
-its output. ``FXSPARSE_UPDATE_GOLDEN=1`` writes the outputs anew. Lines of ``...`` stand for any lines left out, and
-``# not run`` in the first line of a block keeps it from running.
+In a page under ``docs/`` every ``python`` block runs, in order and in one namespace, and a ``text`` block that follows
+one is its output. ``FXSPARSE_UPDATE_GOLDEN=1`` writes the outputs anew. Lines of ``...`` stand for any lines left out,
+and ``# not run`` in the first line of a block keeps it from running.
 """
 
 from __future__ import annotations
