@@ -24,7 +24,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.timing import device_microseconds, environment
-from fxsparse.codegen import autotune, launch
+from fxsparse.codegen import autotune
+from fxsparse.codegen.kernels.demux_linear import demux_linear
+from fxsparse.codegen.kernels.gather_linear import (
+    gather_linear,
+    gather_linear_grad_input,
+    gather_linear_grad_weight,
+)
+from fxsparse.codegen.kernels.mux import mux as launch_mux
+from fxsparse.codegen.kernels.nm_linear import nm_linear, nm_linear_low_rank
+from fxsparse.codegen.kernels.nm_linear_grad_input import nm_linear_grad_input
+from fxsparse.codegen.kernels.nm_linear_grad_values import nm_linear_grad_values
+from fxsparse.codegen.kernels.nm_prune import nm_prune
+from fxsparse.codegen.kernels.sparse_tensor_core_linear import (
+    sparse_tensor_core_grad_input,
+    sparse_tensor_core_linear,
+)
 from fxsparse.codegen.metadata import SparseTranspose, pack_metadata
 from fxsparse.ops import nm
 from fxsparse.ops.nm import Pattern
@@ -54,7 +69,7 @@ class Case:
     dense: Run
     bytes: int
     flops: int
-    autotune: Callable[[], object] | None = None
+    tune: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,18 +216,16 @@ def products(tokens: int, out_features: int, in_features: int, pattern: Pattern)
     yield Case(
         "nm_linear",
         shape,
-        at(lambda x, dy, w, v, i, c, d, u: launch.nm_linear(x, v, i, None, None, n, m)),
+        at(lambda x, dy, w, v, i, c, d, u: nm_linear(x, v, i, None, None, n, m)),
         at(lambda x, dy, w, v, i, c, d, u: x @ w.t()),
         x.nbytes + dy.nbytes + kept,
         flops,
-        lambda: autotune.measure(
-            key, lambda plan: launch.nm_linear(x, values, indices, None, None, n, m, plan=plan), plans
-        ),
+        lambda: autotune.measure(key, lambda plan: nm_linear(x, values, indices, None, None, n, m, plan=plan), plans),
     )
     yield Case(
         f"nm_linear_low_rank, rank {rank}",
         shape,
-        at(lambda x, dy, w, v, i, c, d, u: launch.nm_linear_low_rank(x, v, i, None, d, u, None, n, m, 1.0)),
+        at(lambda x, dy, w, v, i, c, d, u: nm_linear_low_rank(x, v, i, None, d, u, None, n, m, 1.0)),
         at(lambda x, dy, w, v, i, c, d, u: torch.addmm(x @ w.t(), x @ d.t(), u.t())),
         x.nbytes + dy.nbytes + kept + down.nbytes + up.nbytes,
         flops + 2 * tokens * (down.numel() + up.numel()),
@@ -220,7 +233,7 @@ def products(tokens: int, out_features: int, in_features: int, pattern: Pattern)
     yield Case(
         "nm_linear_grad_input",
         shape,
-        at(lambda x, dy, w, v, i, c, d, u: launch.nm_linear_grad_input(dy, v, i, c, n, m)),
+        at(lambda x, dy, w, v, i, c, d, u: nm_linear_grad_input(dy, v, i, c, n, m)),
         at(lambda x, dy, w, v, i, c, d, u: dy @ w),
         x.nbytes + dy.nbytes + kept + column_mask.nbytes,
         flops,
@@ -228,7 +241,7 @@ def products(tokens: int, out_features: int, in_features: int, pattern: Pattern)
     yield Case(
         "nm_linear_grad_values",
         shape,
-        at(lambda x, dy, w, v, i, c, d, u: launch.nm_linear_grad_values(dy, x, i, n, m)),
+        at(lambda x, dy, w, v, i, c, d, u: nm_linear_grad_values(dy, x, i, n, m)),
         at(lambda x, dy, w, v, i, c, d, u: dy.t() @ x),
         x.nbytes + dy.nbytes + kept,
         flops,
@@ -255,7 +268,7 @@ def sparse_tensor_cores(tokens: int, out_features: int, in_features: int) -> Ite
     yield Case(
         "sparse_tensor_core_linear",
         shape,
-        at(lambda x, dy, w, v, e, *turned: launch.sparse_tensor_core_linear(x, v, e, None)),
+        at(lambda x, dy, w, v, e, *turned: sparse_tensor_core_linear(x, v, e, None)),
         at(lambda x, dy, w, v, e, *turned: x @ w.t()),
         moved,
         flops,
@@ -264,7 +277,7 @@ def sparse_tensor_cores(tokens: int, out_features: int, in_features: int) -> Ite
         "sparse_tensor_core_grad_input",
         shape,
         at(
-            lambda x, dy, w, v, e, *turned: launch.sparse_tensor_core_grad_input(dy, SparseTranspose(*turned)),
+            lambda x, dy, w, v, e, *turned: sparse_tensor_core_grad_input(dy, SparseTranspose(*turned)),
         ),
         at(lambda x, dy, w, v, e, *turned: dy @ w),
         moved,
@@ -287,20 +300,19 @@ def gather(tokens: int, out_features: int, in_features: int) -> Iterator[Case]:
     def scattered(x: Tensor, dy: Tensor, w: Tensor) -> Tensor:
         return torch.zeros_like(w).index_copy_(0, chosen, dy.t() @ x)
 
-    size = (out_features, in_features)
     products: dict[str, tuple[Callable[..., object], Callable[..., object], int]] = {
         "gather_linear": (
-            lambda x, dy, w: launch.gather_linear(x, w, chosen, None, None),
+            lambda x, dy, w: gather_linear(x, w, chosen, None, None),
             lambda x, dy, w: F.linear(x, w[chosen]),
             moved,
         ),
         "gather_linear_grad_input": (
-            lambda x, dy, w: launch.gather_linear_grad_input(dy, w, chosen, None),
+            lambda x, dy, w: gather_linear_grad_input(dy, w, chosen, None),
             lambda x, dy, w: dy @ w[chosen],
             moved,
         ),
         "gather_linear_grad_weight": (
-            lambda x, dy, w: launch.gather_linear_grad_weight(dy, x, chosen, None, size),
+            lambda x, dy, w: gather_linear_grad_weight(dy, x, chosen, None, out_features, in_features),
             scattered,
             moved + half,  # the rows that were not chosen are written too
         ),
@@ -322,7 +334,7 @@ def prune(out_features: int, in_features: int) -> Case:
     return Case(
         "nm_prune",
         f"{out_features}x{in_features}, 2:4",
-        lambda turn: launch.nm_prune(sets[turn % len(sets)][0], 2, 4),
+        lambda turn: nm_prune(sets[turn % len(sets)][0], 2, 4),
         plain,
         weight.nbytes + weight.nbytes // 2 + weight.numel() // 8,
         0,
@@ -341,7 +353,7 @@ def mux(members: int) -> Case:
     return Case(
         "mux",
         f"{members} x 32x128x768",
-        lambda turn: launch.mux(*sets[turn % len(sets)], members),
+        lambda turn: launch_mux(*sets[turn % len(sets)], members),
         plain,
         moved,
         2 * x.numel(),
@@ -361,7 +373,7 @@ def demux(members: int) -> Case:
     return Case(
         "demux_linear",
         f"{members} x 32x128x768",
-        lambda turn: launch.demux_linear(*sets[turn % len(sets)], steps=["gelu"]),
+        lambda turn: demux_linear(*sets[turn % len(sets)], steps=["gelu"]),
         plain,
         moved,
         2 * h.numel() * 768,
