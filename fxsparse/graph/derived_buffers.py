@@ -1,8 +1,8 @@
-"""State that follows from weights: a mask is a function of the weight it belongs to.
+"""Buffers computed from weights, such as masks, with the rule that computes each.
 
-A pass that adds such state says how it follows from what there already is. The backend needs this in the one-line call
-(``options={"passes": ...}``), where weights belong to the caller and one compiled graph may serve several identical
-layers: it computes the state of every weight it meets at run time.
+A pass that adds such a buffer notes its rule and its sources. The one-line call (``options={"passes": ...}``) needs
+both: the weights belong to the caller and one compiled graph may serve several identical layers. The backend therefore
+computes the buffers at run time, for the weights of each call.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ DERIVED = "fxsparse_derived"
 
 @dataclass(frozen=True)
 class Derived:
-    """How a buffer follows from other tensors of the graph module.
+    """The rule that computes a buffer from other tensors of the graph module.
 
     Attributes:
-        rule: computes the buffer from the tensors called ``sources``, in their order. Hashable, and equal to another
-            rule that computes the same: the backend keeps one result per rule and weight, not one per graph.
-        sources: names of parameters, or of buffers that are themselves derived.
+        rule: computes the buffer from the tensors named in ``sources``, in their order. It is hashable and equal to
+            every rule that computes the same, because the backend keeps one result per rule and weight.
+        sources: names of parameters, or of buffers that are derived themselves.
     """
 
     rule: Callable[..., Tensor]
@@ -32,15 +32,15 @@ class Derived:
 
 
 def derive(gm: GraphModule, name: str, derived: Derived) -> None:
-    """Notes that the buffer ``name`` follows from other tensors."""
+    """Notes the rule that computes the buffer ``name``."""
     gm.meta[DERIVED] = {**gm.meta.get(DERIVED, {}), name: derived}
 
 
 def derived_buffers(gm: GraphModule) -> dict[str, Derived]:
-    """The derived buffers of a graph module by their name."""
+    """The rules of all derived buffers of a graph module, by buffer name."""
     return dict(gm.meta.get(DERIVED, {}))
 
 
 def weights_borrowed(gm: GraphModule) -> bool:
-    """Whether the weights belong to the caller: passes then leave them dense and mask them."""
+    """Whether the weights belong to the caller; passes then keep them dense and add masks."""
     return bool(gm.meta.get(BORROWED))

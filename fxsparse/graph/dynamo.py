@@ -1,7 +1,14 @@
-"""Dynamo's graphs as training-IR graphs, and back.
+"""Converts Dynamo's graphs to the training IR and back.
 
-Dynamo hands parameters in as plain inputs and writes Python functions; passes expect ``get_attr`` nodes with full
-names and ATen operators. Dynamo's own graph is never edited: torch still needs it, and its fake values, afterwards.
+| | Dynamo's graph | training IR |
+|---|---|---|
+| parameters and buffers | plain inputs | ``get_attr`` nodes with full names |
+| operators | Python functions, methods, regions | ATen, before dispatch |
+| fake values | ``meta["example_value"]`` | ``meta["val"]`` |
+
+The backend calls four functions in this order: `state_names` names the inputs that are parameters or buffers, `retrace`
+gives the ATen graph, `training_ir` puts ``get_attr`` nodes in it, and `with_inputs`, after the passes, turns them back
+into inputs. Dynamo's own graph is never edited, because torch needs it and its fake values afterwards.
 """
 
 from __future__ import annotations
@@ -29,19 +36,19 @@ _STEP = re.compile(
     r"""\._(?:modules|parameters|buffers)\[['"]([^'"]+)['"]\]|\.([A-Za-z_]\w*)|\[['"]?([^'"\]]+)['"]?\]"""
 )
 _ROOT = re.compile(r"""^[LG]\[['"]([^'"]+)['"]\]""")
-_CONSTANT = "_tensor_constant"  # make_fx's name for a tensor the traced code made from numbers
+_CONSTANT = "_tensor_constant"  # make_fx's name for a tensor that the traced code creates from numbers
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
 def state_names(gm: GraphModule, example_inputs: Sequence[Any], root: nn.Module | None) -> dict[int, str]:
-    """Full names of those inputs that are parameters or buffers, by their position.
+    """The full names of all inputs that are parameters or buffers, by position.
 
     Args:
         gm: Dynamo's graph.
         example_inputs: the real inputs.
-        root: the compiled module; names are those it gives. Without one they follow from Dynamo's sources.
+        root: the compiled module, which names its tensors. Without it the names are derived from Dynamo's sources.
     """
     known = names_in(root)
     names: dict[int, str] = {}
@@ -55,7 +62,7 @@ def state_names(gm: GraphModule, example_inputs: Sequence[Any], root: nn.Module 
 
 
 def names_in(root: nn.Module | None) -> dict[int, str]:
-    """Names of a module's parameters and buffers by identity; of a tied one the first."""
+    """The name of every parameter and buffer of a module, by identity; the first name of a tied one."""
     named: dict[int, str] = {}
     if root is not None:
         for name, tensor in (
@@ -67,14 +74,14 @@ def names_in(root: nn.Module | None) -> dict[int, str]:
 
 
 def _unused(name: str, names: dict[int, str]) -> str:
-    """``name``, or a name like it that neither equals nor contains another."""
+    """``name``, or a similar name if it equals, contains or is contained in the path of another."""
     taken = set(names.values())
     clash = any(name == other or name.startswith(f"{other}.") or other.startswith(f"{name}.") for other in taken)
     return f"input_{len(names)}_{name.replace('.', '_')}" if clash else name
 
 
 def source_name(node: Node) -> str:
-    """Where Dynamo found an input, as a Python expression; empty where it does not say."""
+    """Dynamo's source of an input, as a Python expression; an empty string if it has none."""
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return ""
@@ -89,6 +96,7 @@ def clean_path(source: str) -> str:
 
 
 def placeholders(gm: GraphModule) -> list[Node]:
+    """The inputs of a graph, in order."""
     return [node for node in gm.graph.nodes if node.op == "placeholder"]
 
 
@@ -98,13 +106,13 @@ def placeholders(gm: GraphModule) -> list[Node]:
 def training_ir(
     traced: GraphModule, gm: GraphModule, example_inputs: Sequence[Any], names: dict[int, str]
 ) -> GraphModule:
-    """The form passes work on: a graph whose parameters and buffers are the tensors among ``example_inputs``.
+    """The training IR of Dynamo's graph; its parameters and buffers are the tensors among ``example_inputs``.
 
     Args:
-        traced: what :func:`retrace` made of Dynamo's graph.
+        traced: the result of :func:`retrace`.
         gm: Dynamo's graph.
         example_inputs: the real inputs.
-        names: names of those that are state, by position.
+        names: the names of parameters and buffers among the inputs, by position.
     """
     state = nn.Module()
     for name, module in traced.named_children():
@@ -131,9 +139,9 @@ def training_ir(
 
 
 def retrace(gm: GraphModule) -> GraphModule:
-    """Dynamo's graph in ATen operators before dispatch, in the fake mode and with the symbols of its inputs.
+    """Dynamo's graph in ATen operators before dispatch, with the fake mode and the symbols of its inputs.
 
-    It takes the same inputs in the same order. Training flags are baked in: Dynamo compiles once for each mode.
+    It has the same inputs in the same order. Training flags are constants in it: Dynamo compiles once for each mode.
     """
     fakes = [_fresh(node.meta["example_value"]) for node in placeholders(gm)]
     interpreter = _MetaKeepingInterpreter(gm)
@@ -142,7 +150,7 @@ def retrace(gm: GraphModule) -> GraphModule:
 
 
 class _MetaKeepingInterpreter(Interpreter):
-    """Hands the meta of the node that runs, its module path above all, to the nodes traced from it."""
+    """Copies the meta of each node, above all its module path, to the nodes traced from it."""
 
     def run_node(self, n: Node) -> Any:
         with torch.fx.traceback.set_current_meta(n):
@@ -157,11 +165,11 @@ class _MetaKeepingInterpreter(Interpreter):
         return _MetaKeepingInterpreter(_marked_to_recompute(region)).run(*inputs)
 
 
-_regions = itertools.count(1_000_000)  # numbers of checkpointed regions, apart from torch's own
+_regions = itertools.count(1_000_000)  # numbers of checkpointed regions, far above torch's own
 
 
 def _marked_to_recompute(region: GraphModule) -> GraphModule:
-    """A copy of a checkpointed region whose nodes ask to be recomputed in the backward pass, as torch marks them."""
+    """A copy of a checkpointed region with torch's marks to recompute its nodes in the backward pass."""
     graph, moved, number = Graph(), dict[Node, Node](), next(_regions)
     for node in region.graph.nodes:
         moved[node] = graph.node_copy(node, moved.__getitem__)
@@ -170,7 +178,7 @@ def _marked_to_recompute(region: GraphModule) -> GraphModule:
 
 
 def _fresh(fake: Any) -> Any:
-    """A fake tensor like ``fake`` that in-place operations may write to; numbers that Dynamo wrapped stay as is."""
+    """A new fake tensor like ``fake``, safe for in-place operations; numbers wrapped by Dynamo stay as they are."""
     if type(fake) not in (FakeTensor, nn.Parameter) or fake.dim() == 0 or fake.layout != torch.strided:
         return fake
     with fake.fake_mode:
@@ -193,7 +201,7 @@ def _register(state: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _prefix(gm: GraphModule, names: dict[int, str]) -> str:
-    """Path of the module whose forward was captured, seen from the compiled module; not empty after a graph break."""
+    """The path of the captured module in the compiled one, with a final dot; not empty only after a graph break."""
     nodes = placeholders(gm)
     for position, name in names.items():
         local = clean_path(source_name(nodes[position]))
@@ -221,30 +229,30 @@ INSTEAD = (
 def with_inputs(
     rewritten: GraphModule, gm: GraphModule, example_inputs: Sequence[Any], names: dict[int, str]
 ) -> tuple[GraphModule, list[Slot]]:
-    """A rewritten training-IR graph that takes Dynamo's inputs again, in their order, and then what passes added.
+    """Converts a rewritten training-IR graph to a Dynamo graph: Dynamo's inputs in order, then the state added by passes.
 
     Returns:
-        the graph, and where its further inputs come from, in their order.
+        the graph, and the sources of its extra inputs, in order.
 
     Raises:
-        RewriteError: a pass added or replaced a parameter, which the optimizer of a one-line call cannot have seen;
-            or state that does not say how it follows from weights; or it changed the number of inputs.
+        RewriteError: a pass added or replaced a parameter, which no optimizer in a one-line call could train; or it
+            added a buffer without a rule that computes it from weights; or it changed the number of inputs.
     """
     originals = placeholders(gm)
     free = [node for position, node in enumerate(originals) if position not in names]
-    kept = placeholders(rewritten)
-    if len(kept) != len(free):
-        raise RewriteError(f"a pass changed the number of inputs from {len(free)} to {len(kept)}; {INSTEAD}")
+    remaining = placeholders(rewritten)
+    if len(remaining) != len(free):
+        raise RewriteError(f"a pass changed the number of inputs from {len(free)} to {len(remaining)}; {INSTEAD}")
     graph = Graph()
     inputs = {node: copy_placeholder(graph, node) for node in originals}
-    moved = {node: inputs[original] for node, original in zip(kept, free, strict=True)}
-    own = {id(example_inputs[position]): inputs[originals[position]] for position in names}
+    moved = {node: inputs[original] for node, original in zip(remaining, free, strict=True)}
+    state_inputs = {id(example_inputs[position]): inputs[originals[position]] for position in names}
     added: dict[str, list[Node]] = {}
     for node in rewritten.graph.nodes:
         if node.op == "get_attr":
             tensor = fx.attribute(rewritten, str(node.target))
-            if id(tensor) in own:
-                moved[node] = own[id(tensor)]
+            if id(tensor) in state_inputs:
+                moved[node] = state_inputs[id(tensor)]
             elif isinstance(tensor, Tensor):
                 added.setdefault(str(node.target), []).append(node)
     slots = _slots(rewritten, list(added), {name: position for position, name in names.items()})
@@ -261,7 +269,7 @@ def with_inputs(
 
 
 def _slots(rewritten: GraphModule, names: list[str], positions: dict[str, int]) -> list[Slot]:
-    """Where state that passes added comes from, that of the same weights together."""
+    """The sources of the state added by passes; a slot holds all state of the same weights."""
     derived = derived_buffers(rewritten)
     groups: dict[tuple[int, ...], list[str]] = {}
     for name in names:
@@ -283,9 +291,9 @@ def _check_added(rewritten: GraphModule, name: str, derived: dict[str, Derived])
         raise RewriteError(f"a pass added a parameter that no optimizer has seen; {INSTEAD}", site=name)
     if name not in derived and not name.startswith(_CONSTANT):
         raise RewriteError(
-            "a pass added a buffer without saying how it follows from weights (fxsparse.graph.derived_buffers.derive), "
-            "so that it "
-            f"cannot be told for the other layers one compiled graph may serve; {INSTEAD}",
+            "a pass added a buffer without a rule that computes it from weights "
+            "(fxsparse.graph.derived_buffers.derive), so it cannot be computed for the other layers that run the same "
+            f"compiled graph; {INSTEAD}",
             site=name,
         )
 
@@ -305,17 +313,18 @@ def _state(name: str, derived: dict[str, Derived], places: dict[str, int]) -> St
     return State(derived[name].rule, tuple(sources))
 
 
-# --- building graphs that torch takes for Dynamo's --------------------------------------------------------------------
+# --- building graphs in Dynamo's form ---------------------------------------------------------------------------------
 
 
 def copy_placeholder(graph: Graph, node: Node) -> Node:
+    """A copy of an input in ``graph``, with Dynamo's source."""
     copy = graph.node_copy(node)
     copy._dynamo_source = getattr(node, "_dynamo_source", None)
     return copy
 
 
 def add_placeholder(graph: Graph, name: str, fake: Any) -> Node:
-    """An input that Dynamo does not know, with the meta torch expects; its address is stable as a parameter's."""
+    """An input unknown to Dynamo, with the meta that torch expects; its address is marked as stable between calls."""
     node = graph.placeholder(f"state_{name.replace('.', '_')}")
     node.target = node.name  # unique
     node.meta.update(example_value=fake, val=fake, tensor_dict={"_dynamo_static_input_type": "unguarded"})
@@ -324,7 +333,7 @@ def add_placeholder(graph: Graph, name: str, fake: Any) -> Node:
 
 
 def dynamo_module(root: nn.Module, graph: Graph, *, like: GraphModule) -> GraphModule:
-    """A graph module with what torch reads off those of Dynamo."""
+    """A graph module with the attributes that torch reads from Dynamo's graph modules, copied from ``like``."""
     module = GraphModule(root, graph)
     module.meta = dict(like.meta)
     for attribute in ("_param_name_to_source", "_source_to_user_stacks"):
@@ -334,7 +343,7 @@ def dynamo_module(root: nn.Module, graph: Graph, *, like: GraphModule) -> GraphM
 
 
 def copy_dynamo_graph(gm: GraphModule) -> GraphModule:
-    """A copy of Dynamo's graph to edit."""
+    """A copy of Dynamo's graph that may be edited."""
     graph, moved = Graph(), dict[Node, Node]()
     for node in gm.graph.nodes:
         is_input = node.op == "placeholder"
@@ -343,11 +352,11 @@ def copy_dynamo_graph(gm: GraphModule) -> GraphModule:
 
 
 def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
-    """The fake mode of a Dynamo graph's values: that of its inputs, not the one torch compiles in afterwards."""
+    """The fake mode of a Dynamo graph's inputs and values; torch compiles in another one afterwards."""
     fakes = (node.meta.get("example_value") for node in placeholders(gm))
     return next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None) or FakeTensorMode()
 
 
 def static_fake(gm: GraphModule, tensor: Tensor) -> Tensor:
-    """A fake tensor like ``tensor``, of fixed size, in the mode of the graph's values."""
+    """A fake tensor like ``tensor``, with fixed sizes, in the fake mode of the graph."""
     return fake_mode_of(gm).from_tensor(tensor, static_shapes=True)

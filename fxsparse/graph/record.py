@@ -1,7 +1,12 @@
-"""What was done to a graph: which passes ran, what each changed or skipped and why, and what it cost before and after.
+"""The record of a graph module: the passes that ran, their changes and reasons, and the costs before and after each.
 
-The record of a graph module is ``gm.meta["fxsparse"]``. It is plain data: it serialises to JSON, and the passes in
-it can be replayed on the original model.
+    Record
+      entries: Entry, one for each pass      its text, the costs around it, its time
+        changes: Change, one for each site   rewritten or skipped, and the reason
+      weights: HeldWeight                    the form in which a weight of the original model is held now
+
+The record is stored in ``gm.meta["fxsparse"]``. It is plain data: it serialises to JSON, and its passes can be replayed
+on the original model.
 """
 
 from __future__ import annotations
@@ -21,12 +26,12 @@ TRACE_KEY = "fxsparse_trace"
 
 @dataclass(frozen=True)
 class Change:
-    """What a pass did at one site.
+    """The result of a pass at one site.
 
     Attributes:
         site: module path or parameter name.
-        rewritten: False where the site was left as it was.
-        detail: what was done, or the reason it was not.
+        rewritten: whether the pass changed the site.
+        detail: the change, or the reason for leaving the site unchanged.
     """
 
     site: str
@@ -38,16 +43,18 @@ class Change:
 
 
 def rewrote(site: str, detail: str) -> Change:
+    """A changed site."""
     return Change(site, True, detail)
 
 
 def skipped(site: str, reason: str) -> Change:
+    """An unchanged site."""
     return Change(site, False, reason)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The size of a model at the sizes it was traced with.
+    """The costs of a model at its traced sizes.
 
     Attributes:
         forward_flops: FLOPs of the forward pass.
@@ -55,7 +62,7 @@ class Costs:
         parameters: number of parameter elements.
         parameter_bytes: bytes of the parameters.
         buffer_bytes: bytes of the buffers (masks, indices).
-        optimizer_bytes: bytes of two moments for every trainable parameter, as torch's AdamW keeps them.
+        optimizer_bytes: bytes of two moments for every trainable parameter, as in torch's AdamW.
     """
 
     forward_flops: int
@@ -71,10 +78,10 @@ class Entry:
     """One pass of a record.
 
     Attributes:
-        text: the pass and its options, as ``Pipeline.parse`` reads them.
-        changes: one for every site the pass looked at.
-        before, after: the model's costs around the pass.
-        milliseconds: how long the pass took.
+        text: the pass and its options, readable by ``Pipeline.parse``.
+        changes: one for every site that the pass considered.
+        before, after: the model's costs before and after the pass.
+        milliseconds: the run time of the pass.
     """
 
     text: str
@@ -94,15 +101,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class HeldWeight:
-    """How a weight of the original model is held after a rewrite.
+    """The form in which a weight of the original model is held after a rewrite.
 
     Attributes:
         name: the original full name, such as ``model.layers.0.fc1.weight``.
         storage: ``compressed`` (values and indices) or ``masked`` (dense weight and mask).
-        pattern: ``n:m``, along the input dimension.
+        pattern: ``n:m`` along the input dimension.
         transposed: whether the original is stored ``[in, out]``.
         in_features: length of the input dimension.
-        names: all names of the original where it was tied, ``name`` included.
+        names: all names of the original, ``name`` included; several if it was tied.
     """
 
     name: str
@@ -115,12 +122,12 @@ class HeldWeight:
 
 @dataclass(frozen=True)
 class Record:
-    """Everything that was done to a model, in order.
+    """All changes to a model, in order.
 
     Attributes:
         entries: the passes.
-        weights: how the weights that passes replaced are held now.
-        notes: what tracing had to do.
+        weights: the current form of every replaced weight.
+        notes: changes that tracing had to make.
         version: the version of fxsparse that wrote the record.
     """
 
@@ -135,10 +142,12 @@ class Record:
         return ",".join(entry.text for entry in self.entries)
 
     def to_json(self) -> str:
+        """The record as JSON text."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Record:
+        """Reads a record written by `to_json`."""
         data = json.loads(text)
         return cls(
             entries=tuple(_entry(item) for item in data["entries"]),
@@ -159,7 +168,7 @@ def _entry(data: dict[str, Any]) -> Entry:
 
 
 def record_of(gm: GraphModule) -> Record:
-    """The record of a graph module; an empty one where nothing was done yet."""
+    """The record of a graph module; a record without passes if none ran yet."""
     record = gm.meta.get(META_KEY)
     if isinstance(record, Record):
         return record
@@ -167,7 +176,7 @@ def record_of(gm: GraphModule) -> Record:
 
 
 def hold(gm: GraphModule, weights: Iterable[HeldWeight]) -> None:
-    """Notes how replaced weights are held; a later note on the same weight replaces the earlier one."""
+    """Notes the form of replaced weights in the record; a later note on the same weight replaces the earlier one."""
     record = record_of(gm)
     held = {weight.name: weight for weight in record.weights}
     held.update((weight.name, weight) for weight in weights)
@@ -181,7 +190,7 @@ def append(gm: GraphModule, entry: Entry) -> None:
 
 
 def substitute(gm: GraphModule, old: str, new: str) -> None:
-    """Rewrites the text of a pass in the record, where what it described came to pass in another form."""
+    """Replaces the text of a pass in the record, when a change during training has made it wrong for a replay."""
     record = record_of(gm)
     entries = tuple(replace(entry, text=new) if entry.text == old else entry for entry in record.entries)
     gm.meta[META_KEY] = replace(record, entries=entries)

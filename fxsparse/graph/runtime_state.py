@@ -1,9 +1,10 @@
-"""State that belongs to weights and reaches compiled graphs as further inputs at run time: masks, compressed copies.
+"""State of weights (masks, compressed copies) that compiled graphs take as extra inputs at run time.
 
-Parameters are plain inputs of a compiled graph. After a graph break one compiled graph serves several identical
-layers, so a mask baked in at compile time would silently be that of the wrong layer. A compiled graph therefore asks,
-on every call, for the state of the weights it was actually given; the state is found by the weight's identity and
-goes when the weight goes.
+    call(args) -> Slot.get(args) -> weights = args[positions] -> _table[ids of the weights] -> _Entry -> extra inputs
+
+Parameters are plain inputs of a compiled graph. After a graph break one compiled graph serves several identical layers,
+so a mask fixed at compile time would silently belong to the wrong layer. Each call therefore looks up the state of the
+weights that it is called with, by their identity. The state is dropped together with the weight.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ _table: dict[tuple[int, ...], _Entry] = {}
 
 @dataclass(frozen=True)
 class State:
-    """A tensor that follows from weights, computed once for every weight and kept: a static mask.
+    """A tensor computed from weights once and then stored, such as a static mask.
 
     Attributes:
-        rule: computes it from the sources.
-        sources: what the rule is given, in order: the place of a weight among the weights, or a state of its own.
+        rule: computes the tensor from the sources.
+        sources: the arguments of the rule: a weight, as its place among the weights, or another state.
     """
 
     rule: Callable[..., Tensor]
@@ -43,7 +44,7 @@ class State:
 
 @dataclass(frozen=True)
 class StaticStates:
-    """States of one group of weights, in the order a graph takes them."""
+    """States of one group of weights, in the order of the graph's extra inputs."""
 
     states: tuple[State, ...]
 
@@ -51,21 +52,21 @@ class StaticStates:
     def _hash(self) -> int:
         return hash(self.states)
 
-    def __hash__(self) -> int:  # asked on every call of a compiled graph
+    def __hash__(self) -> int:  # needed on every call of a compiled graph, so it is cached
         return self._hash
 
     def get(self, entry: _Entry, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        found = entry.groups.get(self)
-        if found is None or found[0].device != weights[0].device:
-            found = self._compute(entry, weights)
-        return found
+        tensors = entry.groups.get(self)
+        if tensors is None or tensors[0].device != weights[0].device:
+            tensors = self._compute(entry, weights)
+        return tensors
 
     def _compute(self, entry: _Entry, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with _lock, torch.no_grad():
             plain = [weight.detach() for weight in weights]
             for state in self.states:
                 state.compute(plain, entry.known)
-            device = weights[0].device  # a model that moved takes its masks along
+            device = weights[0].device  # a model that moves to another device takes its masks along
             entry.known = {state: tensor.to(device) for state, tensor in entry.known.items()}
             entry.groups[self] = tuple(entry.known[state] for state in self.states)
             return entry.groups[self]
@@ -73,29 +74,30 @@ class StaticStates:
 
 @dataclass(frozen=True)
 class FollowedStates:
-    """States of frozen tensors that follow their contents: recomputed when one was written to.
+    """States of frozen tensors, recomputed after a write to one of the tensors.
 
     Attributes:
-        rule: gives the states of the tensors, or None where their contents no longer allow them.
+        rule: computes the states of the tensors; returns None if their new contents no longer fit, for example no
+            longer satisfy an N:M pattern.
 
-    Writes through ``.data`` or an alias outside torch leave no trace: :func:`invalidate`.
+    Writes through ``.data`` or an alias outside torch cannot be detected; call :func:`invalidate` after them.
     """
 
     rule: Callable[..., tuple[Tensor, ...] | None]
 
     def get(self, entry: _Entry, weights: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        if any(weight.is_inference() for weight in weights):  # such a tensor has no version to follow
+        if any(weight.is_inference() for weight in weights):  # an inference tensor has no version counter
             return None
         stamp = tuple((weight._version, weight.data_ptr(), weight.device) for weight in weights)
-        found = entry.followed.get(self)
-        if found is None or found[0] != stamp:
+        stamped = entry.followed.get(self)
+        if stamped is None or stamped[0] != stamp:
             with _lock, torch.no_grad():
-                found = entry.followed[self] = (stamp, self.rule(*(weight.detach() for weight in weights)))
-        return found[1]
+                stamped = entry.followed[self] = (stamp, self.rule(*(weight.detach() for weight in weights)))
+        return stamped[1]
 
 
 class _Entry:
-    """What is known about one group of weights."""
+    """The states computed so far for one group of weights."""
 
     __slots__ = ("followed", "groups", "known", "references")
 
@@ -124,19 +126,19 @@ def _entry_of(weights: Sequence[Tensor]) -> _Entry:
 
 @dataclass(frozen=True)
 class Constants:
-    """Tensors that follow from no weight: every call gets the same."""
+    """Tensors that depend on no weight, the same for every call."""
 
     tensors: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Further inputs of a compiled graph: states of the weights at some of its positions.
+    """Extra inputs of a compiled graph that hold the states of one group of weights.
 
     Attributes:
-        positions: where the weights are among the graph's own inputs.
-        states: what is asked for them.
-        names: of the inputs, in the order of the states.
+        positions: the positions of the weights among Dynamo's inputs of the graph.
+        states: computes the states of the weights.
+        names: the names of the extra inputs, in the order of the states.
     """
 
     positions: tuple[int, ...]
@@ -144,7 +146,7 @@ class Slot:
     names: tuple[str, ...]
 
     def get(self, args: Sequence[Any]) -> tuple[Tensor, ...] | None:
-        """The tensors for a call with ``args``, or None where the weights no longer allow them."""
+        """The extra inputs for a call with ``args``, or None if the contents of the weights no longer fit."""
         if isinstance(self.states, Constants):
             return self.states.tensors
         weights = [args[position] for position in self.positions]
@@ -152,10 +154,10 @@ class Slot:
 
 
 def invalidate(model: torch.nn.Module) -> None:
-    """Forgets compressed and expanded copies of a model's weights: call it after writes behind autograd's back.
+    """Drops the compressed and expanded copies of a model's weights; call it after writes that torch cannot see.
 
-    In-place operations, ``load_state_dict`` and replaced parameters are noticed without it; writes through ``.data``,
-    NumPy or DLPack are not.
+    Those are writes through ``.data``, NumPy or DLPack. In-place operations, ``load_state_dict`` and replaced
+    parameters are noticed without it.
     """
     weights = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     with _lock:

@@ -1,4 +1,4 @@
-"""The parameters and buffers of a graph module: reading, setting, deleting them, and copies that share them."""
+"""Reads, sets and deletes the parameters and buffers of a graph module, and copies modules that share them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def module_path(name: str) -> str:
 
 
 def attribute(gm: nn.Module, name: str) -> Any:
-    """The object a dotted name refers to; AttributeError where there is none."""
+    """The object with this dotted name; raises AttributeError if there is none."""
     owner: Any = gm
     for part in name.split("."):
         owner = getattr(owner, part)
@@ -24,7 +24,7 @@ def attribute(gm: nn.Module, name: str) -> Any:
 
 
 def parameter_names(gm: nn.Module) -> dict[int, list[str]]:
-    """All names of every parameter by its identity; more than one where weights are tied."""
+    """All names of every parameter, by its identity; a tied parameter has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in gm.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -32,7 +32,7 @@ def parameter_names(gm: nn.Module) -> dict[int, list[str]]:
 
 
 def reads(gm: GraphModule) -> dict[int, list[Node]]:
-    """The ``get_attr`` nodes that read each parameter or buffer, by the tensor's identity: tied names come together."""
+    """The ``get_attr`` nodes that read each parameter or buffer, under any of its names, by the tensor's identity."""
     nodes: dict[int, list[Node]] = {}
     for node in gm.graph.nodes:
         if node.op == "get_attr":
@@ -64,7 +64,7 @@ def delete(gm: nn.Module, name: str) -> None:
 
 
 def delete_state(gm: nn.Module, names: Collection[str]) -> None:
-    """Removes those parameters and buffers among ``names`` that are still there."""
+    """Removes the parameters and buffers called ``names``; names that do not exist are ignored."""
     present = [
         name for name, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))
     ]
@@ -79,14 +79,16 @@ def _owner(gm: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def copy_sharing_state(gm: GraphModule) -> GraphModule:
-    """A copy with a graph and a module tree of its own whose parameters and buffers are the same tensors."""
+    """A copy with a new graph and module tree, and the same parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*gm.parameters(), *gm.buffers())}
     return copy.deepcopy(gm, shared)
 
 
 def copy_tree(source: nn.Module, target: nn.Module, memo: dict[int, Any]) -> None:
-    """Gives ``target`` the modules, parameters, buffers and flags of ``source``, copied as ``copy.deepcopy`` does with
-    ``memo``, in the same order. Modules that ``target`` has already stay."""
+    """Copies the modules, parameters, buffers and flags of ``source`` to ``target``, in the same order.
+
+    Tensors are copied by ``copy.deepcopy`` with ``memo``. Modules that ``target`` already has stay and are filled in.
+    """
     done: dict[int, nn.Module] = {}
 
     def visit(module: nn.Module, twin: nn.Module) -> nn.Module:
@@ -107,7 +109,7 @@ def copy_tree(source: nn.Module, target: nn.Module, memo: dict[int, Any]) -> Non
 
 
 def state_read(gm: GraphModule) -> set[str]:
-    """Names of the parameters and buffers that the graph reads; a tied tensor counts under all its names."""
+    """Names of the parameters and buffers that the graph reads, with all names of a tied tensor."""
     used = {id(attribute(gm, str(node.target))) for node in gm.graph.nodes if node.op == "get_attr"}
     named = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
     return {name for name, tensor in named if id(tensor) in used}

@@ -1,7 +1,7 @@
-"""Which tensors a graph trains: the others are read through ``detach``, so that their gradients are never computed.
+"""Chooses which tensors a graph trains; it reads the others through ``detach``, so their gradients are not computed.
 
-A detached read is marked, so that it can be undone, and so that readers of a linear's weight find it all the same
-(`fxsparse.graph.read_of`). A ``detach`` that the model itself wrote is left alone.
+Every inserted ``detach`` is marked. The mark allows removing it again, and lets `fxsparse.graph.read_of` see the weight
+of a linear through it. A ``detach`` in the model's own code has no mark and is left alone.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from fxsparse import graph as fx
 
 
 def trainable(gm: GraphModule) -> tuple[str, ...]:
-    """Names of the tensors that can be trained, one for each: parameters that the graph reads and that require a
-    gradient or were frozen by `set_trained`. Those that the caller froze before stay frozen."""
+    """Names of the tensors that can be trained, one name for each tensor.
+
+    These are the parameters that the graph reads and that require a gradient or were frozen by `set_trained`.
+    Parameters that the caller froze are not among them.
+    """
     names = fx.parameter_names(gm)
     return tuple(
         names[key][0]
@@ -27,16 +30,16 @@ def trainable(gm: GraphModule) -> tuple[str, ...]:
 
 
 def trained(gm: GraphModule) -> tuple[str, ...]:
-    """Names of the tensors that are trained, one for each."""
+    """Names of the tensors that are trained, one name for each tensor."""
     reads, names = fx.reads(gm), fx.parameter_names(gm)
     frozen = {names[key][0] for key, nodes in reads.items() if key in names and any(map(_frozen, nodes))}
     return tuple(name for name in trainable(gm) if name not in frozen)
 
 
 def set_trained(gm: GraphModule, chosen: Collection[str]) -> None:
-    """Lets the graph train exactly the tensors called ``chosen`` among the `trainable` ones; recompile it after.
+    """Trains exactly the tensors named in ``chosen`` among the `trainable` ones; recompile the graph afterwards.
 
-    Only the graph changes: the parameters' ``requires_grad`` is the caller's to set.
+    Only the graph changes; the caller sets ``requires_grad`` of the parameters.
     """
     wanted = {id(gm.get_parameter(name)) for name in chosen}
     candidates = {id(gm.get_parameter(name)) for name in trainable(gm)}
@@ -47,7 +50,7 @@ def set_trained(gm: GraphModule, chosen: Collection[str]) -> None:
 
 
 def fully_trained(gm: GraphModule) -> GraphModule:
-    """A copy that shares parameters and trains every `trainable` tensor; its buffers are its own."""
+    """A copy that trains every `trainable` tensor; it shares the parameters and has copies of the buffers."""
     copy = fx.copy_sharing_state(gm)
     set_trained(copy, trainable(copy))
     twins: dict[int, torch.Tensor] = {}
@@ -60,13 +63,15 @@ def fully_trained(gm: GraphModule) -> GraphModule:
 
 
 def own_parameter(gm: GraphModule, name: str, *, requires_grad: bool) -> None:
-    """Puts a parameter of the graph's own, with the same memory, in the place of the one called ``name``, under all its
-    names: whether it requires a gradient is then no matter of the model that the graph was made from."""
-    old = gm.get_parameter(name)
-    own = nn.Parameter(old.detach(), requires_grad=requires_grad)
-    for alias in fx.parameter_names(gm)[id(old)]:
+    """Replaces the parameter called ``name``, under all its names, by a new one with the same memory.
+
+    Setting ``requires_grad`` of the new one does not affect the model from which the graph was made.
+    """
+    shared = gm.get_parameter(name)
+    parameter = nn.Parameter(shared.detach(), requires_grad=requires_grad)
+    for alias in fx.parameter_names(gm)[id(shared)]:
         path, _, leaf = alias.rpartition(".")
-        gm.get_submodule(path).register_parameter(leaf, own)
+        gm.get_submodule(path).register_parameter(leaf, parameter)
 
 
 def _frozen(read: Node) -> bool:

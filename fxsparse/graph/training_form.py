@@ -1,8 +1,8 @@
-"""A graph module that computes something else in training than its graph says, and its graph in evaluation.
+"""The training form: a second graph that a graph module runs in training instead of its own.
 
-The graph stays what the model is: it is saved, exported and evaluated, and passes edit it. The training form is derived
-from it, reads the same state by the same names, and is what ``gm(...)`` runs while ``gm.training`` is set. Either
-form has code of its own, so a running ``torch.compile`` keeps both and compiles each once.
+The graph module's own graph remains the model: it is evaluated, saved and exported, and passes edit it. The training
+form is derived from it and reads the same state by the same names; ``gm(...)`` runs it while ``gm.training`` is set.
+Each form has its own code, so a running ``torch.compile`` keeps both and compiles each once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ FORM_KEY = "fxsparse_training_form"
 
 @dataclass(frozen=True)
 class TrainingForm:
-    """What runs in training.
+    """The graph and code that run in training.
 
     Attributes:
-        graph: the training form, over the state of the graph module it belongs to.
-        forward: its compiled Python, a function of the graph module and its inputs.
-        source: the code it was derived from.
-        renew: derives it again, for a graph module whose graph was edited.
+        graph: the training form, which reads the state of its graph module.
+        forward: its compiled Python code, a function of the graph module and its inputs.
+        source: the code of the graph from which it was derived.
+        renew: derives it again for a graph module whose graph was edited.
     """
 
     graph: Graph
@@ -40,19 +40,19 @@ class TrainingForm:
 
 
 def set_form(gm: GraphModule, form: GraphModule | None, renew: Callable[[GraphModule], None]) -> None:
-    """Lets ``gm`` run ``form``, an edited copy of it, in training; None: its own graph."""
+    """Makes ``gm`` run ``form``, an edited copy of it, in training; with None it runs its own graph again."""
     if form is None:
         gm.meta.pop(FORM_KEY, None)
     else:
         form.recompile()
-        form.graph.owning_module = None  # or it would keep the copy's tensors alive
+        form.graph.owning_module = None  # otherwise it would keep the copy's tensors alive
         source = gm.graph.python_code("self").src
         gm.meta[FORM_KEY] = TrainingForm(form.graph, type(form).forward, source, renew)
     choose_form(gm)
 
 
 def choose_form(gm: GraphModule) -> None:
-    """Puts the form that fits the mode in the place of ``gm.forward``."""
+    """Sets ``gm.forward`` to the form for the current mode."""
     form = _form(gm)
     if form is not None and gm.training:
         gm.__dict__["forward"] = types.MethodType(form.forward, gm)
@@ -61,14 +61,14 @@ def choose_form(gm: GraphModule) -> None:
 
 
 def renew_form(gm: GraphModule) -> None:
-    """Derives the training form again where the graph is no longer what it was derived from."""
+    """Derives the training form again if the graph has changed since."""
     form = _form(gm)
     if form is not None and gm.code != form.source:
         form.renew(gm)
 
 
 def training_graph(gm: GraphModule) -> GraphModule:
-    """What ``gm`` runs in training, as a graph module that shares its state: to read, and to count FLOPs of."""
+    """The graph that ``gm`` runs in training, as a graph module with the same state, to read or to count its FLOPs."""
     form = _form(gm)
     if form is None:
         return gm

@@ -1,4 +1,4 @@
-"""What a node carries: its fake value with symbolic sizes, and the path of the module it came from."""
+"""Reads the meta of a node: its fake value with symbolic sizes, and the path of its module."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ def value(node: Node) -> Any:
 
 
 def example_of(arg: Any) -> Any:
-    """``arg`` with every node replaced by its fake value."""
+    """``arg``, a node or a structure of nodes, with every node replaced by its fake value."""
     return torch.fx.node.map_arg(arg, value)
 
 
 def stack_path(node: Node) -> str:
-    """Path of the module ``node`` came from; an empty string for the model itself."""
+    """The path of the module whose code made ``node``; an empty string for the model itself."""
     stack = node.meta.get("nn_module_stack")
     path = str(next(reversed(stack.values()))[0]) if stack else ""
-    if path.startswith("_empty_nn_module_stack"):  # what export writes on sizes that it read itself
+    if path.startswith("_empty_nn_module_stack"):  # torch.export's name on nodes for sizes that it reads itself
         return ""
-    return re.sub(r"@\d+", "", path)  # a module that is called again has a numbered path
+    return re.sub(r"@\d+", "", path)  # the second and later calls of a module are numbered
 
 
 def fake_mode(gm: GraphModule) -> FakeTensorMode:
-    """The fake mode the graph's values live in."""
+    """The fake mode of the graph's values; a new one if it has none."""
     for node in gm.graph.nodes:
         fake = node.meta.get("val")
         if isinstance(fake, FakeTensor):
