@@ -6,9 +6,9 @@
 | operators | Python functions, methods, regions | ATen, before dispatch |
 | fake values | ``meta["example_value"]`` | ``meta["val"]`` |
 
-The backend calls four functions in this order: `state_names` names the inputs that are parameters or buffers, `retrace`
-gives the ATen graph, `training_ir` puts ``get_attr`` nodes in it, and `with_inputs`, after the passes, turns them back
-into inputs. Dynamo's own graph is never edited, because torch needs it and its fake values afterwards.
+The one-line call uses four functions in this order: `retrace` gives the ATen graph, `state_names` names the inputs that
+are parameters or buffers, `training_ir` makes them ``get_attr`` nodes, and `with_inputs`, after the passes, makes them
+inputs again. Dynamo's own graph is never edited, because torch needs it and its fake values afterwards.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ INSTEAD = (
 def with_inputs(
     rewritten: GraphModule, gm: GraphModule, example_inputs: Sequence[Any], names: dict[int, str]
 ) -> tuple[GraphModule, list[Slot]]:
-    """Converts a rewritten training-IR graph to a Dynamo graph: Dynamo's inputs in order, then the state added by passes.
+    """Converts a rewritten graph to a Dynamo graph that takes Dynamo's inputs in order, then the state added by passes.
 
     Returns:
         the graph, and the sources of its extra inputs, in order.
