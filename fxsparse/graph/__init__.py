@@ -10,6 +10,7 @@ named by their fully qualified name, ``node.meta["val"]`` is a fake tensor with 
 | `state` | parameters and buffers |
 | `values` | fake values and module paths of nodes |
 | `edit` | inserting, replacing and removing nodes |
+| `function` | functions as graphs, for `edit` to insert |
 | `record` | what passes did to a graph module |
 | `derived_buffers` | buffers that are computed from parameters |
 | `training_form` | the graph that runs in training where it is another one |
@@ -18,7 +19,17 @@ named by their fully qualified name, ``node.meta["val"]`` is a fake tensor with 
 | `runtime_state` | tensors that reach a compiled graph at run time, found by a weight's identity |
 """
 
-from fxsparse.graph.edit import eliminate_dead_code, insert_attribute, insert_call, refresh, replace, replace_with_call
+from fxsparse.graph.edit import (
+    eliminate_dead_code,
+    insert_attribute,
+    insert_call,
+    insert_function,
+    insert_module,
+    refresh,
+    replace,
+    replace_with_call,
+    transform,
+)
 from fxsparse.graph.linears import (
     FROZEN,
     Linear,
@@ -32,6 +43,7 @@ from fxsparse.graph.linears import (
     read_of,
 )
 from fxsparse.graph.state import (
+    adopt,
     attribute,
     copy_sharing_state,
     copy_tree,
@@ -49,6 +61,7 @@ from fxsparse.graph.values import example_of, fake_mode, stack_path, value
 __all__ = [
     "FROZEN",
     "Linear",
+    "adopt",
     "applies_parameter",
     "attribute",
     "copy_sharing_state",
@@ -63,6 +76,8 @@ __all__ = [
     "head_linears",
     "insert_attribute",
     "insert_call",
+    "insert_function",
+    "insert_module",
     "is_embedding",
     "is_transpose",
     "linears",
@@ -77,5 +92,6 @@ __all__ = [
     "set_parameter",
     "stack_path",
     "state_read",
+    "transform",
     "value",
 ]

@@ -1,17 +1,33 @@
-"""Editing a graph: inserting, replacing and removing nodes, with fake values and module paths kept right."""
+"""Editing a graph: inserting, replacing and removing nodes, with fake values and module paths kept right.
+
+A replacement is written as the few lines of torch it means::
+
+    def capped(scores, limit, training):
+        return scores + training * (limit * (scores / limit).tanh() - scores)
+
+    fx.transform(gm, scores, capped, "attention.limit", "training")
+
+`insert_function` traces the function over the fake values of its inputs and copies its operators into the graph;
+`transform` lets the readers of a node read the result; `insert_call` inserts a single operator.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch.func import functional_call
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
+from fxsparse.graph.function import Flag, function_graph
 from fxsparse.graph.state import attribute
-from fxsparse.graph.values import example_of, fake_mode
+from fxsparse.graph.values import example_of, fake_mode, stack_path
 
 # Nobody reads what these return, yet they decide how the nodes after them run.
 _MODE_SWITCHES = {
@@ -26,8 +42,7 @@ def insert_attribute(gm: GraphModule, name: str, *, before: Node) -> Node:
     tensor = attribute(gm, name)
     with gm.graph.inserting_before(before):
         node = gm.graph.get_attr(name)
-    node.meta["val"] = fake_mode(gm).from_tensor(tensor.detach(), static_shapes=True)
-    _inherit(node, before)
+    node.meta = {"val": fake_mode(gm).from_tensor(tensor.detach(), static_shapes=True), **_inherited(before)}
     return node
 
 
@@ -38,7 +53,7 @@ def insert_call(
     with gm.graph.inserting_before(like):
         node = gm.graph.call_function(target, args, kwargs or {})
     refresh(gm, node)
-    _inherit(node, like)
+    node.meta.update(_inherited(like))
     return node
 
 
@@ -49,6 +64,112 @@ def replace_with_call(gm: GraphModule, old: Node, target: Any, args: tuple[Any, 
     node.meta = dict(old.meta)
     replace(old, node)
     return node
+
+
+def insert_function(
+    gm: GraphModule, fn: Callable[..., Any], *inputs: Any, before: Node, like: Node | None = None
+) -> Any:
+    """Inserts the operators of ``fn(*inputs)``.
+
+    The graph stays valid at other sizes: ``x.shape`` is symbolic inside ``fn``. A condition on a size is decided once,
+    by the traced example. Dropout and random draws draw when the graph runs.
+
+    Args:
+        gm: the graph module.
+        fn: a function of tensors and sizes, of plain torch; it may return nested tuples, lists and dictionaries.
+        inputs: nodes; names of parameters and buffers, which become ``get_attr`` nodes; names of training flags
+            (``training``, ``encoder.training``), which are bools to ``fn``; and constants. They may be nested.
+        before: the node to insert before.
+        like: the node whose module path the new nodes take; by default ``before``.
+
+    Returns:
+        the result of ``fn`` with a node in the place of every tensor and size.
+
+    Raises:
+        RewriteError: ``fn`` reads the values of a tensor, fixes a symbolic size, uses a tensor that is not among its
+            inputs, or runs other operators in training than in evaluation.
+    """
+    source = before if like is None else like
+    return _insert(gm, fn, inputs, before, _inherited(source), stack_path(source))
+
+
+def insert_module(gm: GraphModule, path: str, module: nn.Module, *inputs: Any, before: Node) -> Any:
+    """Inserts the operators of ``module(*inputs)``, as `insert_function` does those of a function.
+
+    Args:
+        gm: the graph module, which has adopted the module's parameters and buffers under ``path`` (see `adopt`).
+        path: module path of the new nodes; ``<path>.training`` says whether the module's dropout is on.
+        module, inputs, before: as for `insert_function`.
+    """
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+
+    def call(training: bool, state: Sequence[torch.Tensor], *args: Any) -> Any:
+        with _in_mode(module, training):
+            return functional_call(module, dict(zip(names, state, strict=True)), args)
+
+    meta = {**_inherited(before), "nn_module_stack": {path: (path, type(module).__name__)}}
+    return _insert(gm, call, (f"{path}.training", [f"{path}.{name}" for name in names], *inputs), before, meta, path)
+
+
+def transform(gm: GraphModule, node: Node, fn: Callable[..., Any], *inputs: Any, before: Node | None = None) -> Node:
+    """Lets everything that reads ``node`` read ``fn(node, *inputs)`` instead.
+
+    Args:
+        gm, fn, inputs: as for `insert_function`; ``fn`` returns one tensor.
+        node: the node, whose module path the new nodes take.
+        before: the node to insert before; by default the one after ``node``.
+
+    Returns:
+        the node of the result.
+    """
+    readers = list(node.users)
+    result: Node = insert_function(gm, fn, node, *inputs, before=node.next if before is None else before, like=node)
+    for reader in readers:
+        reader.replace_input_with(node, result)
+    return result
+
+
+def _insert(
+    gm: GraphModule, fn: Callable[..., Any], inputs: Sequence[Any], before: Node, meta: Mapping[str, Any], site: str
+) -> Any:
+    reads: dict[str, Node] = {}
+
+    def operand(leaf: Any) -> Any:
+        if not isinstance(leaf, str):
+            return leaf
+        if isinstance(attribute(gm, leaf), bool):
+            return Flag(leaf)
+        if leaf not in reads:
+            reads[leaf] = insert_attribute(gm, leaf, before=before)
+        return reads[leaf]
+
+    operands = pytree.tree_map(operand, tuple(inputs))
+    results: list[Any] = []
+    try:
+        graph, structure = function_graph(fake_mode(gm), fn, operands, site=site)
+        graph.eliminate_dead_code(is_impure_node=_acts_beyond_its_result)
+        nodes = [leaf for leaf in pytree.tree_leaves(operands) if isinstance(leaf, Node)]
+        twins = dict(zip(graph.find_nodes(op="placeholder"), nodes, strict=True))
+        with gm.graph.inserting_before(before):
+            results = list(gm.graph.graph_copy(graph, twins))  # type: ignore[arg-type]
+        for node in set(twins.values()) - set(nodes) | set(reads.values()):
+            node.meta = {"val": node.meta["val"], **meta}
+    finally:
+        for read in reads.values():
+            if not read.users and read not in results:
+                gm.graph.erase_node(read)
+    return pytree.tree_unflatten(results, structure)
+
+
+@contextlib.contextmanager
+def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    modes = {part: part.training for part in module.modules()}
+    module.train(training)
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def refresh(gm: GraphModule, node: Node) -> None:
@@ -67,10 +188,10 @@ def _is_composite(target: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), str(key).rpartition(".")[2])
 
 
-def _inherit(node: Node, source: Node) -> None:
-    for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "recompute", "ac_graph_id"):
-        if key in source.meta:
-            node.meta[key] = source.meta[key]
+def _inherited(source: Node) -> dict[str, Any]:
+    """The meta that a new node takes over: where it belongs and how its region is recomputed."""
+    keys = ("nn_module_stack", "stack_trace", "source_fn_stack", "recompute", "ac_graph_id")
+    return {key: source.meta[key] for key in keys if key in source.meta}
 
 
 def replace(old: Node, new: Node) -> None:

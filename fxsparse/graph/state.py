@@ -57,6 +57,17 @@ def set_buffer(gm: nn.Module, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def adopt(gm: nn.Module, path: str, module: nn.Module) -> None:
+    """Registers the parameters and buffers of ``module`` under ``path``, in a tree of plain modules like its own."""
+    for name, child in [("", module), *((name, child) for name, child in module.named_modules() if name)]:
+        owner, _, leaf = f"{path}.{name}".rstrip(".").rpartition(".")
+        twin = nn.Module()
+        twin.training = gm.training
+        twin._parameters.update(child._parameters)
+        twin._buffers.update(child._buffers)
+        (gm.get_submodule(owner) if owner else gm).add_module(leaf, twin)
+
+
 def delete(gm: nn.Module, name: str) -> None:
     """Removes the parameter or buffer called ``name``."""
     owner, leaf = _owner(gm, name)
