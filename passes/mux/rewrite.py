@@ -1,10 +1,17 @@
-"""How a graph is multiplexed: mux before the core, the core at another batch size, demux after it."""
+"""Multiplexing a graph: the core runs on groups of rows, between a mux and a demux.
+
+    rows -> slots -> mux -> core at batch / n -> demux -> rows
+
+A slot is a place in a group. Slots beyond the last row hold the first rows again, and an ensemble gives each row
+several slots. `batch_region` converts the core's side inputs that carry the batch; the attention masks of a group's
+members are joined. The retrieval loss reads the core's last hidden states; in training the model's loss is a weighted
+sum of the two.
+"""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +45,6 @@ from fxsparse.passes.mux.modules import (
     RetrievalLoss,
     SlotDemux,
 )
-from fxsparse.passes.mux.splice import adopt, splice
 
 if TYPE_CHECKING:
     from fxsparse.passes.mux.multiplex import Multiplex
@@ -47,8 +53,6 @@ aten = torch.ops.aten
 
 PATH = "multiplex"
 """The module of a multiplexed graph that holds the state of mux, demux and retrieval."""
-
-_END = torch.iinfo(torch.int64).max
 
 
 class Rewrite:
@@ -66,12 +70,9 @@ class Rewrite:
     def run(self) -> Iterable[Change]:
         dim = int(fx.value(self.source).shape[-1])
         parts = self._build(dim)
-        adopt(self.gm, PATH, parts)
+        fx.adopt(self.gm, PATH, parts)
         first = self.core.first
-        self.rows = fx.insert_call(self.gm, aten.sym_size.int, (self.source, 0), like=first)
-        self.total = self._call(operator.mul, self.rows, self.owner.ensemble, like=first)
-        filled = self._call(operator.add, self.total, self.n - 1, like=first)
-        self.groups = self._call(operator.floordiv, filled, self.n, like=first)
+        self.rows, self.total, self.groups = fx.insert_function(self.gm, self._sizes, self.source, before=first)
         self._check_example()
         self.slots = self._slots(first)
         mixed = self._mix(parts.mux, first)
@@ -79,9 +80,9 @@ class Rewrite:
             node.replace_input_with(self.source, mixed)
         core = Region(mixed, self.core.sinks, self.core.nodes)
         run_at(self.gm, core, self.batch, self.groups, self.rows, self._merge_mask)
+        refresh(self.gm, core.nodes, self.batch, self.groups)
         if self.owner.demux == "prefix":
             self._shift_masks()
-        refresh(self.gm, core.nodes, self.batch, self.groups)
         told_apart = self._tell_apart(parts)
         if self.owner.ensemble > 1:
             self._average(told_apart)
@@ -90,8 +91,11 @@ class Rewrite:
         each = f", {self.owner.ensemble} slots for each input" if self.owner.ensemble > 1 else ""
         yield rewrote(PATH, f"tells {self.n} members apart by {self.owner.demux}{each}")
 
-    def _call(self, target: Any, *args: Any, like: Node) -> Node:
-        return fx.insert_call(self.gm, target, args, like=like)
+    def _sizes(self, source: Tensor) -> tuple[int, int, int]:
+        """Rows, slots that hold them, and groups."""
+        rows = source.shape[0]
+        total = rows * self.owner.ensemble
+        return rows, total, (total + (self.n - 1)) // self.n
 
     def _build(self, dim: int) -> Multiplexer:
         owner = self.owner
@@ -156,23 +160,23 @@ class Rewrite:
     # --- before the core ----------------------------------------------------------------------------------------------
 
     def _slots(self, before: Node) -> Node | None:
-        """Which row stands in each slot, int64 ``[groups * n]``; None where every row has its own and none is left."""
+        """The row in each slot, int64 ``[groups * n]``; None if n is 1, when slots are rows."""
         if self.n == 1:
             return None
-        count = self._call(operator.mul, self.groups, self.n, like=before)
-        device = fx.value(self.source).device
-        slots = fx.insert_call(self.gm, aten.arange.default, (count,), {"device": device}, like=before)
-        if self.owner.ensemble > 1:
-            slots = fx.insert_call(
-                self.gm, aten.div.Scalar_mode, (slots, self.owner.ensemble), {"rounding_mode": "floor"}, like=before
-            )
-        return self._call(aten.remainder.Scalar, slots, self.rows, like=before)
+        device, ensemble = fx.value(self.source).device, self.owner.ensemble
+
+        def slots(groups: int, rows: int) -> Tensor:
+            slot = torch.arange(groups * self.n, device=device)
+            return (slot // ensemble if ensemble > 1 else slot) % rows
+
+        node: Node = fx.insert_function(self.gm, slots, self.groups, self.rows, before=before)
+        return node
 
     def _members(self, rows: Node, before: Node) -> Node:
         """``[batch, ...]`` as the slots hold it, ``[groups * n, ...]``."""
         if self.slots is None:
             return rows
-        return self._call(aten.index_select.default, rows, 0, self.slots, like=before)
+        return fx.insert_call(self.gm, aten.index_select.default, (rows, 0, self.slots), like=before)
 
     def _mix(self, mux: nn.Module, before: Node) -> Node:
         inputs = [self._members(self.source, before)]
@@ -181,7 +185,8 @@ class Rewrite:
             move_up(mask, before)
             varies = symbols(fx.value(mask)) & self.batch
             inputs.append(self._members(mask, before) if varies else mask)
-        return splice(self.gm, f"{PATH}.mux", mux, inputs, before=before)
+        mixed: Node = fx.insert_module(self.gm, f"{PATH}.mux", mux, *inputs, before=before)
+        return mixed
 
     def _attention(self) -> Node:
         for node in self.core.nodes:
@@ -195,7 +200,7 @@ class Rewrite:
         )
 
     def _merge_mask(self, mask: Node, before: Node) -> Node:
-        """What the members' masks let be seen, together."""
+        """The mask of a group: its positions see what any member sees."""
         value, site = fx.value(mask), fx.stack_path(mask)
         if not isinstance(value, Tensor) or not all(symbols(size) & self.batch for size in value.shape[:1]):
             self._refuse(mask, "does not have the batch as its first dimension")
@@ -204,10 +209,14 @@ class Rewrite:
         if not only_masks_attention(mask, set(self.core.nodes)):
             self._refuse(mask, "is not just an attention mask")
         self.merged.append(f"{mask.name} of {site or 'the model'} (what any of them may see)")
+
+        def seen_by_any(members: Tensor, groups: int) -> Tensor:
+            grouped = members.unflatten(0, (groups, self.n))
+            return grouped.any(1) if grouped.dtype == torch.bool else grouped.amax(1)
+
         members = self._members(mask, before)
-        grouped = self._call(aten.unflatten.int, members, 0, [self.groups, self.n], like=before)
-        merge = aten.any.dim if value.dtype == torch.bool else aten.amax.default
-        return self._call(merge, grouped, 1 if value.dtype == torch.bool else [1], like=before)
+        merged: Node = fx.insert_function(self.gm, seen_by_any, members, self.groups, before=before)
+        return merged
 
     def _refuse(self, node: Node, why: str) -> None:
         raise RewriteError(
@@ -219,24 +228,23 @@ class Rewrite:
 
     def _shift_masks(self) -> None:
         """Lets every position see the prefix; it sees what the first position sees."""
-        shifted: dict[Node, Node] = {}
+
+        def shifted(mask: Tensor) -> Tensor:
+            seen = torch.ones_like if mask.dtype == torch.bool else torch.zeros_like
+            mask = torch.cat([seen(mask[..., : self.n]), mask[..., : -self.n]], -1)
+            if mask.dim() == 1 or mask.shape[-2] == 1:
+                return mask
+            prefix = mask[..., :1, :].expand(*[-1] * (mask.dim() - 2), self.n, -1)
+            return torch.cat([prefix, mask[..., : -self.n, :]], -2)
+
+        masks: dict[Node, Node] = {}
         for node in self.core.nodes:
             mask = mask_of(node) if node.target is aten.scaled_dot_product_attention.default else None
             if mask is None:
                 continue
-            if mask not in shifted:
-                value = fx.value(mask)
-                seen = aten.ones_like.default if value.dtype == torch.bool else aten.zeros_like.default
-                prefix = self._call(seen, self._call(aten.slice.Tensor, mask, -1, 0, self.n, like=node), like=node)
-                kept = self._call(aten.slice.Tensor, mask, -1, 0, -self.n, like=node)
-                new = self._call(aten.cat.default, [prefix, kept], -1, like=node)
-                if value.dim() > 1 and value.shape[-2] != 1:
-                    rows = self._call(aten.slice.Tensor, new, -2, 0, 1, like=node)
-                    rows = self._call(aten.expand.default, rows, [*[-1] * (value.dim() - 2), self.n, -1], like=node)
-                    others = self._call(aten.slice.Tensor, new, -2, 0, -self.n, like=node)
-                    new = self._call(aten.cat.default, [rows, others], -2, like=node)
-                shifted[mask] = new
-            node.replace_input_with(mask, shifted[mask])
+            if mask not in masks:
+                masks[mask] = fx.insert_function(self.gm, shifted, mask, before=node)
+            node.replace_input_with(mask, masks[mask])
 
     # --- after the core -----------------------------------------------------------------------------------------------
 
@@ -246,10 +254,8 @@ class Rewrite:
         stream, keys = self.sink, []
         if self.owner.demux == "prefix":
             readers, after = list(self.sink.users), self.sink.next
-            keys = [self._call(aten.slice.Tensor, self.sink, 1, 0, self.n, like=after)]
-            rest = self._call(aten.slice.Tensor, self.sink, 1, self.n, _END, like=after)
-            lost = self._call(aten.zeros_like.default, keys[0], like=after)
-            stream = self._call(aten.cat.default, [rest, lost], 1, like=after)
+            prefix, stream = fx.insert_function(self.gm, self._without_prefix, self.sink, before=after)
+            keys = [prefix]
             for reader in readers:
                 reader.replace_input_with(self.sink, stream)
         read = chain[-1] if chain else stream
@@ -259,12 +265,17 @@ class Rewrite:
         refresh(self.gm, chain, self.batch, self.groups)
         after = read.next
         inputs: list[Node | None] = [read, None, *keys] if keys else [read]
-        apart = splice(self.gm, f"{PATH}.demux", parts.demux, inputs, before=after)
+        apart: Node = fx.insert_module(self.gm, f"{PATH}.demux", parts.demux, *inputs, before=after)
         if self.n > 1:
-            apart = self._call(aten.slice.Tensor, apart, 0, 0, self.total, like=after)
+            apart = fx.insert_function(self.gm, lambda y, total: y[:total], apart, self.total, before=after)
         for reader in readers:
             reader.replace_input_with(read, apart)
         return apart
+
+    def _without_prefix(self, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys at the prefix, and the stream with its positions moved to the front and zeros behind them."""
+        keys, rest = stream[:, : self.n], stream[:, self.n :]
+        return keys, torch.cat([rest, torch.zeros_like(keys)], 1)
 
     def _add_retrieval(self, parts: Multiplexer, stream: Node, keys: list[Node]) -> None:
         loss = scalar_output(self.gm)
@@ -272,27 +283,14 @@ class Rewrite:
             return  # a trace without labels, for serving: the state is there, its loss is not asked for
         after = stream.next
         ids = self._members(self.embedding.args[1], after)  # type: ignore[arg-type]
-        step = fx.insert_attribute(self.gm, f"{PATH}.step", before=after)
         module = RetrievalLoss(parts.demux, parts.retrieval)
-        retrieval = splice(self.gm, PATH, module, [stream, ids, step, *keys], before=after)
-        self._mix_losses(loss, retrieval)
+        inputs = (stream, ids, f"{PATH}.step", *keys)
+        retrieval = fx.insert_module(self.gm, PATH, module, *inputs, before=after)
 
-    def _mix_losses(self, task: Node, retrieval: Node) -> None:
-        """In training the loss becomes the weighted sum; ``task + training * (sum - task)``."""
-        readers, after = list(task.users), task.next
-        weights = fx.insert_attribute(self.gm, f"{PATH}.loss_weights", before=after)
-        shares = [
-            self._call(aten.mul.Tensor, loss, self._call(aten.select.int, weights, 0, place, like=after), like=after)
-            for place, loss in enumerate((task, retrieval))
-        ]
-        change = self._call(aten.sub.Tensor, self._call(aten.add.Tensor, *shares, like=after), task, like=after)
-        with self.gm.graph.inserting_before(after):
-            training = self.gm.graph.create_node("get_attr", f"{PATH}.training")
-        training.meta["val"] = self.gm.training
-        change = self._call(aten.mul.Scalar, change, training, like=after)
-        total = self._call(aten.add.Tensor, task, change, like=after)
-        for reader in readers:
-            reader.replace_input_with(task, total)
+        def mixed(task: Tensor, retrieval: Tensor, weights: Tensor, training: bool) -> Tensor:
+            return task + (task * weights[0] + retrieval * weights[1] - task) * training
+
+        fx.transform(self.gm, loss, mixed, retrieval, f"{PATH}.loss_weights", f"{PATH}.training")
 
     # --- ensembles ----------------------------------------------------------------------------------------------------
 
@@ -311,11 +309,13 @@ class Rewrite:
         refresh(self.gm, head.nodes, self.batch, self.total)
         inside = set(head.nodes)
         for sink in sinks:
-            readers, after = [user for user in sink.users if user not in inside], sink.next
-            slots = self._call(aten.unflatten.int, sink, 0, [self.rows, self.owner.ensemble], like=after)
-            mean = self._call(aten.mean.dim, slots, [1], like=after)
+            readers = [user for user in sink.users if user not in inside]
+            mean = fx.insert_function(self.gm, self._mean, sink, self.rows, before=sink.next)
             for reader in readers:
                 reader.replace_input_with(sink, mean)
+
+    def _mean(self, slots: Tensor, rows: int) -> Tensor:
+        return slots.unflatten(0, (rows, self.owner.ensemble)).mean(1)
 
     def _has_rows(self, node: Node) -> bool:
         value = fx.value(node)
@@ -330,7 +330,8 @@ class Rewrite:
         value = fx.value(side)
         if not isinstance(value, Tensor) or not symbols(value.shape[0]) & self.batch:
             self._refuse(side, "does not have the batch as its first dimension")
-        return self._call(aten.repeat_interleave.self_int, side, self.owner.ensemble, 0, like=before)
+        args = (side, self.owner.ensemble, 0)
+        return fx.insert_call(self.gm, aten.repeat_interleave.self_int, args, like=before)
 
 
 def _sizes(node: Node) -> str:

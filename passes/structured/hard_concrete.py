@@ -123,6 +123,13 @@ def probability(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
 
 
+def draw(log_alpha: Tensor) -> Tensor:
+    """z, with u drawn anew."""
+    u = torch.rand_like(log_alpha).clamp(1e-6, 1 - 1e-6)
+    s = torch.sigmoid((u.log() - torch.log1p(-u) + log_alpha) / BETA)
+    return (s * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
+
+
 def expected_sparsity(gm: GraphModule) -> Tensor:
     """The share of the gated sublayers' parameters that is expected to go, differentiable in the gates."""
     return sparsity_at(gm, lambda name: probability(gm.get_parameter(name)))

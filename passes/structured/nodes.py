@@ -13,17 +13,20 @@ that a narrower norm computes the same. With the closed ones zero and s = sqrt(d
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.analysis.residual_streams import ALONG, PERMUTES, RESHAPES, Stream, sizes
-from fxsparse.passes.structured.hard_concrete import BETA, GAMMA, ZETA, mask_name
+from fxsparse.passes.structured.hard_concrete import draw, mask_name
 
 aten = torch.ops.aten
 
@@ -33,40 +36,45 @@ GATE_MARK = "fxsparse_gate"
 Mark = tuple[str, str, str]
 
 
-def drawn(gm: GraphModule, name: str, dtype: torch.dtype, before: Node) -> Node:
-    """The gate ``[units]``: drawn in training where it is a parameter, its mask otherwise."""
+def drawn(gm: GraphModule, name: str, before: Node) -> Node:
+    """The gate ``[units]``: drawn in training if it is a parameter, else its mask."""
 
-    def call(target: Any, *args: Any, **kwargs: Any) -> Node:
-        return fx.insert_call(gm, target, args, kwargs, like=before)
+    def gate(mask: Tensor, log_alpha: Tensor, training: bool) -> Tensor:
+        return mask + (draw(log_alpha) - mask) * training
 
-    mask = fx.insert_attribute(gm, mask_name(name), before=before)
-    gate = mask
-    if any(known == name for known, _ in gm.named_parameters()):
-        a = fx.insert_attribute(gm, name, before=before)
-        u = call(aten.clamp.default, call(aten.rand_like.default, a), 1e-6, 1 - 1e-6)
-        noise = call(aten.sub.Tensor, call(aten.log.default, u), call(aten.log1p.default, call(aten.neg.default, u)))
-        s = call(aten.sigmoid.default, call(aten.div.Tensor, call(aten.add.Tensor, noise, a), BETA))
-        stretched = call(aten.add.Tensor, call(aten.mul.Tensor, s, ZETA - GAMMA), GAMMA)
-        z = call(aten.clamp.default, stretched, 0.0, 1.0)
-        with gm.graph.inserting_before(before):
-            training = gm.graph.create_node("get_attr", "training")
-        training.meta["val"] = False
-        difference = call(aten.mul.Tensor, call(aten.sub.Tensor, z, mask), training)
-        gate = call(aten.add.Tensor, mask, difference)
-    return gate if fx.value(gate).dtype == dtype else call(aten.to.dtype, gate, dtype)
+    if not any(known == name for known, _ in gm.named_parameters()):
+        return fx.insert_attribute(gm, mask_name(name), before=before)
+    node: Node = fx.insert_function(gm, gate, mask_name(name), name, "training", before=before)
+    return node
 
 
 def multiply(gm: GraphModule, node: Node, name: str, shape: tuple[int, ...], mark: Mark, straight: bool) -> None:
-    """Multiplies what a node computes by a gate, seen as ``shape``."""
+    """Multiplies what a node computes by a gate, seen as ``shape``, whose first dimension is that of the gate."""
     after = node.next
-    gate = _viewed(gm, drawn(gm, name, fx.value(node).dtype, after), shape, after)
-    _redirect(node, _product(gm, node, gate, after, mark, straight))
+    product = functools.partial(gated, behind=len(shape) - 1, straight=straight)
+    _marked(fx.transform(gm, node, product, drawn(gm, name, after), before=after), node, mark)
 
 
 def multiply_input(gm: GraphModule, linear: Node, node: Node, name: str, mark: Mark, straight: bool) -> None:
     """Multiplies the last dimension of what a linear reads by a gate."""
-    gate = drawn(gm, name, fx.value(node).dtype, linear)
-    linear.replace_input_with(node, _product(gm, node, gate, linear, mark, straight))
+    product = functools.partial(gated, behind=0, straight=straight)
+    new = fx.insert_function(gm, product, node, drawn(gm, name, linear), before=linear, like=node)
+    linear.replace_input_with(node, _marked(new, node, mark))
+
+
+def gated(x: Tensor, gate: Tensor, behind: int, straight: bool) -> Tensor:
+    """``x * gate``, where ``x`` has ``behind`` dimensions behind the gated one.
+
+    Straight through, the gradient is that of ``x``, so that closed units still learn.
+    """
+    gate = _as(gate, x)
+    if behind:
+        gate = gate.view(-1, *[1] * behind)
+    return x - (x * (1 - gate)).detach() if straight else x * gate
+
+
+def _as(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 
 def remove_gates(gm: GraphModule) -> None:
@@ -77,33 +85,6 @@ def remove_gates(gm: GraphModule) -> None:
             assert isinstance(source, Node)
             fx.replace(node, source)
     fx.eliminate_dead_code(gm)
-
-
-def _viewed(gm: GraphModule, gate: Node, shape: tuple[int, ...], before: Node) -> Node:
-    if tuple(fx.value(gate).shape) == shape:
-        return gate
-    return fx.insert_call(gm, aten.view.default, (gate, list(shape)), like=before)
-
-
-def _product(gm: GraphModule, node: Node, gate: Node, before: Node, mark: Mark, straight: bool) -> Node:
-    """``node * gate``; straight through, the gradient is that of ``node``, so that what is closed still learns."""
-    if straight:
-        off = fx.insert_call(gm, aten.rsub.Scalar, (gate, 1), like=before)
-        closed = fx.insert_call(gm, aten.mul.Tensor, (node, off), like=before)
-        constant = fx.insert_call(gm, aten.detach.default, (closed,), like=before)
-        product = fx.insert_call(gm, aten.sub.Tensor, (node, constant), like=before)
-        for helper in (closed, constant):  # a stream leaves its block by one node
-            helper.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
-    else:
-        product = fx.insert_call(gm, aten.mul.Tensor, (node, gate), like=before)
-    return _marked(product, node, mark)
-
-
-def _redirect(node: Node, product: Node) -> None:
-    """Lets all that reads ``node`` read ``product``, but for what ``product`` is made of."""
-    other = product.args[1]
-    own = {product, *((other.args[0],) if isinstance(other, Node) and other.target is aten.detach.default else ())}
-    node.replace_all_uses_with(product, delete_user_cb=lambda user: user not in own)
 
 
 def _marked(node: Node, source: Node, mark: Mark) -> Node:
@@ -141,7 +122,6 @@ class _StreamGate:
     name: str
     mark: Mark
     straight: bool
-    casts: dict[tuple[str, torch.dtype], Node] = field(default_factory=dict)
     zero: set[Node] = field(default_factory=set)  # whose closed dimensions are 0
 
     def insert(self) -> None:
@@ -163,8 +143,7 @@ class _StreamGate:
             if keys in self.axes and keys not in self.zero:
                 demux.replace_input_with(keys, self._gated(keys, demux))
         for mean in means:
-            product = self._call(aten.mul.Tensor, mean, self._of("ratio", mean), before=mean.next)
-            _redirect(mean, _marked(product, mean, self.mark))
+            _marked(fx.transform(self.gm, mean, _times, self.shares[1]), mean, self.mark)
 
     # Once for the whole graph, before its first call: all places see one draw.
 
@@ -174,55 +153,40 @@ class _StreamGate:
 
     @cached_property
     def gate(self) -> Node:
-        return drawn(self.gm, self.name, torch.float32, self.start)
+        return drawn(self.gm, self.name, self.start)
 
     @cached_property
-    def open(self) -> Node:
-        is_open = self._call(aten.ne.Scalar, self.gate, 0, before=self.start)
-        return self._call(aten.to.dtype, is_open, torch.float32, before=self.start)
+    def shares(self) -> tuple[Node, Node, Node]:
+        """1 in closed dimensions, d / k, sqrt(d / k)."""
 
-    @cached_property
-    def closed(self) -> Node:
-        return self._call(aten.rsub.Scalar, self.open, 1, before=self.start)
+        def shares(gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            is_open = (gate != 0).to(torch.float32)
+            ratio = self.stream.size / is_open.sum()
+            return 1 - is_open, ratio, ratio.sqrt()
 
-    @cached_property
-    def ratio(self) -> Node:
-        """d / k."""
-        count = self._call(aten.sum.default, self.open, before=self.start)
-        inverse = self._call(aten.reciprocal.default, count, before=self.start)
-        return self._call(aten.mul.Tensor, inverse, self.stream.size, before=self.start)
-
-    @cached_property
-    def scale(self) -> Node:
-        """sqrt(d / k)."""
-        return self._call(aten.sqrt.default, self.ratio, before=self.start)
-
-    def _of(self, what: str, node: Node) -> Node:
-        """The gate, or what follows from it, in the dtype of a node."""
-        source, dtype = getattr(self, what), fx.value(node).dtype
-        if dtype == torch.float32:
-            return source
-        if (what, dtype) not in self.casts:
-            self.casts[what, dtype] = self._call(aten.to.dtype, source, dtype, before=self.start)
-        return self.casts[what, dtype]
-
-    def _call(self, target: Any, *args: Any, before: Node) -> Node:
-        return fx.insert_call(self.gm, target, args, like=before)
+        nodes: tuple[Node, Node, Node] = fx.insert_function(self.gm, shares, self.gate, before=self.start)
+        return nodes
 
     def _gate(self, node: Node, before: Node) -> None:
-        _redirect(node, self._gated(node, before))
+        self._open(node, fx.transform(self.gm, node, self._product(node), self.gate, before=before))
 
     def _gated(self, node: Node, before: Node) -> Node:
+        new = fx.insert_function(self.gm, self._product(node), node, self.gate, before=before, like=node)
+        return self._open(node, new)
+
+    def _product(self, node: Node) -> Callable[[Tensor, Tensor], Tensor]:
         axis = self.axes[node]
-        size = sizes(node)[axis]
-        gate = self._of("gate", node)
-        if size != self.stream.size:
-            gate = self._call(aten.repeat.default, gate, [size // self.stream.size], before=before)
-        gate = _viewed(self.gm, gate, (size, *(1 for _ in range(len(sizes(node)) - axis - 1))), before)
-        product = _product(self.gm, node, gate, before, self.mark, self.straight)
-        self.axes[product] = axis
-        self.zero.add(product)
+
+        def product(x: Tensor, gate: Tensor) -> Tensor:
+            times = x.shape[axis] // len(gate)
+            return gated(x, gate.repeat(times) if times > 1 else gate, x.dim() - axis - 1, self.straight)
+
         return product
+
+    def _open(self, node: Node, product: Node) -> Node:
+        self.axes[product] = self.axes[node]
+        self.zero.add(product)
+        return _marked(product, node, self.mark)
 
     def _is_constant(self, node: Node) -> bool:
         """Whether a node is a parameter in another layout."""
@@ -252,20 +216,30 @@ class _StreamGate:
         """Statistics over the open dimensions, and a result that is 0 in the others."""
         x: Any = node.args[0]
         weight: Any = node.args[2] if len(node.args) > 2 else None
-        scale, source = self._of("scale", x), x
-        if node.target is aten.layer_norm.default:
-            mean = self._call(aten.mean.dim, x, [-1], True, before=node)
-            mean = self._call(aten.mul.Tensor, mean, self._of("ratio", x), before=node)
-            fill = self._call(aten.mul.Tensor, mean, self._of("closed", x), before=node)
-            source = _marked(self._call(aten.add.Tensor, x, fill, before=node), node, self.mark)
-        args = [_marked(self._call(aten.mul.Tensor, source, scale, before=node), node, self.mark), *node.args[1:]]
+        closed, ratio, scale = self.shares
+        source = x if node.target is aten.rms_norm.default else self._new(node, _filled, x, closed, ratio)
+        args = [self._new(node, _times, source, scale), *node.args[1:]]
         if weight is not None:
-            scale = self._of("scale", weight)
-            args[2] = _marked(self._call(aten.div.Tensor, weight, scale, before=node), node, self.mark)
+            args[2] = self._new(node, _over, weight, scale)
         node.args = tuple(args)
         result = node
         if weight is None:
-            result = _marked(self._call(aten.div.Tensor, node, scale, before=node.next), node, self.mark)
-            _redirect(node, result)
+            result = _marked(fx.transform(self.gm, node, _over, scale), node, self.mark)
             self.axes[result] = self.axes[node]
         self._gate(result, result.next)
+
+    def _new(self, norm: Node, fn: Callable[..., Tensor], *inputs: Node) -> Node:
+        return _marked(fx.insert_function(self.gm, fn, *inputs, before=norm), norm, self.mark)
+
+
+def _filled(x: Tensor, closed: Tensor, ratio: Tensor) -> Tensor:
+    """``x`` with the mean of its open dimensions in the closed ones."""
+    return x + x.mean(-1, keepdim=True) * _as(ratio, x) * _as(closed, x)
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    return x * _as(factor, x)
+
+
+def _over(x: Tensor, divisor: Tensor) -> Tensor:
+    return x / _as(divisor, x)
