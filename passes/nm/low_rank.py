@@ -16,8 +16,9 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from fxsparse import graph as fx
 from fxsparse.errors import OptionError, RewriteError
@@ -174,25 +175,18 @@ def insert_branches(gm: GraphModule) -> list[tuple[str, tuple[str, str]]]:
     inserted = {}
     for linear in list(waiting_branches(gm)):
         down, up = f"{linear.name}_down", f"{linear.name}_up"
-        nodes = (fx.insert_attribute(gm, down, before=linear.node), fx.insert_attribute(gm, up, before=linear.node))
         if isinstance(linear, SparseLinear):
-            replace_call(gm, linear.node, _WITH_BRANCH[linear.node.target], down=nodes[0], up=nodes[1])
+            node = linear.node
+            reads = {key: fx.insert_attribute(gm, f"{linear.name}_{key}", before=node) for key in ("down", "up")}
+            replace_call(gm, node, _WITH_BRANCH[node.target], **reads)
         else:
-            _add_beside(gm, linear, *nodes)
+            fx.transform(gm, linear.node, _beside, linear.input, down, up)
         inserted[linear.name] = (_holder(linear), (down, up))
     return list(inserted.values())
 
 
-def _add_beside(gm: GraphModule, linear: Linear, down: Node, up: Node) -> None:
-    aten = torch.ops.aten
-    hidden = fx.insert_call(gm, aten.linear.default, (linear.input, down), like=linear.node)
-    branch = fx.insert_call(gm, aten.linear.default, (hidden, up), like=linear.node)
-    scaled = fx.insert_call(gm, aten.div.Tensor, (branch, int(fx.value(down).shape[0])), like=linear.node)
-    node = linear.node
-    with gm.graph.inserting_after(node):
-        total = gm.graph.call_function(aten.add.Tensor, (node, scaled))
-    total.meta = dict(node.meta)
-    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+def _beside(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return y + F.linear(F.linear(x, down), up) / down.shape[0]
 
 
 def merged(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:

@@ -195,12 +195,12 @@ class InsertNMMasks(Pass):
         return rewrote(site[0].path, f"{kind}{pattern}, {self.criterion}, {storage}")
 
     def _call_masked(self, gm: GraphModule, linear: Linear) -> None:
-        weight = linear.weight
-        if linear.transposed:
-            weight = fx.insert_call(gm, torch.ops.aten.t.default, (weight,), like=linear.node)
-        mask = fx.insert_attribute(gm, f"{linear.name}_mask", before=linear.node)
-        args = (linear.input, weight, mask, None, linear.bias, self.dynamic)
-        fx.replace_with_call(gm, linear.node, torch.ops.fxsparse.masked_linear.default, args)
+        def masked(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+            rows = weight.t() if linear.transposed else weight
+            return torch.ops.fxsparse.masked_linear(x, rows, mask, None, bias, self.dynamic)
+
+        inputs = (linear.input, linear.weight, f"{linear.name}_mask", linear.bias)
+        fx.replace(linear.node, fx.insert_function(gm, masked, *inputs, before=linear.node))
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if self.dynamic:
