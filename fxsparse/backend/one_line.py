@@ -20,6 +20,7 @@ from fxsparse.graph.derived_buffers import BORROWED
 from fxsparse.graph.dynamo import INSTEAD, names_in, retrace, state_names, training_ir, with_inputs
 from fxsparse.graph.record import Record, record_of
 from fxsparse.graph.runtime_state import Slot
+from fxsparse.tracing.functional import functionalise
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,6 +50,7 @@ class RewrittenGraph:
     def __init__(self, pipeline: Pipeline, gm: GraphModule, example_inputs: Sequence[Any], root: nn.Module | None):
         self.pipeline, self.gm = pipeline, gm
         self.retraced = retrace(gm)
+        functionalise(self.retraced)
         self.names = state_names(gm, example_inputs, root)
         self.module, self.slots, self.record = self._rewrite(example_inputs, self.names)
         self._root = weakref.ref(root) if root is not None else None

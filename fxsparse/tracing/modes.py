@@ -114,7 +114,7 @@ def _differences(gm: GraphModule, evaluation: GraphModule) -> Iterator[_Flag | _
     for node, other in zip(ours, theirs, strict=False):
         if node.target != other.target:
             raise ModesDiffer(node, other)
-        for position, (argument, other_argument) in enumerate(zip_longest(_arguments(node), _arguments(other))):
+        for position, (argument, other_argument) in enumerate(zip_longest(arguments(node), arguments(other))):
             if _depends_on_mode(argument, other_argument):
                 yield _Flag(gm, node, position, argument)
                 continue
@@ -153,12 +153,12 @@ def _compare(ours: _Input, theirs: _Input, twin: dict[Node, Node]) -> Iterator[_
 def _held_dropouts(gm: GraphModule, held: Collection[str]) -> Iterator[_Flag]:
     for node in gm.graph.nodes if held else ():
         if node.target in _DROPOUTS and stack_path(node) in held:
-            probability, training = _arguments(node)[1:3]
+            probability, training = arguments(node)[1:3]
             if probability and training is False:
                 yield _Flag(gm, node, 2, True)
 
 
-def _arguments(node: Node) -> list[Any]:
+def arguments(node: Node) -> list[Any]:
     """All arguments in the order of the operator's schema, those left out with their defaults."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
@@ -270,7 +270,7 @@ def _bind(flag: _Flag, root: GraphModule, reads: dict[tuple[int, str], Node]) ->
     if spec.kwarg_only or spec.name in node.kwargs:
         node.update_kwarg(spec.name, new)
     else:
-        node.args = (*_arguments(node)[: flag.position], new, *node.args[flag.position + 1 :])
+        node.args = (*arguments(node)[: flag.position], new, *node.args[flag.position + 1 :])
 
 
 def _like(node: Node, new: Node, value: Any) -> Node:

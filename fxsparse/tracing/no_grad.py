@@ -12,10 +12,11 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
+from fxsparse.tracing.views import may_require_grad
 
 _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
 
@@ -49,7 +50,7 @@ def _is_mutable(node: Node) -> bool:
 
 
 def _inline(gm: GraphModule, call: Node, region: GraphModule, inputs: list[Any]) -> None:
-    differentiable = any(_may_require_grad(gm, node) for node in inputs if isinstance(node, Node))
+    differentiable = any(may_require_grad(gm, node) for node in inputs if isinstance(node, Node))
     copies: dict[Node, Node] = {}
     with gm.graph.inserting_before(call):
         for inner, outer in zip(region.graph.find_nodes(op="placeholder"), inputs, strict=True):
@@ -83,22 +84,3 @@ def _detach(gm: GraphModule, node: Node) -> Node:
     detached = gm.graph.call_function(torch.ops.aten.detach.default, (node,))
     detached.meta = {**node.meta, "val": fake}
     return detached
-
-
-def _may_require_grad(gm: GraphModule, node: Node) -> bool:
-    """Whether a gradient could flow through ``node``: a parameter or an input of floating type is behind it."""
-    seen: set[Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        pending.extend(current.all_input_nodes)
-        fake = current.meta.get("val")
-        if isinstance(fake, Tensor) and fake.dtype.is_floating_point:
-            if current.op == "placeholder":
-                return True
-            if current.op == "get_attr" and isinstance(fx.attribute(gm, str(current.target)), nn.Parameter):
-                return True
-    return False

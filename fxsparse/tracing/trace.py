@@ -1,8 +1,8 @@
 """From a model to a training-IR graph.
 
 The training IR is the pre-dispatch ATen graph of ``torch.export``, made usable for rewriting and training: the
-parameters are the model's own, ``train()`` and ``eval()`` work, assertions and other noise of capture are gone, and
-attention that is causal says so.
+parameters are the model's own, ``train()`` and ``eval()`` work, assertions and other noise of capture are gone, nothing
+is written in place but what outlives the call, and attention that is causal says so.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from fxsparse.tracing.export import (
     quote,
     quote_node,
 )
+from fxsparse.tracing.functional import functionalise
 from fxsparse.tracing.input_sizes import (
     CONDITIONS_KEY,
     check_batch_is_free,
@@ -140,16 +141,20 @@ def trace(
     if example is not given:
         check_one_row(model, gm, given)
         notes.append("captured with two rows, the example's one row repeated")
-    for count, what in (
-        (drop_open_masks(gm), "mask that hides nothing dropped"),
-        (restore_is_causal(gm), "causal mask turned into is_causal"),
-    ):
-        if count:
-            notes.append(f"{what} in {count} attention{'s' if count > 1 else ''}")
+    notes += _simplify_masks(gm)
     gm.graph.lint()
     gm.recompile()
     gm.meta[META_KEY] = Trace(tuple((node.name, _example_sizes(node)) for node in tensor_inputs(gm)), tuple(notes))
     return gm
+
+
+def _simplify_masks(gm: GraphModule) -> list[str]:
+    """Lets attention go without masks where it can, and notes in how many."""
+    counts = {
+        "mask that hides nothing dropped": drop_open_masks(gm),
+        "causal mask turned into is_causal": restore_is_causal(gm),
+    }
+    return [f"{what} in {count} attention{'s' if count > 1 else ''}" for what, count in counts.items() if count]
 
 
 def _own_copy(tensor: Tensor) -> Tensor:
@@ -252,7 +257,7 @@ def _assemble(model: nn.Module, program: ExportedProgram) -> GraphModule:
 
 
 def _flat_module(program: ExportedProgram) -> GraphModule:
-    """The graph of an exported program, without assertions and with the regions without gradients inlined."""
+    """The graph of an exported program, without assertions, in-place temporaries and regions without gradients."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         gm = program.module(check_guards=False)
@@ -260,6 +265,7 @@ def _flat_module(program: ExportedProgram) -> GraphModule:
         for node in list(part.graph.nodes):
             if node.target in _ASSERTIONS and _always_holds(node):
                 part.graph.erase_node(node)
+    functionalise(gm)
     inline_no_grad(gm)
     gm.graph.eliminate_dead_code(is_impure_node=_has_effect)
     for node in gm.graph.nodes:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fxsparse
+from fxsparse import graph as fx
 from fxsparse.analysis.blocks import stacks
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.record import record_of
 from fxsparse.passes import DropLayers, InsertNMMasks, Pipeline
 from fxsparse.passes.drop_layers import dropped_positions
 from tests.support.dropped import built_without
+from tests.support.experts import mixtral
 from tests.support.families import draws_alike
 from tests.support.traced import traced
 
@@ -68,6 +70,21 @@ def test_equals_the_model_built_without_the_layers(name: str, dropped: dict[str,
             assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours, outputs[0], strict=True))
         for ours in gradients[1:]:
             torch.testing.assert_close(ours, gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_dropped_mixtral_layer_computes_nothing_more() -> None:
+    """Its routing weights are normalised in place, which must not keep the router and the attention before it alive."""
+    family = mixtral()
+    base = fxsparse.trace(family.model, kwargs=family.make_batch(batch=4))
+    gm = fxsparse.rewrite(base, [DropLayers(indices=(1,))])
+    reference = built_without(family.model, {"model.layers": (1,)})
+    assert not [node for node in gm.graph.nodes if fx.stack_path(node).startswith("model.layers.1.")]
+    assert not [node for node in gm.graph.nodes if str(node.target).startswith("model.layers.1.")]
+    for training in (True, False):
+        gm.train(training), reference.train(training)
+        batch = family.make_batch(batch=3)
+        ours, theirs = gm(**batch), reference(**batch)
+        assert torch.equal(ours.loss, theirs.loss) and torch.equal(ours.logits, theirs.logits)
 
 
 @pytest.mark.parametrize(("name", "dropped"), SETS[::2], ids=lambda value: str(value))
