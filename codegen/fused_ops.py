@@ -27,8 +27,8 @@ from fxsparse.codegen.kernels import sparse_tensor_core_linear as sparse_kernels
 from fxsparse.codegen.metadata import unpack_metadata
 from fxsparse.codegen.operators import HAS_TRITON
 from fxsparse.errors import OptionError
-from fxsparse.ops import reference
 from fxsparse.ops.define import declare_kernel
+from fxsparse.ops.nm import Pattern, unpack
 
 _STEPS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -89,10 +89,10 @@ def nm_linear_epilogue(
     operands: list[Tensor],
 ) -> Tensor:
     """steps(x W^T + bias); arguments as for the kernel's ``nm_linear``."""
-    product = (x, values, indices, None, bias, n, m)
     if x.is_cuda:
-        return nm_kernels.nm_linear(*product, steps=steps.split(), operands=operands)
-    return apply_steps(reference.nm_linear(*product), steps, operands).contiguous()
+        return nm_kernels.nm_linear(x, values, indices, None, bias, n, m, steps=steps.split(), operands=operands)
+    weight = unpack(values, indices, Pattern(n, m), x.shape[-1])
+    return apply_steps(F.linear(x, weight, bias), steps, operands).contiguous()
 
 
 @_operator(lambda values, **_: values.shape[0])
@@ -105,8 +105,8 @@ def sparse_tensor_core_linear(
             x, values, metadata, bias, steps=steps.split(), operands=operands
         )
     indices = unpack_metadata(metadata, values.shape[0], x.shape[-1])
-    product = reference.nm_linear(x, values, indices, None, bias, 2, 4)
-    return apply_steps(product, steps, operands).contiguous()
+    weight = unpack(values, indices, Pattern(2, 4), x.shape[-1])
+    return apply_steps(F.linear(x, weight, bias), steps, operands).contiguous()
 
 
 @_operator(lambda out_features, **_: out_features)
