@@ -3,10 +3,14 @@
     python examples/chop_lm.py                  # the standard library's source; a few minutes on two CPU cores
     python examples/chop_lm.py --data my.txt    # your own text
 
-The configurations of LayerCHOP (arXiv 2305.14864) start from the same pretrained weights and optimizer state and see
-the same batches. Beside them DimCHOP (the same paper) drops the same share of hidden dimensions while it trains, the
-whole model trains on, and a model of the small size starts from scratch. At the end there are a table and a plot of the
-validation losses (``--out``).
+After pretraining, these runs see the same batches:
+
+* the whole model;
+* every configuration of LayerCHOP (arXiv 2305.14864), each from the pretrained weights and optimizer state;
+* DimCHOP (the same paper), which drops the same share of hidden dimensions during training;
+* a model with as few layers, from scratch.
+
+The results are a table and a plot of the validation losses, written to ``--out``.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from fxsparse.passes.drop_layers import CONFIGURATIONS
 
 @dataclass
 class Run:
-    """A model in training, and what came of it."""
+    """A model in training, with its step times and validation losses."""
 
     name: str
     model: GraphModule
@@ -55,7 +59,7 @@ def adamw(gm: GraphModule, args: argparse.Namespace) -> torch.optim.Optimizer:
 
 
 def chopped(configuration: str, run: Run, args: argparse.Namespace) -> Run:
-    """A run that goes on from the pretrained one with half the layers and the optimizer state of what is left."""
+    """Continues the pretrained run with fewer layers and the optimizer state of the remaining parameters."""
     before = copy.deepcopy(run.model)
     optimizer = adamw(before, args)
     optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
@@ -65,13 +69,13 @@ def chopped(configuration: str, run: Run, args: argparse.Namespace) -> Run:
 
 
 def narrowed(run: Run, args: argparse.Namespace) -> Run:
-    """A run that goes on from the pretrained one and drops hidden dimensions while it trains."""
+    """Continues the pretrained run and drops hidden dimensions during training."""
     gm = fxsparse.rewrite(copy.deepcopy(run.model), [DropDimensions(1 - args.keep / args.layers, every=args.window)])
     optimizer = adamw(gm, args)
     optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
-    going_on = start("DimCHOP", gm, optimizer, args.compiler)
-    going_on.schedule = fxsparse.Schedule(gm, optimizer, total_steps=args.steps)
-    return going_on
+    continued = start("DimCHOP", gm, optimizer, args.compiler)
+    continued.schedule = fxsparse.Schedule(gm, optimizer, total_steps=args.steps)
+    return continued
 
 
 def train_step(run: Run, batch: torch.Tensor) -> None:
@@ -96,7 +100,7 @@ def validate(run: Run, batches: list[torch.Tensor], step: int) -> None:
 def train(
     runs: list[Run], steps: range, corpus: Corpus, validation: list[torch.Tensor], args: argparse.Namespace, title: str
 ) -> None:
-    """Trains all runs on the same batches, in turn."""
+    """Trains all runs on the same batches; in every step the runs take turns."""
     generator = torch.Generator().manual_seed(args.seed + steps.start)
     every = max(1, len(steps) // 8)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -143,7 +147,7 @@ def plot(pretraining: Run, runs: list[Run], path: Path) -> None:
     axes.set(
         xlabel="step",
         ylabel="validation loss (nats per byte)",
-        title="layers dropped at the dotted line; DimCHOP drops dimensions as it goes on",
+        title="layers dropped at the dotted line; DimCHOP drops dimensions during training",
     )
     axes.grid(alpha=0.3)
     axes.legend()
@@ -159,7 +163,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64, help="tokens in a window")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--keep", type=int, default=6, help="layers that stay")
+    parser.add_argument("--keep", type=int, default=6, help="layers that remain")
     parser.add_argument("--window", type=int, default=5, help="steps between two choices of DimCHOP's dimensions")
     parser.add_argument("--hidden", type=int, default=96)
     parser.add_argument("--heads", type=int, default=4)

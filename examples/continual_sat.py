@@ -1,13 +1,13 @@
-"""Pretrains a byte-level Llama on one package's source and goes on with another's, computing what matters (SAT).
+"""Continual pre-training with SAT: a byte-level Llama learns one package's source, then another's on fewer neurons.
 
     python examples/continual_sat.py                   # two packages of the standard library; a few minutes
-    python examples/continual_sat.py --data my.txt     # go on with your own text
+    python examples/continual_sat.py --data my.txt     # your own text as the second one
     python examples/continual_sat.py --compiler aot_eager --steps 20     # a quick look, without Inductor
 
-Continual pre-training goes on dense, and with ``select-neurons`` (arXiv 2406.01392) at omission rates of 0.3 and 0.5,
-each at a constant rate and with the ladder (LORS) that ends dense. All start from the same weights, see the same
-batches and take their steps in turn, so that step times can be compared on a busy machine. Every rung of a ladder is
-compiled once. At the end there are a table and a plot (``--out``).
+The second phase runs dense and with ``select-neurons`` (arXiv 2406.01392) at omission rates 0.3 and 0.5. Each rate runs
+once at a constant rate and once with the ladder (LORS), which ends dense. All runs start from the same weights, see the
+same batches and take their steps in turn, so that step times can be compared on a busy machine. Every rung of a ladder
+is compiled once. The results are a table and a plot, written to ``--out``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fxsparse.passes import Pass, SelectNeurons
 
 @dataclass
 class Run:
-    """One way of training on, and what came of it."""
+    """One way of continual pre-training, with its losses, step times and FLOPs."""
 
     name: str
     model: GraphModule
@@ -49,12 +49,12 @@ class Run:
     schedule: fxsparse.Schedule
     validation: list[tuple[int, float]] = field(default_factory=list)  # (steps done, loss)
     seconds: list[float] = field(default_factory=list)
-    compiles: list[bool] = field(default_factory=list)  # whether a step compiled, or stepped to the next rung
+    compiles: list[bool] = field(default_factory=list)  # whether the step compiled or changed the rung
     graphs: int = 0
     flops: list[int] = field(default_factory=list)
 
     def steady(self) -> list[float]:
-        """Seconds of every step; one that compiled counts like the next that did not."""
+        """Seconds of every step; a step that compiled counts like the next one that did not."""
         steady = self.seconds.copy()
         for step in reversed(range(len(steady) - 1)):
             if self.compiles[step]:
@@ -63,12 +63,13 @@ class Run:
 
 
 def ways(args: argparse.Namespace) -> dict[str, list[Pass]]:
-    found: dict[str, list[Pass]] = {"dense": []}
+    """The passes of every run, by its name."""
+    passes: dict[str, list[Pass]] = {"dense": []}
     for omission in args.omission:
         options = {"multiple": args.multiple, "score": args.score, "seed": args.seed}
-        found[f"SAT {omission:g}"] = [SelectNeurons(omission, **options)]
-        found[f"SAT {omission:g} + LORS"] = [SelectNeurons(omission, rungs=args.rungs, **options)]
-    return found
+        passes[f"SAT {omission:g}"] = [SelectNeurons(omission, **options)]
+        passes[f"SAT {omission:g} + LORS"] = [SelectNeurons(omission, rungs=args.rungs, **options)]
+    return passes
 
 
 def build(args: argparse.Namespace) -> torch.nn.Module:
@@ -81,7 +82,7 @@ def build(args: argparse.Namespace) -> torch.nn.Module:
 
 
 def start(name: str, passes: list[Pass], model: torch.nn.Module, batch: torch.Tensor, args: argparse.Namespace) -> Run:
-    """A run whose first step is yet to come."""
+    """A run before its first step."""
     gm = fxsparse.rewrite(copy.deepcopy(model), passes, kwargs={"input_ids": batch, "labels": batch})
     optimizer = torch.optim.AdamW(gm.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = fxsparse.Schedule(gm, optimizer, total_steps=args.steps)
@@ -108,7 +109,7 @@ def train_step(run: Run, ids: torch.Tensor) -> None:
 
 @torch.no_grad()
 def validate(run: Run, batches: list[torch.Tensor]) -> None:
-    """The loss of the dense model, which is what training leaves."""
+    """The loss of the dense model, which is the result of training."""
     run.model.eval()
     loss = statistics.fmean(run.model(input_ids=batch, labels=batch).loss.item() for batch in batches)
     run.model.train()
@@ -166,12 +167,16 @@ def parse_args() -> argparse.Namespace:
     library = Path(sysconfig.get_paths()["stdlib"])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrain-data", default=str(library / "email"), help="a text file or folder")
-    parser.add_argument("--data", default=str(library / "asyncio"), help="a text file or folder to go on with")
+    parser.add_argument(
+        "--data", default=str(library / "asyncio"), help="a text file or folder for continual pre-training"
+    )
     parser.add_argument("--pretrain-steps", type=int, default=150)
-    parser.add_argument("--steps", type=int, default=120, help="of continual pre-training")
+    parser.add_argument("--steps", type=int, default=120, help="steps of continual pre-training")
     parser.add_argument("--omission", nargs="+", type=float, default=[0.3, 0.5])
-    parser.add_argument("--rungs", type=int, default=2, help="of the ladder, in the second half of the steps")
-    parser.add_argument("--multiple", type=int, default=64, help="channels are rounded to a multiple of it")
+    parser.add_argument("--rungs", type=int, default=2, help="rungs of the ladder, in the second half of the steps")
+    parser.add_argument(
+        "--multiple", type=int, default=64, help="the number of channels is rounded to a multiple of this"
+    )
     parser.add_argument("--score", default="magnitude", choices=("magnitude", "weighted", "uniform"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")
@@ -197,7 +202,7 @@ def main() -> None:
     pretrain(model, read_corpus(args.pretrain_data, seed=args.seed).train, args, draw, console)
 
     corpus = read_corpus(args.data, seed=args.seed, validation=0.1)
-    console.print(f"{len(corpus.train):,} bytes to go on with, {len(corpus.validation):,} to validate on")
+    console.print(f"{len(corpus.train):,} bytes to train on, {len(corpus.validation):,} to validate on")
     held_out = [random_windows(corpus.validation, 16, args.length, draw).to(args.device) for _ in range(8)]
     example = random_windows(corpus.train, args.batch, args.length, draw).to(args.device)
     runs = [start(name, passes, model, example, args) for name, passes in ways(args).items()]

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the Python standard library's own source, or a file or folder of the user's."""
+"""Real text on every machine: the source of the Python standard library, or a file or folder of the user."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def read_corpus(path: str | None = None, *, seed: int = 0, validation: float = 0
     """Reads text as bytes.
 
     Args:
-        path: a file or a folder; none reads the standard library's source.
-        seed: of the order of the files.
-        validation: fraction of the bytes that is held out, in whole files where there are several.
-        limit: bytes to read at most.
+        path: a file or a folder; by default the standard library's source.
+        seed: seed of the order of the files.
+        validation: fraction of the bytes that is held out, in whole files if there are several.
+        limit: the largest number of bytes to read.
     """
     root = Path(path) if path else Path(sysconfig.get_paths()["stdlib"])
     if not root.exists():
@@ -64,7 +64,7 @@ def _bytes(text: bytes) -> Tensor:
 
 
 def random_windows(text: Tensor, batch: int, length: int, generator: torch.Generator) -> Tensor:
-    """Windows of a text at random places: token ids ``[batch, length]``, int64."""
+    """Windows at random places of a text: token ids ``[batch, length]``, int64."""
     if len(text) <= length:
         raise SystemExit(f"the text has {len(text)} bytes, fewer than one window of {length}; give more data")
     starts = torch.randint(len(text) - length, (batch, 1), generator=generator)

@@ -1,14 +1,20 @@
-"""Fine-tunes a small OPT on real text within a budget of FLOPs (GreenTrainer), beside the usual cheaper ways.
+"""Fine-tunes a small OPT on real text within a budget of FLOPs (GreenTrainer), and compares with other cheap ways.
 
     python examples/finetune_greentrainer.py                   # two packages of the standard library; a few minutes
     python examples/finetune_greentrainer.py --data my.txt     # fine-tune on your own text
     python examples/finetune_greentrainer.py --compiler inductor --hidden 512     # step times of compiled code
 
-An OPT on bytes is pretrained on one package's source, then fine-tuned on another's: every tensor, the tensors that
-``select-tensors`` chooses at the start of each epoch at rho = 0.4, 0.5 and 0.7, the last two layers, biases (BitFit),
-and LoRA on queries and values. All start from the same weights, see the same batches and take their steps in turn, so
-that step times can be compared on a busy machine. At the end there are a table and a plot (``--out``): loss against
-FLOPs, and which tensors were chosen.
+An OPT on bytes is pretrained on one package's source and then fine-tuned on another's. The runs train:
+
+* every tensor;
+* the tensors that ``select-tensors`` chooses at the start of each epoch, at rho = 0.4, 0.5 and 0.7;
+* the last two layers;
+* the biases (BitFit);
+* LoRA branches on queries and values.
+
+All runs start from the same weights, see the same batches and take their steps in turn, so that step times can be
+compared on a busy machine. The results are a table and a plot, written to ``--out``, of the loss against FLOPs and of
+the chosen tensors.
 """
 
 from __future__ import annotations
@@ -40,7 +46,7 @@ RHO = (0.4, 0.5, 0.7)
 
 @dataclass
 class Run:
-    """One way of fine-tuning, and what came of it."""
+    """One way of fine-tuning, with its losses, step times, FLOPs and chosen tensors."""
 
     name: str
     model: GraphModule
@@ -56,7 +62,7 @@ class Run:
 
 
 def ways(args: argparse.Namespace) -> dict[str, tuple[list[Pass], float, float | None]]:
-    """Passes, learning rate and rho of each way. Few or small parameters take larger steps."""
+    """Passes, learning rate and rho of each way; ways with few parameters take larger steps."""
     branches = AddLowRankBranches(rank=args.rank, start=0.0, layers=("*.q_proj", "*.v_proj"))
     return {
         "full": ([], args.lr, None),
@@ -74,7 +80,7 @@ def start(
     batch: torch.Tensor,
     args: argparse.Namespace,
 ) -> Run:
-    """A run whose first step is yet to come."""
+    """A run before its first step."""
     passes, lr, rho = way
     gm = fxsparse.rewrite(copy.deepcopy(model), passes, kwargs={"input_ids": batch, "labels": batch})
     optimizer = torch.optim.AdamW(gm.parameters(), lr=lr, weight_decay=0.01)
@@ -84,7 +90,7 @@ def start(
 
 
 def choose(run: Run, graph: fxsparse.BackpropGraph, batch: dict[str, torch.Tensor]) -> None:
-    """Shows the schedule the first batch of an epoch, and counts what measuring the importances costs."""
+    """Shows the schedule the first batch of an epoch, and counts the FLOPs of measuring importances."""
     if run.rho is None:
         return
     run.schedule.observe(batch)
@@ -137,7 +143,7 @@ def result_table(runs: list[Run], args: argparse.Namespace) -> Table:
 
 
 def from_the_input(graph: fxsparse.BackpropGraph) -> list[str]:
-    """The tensors in the order in which the forward pass first uses them."""
+    """The tensors in the order of their first use in the forward pass."""
     place = {node: position for position, node in enumerate(reversed(list(graph.networkx)))}
     return sorted(graph.trainable, key=lambda name: min(place[user] for user in graph.networkx.predecessors(name)))
 
@@ -190,14 +196,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--rank", type=int, default=8, help="of LoRA")
+    parser.add_argument("--rank", type=int, default=8, help="rank of LoRA")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--compiler",
         default="inductor" if torch.cuda.is_available() else "aot_eager",
         choices=("inductor", "aot_eager", "eager"),
-        help="what runs the graphs; every choice of tensors is compiled anew, which Inductor takes long for on a CPU",
+        help="compiler of the graphs; every new choice of tensors is compiled, which Inductor does slowly on a CPU",
     )
     parser.add_argument("--out", type=Path, default=Path("out"))
     return parser.parse_args()
@@ -207,7 +213,7 @@ def main() -> None:
     args = parse_args()
     console = Console(width=None if sys.stdout.isatty() else 110)
     transformers.logging.set_verbosity_error()
-    torch._dynamo.config.cache_size_limit = max(64, args.epochs * 8)  # one code object, a graph for every choice
+    torch._dynamo.config.cache_size_limit = max(64, args.epochs * 8)  # one code object has a graph for every choice
     torch.manual_seed(args.seed)
     config = transformers.OPTConfig(
         vocab_size=256, hidden_size=args.hidden, word_embed_proj_dim=args.hidden, ffn_dim=4 * args.hidden,

@@ -3,9 +3,9 @@
     python examples/pretrain_slope.py                  # the standard library's source; a few minutes on two CPU cores
     python examples/pretrain_slope.py --data my.txt    # your own text
 
-The model is GPT-2 from a Hugging Face configuration, on bytes. All four start from the same weights, see the same
+The model is GPT-2 from a Hugging Face configuration, on bytes. All four runs start from the same weights, see the same
 batches, run through ``torch.compile(..., backend="fxsparse")`` and take their steps in turn, so that their step times
-can be compared on a busy machine. At the end there are a table and a plot of the loss curves (``--out``).
+can be compared on a busy machine. The results are a table and a plot of the loss curves, written to ``--out``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fxsparse.passes import AddLowRankBranches, DoublePruneBackward, InsertNMMas
 
 @dataclass
 class Run:
-    """One way of training, and what came of it."""
+    """One way of training, with its losses and step times."""
 
     name: str
     model: GraphModule
@@ -59,7 +59,7 @@ def ways(args: argparse.Namespace) -> dict[str, list[Pass]]:
 
 
 def start(name: str, passes: list[Pass], model: torch.nn.Module, batch: torch.Tensor, args: argparse.Namespace) -> Run:
-    """A run whose first step is yet to come."""
+    """A run before its first step."""
     gm = fxsparse.rewrite(copy.deepcopy(model), passes, kwargs={"input_ids": batch, "labels": batch})
     optimizer = torch.optim.AdamW(gm.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps))
@@ -99,7 +99,7 @@ def validate(run: Run, batches: list[torch.Tensor]) -> float:
 
 
 def bytes_of(run: Run) -> tuple[int, int]:
-    """Bytes of weights, masks and indices, and of the optimizer's state, counted from the tensors."""
+    """Bytes of weights, masks and indices, and bytes of the optimizer's state, counted from the tensors."""
     tensors = {id(tensor): tensor for tensor in (*run.model.parameters(), *run.model.buffers())}
     weights = sum(tensor.nbytes for tensor in tensors.values())
     state = sum(
@@ -147,7 +147,7 @@ def plot(runs: list[Run], path: Path) -> None:
         steps, losses = zip(*smooth(run.losses), strict=True)
         axes.plot(steps, losses, color=f"C{position}", alpha=0.35, linewidth=1)
         steps, losses = zip(*run.validation, strict=True)
-        # Until the branches start, SLoPe with them is SLoPe: dashes let both be seen.
+        # SLoPe with branches equals SLoPe until the branches start, so its line is dashed to show both.
         style = "--" if "lazy" in run.name else "-"
         axes.plot(steps, losses, color=f"C{position}", linestyle=style, marker="o", markersize=3, label=run.name)
     axes.set(xlabel="step", ylabel="loss (nats per byte)", title="training loss (thin) and validation loss (dots)")
@@ -158,7 +158,7 @@ def plot(runs: list[Run], path: Path) -> None:
 
 
 def smooth(points: list[tuple[int, float]], decay: float = 0.9) -> list[tuple[int, float]]:
-    """An exponential moving average without the bias of its start."""
+    """An exponential moving average, corrected for the bias of its start at 0."""
     smoothed, total = [], 0.0
     for count, (step, loss) in enumerate(points, 1):
         total = decay * total + (1 - decay) * loss
@@ -185,7 +185,7 @@ def parse_args() -> argparse.Namespace:
         "--low-rank-start",
         type=float,
         default=0.9,
-        help="fraction of the steps before the branches join; SLoPe's 0.99 leaves a run this short three steps of them",
+        help="fraction of the steps before the branches start; SLoPe's 0.99 leaves too few steps in so short a run",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

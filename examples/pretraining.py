@@ -1,4 +1,4 @@
-"""What examples that start from a pretrained byte-level model share: pretraining it, and the progress bar."""
+"""Pretraining of a byte-level model and a progress bar, for several examples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def pretrain(
     model: torch.nn.Module, text: torch.Tensor, args: argparse.Namespace, draw: torch.Generator, console: Console
 ) -> None:
-    """Trains a causal language model on random windows of a text, as the arguments say."""
+    """Trains a causal language model on random windows of a text; sizes and steps are taken from ``args``."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.pretrain_steps)
     with progress_bar(console) as progress:

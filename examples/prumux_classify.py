@@ -1,13 +1,15 @@
-"""PruMUX on a task every machine has: which package of the standard library a snippet of code comes from.
+"""PruMUX on a task that needs no download: which package of the standard library does a snippet of code come from?
 
     python examples/prumux_classify.py                          # N in 1, 2, 5, 10 and s in 0, 0.6, 0.8
-    python examples/prumux_classify.py --members 1 2 --sparsities 0 0.6 --scale 0.2         # a look
+    python examples/prumux_classify.py --members 1 2 --sparsities 0 0.6 --scale 0.2         # a quick look
 
-A plain BERT from a Hugging Face configuration is trained first. Every N, 1 included, goes on from its weights for the
-same number of steps and learns to tell its members apart; every s prunes the model of its N with CoFi's gates, taught
-by it, and cuts what is pruned away. Each (N, s) is then measured: accuracy on held-out snippets, and throughput at a
-batch of ``--batch`` times N. Auto-PruMUX is fitted to a part of the grid and predicts the rest. At the end there are
-three tables, the measurements as CSV, and a plot of accuracy over throughput (``--out``).
+1. A plain BERT from a Hugging Face configuration is trained.
+2. For every N, also 1, a copy trains on for the same number of steps; with N > 1 it learns to tell its members apart.
+3. For every s, a copy of the model of each N is pruned with CoFi's gates, with that model as its teacher, and cut.
+4. Each (N, s) is measured: accuracy on held-out snippets, and throughput at a batch of ``--batch`` times N.
+5. Auto-PruMUX is fitted to a part of the grid and predicts the rest.
+
+The results are three tables, and under ``--out`` the measurements as CSV and a plot of accuracy over throughput.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from fxsparse.passes import DistillLayers, Multiplex
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured at one (N, s): accuracy in percent, inputs a second, and how much smaller the model became."""
+    """The measurements at one (N, s): accuracy in percent, throughput in inputs per second, number of parameters."""
 
     members: int
     sparsity: float
@@ -53,7 +55,7 @@ class Result:
 def train(
     gm: GraphModule, data: Snippets, members: int, steps: int, args: argparse.Namespace, gated: bool = False
 ) -> None:
-    """Trains with a linear warm-up over a tenth of the steps and a linear decay; a step sees ``--batch`` groups."""
+    """Trains with linear warm-up over a tenth of the steps and linear decay; a step has ``--train-batch`` groups."""
     optimizer = torch.optim.AdamW(gm.parameters(), lr=args.lr, weight_decay=0.01)
     schedule = fxsparse.Schedule(gm, optimizer, total_steps=steps)
     warmup = max(1, steps // 10)
@@ -76,7 +78,7 @@ def train(
 
 
 def multiplexed(first: GraphModule, data: Snippets, members: int, args: argparse.Namespace) -> GraphModule:
-    """The first model trained on with N inputs at a time; with one, just trained on, for as many steps."""
+    """A copy of the first model, multiplexed if N > 1, trained on for ``--mux-steps`` steps."""
     stages = ((args.warmup, 0.0, 1.0), (1.0, 0.9, 0.1)) if args.warmup else ((1.0, 0.9, 0.1),)
     mux = Multiplex(members, demux=args.demux, stages=stages, ignore=(PAD, UNKNOWN, CLS), seed=args.seed)
     gm = fxsparse.rewrite(copy.deepcopy(first), [mux] if members > 1 else [])
@@ -85,7 +87,7 @@ def multiplexed(first: GraphModule, data: Snippets, members: int, args: argparse
 
 
 def serving(gm: GraphModule) -> GraphModule:
-    """A copy that computes no loss: what only the loss reads, labels and retrieval above all, is left out."""
+    """A copy without the loss and all that only the loss needs, such as labels and retrieval."""
     copied = fx.copy_sharing_state(gm)
     output = copied.graph.output_node()
     _, logits = output.args[0]
@@ -97,14 +99,14 @@ def serving(gm: GraphModule) -> GraphModule:
 
 @torch.no_grad()
 def accuracy(gm: GraphModule, data: Snippets) -> float:
-    """Percent of the held-out snippets that are classified right."""
+    """Percent of the held-out snippets that are classified correctly."""
     gm.eval()
     right = sum(int((gm(input_ids=ids, labels=y).logits.argmax(-1) == y).sum()) for ids, y in data.test.batches(250))
     return 100 * right / len(data.test)
 
 
 def throughputs(models: dict[Point, GraphModule], data: Snippets, args: argparse.Namespace) -> dict[Point, float]:
-    """Inputs a second of each model; they take turns, so that a busy machine is so for all."""
+    """Inputs per second of each model; the models take turns, so that a busy machine slows all of them."""
     calls: dict[Point, Callable[[], object]] = {}
     for point, gm in models.items():
         ids, labels = data.train.batch(args.batch * point[0], torch.Generator().manual_seed(args.seed))
@@ -123,7 +125,7 @@ def throughputs(models: dict[Point, GraphModule], data: Snippets, args: argparse
 
 
 def predictions(results: list[Result]) -> Table:
-    """Auto-PruMUX fitted without the middle of the grid, against what was measured there."""
+    """Predictions for the middle of the grid by Auto-PruMUX, fitted without it, beside the measurements."""
     inner = {item.point for item in results if item.point not in corners(results)}
     table = Table(title="Auto-PruMUX, fitted to the other points")
     for column in ("N, s", "accuracy", "predicted", "inputs / s", "predicted", ""):
@@ -141,7 +143,7 @@ def predictions(results: list[Result]) -> Table:
 
 
 def corners(results: list[Result]) -> set[Point]:
-    """The points a prediction is fitted to: those of the least and the largest N and s, and the unmultiplexed ones."""
+    """The points for fitting: the smallest and largest s at the two smallest N and at the largest."""
     members = sorted({item.members for item in results})
     sparsities = sorted({item.sparsity for item in results})
     ends, edges = {members[0], members[-1], *members[:2]}, {sparsities[0], sparsities[-1]}
@@ -149,7 +151,7 @@ def corners(results: list[Result]) -> set[Point]:
 
 
 def choices(results: list[Result]) -> Table:
-    """The fastest measured point of each kind within a loss budget: is PruMUX ahead of either part alone?"""
+    """The fastest measured point of each kind within a loss budget, to compare PruMUX with each part alone."""
     plain = next((item for item in results if item.point == (1, 0.0)), results[0])
     kinds: dict[str, Callable[[Result], bool]] = {
         "pruned": lambda item: item.members == 1,
@@ -162,8 +164,8 @@ def choices(results: list[Result]) -> Table:
     for budget in (1, 2, 4, 6, 8, 10, 15, 20):
         row = []
         for allowed in kinds.values():
-            able = [item for item in results if allowed(item) and item.accuracy >= plain.accuracy - budget]
-            best = max(able, key=lambda item: item.throughput)
+            eligible = [item for item in results if allowed(item) and item.accuracy >= plain.accuracy - budget]
+            best = max(eligible, key=lambda item: item.throughput)
             row.append(f"{best.throughput / plain.throughput:.2f} (N={best.members}, s={best.sparsity:g})")
         table.add_row(f"{budget}", *row)
     return table
@@ -196,18 +198,20 @@ def write_csv(results: list[Result], path: Path) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, nargs="+", default=[1, 2, 5, 10])
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.6, 0.8], help="shares of the core")
-    parser.add_argument("--first-steps", type=int, default=600, help="of the model that all start from")
+    parser.add_argument(
+        "--sparsities", type=float, nargs="+", default=[0.0, 0.6, 0.8], help="pruned shares of the core"
+    )
+    parser.add_argument("--first-steps", type=int, default=600, help="steps of the model from which all others start")
     parser.add_argument("--mux-steps", type=int, default=1200)
     parser.add_argument("--prune-steps", type=int, default=500)
     parser.add_argument("--tune-steps", type=int, default=150, help="after pruning, on the smaller model")
-    parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for all numbers of steps")
     parser.add_argument(
-        "--warmup", type=float, default=0.0, help="fraction of the multiplexed steps that only retrieve"
+        "--warmup", type=float, default=0.0, help="fraction of the multiplexed steps that train retrieval only"
     )
     parser.add_argument("--demux", default="mlp", choices=("keys", "mlp", "prefix"), help="see Multiplex")
     parser.add_argument("--train-batch", type=int, default=16, help="groups in a training step")
-    parser.add_argument("--batch", type=int, default=128, help="groups in a batch whose throughput is measured")
+    parser.add_argument("--batch", type=int, default=128, help="groups in a batch for measuring throughput")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--classes", type=int, default=8)
     parser.add_argument("--length", type=int, default=32)
@@ -225,7 +229,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def pruned(teacher: GraphModule, data: Snippets, point: Point, args: argparse.Namespace) -> GraphModule:
-    """The model of this N without a share s of its core, taught by the whole one."""
+    """The model of this N without a share s of its core, with the whole model as its teacher."""
     members, sparsity = point
     gm = fxsparse.rewrite(copy.deepcopy(teacher), [f"gates{{target={sparsity}}}", DistillLayers(teacher)])
     train(gm, data, members, args.prune_steps, args, gated=True)

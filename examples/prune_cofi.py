@@ -1,14 +1,16 @@
-"""CoFi on a task every machine has: which package of the standard library a snippet of code comes from.
+"""CoFi on a task that needs no download: which package of the standard library does a snippet of code come from?
 
     python examples/prune_cofi.py                                   # 60, 80 and 95 %; a few minutes on two CPU cores
-    python examples/prune_cofi.py --sparsities 0.6 --scale 0.1      # a look
+    python examples/prune_cofi.py --sparsities 0.6 --scale 0.1      # a quick look
 
-A BERT from a Hugging Face configuration is trained on the task and becomes the teacher. For every sparsity a copy of it
-learns beside it which heads, channels and sublayers it can do without (CoFi, arXiv 2204.00408: hidden states and logits
-of the teacher are the loss); what its gates closed is cut away, and the smaller model is tuned on the labels. At the
-end there are a table (accuracy, parameters, measured speed-up of a forward pass), a plot and the smallest model as a
-checkpoint (``--out``). Sparsity counts the weights and biases of attentions and MLPs, as the paper's does; embeddings
-and the classifier stay.
+1. A BERT from a Hugging Face configuration is trained on the task. It is the teacher.
+2. For every sparsity, a copy learns which heads, channels and sublayers to close (CoFi, arXiv 2204.00408). Its loss
+   compares its hidden states and logits with the teacher's.
+3. The closed parts are cut out, and the smaller model is tuned on the labels.
+
+The results are a table (accuracy, parameters, measured speed-up of a forward pass), and under ``--out`` a plot and the
+smallest model as a checkpoint. As in the paper, sparsity counts the weights and biases of attentions and MLPs;
+embeddings and the classifier are not pruned.
 """
 
 from __future__ import annotations
@@ -37,13 +39,13 @@ from fxsparse.passes.structured.hard_concrete import expected_sparsity, sparsity
 
 @dataclass
 class Result:
-    """A model, and what is known of it.
+    """A model and its measurements.
 
     Attributes:
-        accuracy: percent of the held-out snippets.
-        closed: accuracy with gates closed, before anything was cut and tuned.
-        sparsities: step, target and expected sparsity while the gates learned.
-        seconds: of forward passes.
+        accuracy: percent of the held-out snippets that are classified correctly.
+        closed: accuracy with closed gates, before cutting and tuning.
+        sparsities: (step, target, expected sparsity) during the training of the gates.
+        seconds: of each measured forward pass.
     """
 
     name: str
@@ -55,7 +57,7 @@ class Result:
 
     @property
     def core(self) -> int:
-        """Parameters of the encoder's layers but their norms, counted from the tensors."""
+        """Parameters of the encoder's layers without norms, counted from the tensors."""
         return sum(
             parameter.numel()
             for name, parameter in self.model.named_parameters()
@@ -67,7 +69,7 @@ class Result:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def speedup(self, whole: Result) -> float:
-        """Of a forward pass over that of the whole model: the median over turns that both took."""
+        """Speed-up of a forward pass over the whole model: the median of the ratios turn by turn."""
         return statistics.median(its / mine for its, mine in zip(whole.seconds, self.seconds, strict=True))
 
 
@@ -101,7 +103,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(gm: GraphModule, data: Split) -> float:
-    """Percent of the snippets that are classified right."""
+    """Percent of the snippets that are classified correctly."""
     gm.eval()
     right = sum(int((gm(input_ids=ids, labels=y).logits.argmax(-1) == y).sum()) for ids, y in data.batches(250))
     return 100 * right / len(data)
@@ -127,7 +129,7 @@ def pruned(
 
 @torch.no_grad()
 def measure(results: list[Result], data: Snippets, args: argparse.Namespace) -> None:
-    """Times forward passes; the models take turns, so that a busy machine is so for all."""
+    """Times forward passes; the models take turns, so that a busy machine slows all of them."""
     ids, labels = data.test.batch(args.measure_batch, torch.Generator().manual_seed(args.seed))
     calls = []
     for result in results:
@@ -201,8 +203,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--teacher-steps", type=int, default=600)
     parser.add_argument("--prune-steps", type=int, default=800)
     parser.add_argument("--tune-steps", type=int, default=200, help="after pruning, on the smaller model")
-    parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps")
-    parser.add_argument("--warmup", type=float, default=0.4, help="share of the pruning over which the target rises")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for all numbers of steps")
+    parser.add_argument(
+        "--warmup", type=float, default=0.4, help="share of the pruning steps over which the target rises"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--measure-batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)

@@ -1,4 +1,4 @@
-"""A classification task every machine has: which package of the Python standard library a snippet of code is from."""
+"""A classification task without a download: which package of the standard library does a snippet of code come from?"""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch import Tensor
 PAD, UNKNOWN, CLS = 0, 1, 2
 _TOKEN = re.compile(r"[A-Za-z_]+|[0-9]+|[^\sA-Za-z0-9_]")
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
-_BLOCK = 20  # snippets in a row that are all for training, or all for testing
+_BLOCK = 20  # consecutive snippets that go to the same split
 
 
 @dataclass(frozen=True)
 class Split:
-    """Token ids, int64 ``[snippets, length]``, the first always ``CLS``, and classes, int64 ``[snippets]``."""
+    """Token ids, int64 ``[snippets, length]``, with ``CLS`` as the first of each, and classes, int64 ``[snippets]``."""
 
     ids: Tensor
     labels: Tensor
@@ -30,7 +30,7 @@ class Split:
         return len(self.labels)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Snippets drawn at random."""
+        """Snippets drawn at random, with replacement."""
         rows = torch.randint(len(self), (size,), generator=generator)
         return self.ids[rows], self.labels[rows]
 
@@ -41,7 +41,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Snippets:
-    """The task: snippets to train and to test on, the names of the classes, and the size of the vocabulary."""
+    """The task: snippets for training and for testing, the names of the classes, and the size of the vocabulary."""
 
     train: Split
     test: Split
@@ -52,14 +52,15 @@ class Snippets:
 def read_snippets(*, classes: int = 8, length: int = 32, vocabulary: int = 2048, seed: int = 0) -> Snippets:
     """Cuts the sources of the largest packages into snippets that do not overlap.
 
-    Every fifth run of 20 snippets is held out, so that both splits know every file. Classes have equally many snippets;
-    tokens are words, numbers and signs, the most frequent ones of the training split.
+    Every fifth block of 20 consecutive snippets is held out for testing, so that both splits see every large file. All
+    classes have the same number of snippets. Tokens are words, numbers and signs; the vocabulary holds the most
+    frequent ones of the training split.
 
     Args:
         classes: number of packages.
-        length: tokens in a snippet, the leading ``CLS`` included.
-        vocabulary: number of token ids, three special ones included.
-        seed: of which snippets are kept where a class has more than another.
+        length: tokens in a snippet, including the leading ``CLS``.
+        vocabulary: number of token ids, including three special ones.
+        seed: seed of the choice of snippets in a class that has more than the smallest class.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = {folder.name: _tokens(folder) for folder in sorted(root.iterdir()) if _is_package(folder)}
