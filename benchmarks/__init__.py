@@ -1,1 +1,1 @@
-"""Programs that measure; each prints a table with its device, versions and command."""
+"""Programs that measure time; each prints a table with its device and versions."""

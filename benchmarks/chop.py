@@ -1,10 +1,11 @@
-"""Half the layers of a 24-layer language model: measured speed-up against the FLOPs ledger (CHOP, arXiv 2305.14864).
+"""Half the layers of a 24-layer language model: measured and predicted speed-up (CHOP, arXiv 2305.14864).
 
-python -m benchmarks.chop                          # a GPT on the CPU
-python -m benchmarks.chop --device cuda --dtype bfloat16 --hidden 1024 --heads 16 --batch 8 --length 1024
+    python -m benchmarks.chop                          # a GPT on the CPU
+    python -m benchmarks.chop --device cuda --dtype bfloat16 --hidden 1024 --heads 16 --batch 8 --length 1024
 
-The ledger predicts FLOPs of the whole model over FLOPs of the shortened one, for the forward pass and for the training
-step; the optimizer's work is no FLOPs, so the step here is forward and backward. ``reached`` is measured / predicted.
+The predicted speed-up is the ratio of FLOPs, whole model over shortened model, for the forward pass and for the
+training step. The optimizer's work has no FLOPs, so a step here is forward and backward only. ``reached`` is measured /
+predicted.
 """
 
 from __future__ import annotations
@@ -66,10 +67,10 @@ def main() -> None:
     short = fxsparse.rewrite(whole, [DropLayers(args.configuration, fraction=args.fraction)])
     before, after = costs(whole), costs(short)
     predicted = (before.forward_flops / after.forward_flops, before.step_flops / after.step_flops)
-    rivals = [calls(gm, batch, args.compiler) for gm in (whole, short)]
+    variants = [calls(gm, batch, args.compiler) for gm in (whole, short)]
     rows = [("", "predicted", "measured", "quartiles", "reached")]
     for kind, (name, expected) in enumerate(zip(("forward", "training step"), predicted, strict=True)):
-        times = interleaved({"whole": rivals[0][kind], "short": rivals[1][kind]}, rounds=args.rounds)
+        times = interleaved({"whole": variants[0][kind], "short": variants[1][kind]}, rounds=args.rounds)
         middle, low, high = times["whole"].ratio(times["short"])
         rows.append((name, f"{expected:.3f}", f"{middle:.3f}", f"{low:.3f} - {high:.3f}", f"{middle / expected:.3f}"))
     parameters = f"{before.parameters / 1e6:.1f} M -> {after.parameters / 1e6:.1f} M parameters"

@@ -1,16 +1,16 @@
-"""What the backend costs where it has nothing to do: compile time and run time against Inductor, on CPU or GPU.
+"""The overhead of the backend on models without sparsity: compile time and run time against Inductor, on CPU or GPU.
 
     python -m benchmarks.compile_overhead [--model opt|bert|mlp] [--rounds 7] [--device cpu]
 
-Compiled and timed, all in training mode (forward and backward):
+Four variants are compiled and timed in training mode (forward and backward):
 
-* `inductor`: the model under ``torch.compile(model)``: what everything is compared with;
+* `inductor`: the model under ``torch.compile(model)``, the baseline;
 * `fxsparse`: the model under ``torch.compile(model, backend="fxsparse")``, the bare call;
 * `traced`: ``fxsparse.trace(model)`` under Inductor;
 * `rewritten by nothing`: ``fxsparse.rewrite(model, [])`` under Inductor.
 
-Variants take turns, in compiling and in every step, so that a slow minute of the machine meets all of them; ratios are
-medians of each turn's ratio to `inductor`, with their quartiles. Compile caches are off: every compilation is cold.
+The variants take turns, in compiling and in every step, so that a slow minute of the machine slows all of them. Ratios
+are medians of the ratios to `inductor` in each turn, with quartiles. Compile caches are off: every compilation is cold.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BASE = "inductor"
 
 
 def build(name: str, device: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A model and a batch: about a millisecond to a second of work a step, so that Python's share shows."""
+    """A model and a batch of a millisecond to a second per step, small enough to show the overhead of Python."""
     if name == "mlp":
         layers = [layer for _ in range(8) for layer in (nn.Linear(256, 256), nn.GELU())]
         return nn.Sequential(*layers).to(device), {"input": torch.randn(512, 256, device=device)}
@@ -51,7 +51,7 @@ def build(name: str, device: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def entry(model: nn.Module, batch: dict[str, Any], backend: str, name: str) -> Callable[[], None]:
-    """A compiled step, forward and backward, of its own code object: Dynamo keeps what it compiled by the code."""
+    """A compiled step, forward and backward, with its own code object, because Dynamo caches by code object."""
 
     def forward(**batch: Any) -> Any:
         return model(**batch)
@@ -98,9 +98,9 @@ def main() -> None:
     for turn in range(options.rounds + 1):
         torch._dynamo.reset()
         steps = {name: entry(each, batch, backend, name) for name, (each, backend) in variants.items()}
-        order = list(variants)[turn % len(variants) :] + list(variants)[: turn % len(variants)]  # none is always first
+        order = list(variants)[turn % len(variants) :] + list(variants)[: turn % len(variants)]  # each is first in turn
         seconds = compile_seconds({name: steps[name] for name in order})
-        if turn:  # the first turn pays for imports
+        if turn:  # the first turn includes imports
             for name in variants:
                 compiled[name].append(seconds[name])
     running = interleaved(steps, rounds=options.steps)

@@ -1,9 +1,9 @@
-"""A training step of the tensors GreenTrainer chooses within a budget of FLOPs, against a step of them all.
+"""A training step of the tensors that GreenTrainer chooses within a budget of FLOPs, against a step of all tensors.
 
     python -m benchmarks.greentrainer_step [--rho 0.4 0.5 0.7] [--tokens 2048] [--rounds 9]
 
-The model is an OPT of about 25 million parameters; a step is forward, backward and AdamW, compiled. FLOPs say how long
-a step should take; the table gives both. Steps of the rivals take turns.
+The model is an OPT of about 25 million parameters; a step is forward, backward and AdamW, compiled. The table gives the
+ratio of FLOPs, which predicts the ratio of times, and the ratio of times. The variants take turns.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     python -m benchmarks.inference [--hidden 512] [--layers 4] [--tokens 1024] [--pattern 2:4] [--rounds 15]
 
-* `dense`: the model under ``torch.compile(model)``: what everything is compared with;
-* `frozen`: the same model, its weights pruned in place, under ``torch.compile(model, backend="fxsparse")``;
-* `compressed`: the model rewritten by ``nm-masks``, its parameters frozen, under the same backend;
-* `compressed, inlined`: that with ``options={"lower": {"nm_linear": "reference"}}``, decompressed in every call.
+* `dense`: the model under ``torch.compile(model)``, the baseline;
+* `frozen`: the same model with weights pruned in place, under ``torch.compile(model, backend="fxsparse")``;
+* `compressed`: the model rewritten by ``nm-masks``, with frozen parameters, under the same backend;
+* `compressed, inlined`: the same with ``options={"lower": {"nm_linear": "reference"}}``: decompressed in every call.
 
-Rivals take turns; the table says what the backend chose for each.
+The variants take turns; the table names the implementations that the backend chose.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def build(args: argparse.Namespace) -> nn.Module:
 
 
 def pruned(model: nn.Module, pattern: nm.Pattern) -> nn.Module:
-    """Every linear's weight but the head's, in place."""
+    """Prunes the weights of all linears except the head, in place."""
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and name != "lm_head":

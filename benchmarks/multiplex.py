@@ -1,10 +1,11 @@
-"""Throughput of a multiplexed encoder against what its FLOPs promise.
+"""Throughput of a multiplexed encoder, measured and predicted from FLOPs.
 
     python -m benchmarks.multiplex [--members 1 2 5 10] [--batch 128] [--length 32] [--rounds 5]
 
 A BERT classifier of 6 layers, hidden 512, gets batch * N inputs at a time for every N, so that its core always runs at
-the same batch. Throughput is inputs a second. The promise is the ratio of FLOPs an input costs, plain over multiplexed,
-by ``fxsparse.count_flops``; a ratio to it of 1 means that mux and demux cost no more than their FLOPs.
+the same batch size. Throughput is in inputs per second. ``FLOPs promise`` is the ratio of FLOPs per input, plain over
+multiplexed, by ``fxsparse.count_flops``. ``reached`` is the measured speed-up over the promised one; 1 means that mux
+and demux take no more time than their FLOPs.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from fxsparse.text import table
 
 
 @dataclass(frozen=True)
-class Rival:
-    """A multiplexed model and its batch."""
+class Variant:
+    """A multiplexed model: N, inputs in a batch, FLOPs of a batch, and a call."""
 
     members: int
     inputs: int
@@ -33,7 +34,7 @@ class Rival:
     run: Callable[[], object]
 
 
-def rival(members: int, args: argparse.Namespace) -> Rival:
+def variant(members: int, args: argparse.Namespace) -> Variant:
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=2048, hidden_size=args.hidden, intermediate_size=4 * args.hidden, num_hidden_layers=args.layers,
@@ -51,13 +52,13 @@ def rival(members: int, args: argparse.Namespace) -> Rival:
     def run() -> object:
         return call(input_ids=ids)
 
-    return Rival(members, inputs, flops, run)
+    return Variant(members, inputs, flops, run)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, nargs="+", default=[1, 2, 5, 10])
-    parser.add_argument("--batch", type=int, default=128, help="rows of the core; inputs are this times N")
+    parser.add_argument("--batch", type=int, default=128, help="rows of the core; a batch has this times N inputs")
     parser.add_argument("--length", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
@@ -66,11 +67,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="through torch.compile with the fxsparse backend")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    rivals = {f"N={members}": rival(members, args) for members in dict.fromkeys([1, *args.members])}
-    times = interleaved({name: item.run for name, item in rivals.items()}, rounds=args.rounds, warmup=2)
-    plain = rivals["N=1"]
+    variants = {f"N={members}": variant(members, args) for members in dict.fromkeys([1, *args.members])}
+    times = interleaved({name: item.run for name, item in variants.items()}, rounds=args.rounds, warmup=2)
+    plain = variants["N=1"]
     rows = [("", "inputs", "inputs / s", "throughput / plain", "quartiles", "FLOPs promise", "reached")]
-    for name, item in rivals.items():
+    for name, item in variants.items():
         slower, low, high = times[name].ratio(times["N=1"])  # time of a batch over the plain model's
         speedup, promise = item.members / slower, plain.flops * item.members / item.flops
         quartiles = f"{item.members / high:.2f} - {item.members / low:.2f}"

@@ -1,4 +1,4 @@
-"""How long tracing and rewriting take as a model grows: OPT on the meta device, 8 to 64 layers.
+"""Time of tracing and rewriting by model size: OPT on the meta device, 8 to 64 layers.
 
 python -m benchmarks.rewrite_time [--layers 8 16 32 64] [--hidden 2560]
 """

@@ -1,10 +1,10 @@
-"""A training step of a choice of heads and channels, against a dense step and against what FLOPs promise (SAT).
+"""A training step with chosen heads and channels (SAT), against a dense step and the saving predicted by FLOPs.
 
     python -m benchmarks.select_neurons [--omission 0.5 0.333] [--tokens 2048] [--hidden 512] [--rounds 9]
 
-The model is a stack of Llama layers, nothing around them: the layers concerned. A step is forward, backward, AdamW and
-the schedule, which chooses anew every time, compiled. ``reached`` is the share of the ideal saving that was measured:
-(1 - time / dense) / (1 - FLOPs / dense). Steps of the rivals take turns.
+The model is a stack of Llama layers without embeddings and head. A step is forward, backward, AdamW and the schedule,
+which chooses anew in every step; forward and backward are compiled. ``reached`` is the measured share of the ideal
+saving: (1 - time / dense) / (1 - FLOPs / dense). The variants take turns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fxsparse.text import table
 
 
 class Layers(nn.Module):
-    """The layers of a Llama, from hidden states to how far they move them."""
+    """The layers of a Llama; returns the mean square of the change of the hidden states."""
 
     def __init__(self, hidden: int, layers: int, heads: int, length: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Layers(nn.Module):
 
 @dataclass
 class Step:
-    """A training step of one rival, its FLOPs, and the seconds its schedule took each time."""
+    """A training step of one variant, its FLOPs, and the seconds of its schedule in every step."""
 
     run: Callable[[], None]
     flops: int

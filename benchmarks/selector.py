@@ -1,11 +1,16 @@
-"""How long the tensor selector takes, and what it gathers beside GreenTrainer's dynamic program.
+"""The tensor selector against GreenTrainer's dynamic program: time, and importance of the selection.
 
-    python benchmarks/selector.py [--models opt-2.7b flan-t5-xl] [--draws 5] [--repeats 5]
+    python -m benchmarks.selector [--models opt-2.7b flan-t5-xl] [--draws 5] [--repeats 5]
 
 Models are built on the meta device, so nothing is downloaded and a few GB of memory suffice. For every rho and every
-random draw of importances, the table gives seconds (median over repeats), the summed importance of the selection, and
-that of the dynamic program in three forms: as published (1,000 units, rounded down), where its true cost is given as a
-share of the budget, and with 1,000 and 10,000 units rounded up, which keeps it within.
+random draw of importances, the table has these columns:
+
+| column | meaning |
+|---|---|
+| seconds, chosen, importance | the selector: median seconds, number of tensors, summed importance |
+| published | importance of the dynamic program as published: 1,000 units of FLOPs, costs rounded down |
+| of budget | true cost of that selection over the budget |
+| ceil, 10^4 | importance of the program with costs rounded up, which keeps the budget: 1,000 and 10,000 units |
 """
 
 from __future__ import annotations
@@ -93,7 +98,7 @@ def timed(function: Callable[[], Any], repeats: int) -> tuple[float, Any]:
 
 def rows(model: str, graph: BackpropGraph, rho: float, draws: int, repeats: int) -> list[tuple[str, ...]]:
     budget = graph.budget(rho)
-    found: list[tuple[str, ...]] = []
+    table: list[tuple[str, ...]] = []
     for distribution, draw in DRAWS.items():
         for seed in range(draws):
             rng = random.Random(seed)
@@ -106,7 +111,7 @@ def rows(model: str, graph: BackpropGraph, rho: float, draws: int, repeats: int)
             if instance.cost(chosen) > budget or max(gathered[2:]) > gathered[0] * (1 + 1e-9):
                 raise SystemExit(f"{model}, rho {rho}, {distribution} {seed}: a wrong selection")
             share = instance.cost(published) / budget if budget else 0.0
-            found.append(
+            table.append(
                 (
                     *(model, f"{rho:g}", distribution, str(seed), f"{seconds:.3f}", str(len(chosen))),
                     *(
@@ -118,7 +123,7 @@ def rows(model: str, graph: BackpropGraph, rho: float, draws: int, repeats: int)
                     ),
                 )
             )
-    return found
+    return table
 
 
 def main() -> None:

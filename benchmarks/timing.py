@@ -1,4 +1,4 @@
-"""Measuring on noisy machines: rivals take turns, medians are compared, and every table says where it was made."""
+"""Timing on noisy machines: variants take turns, medians are compared, and every table names its machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import fxsparse
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each turn of one rival."""
+    """Seconds of each turn of one variant."""
 
     seconds: tuple[float, ...]
 
@@ -24,17 +24,17 @@ class Times:
         return statistics.median(self.seconds)
 
     def ratio(self, baseline: Times) -> tuple[float, float, float]:
-        """Median, lower and upper quartile of the ratios to a baseline, turn by turn."""
+        """Median, lower quartile and upper quartile of the ratios to a baseline, turn by turn."""
         ratios = [mine / its for mine, its in zip(self.seconds, baseline.seconds, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         return middle, low, high
 
 
-def interleaved(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3) -> dict[str, Times]:
-    """Times the rivals in turn, so that a machine that speeds up or slows down does so for all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+def interleaved(variants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3) -> dict[str, Times]:
+    """Times the variants in turn, so that a machine that speeds up or slows down affects all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warmup + rounds):
-        for name, run in rivals.items():
+        for name, run in variants.items():
             begin = time.perf_counter()
             run()
             if torch.cuda.is_available():
@@ -45,7 +45,7 @@ def interleaved(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warm
 
 
 def device_microseconds(run: Callable[[], object]) -> float:
-    """Microseconds on a CUDA device, from a busy queue so that launching is not what is timed."""
+    """Microseconds on a CUDA device; the queue is busy before, so that launching takes no time."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(200_000)
     start.record()
@@ -56,6 +56,6 @@ def device_microseconds(run: Callable[[], object]) -> float:
 
 
 def environment() -> str:
-    """Device and versions, for the head of a table."""
+    """Device and versions for the title of a table."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
     return f"{device}, torch {torch.__version__}, Python {platform.python_version()}, fxsparse {fxsparse.__version__}"

@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_step [--tokens 4096] [--hidden 1024] [--rounds 15]
 
-The model is a transformer's feed-forward block, hidden to 4 x hidden and back; a step is forward, backward and AdamW.
+The model is a transformer's feed-forward block, hidden to 4 x hidden and back. A step is forward, backward and AdamW.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a second process pays to compile what a first one compiled before: the backend against Inductor, caches warm.
+"""Compile time with warm caches, after another process compiled the same model: the backend against Inductor.
 
     python -m benchmarks.warm_start [--rounds 5]
 
-Each start is a process of its own on a cache directory that one start of the same kind has filled; starts take turns.
-Timed is the first forward and backward pass of an OPT of four layers, imports left out.
+Every start is a new process with a cache directory filled by an earlier start of the same kind; the kinds take turns.
+The time is that of the first forward and backward pass of an OPT of four layers, without imports.
 """
 
 from __future__ import annotations
