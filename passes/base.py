@@ -7,7 +7,7 @@ A pass is a frozen dataclass: its options are its fields, its name a class varia
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar
 
@@ -43,11 +43,11 @@ class Pass(PassBase):
 
     @abstractmethod
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
-        """Rewrites ``graph`` in place and yields what it did, or why not, for every site it looked at."""
+        """Rewrites ``graph`` in place and yields a change for every site it looked at: the edit, or why there is none.
 
-    def recorded(self) -> Pass:
-        """The pass as the record names it once it has run: with what it found out, where a replay needs to know."""
-        return self
+        A pass is frozen and may run on several graphs at once, so it keeps nothing. One that finds something out which
+        a replay needs returns, at the end of the generator, the pass that the record names in its place.
+        """
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         """What varies while a rewritten graph trains; nothing by default."""
@@ -55,7 +55,7 @@ class Pass(PassBase):
 
     def call(self, graph_module: GraphModule) -> PassResult:
         """``PassBase``'s form: runs on ``graph_module`` itself, so that torch's own pass managers can run a pass."""
-        changes = list(self.rewrite(graph_module))
+        changes, _ = outcome(self, graph_module)
         graph_module.graph.lint()
         graph_module.recompile()
         return PassResult(graph_module, any(change.rewritten for change in changes))
@@ -67,6 +67,16 @@ class Pass(PassBase):
         shown = [option for option in options if option.name in about or _differs(self, option)]
         written = ",".join(f"{option.name}={write(getattr(self, option.name))}" for option in shown)
         return f"{self.name}{{{written}}}" if written else self.name
+
+
+def outcome(item: Pass, gm: GraphModule) -> tuple[tuple[Change, ...], Pass]:
+    """Runs ``item.rewrite`` on ``gm`` itself: the changes, and the pass that the record names."""
+    returned: list[Pass | None] = []
+
+    def changes() -> Iterator[Change]:
+        returned.append((yield from item.rewrite(gm)))
+
+    return tuple(changes()), returned[0] or item
 
 
 def _options(item: Pass | type[Pass]) -> list[Field[Any]]:

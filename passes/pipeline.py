@@ -13,7 +13,7 @@ from fxsparse import graph as fx
 from fxsparse.cost.flops import costs
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.record import Costs, Entry, append, record_of
-from fxsparse.passes.base import Pass, parse_passes, pass_classes
+from fxsparse.passes.base import Pass, outcome, parse_passes, pass_classes
 
 STRUCTURE_ONLY = "fxsparse_structure_only"
 
@@ -109,7 +109,7 @@ def _run(item: Pass, gm: GraphModule, before: Costs) -> Costs:
     read_before = fx.state_read(gm)
     start = time.perf_counter()
     try:
-        changes = tuple(item.rewrite(gm))
+        changes, recorded = outcome(item, gm)
         fx.eliminate_dead_code(gm)
         gm.graph.lint()
     except RewriteError:
@@ -122,5 +122,5 @@ def _run(item: Pass, gm: GraphModule, before: Costs) -> Costs:
         reasons = list({change.detail: str(change) for change in changes}.values())
         warnings.warn(f"{item} rewrote nothing ({'; '.join(reasons[:4]) or 'it found no site'})", stacklevel=3)
     after = costs(gm)
-    append(gm, Entry(str(item.recorded()), changes, before, after, milliseconds))
+    append(gm, Entry(str(recorded), changes, before, after, milliseconds))
     return after

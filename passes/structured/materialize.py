@@ -6,8 +6,8 @@ parameters of the graph module: build the optimizer after it (moments of a runni
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -46,20 +46,14 @@ class Materialize(Pass):
     must_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
     ends: ClassVar[tuple[str, ...]] = ("gates", "drop-dims", "distill")
     kept: FrozenMapping | None = None
-    _read: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.kept, Mapping):
             object.__setattr__(self, "kept", FrozenMapping(self.kept))
 
-    def recorded(self) -> Materialize:
-        return Materialize(FrozenMapping(self._read))
-
-    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+    def rewrite(self, graph: GraphModule) -> Generator[Change, None, Materialize]:
         sublayers = gated(graph)
         masks = self._masks(graph)
-        self._read.clear()
-        self._read.update({name: ranges(mask.nonzero().flatten().tolist()) for name, mask in masks.items()})
         if end_distillation(graph):  # it reads the gates, and hidden states of widths that change
             yield rewrote("loss", "the task's own again: distillation ends with the gates")
         remove_gates(graph)
@@ -76,8 +70,7 @@ class Materialize(Pass):
                 remove_result(graph, site.output.linear, item.path)
                 yield rewrote(item.path, "taken out")
             elif not bool(keep.any()):
-                keep[0] = True
-                _slice(graph, site, keep)
+                _slice(graph, site, torch.arange(item.count) == 0)
                 zeros = torch.zeros_like(graph.get_parameter(site.output.linear.name))
                 fx.set_parameter(graph, site.output.linear.name, zeros)
                 yield rewrote(item.path, f"none of {item.count} {what} counts; one stays, of weight 0, for the bias")
@@ -92,6 +85,7 @@ class Materialize(Pass):
         present = {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}
         fx.eliminate_dead_code(graph)
         fx.delete_state(graph, {n for name in masks for n in (name, mask_name(name))} & present)
+        return Materialize(FrozenMapping({name: ranges(m.nonzero().flatten().tolist()) for name, m in masks.items()}))
 
     def _masks(self, gm: GraphModule) -> dict[str, Tensor]:
         counts = {name: len(gm.get_buffer(mask_name(name))) for name in gate_names(gm)}

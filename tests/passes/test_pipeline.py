@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import pytest
@@ -17,7 +17,8 @@ import fxsparse
 from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError, RewriteError
 from fxsparse.graph.record import Record, record_of
-from fxsparse.passes import Change, DoublePruneBackward, InsertNMMasks, Pass, Pipeline, rewrote
+from fxsparse.passes import Change, DoublePruneBackward, InsertNMMasks, Materialize, Pass, Pipeline, rewrote, skipped
+from fxsparse.passes.base import pass_classes
 from tests.support.families import FAMILIES
 
 aten = torch.ops.aten
@@ -46,6 +47,26 @@ class FailsHalfWay(Pass):
             fx.delete(graph, linear.name)
             yield rewrote(linear.path, "removed")
             raise ValueError("half way")
+
+
+@dataclass(frozen=True)
+class ScaleLargest(Pass):
+    """A pass that finds something out: the linear of the largest weight is scaled, and a replay scales that one."""
+
+    name: ClassVar[str] = "test-scale-largest"
+    layer: str | None = None
+
+    def rewrite(self, graph: GraphModule) -> Generator[Change, None, ScaleLargest]:
+        linears = {linear.path: linear for linear in fx.linears(graph)}
+        sizes = {path: float(graph.get_parameter(linear.name).detach().abs().max()) for path, linear in linears.items()}
+        layer = self.layer or max(sizes, key=sizes.__getitem__)
+        for path, linear in linears.items():
+            if path == layer:
+                fx.transform(graph, linear.node, torch.mul, 2.0)
+                yield rewrote(path, "scaled")
+            else:
+                yield skipped(path, "is not the largest")
+        return ScaleLargest(layer)
 
 
 def small() -> tuple[nn.Sequential, tuple[torch.Tensor]]:
@@ -164,6 +185,65 @@ def test_replay_gives_the_same_structure() -> None:
     other = FAMILIES["opt"]()
     with pytest.raises((CheckpointError, RewriteError)):
         fxsparse.replay(record_of(gm), other.model, kwargs=other.make_batch())
+
+
+def largest_at(position: int) -> tuple[nn.Sequential, tuple[torch.Tensor]]:
+    model, args = small()
+    with torch.no_grad():
+        model[position].weight[0, 0] = 10
+    return model, args
+
+
+def test_a_pass_that_finds_something_out_is_recorded_with_it() -> None:
+    model, args = largest_at(2)
+    gm = fxsparse.rewrite(model, "test-scale-largest", args)
+    assert record_of(gm).text == 'test-scale-largest{layer="2"}'
+    assert [str(change) for change in record_of(gm).entries[0].rewritten] == ["2: scaled"]
+    model, args = largest_at(0)
+    again = fxsparse.replay(record_of(gm), model, args)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(again(x), model[4](model[3](2 * model[2](model[1](model[0](x))))))
+    assert record_of(again).text == record_of(gm).text
+
+
+def interleaved(item: Pass, *graphs: GraphModule) -> list[Pass | None]:
+    """Runs one pass on several graphs at the same time, a change of each in turn; what each run returns."""
+    running = dict(enumerate(iter(item.rewrite(graph)) for graph in graphs))
+    returned: dict[int, Pass | None] = {}
+    while running:
+        for number, rewrite in list(running.items()):
+            try:
+                next(rewrite)
+            except StopIteration as end:
+                returned[number] = end.value
+                del running[number]
+    return [returned[number] for number in range(len(graphs))]
+
+
+def test_two_runs_of_one_pass_at_the_same_time_do_not_know_of_each_other() -> None:
+    item = ScaleLargest()
+    first, second = (fxsparse.trace(*largest_at(position)) for position in (0, 4))
+    assert interleaved(item, first, second) == [ScaleLargest("0"), ScaleLargest("4")]
+    family = FAMILIES["opt"]()
+    traced = fxsparse.trace(family.model, kwargs=family.make_batch())
+    gated = [Pipeline(f"gates{{units=[heads,intermediate],target={t},score=magnitude}}")(traced) for t in (0.3, 0.6)]
+    alone = [Pipeline("materialize")(gm) for gm in gated]
+    together = [fx.copy_sharing_state(gm) for gm in gated]
+    returned = interleaved(Materialize(), *together)
+    assert [str(found) for found in returned] == [record_of(gm).entries[-1].text for gm in alone]
+    assert returned[0] != returned[1]
+    for gm, expected in zip(together, alone, strict=True):
+        gm.recompile()
+        assert gm.code == expected.code
+        batch = family.make_batch(batch=3)
+        torch.testing.assert_close(gm.eval()(**batch).logits, expected.eval()(**batch).logits, rtol=0, atol=0)
+
+
+def test_passes_hold_nothing_but_their_options() -> None:
+    for name, cls in pass_classes().items():
+        assert all(option.init for option in fields(cls)), name
+        item = cls()
+        assert hash(item) == hash(cls()) and item == cls(), name
 
 
 def test_a_rewritten_graph_can_be_rewritten_again() -> None:
