@@ -8,7 +8,6 @@ grouped layouts, norms of queries and keys, rotary positions and gates need no c
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from torch.fx import GraphModule, Node
 from fxsparse import graph as fx
 from fxsparse.analysis.blocks import stacks
 from fxsparse.analysis.probing import between, evaluate, nearest, shape_of
-from fxsparse.graph import Linear
+from fxsparse.graph import Linear, traits
 from fxsparse.graph.record import Change, skipped
 
 aten = torch.ops.aten
@@ -79,6 +78,19 @@ class Attention:
     kv_heads: int
     projections: tuple[Rows, ...]
     output: Columns
+
+    @property
+    def operands(self) -> list[Node]:
+        """The nodes of queries, keys and values."""
+        return [fx.arguments(self.sdpa)[name] for name in ("query", "key", "value")]
+
+    @property
+    def mask_of_heads(self) -> Node | None:
+        """The mask, where it differs from head to head (T5's positions, ALiBi)."""
+        mask = fx.arguments(self.sdpa)["attn_mask"]
+        if not isinstance(mask, Node) or len(shape_of(mask)) < 3 or shape_of(mask)[-3] == 1:
+            return None
+        return mask
 
 
 @dataclass(frozen=True)
@@ -156,9 +168,9 @@ def _attention_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], Attent
 
 
 def _attention(sdpa: Node, linears: dict[Node, Linear]) -> Attention:
-    operands = [arg for arg in sdpa.args[:3] if isinstance(arg, Node)]
-    heads = shape_of(operands[0])[1]
-    rows = {kind: _head_rows(node, linears) for kind, node in zip(("query", "key", "value"), operands, strict=True)}
+    operands = dict(zip(("query", "key", "value"), fx.arguments(sdpa).values(), strict=False))
+    heads = shape_of(operands["query"])[1]
+    rows = {kind: _head_rows(node, linears) for kind, node in operands.items()}
     groups = {kind: _groups(index) for kind, (_, index) in rows.items()}
     kv_heads = len(groups["key"])
     if len(groups["query"]) != heads:
@@ -179,7 +191,8 @@ def _head_rows(node: Node, linears: dict[Node, Linear]) -> tuple[Linear, list[fr
     (source,) = sources
     path = between({source}, [node])
     drawn = torch.randn(shape_of(source), requires_grad=True)
-    result = evaluate(path, {source: drawn}, {})[node] if path else drawn
+    # In-place operators may write into a copy, not into what gradients are taken of.
+    result = evaluate(path, {source: drawn.clone()}, {})[node] if path else drawn
     used: list[frozenset[int]] = []
     for head in range(result.shape[1]):
         part = result[:, head]
@@ -246,28 +259,6 @@ def _readers(node: Node, linears: dict[Node, Linear]) -> list[Node]:
 
 # --- MLPs -------------------------------------------------------------------------------------------------------------
 
-_POINTWISE = {
-    *("abs", "add", "clamp", "clamp_min", "clone", "contiguous", "detach", "div", "dropout", "elu", "erf", "exp"),
-    *(
-        "feature_dropout",
-        "gelu",
-        "hardsigmoid",
-        "hardswish",
-        "leaky_relu",
-        "mish",
-        "mul",
-        "neg",
-        "pow",
-        "relu",
-        "relu_",
-    ),
-    *("relu6", "rsub", "sigmoid", "silu", "silu_", "softplus", "square", "sub", "tanh", "to", "_to_copy", "type_as"),
-}
-_LAYOUTS = {
-    *("chunk", "split", "split_with_sizes", "view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"),
-    *("slice", "select"),
-}
-
 
 def _mlp_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], MLP]]]:
     linears = {linear.node: linear for linear in fx.linears(gm)}
@@ -290,9 +281,7 @@ def _mlp_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], MLP]]]:
 
 
 def _keeps_channels(node: Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.namespace == "aten" and node.target._opname in _POINTWISE | _LAYOUTS
-    return node.target is operator.getitem
+    return traits.of(node.target).axes in {"pointwise", "reshape", "slices", "select", "item"}
 
 
 def _is_size(node: Node) -> bool:
@@ -306,7 +295,7 @@ def _mlp(linear: Linear, sources: list[Node], path: list[Node], linears: dict[No
     hits: list[Tensor] = [torch.zeros(2, bits, shape_of(source)[-1], dtype=torch.bool) for source in sources]
     for _ in range(_DRAWS):
         given = {source: torch.randn(shape_of(source), requires_grad=True) for source in sources}
-        result = evaluate(path, given, {})[linear.input]
+        result = evaluate(path, {source: values.clone() for source, values in given.items()}, {})[linear.input]
         weights = torch.randn_like(result)
         for bit in range(bits):
             for one in (0, 1):

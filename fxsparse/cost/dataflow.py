@@ -29,11 +29,8 @@ from fxsparse.cost import formulas
 from fxsparse.cost.formulas import Operand, Product
 from fxsparse.cost.sizes import Sizes, Symbolic
 from fxsparse.errors import OptionError
-from fxsparse.graph import attribute, stack_path
+from fxsparse.graph import attribute, stack_path, traits
 
-_DETACHES = {"aten::detach", "aten::detach_", "aten::detach_copy"}
-_SHAPED_LIKE = {"aten::to", "aten::type_as"}  # use only the dtype or the shape of their second tensor
-_AUTOCAST_MARKS = {"_enter_autocast", "_exit_autocast"}
 # Higher-order operators that only run a submodule, with the position of the submodule among their arguments.
 _INLINED = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 
@@ -191,7 +188,7 @@ class _Reader:
             self.at[node] = source[node.args[1]] if isinstance(source, list) else source  # type: ignore[index]
         elif name in _INLINED and isinstance(node.target, torch._ops.HigherOrderOperator):
             self.inline(gm, node, name, where, enabled)
-        elif kind == "free" or name in _AUTOCAST_MARKS or self.is_no_tensor(node):
+        elif kind == "free" or traits.switches_mode(node) or self.is_no_tensor(node):
             self.at[node] = None
         elif kind == "view" and self.is_passed_on(node):
             self.at[node] = self.current(node.all_input_nodes[0])
@@ -239,8 +236,8 @@ class _Reader:
         start = len(self.flow.values)
         flows = enabled and kind != "create" and not _is_detach(node) and (kind is None or _is_floating(node))
         if call is None:
-            sources = [(source, None) for source in map(self.current, node.all_input_nodes) if source is not None]
-            if kind == "view" or _operator(node) in _SHAPED_LIKE:
+            sources = [(source, None) for source in map(self.current, traits.values_read(node)) if source is not None]
+            if kind == "view":
                 sources = sources[:1]
             self.add(Value(self.prefix + node.name, _operator(node), where, tuple(sources) if flows else ()))
         else:
@@ -343,4 +340,4 @@ def _operator(node: Node) -> str:
 
 
 def _is_detach(node: Node) -> bool:
-    return _operator(node) in _DETACHES
+    return traits.of(node.target).detaches

@@ -32,11 +32,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from fxsparse.graph import traits
+from fxsparse.graph.traits import Work
+
 if TYPE_CHECKING:  # as slow to import as the rest of the operators
     import sympy
 
 Size: TypeAlias = "int | sympy.Expr"
-Kind = Literal["product", "view", "elementwise", "gather", "create", "free"]
+Kind = Literal["product"] | Work
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,83 +270,23 @@ def _low_rank(
 
 # --- what costs no FLOPs ----------------------------------------------------------------------------------------------
 
-_KINDS: dict[str, Kind] = {}
-
-
-def _aten(kind: Kind, names: str) -> None:
-    _KINDS.update((f"aten::{name}", kind) for name in names.split())
-
-
-_aten(
-    "gather",
-    """
-    embedding embedding_bag gather index index_select masked_select select_copy take take_along_dim
-    """,
-)
-_aten(
-    "create",
-    """
-    arange empty empty_like empty_strided eye full full_like linspace new_empty new_empty_strided new_full new_ones
-    new_zeros normal ones ones_like rand rand_like randint randint_like randn randn_like randperm scalar_tensor
-    tril_indices triu_indices zeros zeros_like
-    """,
-)
-_aten(
-    "elementwise",
-    """
-    __and__ __lshift__ __or__ __rshift__ __xor__ _fused_dropout _log_softmax _safe_softmax _softmax _to_copy
-    _unsafe_index_put _unsafe_view adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d
-    all alpha_dropout aminmax any argmax argmin argsort avg_pool1d avg_pool2d batch_norm bernoulli
-    binary_cross_entropy binary_cross_entropy_with_logits bincount bucketize cat celu channel_shuffle clamp clone
-    col2im concat concatenate constant_pad_nd contiguous copy cosine_embedding_loss cosine_similarity count_nonzero
-    cross_entropy_loss cummax cummin cumprod cumsum diag_embed diff dropout dstack erf feature_alpha_dropout
-    feature_dropout fill flip floor_divide fmod fold fused_layer_norm gelu glu group_norm gumbel_softmax
-    hinge_embedding_loss histc hstack huber_loss im2col index_add index_copy index_fill index_put instance_norm
-    interpolate isin kl_div kthvalue l1_loss layer_norm lerp lift lift_fresh lift_fresh_copy linalg_vector_norm
-    log_sigmoid log_sigmoid_forward log_softmax logcumsumexp logsumexp margin_ranking_loss masked_fill
-    masked_scatter max max_pool1d max_pool2d max_pool3d mean median meshgrid min mse_loss multinomial nan_to_num
-    nansum native_batch_norm native_dropout native_group_norm native_layer_norm nll_loss nll_loss2d nll_loss_forward
-    nll_loss_nd nonzero normalize one_hot pad pairwise_distance pixel_shuffle pixel_unshuffle poisson_nll_loss prod
-    quantile reflection_pad1d reflection_pad2d relu6 renorm repeat repeat_interleave replication_pad1d
-    replication_pad2d rms_norm roll rot90 rrelu scatter scatter_add scatter_reduce searchsorted selu smooth_l1_loss
-    soft_margin_loss softmax softplus sort split_copy split_with_sizes_copy stack std std_mean sum tile to topk
-    trace tril triplet_margin_loss triu type_as unfold_copy unique_consecutive upsample_bicubic2d
-    upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d var var_mean vstack where zero
-    """,
-)
-_aten(
-    "free",
-    """
-    _assert_async _assert_scalar _assert_tensor_metadata _functional_assert_async _local_scalar_dense dim is_nonzero
-    item sym_constrain_range sym_constrain_range_for_size sym_is_contiguous sym_numel sym_size sym_storage_offset
-    sym_stride
-    """,
-)
 _PYTHON_MODULES = {"_operator", "operator", "math", "builtins"}
 
 
 def kind(target: Any) -> Kind | None:
     """What an operator does, as far as its cost goes; None where that is not known.
 
-    ``product``: has a formula. ``view``: moves nothing. ``elementwise``: reads its inputs and writes its outputs
-    (reductions and norms too). ``gather``: reads as much as it writes, not the whole table. ``create``: writes only,
-    and passes no gradient on. ``free``: no tensor work.
+    ``product``: has a formula. The others are `fxsparse.graph.traits.Traits.work`; what is created passes no gradient
+    on.
     """
-    name = _name(target)
-    if name in _FORMULAS:
+    if formula_of(target) is not None:
         return "product"
-    if name in _KINDS:
-        return _KINDS[name]
     if not isinstance(target, torch._ops.OpOverload):
         is_size_arithmetic = getattr(target, "__module__", None) in _PYTHON_MODULES or getattr(
             target, "__name__", ""
         ).startswith("sym_")
         return "free" if is_size_arithmetic else None
-    if any(result.alias_info and not result.alias_info.is_write for result in target._schema.returns):
-        return "view"
-    if torch.Tag.pointwise in target.tags or getattr(torch.Tag, "reduction", None) in target.tags:
-        return "elementwise"
-    return None
+    return traits.of(target).work
 
 
 # --- operators without a formula: run them ----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ named by their fully qualified name, ``node.meta["val"]`` is a fake tensor with 
 
 | module | what |
 |---|---|
+| `traits` | what operators do to their tensors |
 | `linears` | products with a parameter |
 | `state` | parameters and buffers |
 | `values` | fake values and module paths of nodes |
@@ -56,13 +57,14 @@ from fxsparse.graph.state import (
     set_parameter,
     state_read,
 )
-from fxsparse.graph.values import example_of, fake_mode, stack_path, value
+from fxsparse.graph.values import arguments, example_of, fake_mode, stack_path, value
 
 __all__ = [
     "FROZEN",
     "Linear",
     "adopt",
     "applies_parameter",
+    "arguments",
     "attribute",
     "copy_sharing_state",
     "copy_tree",

@@ -27,14 +27,8 @@ from torch.utils import _pytree as pytree
 
 from fxsparse.graph.function import Flag, function_graph
 from fxsparse.graph.state import attribute
+from fxsparse.graph.traits import switches_mode
 from fxsparse.graph.values import example_of, fake_mode, stack_path
-
-# Nobody reads what these return, yet they decide how the nodes after them run.
-_MODE_SWITCHES = {
-    torch._C._set_grad_enabled,
-    torch.amp.autocast_mode._enter_autocast,
-    torch.amp.autocast_mode._exit_autocast,
-}
 
 
 def insert_attribute(gm: GraphModule, name: str, *, before: Node) -> Node:
@@ -210,7 +204,7 @@ def _acts_beyond_its_result(node: Node) -> bool:
         return True
     if node.op != "call_function":
         return False
-    if node.target in _MODE_SWITCHES:
+    if switches_mode(node):
         return True
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:

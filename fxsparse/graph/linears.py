@@ -14,35 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxsparse.graph import traits
 from fxsparse.graph.state import attribute, module_path, parameter_names
-from fxsparse.graph.values import stack_path, value
+from fxsparse.graph.traits import Product
+from fxsparse.graph.values import arguments, stack_path, value
 
 aten = torch.ops.aten
 
-
-_TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default}
-
-
 FROZEN = "fxsparse_frozen"  # marks a ``detach`` that keeps a parameter from being trained
-
-
-_CONVOLUTIONS = {
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.convolution.default,
-}
-
-
-# op -> positions of (input, weight, bias) and whether the weight argument is stored [in, out].
-_DENSE_LINEARS: dict[Any, tuple[int, int, int | None, bool]] = {
-    aten.linear.default: (0, 1, 2, False),
-    aten.addmm.default: (1, 2, 0, True),
-    aten.mm.default: (0, 1, None, True),
-    aten.matmul.default: (0, 1, None, True),
-}
 
 
 @dataclass(frozen=True)
@@ -64,13 +43,13 @@ class Linear:
     @property
     def input(self) -> Node:
         """The node of ``x``, ``[..., in_features]``, as the graph is now."""
-        return self.node.args[_DENSE_LINEARS[self.node.target][0]]  # type: ignore[return-value]
+        return arguments(self.node)[_product(self.node).input]  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> Node | None:
         """The node of ``b``, or None."""
-        at = _DENSE_LINEARS[self.node.target][2]
-        return self.node.args[at] if at is not None and at < len(self.node.args) else None  # type: ignore[return-value]
+        name = _product(self.node).bias
+        return None if name is None else arguments(self.node)[name]
 
     @property
     def name(self) -> str:
@@ -90,20 +69,28 @@ def linears(gm: GraphModule) -> Iterator[Linear]:
     """The dense linears of a graph whose weight is a two-dimensional parameter, in order of execution."""
     names = parameter_names(gm)
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in _DENSE_LINEARS:
-            linear = _as_linear(gm, node, names)
-            if linear is not None:
-                yield linear
+        linear = _as_linear(gm, node, names)
+        if linear is not None:
+            yield linear
+
+
+def _product(node: Node) -> Product:
+    product = traits.of(node.target).product
+    assert product is not None
+    return product
 
 
 def _as_linear(gm: GraphModule, node: Node, names: dict[int, list[str]]) -> Linear | None:
-    _, at_weight, _, transposed = _DENSE_LINEARS[node.target]
-    if any(factor != 1 for factor in node.kwargs.values()):  # addmm's alpha and beta
+    product = traits.of(node.target).product
+    if product is None:
         return None
-    weight: Any = node.args[at_weight]
+    written = arguments(node)
+    if any(written.get(factor, 1) != 1 for factor in ("alpha", "beta")):  # of addmm
+        return None
+    weight: Any = written[product.weight]
     if not isinstance(weight, Node):
         return None
-    weight = read_of(weight)
+    weight, transposed = read_of(weight), product.transposed
     if weight.op != "get_attr" and is_transpose(weight):
         weight, transposed = read_of(weight.args[0]), not transposed
     parameter = attribute(gm, str(weight.target)) if weight.op == "get_attr" else None
@@ -121,28 +108,20 @@ def read_of(node: Node) -> Node:
 
 def is_transpose(node: Node) -> bool:
     """Whether ``node`` swaps the two dimensions of a matrix."""
-    if node.target not in _TRANSPOSES or len(value(node).shape) != 2:
-        return False
-    dims = tuple(d for arg in node.args[1:] for d in (arg if isinstance(arg, (list, tuple)) else (arg,)))
-    return not dims or (dims in {(0, 1), (1, 0), (-1, -2), (-2, -1)} and not _is_identity_permute(node, dims))
-
-
-def _is_identity_permute(node: Node, dims: tuple[Any, ...]) -> bool:
-    return node.target is aten.permute.default and tuple(d % 2 for d in dims) == (0, 1)
+    return traits.permutation(node) == (1, 0)
 
 
 def applies_parameter(gm: GraphModule, node: Node) -> bool:
     """Whether ``node`` is a dense product of its input with a weight: a linear or a convolution."""
-    if node.op != "call_function":
-        return False
-    if node.target in _DENSE_LINEARS:
+    axes = traits.of(node.target).axes
+    if axes == "product":
         return _as_linear(gm, node, {}) is not None
-    return node.target in _CONVOLUTIONS or str(node.target).startswith("fxsparse.")
+    return axes == "convolution" or str(node.target).startswith("fxsparse.")
 
 
 def is_embedding(node: Node) -> bool:
     """Whether ``node`` looks rows up in an embedding table."""
-    return node.target in {aten.embedding.default, aten.embedding_bag.default}
+    return traits.of(node.target).axes in ("embedding", "bag")
 
 
 def first_linears(gm: GraphModule) -> set[Node]:

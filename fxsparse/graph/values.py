@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import torch
+from torch._ops import OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
@@ -18,6 +19,15 @@ def value(node: Node) -> Any:
 def example_of(arg: Any) -> Any:
     """``arg``, a node or a structure of nodes, with every node replaced by its fake value."""
     return torch.fx.node.map_arg(arg, value)
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an operator's call by the names in its schema, in its order; defaults for those not written."""
+    target: Any = node.target
+    specs = (target.default if isinstance(target, OpOverloadPacket) else target)._schema.arguments
+    written = dict(zip((spec.name for spec in specs), node.args, strict=False)) | dict(node.kwargs)
+    defaults = {spec.name: spec.default_value for spec in specs if spec.has_default_value()}
+    return {spec.name: written.get(spec.name, defaults.get(spec.name)) for spec in specs}
 
 
 def stack_path(node: Node) -> str:

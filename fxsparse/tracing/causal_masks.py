@@ -19,25 +19,13 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
+from fxsparse.graph.traits import values_read
 from fxsparse.tracing.modes import is_random
 
 aten = torch.ops.aten
 
 _SDPA = aten.scaled_dot_product_attention.default
 _DEFAULTS = (None, None, None, None, 0.0, False)  # query, key, value, attn_mask, dropout_p, is_causal
-
-_READS_SIZES_ONLY = {
-    aten.sym_size.int,
-    aten.sym_numel.default,
-    aten.sym_stride.int,
-    aten.ones_like.default,
-    aten.zeros_like.default,
-    aten.full_like.default,
-    aten.new_ones.default,
-    aten.new_zeros.default,
-    aten.new_full.default,
-}
-"""Operators whose result does not depend on the values of their tensor argument."""
 
 _CONSTANT = re.compile(r"(.*\.)?(lifted_tensor_|_tensor_constant)\d+")
 """Names that capture gives to tensors written in the code; a buffer could be loaded with other values."""
@@ -146,10 +134,7 @@ def _cone(mask: Node) -> list[Node] | None:
         if is_random(node):
             return None
         found.add(node)
-        if node.target not in _READS_SIZES_ONLY:
-            pending.extend(node.all_input_nodes)
-        else:
-            pending.extend(arg for arg in node.all_input_nodes if arg is not node.args[0])
+        pending.extend(values_read(node))
         pending.extend(write for write in _writes_to(node) if write not in found)
     position = {node: index for index, node in enumerate(mask.graph.nodes)}
     if max(position[node] for node in found) > min(position[user] for user in mask.users if user.target is _SDPA):

@@ -22,13 +22,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
-from fxsparse.graph import stack_path
+from fxsparse.graph import stack_path, traits
 
 aten = torch.ops.aten
-
-_DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.alpha_dropout.default, aten.feature_dropout.default}
-_CONVERSIONS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other}
-_FROM_DATA = {aten.item.default, aten._local_scalar_dense.default}
 
 
 class ModesDiffer(Exception):
@@ -152,7 +148,7 @@ def _compare(ours: _Input, theirs: _Input, twin: dict[Node, Node]) -> Iterator[_
 
 def _held_dropouts(gm: GraphModule, held: Collection[str]) -> Iterator[_Flag]:
     for node in gm.graph.nodes if held else ():
-        if node.target in _DROPOUTS and stack_path(node) in held:
+        if traits.of(node.target).dropout and stack_path(node) in held:
             probability, training = arguments(node)[1:3]
             if probability and training is False:
                 yield _Flag(gm, node, 2, True)
@@ -202,7 +198,7 @@ def is_random(node: Node) -> bool:
 
 def _is_size(leaf: Any) -> bool:
     """Whether ``leaf`` computes with sizes; capture reads a size once, wherever it is needed first."""
-    if not isinstance(leaf, Node) or leaf.target in _FROM_DATA:
+    if not isinstance(leaf, Node) or traits.of(leaf.target).number:
         return False
     return isinstance(leaf.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat))
 
@@ -212,9 +208,7 @@ def _returns_its_input(node: Node) -> bool:
 
     Either may return its input, and then it matters to a capture which other calls did: the modes may differ in it.
     """
-    if node.target is aten.contiguous.default:
-        return True
-    if node.target not in _CONVERSIONS:
+    if traits.of(node.target).copies != "if needed":
         return False
     source, result = fx.value(node.args[0]), fx.value(node)  # type: ignore[arg-type]
     return bool(source.dtype == result.dtype and source.device == result.device)

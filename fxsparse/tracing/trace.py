@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
 from fxsparse.errors import TraceError
+from fxsparse.graph import traits
 from fxsparse.graph.training_form import choose_form, renew_form
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
 from fxsparse.tracing.export import (
@@ -263,7 +264,7 @@ def _flat_module(program: ExportedProgram) -> GraphModule:
         gm = program.module(check_guards=False)
     for part in [module for module in gm.modules() if isinstance(module, GraphModule)]:
         for node in list(part.graph.nodes):
-            if node.target in _ASSERTIONS and _always_holds(node):
+            if traits.of(node.target).asserts and _always_holds(node):
                 part.graph.erase_node(node)
     functionalise(gm)
     inline_no_grad(gm)
@@ -273,9 +274,6 @@ def _flat_module(program: ExportedProgram) -> GraphModule:
     return gm
 
 
-_ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten._assert_scalar.default}
-
-
 def _has_effect(node: Node) -> bool:
     """Whether ``node`` matters although nothing reads it: it writes, moves the random state or asserts."""
     if node.op != "call_function":
@@ -283,15 +281,15 @@ def _has_effect(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return isinstance(node.target, torch._ops.HigherOrderOperator)
-    return bool(schema.is_mutable) or is_random(node) or node.target in _ASSERTIONS
+    return bool(schema.is_mutable) or is_random(node) or traits.of(node.target).asserts
 
 
 def _always_holds(node: Node) -> bool:
-    """Whether an assertion says what capture knows already; one on a size that data decides stays."""
+    """Whether an assertion says what capture knows already; one on data, or a size that data decides, stays."""
     if node.target is torch.ops.aten._assert_tensor_metadata.default:
         return True
-    condition = node.args[0]
-    return not isinstance(condition, Node) or statically_known_true(fx.value(condition))
+    condition = fx.value(node.args[0]) if isinstance(node.args[0], Node) else True
+    return not isinstance(condition, Tensor) and statically_known_true(condition)
 
 
 def _mirror(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:

@@ -23,8 +23,8 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from fxsparse import graph as fx
-from fxsparse.cost import formulas
 from fxsparse.errors import RewriteError
+from fxsparse.graph import traits
 
 aten = torch.ops.aten
 _PASS = "multiplex"
@@ -175,8 +175,9 @@ class _Maker:
             if node.target is aten.sym_size.int:
                 self.twins[node] = self.size
                 return self.size
+            lent = set(node.all_input_nodes) - set(traits.values_read(node))  # for its dtype and device: any will do
             with self.gm.graph.inserting_before(before):
-                twin = self.gm.graph.node_copy(node, lambda read: self.make(read, before))
+                twin = self.gm.graph.node_copy(node, lambda read: read if read in lent else self.make(read, before))
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 raise RewriteError(
                     f"{node.name}, which carries the batch size into the core, runs a region of its own; trace the "
@@ -190,9 +191,9 @@ class _Maker:
 
 
 def _reads_sizes_only(node: Node) -> bool:
-    """Whether a call takes nothing from its tensors but sizes, dtype and device."""
-    kind = formulas.kind(node.target)
-    return node.target is aten.sym_size.int or (kind == "create" and "_like" not in str(node.target))
+    """Whether a call takes nothing from its tensors but sizes, and has these as numbers."""
+    known = traits.of(node.target)
+    return node.target is aten.sym_size.int or (known.work == "create" and not known.shaped_like)
 
 
 def refresh(gm: GraphModule, nodes: Iterable[Node], batch: set[sympy.Symbol], size: Node) -> None:

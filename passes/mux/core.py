@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from fxsparse import graph as fx
 from fxsparse.analysis.blocks import Stack
 from fxsparse.errors import RewriteError
+from fxsparse.graph import traits
 
 aten = torch.ops.aten
 _PASS = "multiplex"
@@ -64,24 +65,15 @@ def token_embedding(gm: GraphModule, source: Node) -> Node | None:
 
 def _is_given(node: Node) -> bool:
     """Whether a node is an input of the model, reshaped or converted at most."""
-    while node.op == "call_function" and len(node.all_input_nodes) >= 1 and node.target in _PASSED_ON:
+    while _passes_on(node):
         node = node.all_input_nodes[0]
     return node.op == "placeholder"
 
 
-_PASSED_ON = {
-    aten.view.default,
-    aten.reshape.default,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.unsqueeze.default,
-    aten.to.dtype,
-    aten.to.dtype_layout,
-    aten.to.device,
-    aten._to_copy.default,
-    aten.contiguous.default,
-    aten.clone.default,
-}
+def _passes_on(node: Node) -> bool:
+    """Whether the values of a node are those of its operand, or a part of them, in the same order."""
+    known = traits.of(node.target)
+    return known.copies is not None or known.axes in {"reshape", "broadcast", "slices"}
 
 
 def mask_of(attention: Node) -> Node | None:
@@ -103,7 +95,7 @@ def only_masks_attention(mask: Node, inside: set[Node]) -> bool:
             continue
         if user.target is aten.scaled_dot_product_attention.default and mask_of(user) is mask:
             continue
-        if user.target in _PASSED_ON and user.args[0] is mask and only_masks_attention(user, inside):
+        if _passes_on(user) and user.args[0] is mask and only_masks_attention(user, inside):
             continue
         if user.target is aten.add.Tensor and all(_is_softmax(reader) for reader in user.users):
             continue
@@ -112,7 +104,7 @@ def only_masks_attention(mask: Node, inside: set[Node]) -> bool:
 
 
 def _is_softmax(node: Node) -> bool:
-    return node.target in {aten.softmax.int, aten._softmax.default}
+    return traits.of(node.target).axes == "softmax"
 
 
 def move_up(node: Node, before: Node) -> None:

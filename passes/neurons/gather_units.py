@@ -2,30 +2,27 @@
 
 The projections compute the rows of the units that take part and the output linear reads their columns, both through
 ``gather_linear``, so weights stay whole and which units take part is data. Between the two, sizes that were written
-into the graph (of views, expansions, slices) shrink with their number. Which do is probed: one unit's rows are set to
-NaN, and an axis of which some positions turn NaN altogether is an axis of units.
+into the graph (of views, expansions, slices) shrink with their number: by what one unit takes away, times how many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.analysis.probing import between, evaluate, shape_of
+from fxsparse.analysis.axes import Mixed, losses_of_unit
+from fxsparse.analysis.probing import between, shape_of
 from fxsparse.analysis.structures import MLP, Attention
-from fxsparse.graph import Linear
+from fxsparse.graph import Linear, traits
+from fxsparse.graph.resize import CannotResize, DoesNotFit, Patches, patches_for, resize
 from fxsparse.ops import gather_linear  # noqa: F401  registers gather_linear
 
 aten = torch.ops.aten
-
-_SIZED = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
-_SPLITS = {aten.split_with_sizes.default, aten.split.sizes}
 
 
 class CannotShrink(Exception):
@@ -162,23 +159,14 @@ def shrink(gm: GraphModule, found: Attention | MLP, site: Site, kept: int, *, ob
     Raises:
         CannotShrink: a size between the linears does not follow from the number of units; ``gm`` is half edited then.
     """
-    nodes = list({rows.linear.node: rows.linear for rows in found.projections}.values())
-    path = between({linear.node for linear in nodes}, [found.output.linear.input])
-    patches = _patches(path, nodes, site, site.units - kept)
-    for node, arguments in patches.items():
-        node.args = arguments
-    for part, linear in zip(site.projections, nodes, strict=True):
-        rows = fx.insert_attribute(gm, rows_name(part), before=linear.node)
-        _gather(gm, linear, linear.input, rows, None)
-    if isinstance(found, Attention):
-        _select_mask(gm, found, site)
-    for node in path:
-        if node.op == "call_function":
-            try:
-                fx.refresh(gm, node)
-            except Exception as error:
-                reason = str(error).partition("\n")[0]
-                raise CannotShrink(f"{node.name} cannot be made smaller: {reason}") from error
+    linears = list({rows.linear.node: rows.linear for rows in found.projections}.values())
+    try:
+        _gather_rows(gm, found, site, linears, site.units - kept)
+    except DoesNotFit as error:
+        reason = str(error.reason).partition("\n")[0]
+        raise CannotShrink(f"{error.node.name} cannot be made smaller: {reason}") from error
+    except (CannotResize, Mixed) as error:
+        raise CannotShrink(str(error)) from error
     output = found.output.linear
     source = output.input
     if rescale:
@@ -191,14 +179,31 @@ def shrink(gm: GraphModule, found: Attention | MLP, site: Site, kept: int, *, ob
     _gather(gm, output, source, None, columns)
 
 
-def _gather(gm: GraphModule, linear: Linear, source: Node, rows: Node | None, columns: Node | None) -> None:
+def _gather_rows(gm: GraphModule, found: Attention | MLP, site: Site, linears: Sequence[Linear], omitted: int) -> None:
+    """Lets the projections compute the rows of chosen units, and all up to the output linear follow."""
+    source = found.output.linear.input
+    path = between({linear.node for linear in linears}, [source])
+    patches = _patches(linears, site, source, omitted)
+    changed = []
+    for part, linear in zip(site.projections, linears, strict=True):
+        rows = fx.insert_attribute(gm, rows_name(part), before=linear.node)
+        changed.append(_gather(gm, linear, linear.input, rows, None))
+    if isinstance(found, Attention):
+        changed += _select_mask(gm, found, site)
+    resize(gm, patches, changed, nodes=path)
+
+
+def _gather(gm: GraphModule, linear: Linear, source: Node, rows: Node | None, columns: Node | None) -> Node:
     node = linear.node
-    is_linear = node.target is aten.linear.default
-    weight = node.args[2] if node.target is aten.addmm.default else node.args[1]
-    if not is_linear:
+    product = traits.of(node.target).product
+    assert product is not None
+    weight = fx.arguments(node)[product.weight]
+    if product.transposed:
         weight = fx.insert_call(gm, aten.t.default, (weight,), like=node)
     args = (source, weight, rows, columns, linear.bias)
-    fx.replace(node, fx.insert_call(gm, torch.ops.fxsparse.gather_linear.default, args, like=node))
+    gathered = fx.insert_call(gm, torch.ops.fxsparse.gather_linear.default, args, like=node)
+    fx.replace(node, gathered)
+    return gathered
 
 
 def _observe(gm: GraphModule, site: Site, source: Node, before: Node) -> None:
@@ -213,104 +218,30 @@ def _observe(gm: GraphModule, site: Site, source: Node, before: Node) -> None:
     fx.insert_call(gm, aten.add_.Tensor, (batches, 1), like=before)
 
 
-def _select_mask(gm: GraphModule, found: Attention, site: Site) -> None:
-    """A mask with a head axis (T5's positions, ALiBi) loses the heads left out, at this attention only."""
-    sdpa = found.sdpa
-    mask: Any = sdpa.kwargs.get("attn_mask", sdpa.args[3] if len(sdpa.args) > 3 else None)
-    if not isinstance(mask, Node) or len(shape_of(mask)) < 3 or shape_of(mask)[-3] == 1:
-        return
+def _select_mask(gm: GraphModule, found: Attention, site: Site) -> list[Node]:
+    """A mask with a head axis loses the heads left out, at this attention only."""
+    mask, sdpa = found.mask_of_heads, found.sdpa
+    if mask is None:
+        return []
     heads = fx.insert_attribute(gm, heads_name(site), before=sdpa)
     smaller = fx.insert_call(gm, aten.index_select.default, (mask, len(shape_of(mask)) - 3, heads), like=sdpa)
-    if "attn_mask" in sdpa.kwargs:
-        sdpa.update_kwarg("attn_mask", smaller)
-    else:
-        sdpa.update_arg(3, smaller)
+    sdpa.replace_input_with(mask, smaller)
+    return [smaller]
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
-def _patches(path: Sequence[Node], linears: Sequence[Linear], site: Site, omitted: int) -> dict[Node, tuple[Any, ...]]:
-    """New arguments of the nodes whose sizes depend on the number of units, for ``omitted`` fewer."""
-    first, last = (_patched(path, linears, site, unit, omitted) for unit in (0, site.units - 1))
-    if first != last:
-        node = next(node for node in path if first.get(node) != last.get(node))
-        raise CannotShrink(f"{node.name} treats units differently")
+def _patches(linears: Sequence[Linear], site: Site, source: Node, omitted: int) -> Patches:
+    """New sizes between the linears and what the output linear reads, for ``omitted`` fewer units."""
+    first, last = (_patches_for_unit(linears, site, source, unit, omitted) for unit in (0, site.units - 1))
+    for node in (*first, *last):
+        if first.get(node) != last.get(node):
+            raise CannotShrink(f"{node.name} treats units differently")
     return first
 
 
-def _patched(
-    path: Sequence[Node], linears: Sequence[Linear], site: Site, unit: int, omitted: int
-) -> dict[Node, tuple[Any, ...]]:
-    given: dict[Node, Tensor] = {}
-    for linear, part in zip(linears, site.projections, strict=True):
-        drawn = torch.rand(shape_of(linear.node)) + 0.5
-        given[linear.node] = drawn.index_fill_(-1, part.index[unit], torch.nan)
-    with torch.no_grad():
-        values = evaluate(path, given, {}) if path else dict(given)
-    gone = {node: _gone(node, value) for node, value in values.items()}
-    return {node: args for node in path if (args := _arguments(node, gone, omitted)) is not None}
-
-
-_Gone = tuple[int, Tensor]  # an axis, and bool: which of its positions vanish with a unit
-
-
-def _gone(node: Node, value: Any) -> _Gone | list[_Gone | None] | None:
-    if isinstance(value, (tuple, list)):
-        return [_gone(node, item) for item in value]  # type: ignore[misc]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return None
-    nan = value.isnan()
-    if not bool(nan.any()):
-        return None
-    for axis in range(nan.dim()):
-        positions = nan.movedim(axis, 0).flatten(1).all(1)
-        alone = positions.view([-1 if other == axis else 1 for other in range(nan.dim())])
-        if not bool(positions.all()) and bool((alone == nan).all()):
-            return axis, positions
-    raise CannotShrink(f"{node.name} mixes units")
-
-
-def _arguments(node: Node, gone: Mapping[Node, Any], omitted: int) -> tuple[Any, ...] | None:
-    """The arguments of ``node`` with every written size of a vanishing axis made smaller; None where none is."""
-    args: list[Any] = list(node.args)
-    source = args[0] if args else None
-    before = gone.get(source) if isinstance(source, Node) else None
-    after = gone.get(node)
-    if node.target in _SIZED and isinstance(after, tuple):
-        args[1] = _smaller(args[1], after[0], after, omitted)
-    elif node.target is aten.unflatten.int and isinstance(after, tuple):
-        at = after[0] - args[1] % len(shape_of(source))  # type: ignore[arg-type]
-        if 0 <= at < len(args[2]):
-            args[2] = _smaller(args[2], at, after, omitted)
-    elif node.target in _SPLITS and isinstance(before, tuple) and _dim(node, 2) == before[0]:
-        pieces = before[1].split([int(size) for size in args[1]])
-        args[1] = [size - omitted * int(piece.sum()) for size, piece in zip(args[1], pieces, strict=True)]
-    elif node.target is aten.split.Tensor and isinstance(before, tuple) and _dim(node, 2) == before[0]:
-        counts = {int(piece.sum()) for piece in before[1].split(args[1])}
-        if len(counts) != 1:
-            raise CannotShrink(f"{node.name} splits units unevenly")
-        args[1] = args[1] - omitted * counts.pop()
-    elif node.target is aten.slice.Tensor and isinstance(before, tuple) and _dim(node, 1) == before[0]:
-        args = [*args, *(0, None, None, 1)[len(args) - 1 :]]
-        for at in (2, 3):
-            if isinstance(args[at], int) and abs(args[at]) <= len(before[1]):
-                part = before[1][: args[at]] if args[at] >= 0 else before[1][args[at] :]
-                fewer = omitted * int(part.sum())
-                args[at] += -fewer if args[at] >= 0 else fewer
-    else:
-        return None
-    return tuple(args) if args != list(node.args) else None
-
-
-def _dim(node: Node, position: int) -> int:
-    """The dimension a node works on, from the left."""
-    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
-    return int(dim) % len(shape_of(node.args[0]))  # type: ignore[arg-type]
-
-
-def _smaller(sizes: Sequence[Any], at: int, gone: _Gone, omitted: int) -> list[Any]:
-    new = list(sizes)
-    if isinstance(new[at], int) and new[at] == len(gone[1]):
-        new[at] -= omitted * int(gone[1].sum())
-    return new
+def _patches_for_unit(linears: Sequence[Linear], site: Site, source: Node, unit: int, omitted: int) -> Patches:
+    rows = {linear.node: part.index[unit] for linear, part in zip(linears, site.projections, strict=True)}
+    lost = losses_of_unit(rows, [source], count=omitted)
+    return patches_for(lost)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.analysis.residual_streams import Stream, sizes
-from fxsparse.passes.structured.slicing import patch_sizes, propagate
+from fxsparse.analysis.axes import losses_of_stream, lost_of
+from fxsparse.analysis.residual_streams import Stream
+from fxsparse.passes.structured.slicing import follow
 
 aten = torch.ops.aten
 
@@ -34,38 +35,40 @@ def narrow(gm: GraphModule, stream: Stream, keep: Tensor) -> None:
     """
     index = keep.nonzero().flatten()
     leaving = [node for node in stream.nodes if any(user.op == "output" for user in node.users)]
-    names = fx.parameter_names(gm)
-    done: dict[int, Tensor] = {}
-    for node, axes in stream.nodes.items():
-        if node.op == "get_attr":
-            old = fx.attribute(gm, str(node.target))
-            if id(old) not in done:
-                done[id(old)] = new = _narrowed(old, axes, keep)
-                for name in names.get(id(old), (str(node.target),)):
-                    _set(gm, name, new)
-                done[id(new)] = new  # what the other nodes of a tied tensor read by now
-            node.meta = {**node.meta, "val": fx.fake_mode(gm).from_tensor(done[id(old)].detach(), static_shapes=True)}
-        elif node.op == "call_function":
-            patch_sizes(node, {axis: _repeated(keep, sizes(node)[axis]) for axis in axes})
+    lost = losses_of_stream(stream, keep)
+    changed = _narrow_state(gm, stream, keep)
     first = next(node for node in gm.graph.nodes if node.op == "call_function")
     for node, axes in stream.nodes.items():
         if node.op == "placeholder":
             chosen = _selected(gm, node, axes[-1], index, f"{stream.path}.hidden_kept", before=first)
             node.replace_all_uses_with(chosen, delete_user_cb=functools.partial(operator.is_not, chosen))
-    propagate(gm, stream.path)
+            changed.append(chosen)
+    follow(gm, lost, changed, stream.path)
     for node in leaving:
         _widen(gm, node, stream, keep)
 
 
-def _repeated(keep: Tensor, size: int) -> Tensor:
-    """What stays of an axis that holds the stream once or several times."""
-    return keep.repeat(size // len(keep))
+def _narrow_state(gm: GraphModule, stream: Stream, keep: Tensor) -> list[Node]:
+    """Narrows the parameters and buffers of a stream, each once, and gives the nodes that read them."""
+    names = fx.parameter_names(gm)
+    done: dict[int, Tensor] = {}
+    reads = [(node, axes) for node, axes in stream.nodes.items() if node.op == "get_attr"]
+    for node, axes in reads:
+        old = fx.attribute(gm, str(node.target))
+        if id(old) not in done:
+            done[id(old)] = new = _narrowed(old, axes, keep)
+            for name in names.get(id(old), (str(node.target),)):
+                _set(gm, name, new)
+            done[id(new)] = new  # what the other nodes of a tied tensor read by now
+        node.meta = {**node.meta, "val": fx.fake_mode(gm).from_tensor(done[id(old)].detach(), static_shapes=True)}
+    return [node for node, _ in reads]
 
 
 def _narrowed(old: Tensor, axes: tuple[int, ...], keep: Tensor) -> Tensor:
     new = old.detach()
     for axis in axes:
-        new = new.index_select(axis, _repeated(keep, old.shape[axis]).nonzero().flatten().to(old.device))
+        stays = lost_of(keep, old.shape[axis]) == 0
+        new = new.index_select(axis, stays.nonzero().flatten().to(old.device))
     return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 

@@ -14,7 +14,6 @@ that a narrower norm computes the same. With the closed ones zero and s = sqrt(d
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +24,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.analysis.residual_streams import ALONG, PERMUTES, RESHAPES, Stream, sizes
+from fxsparse.analysis.residual_streams import Stream
+from fxsparse.analysis.ties import sizes
+from fxsparse.graph import traits
 from fxsparse.passes.structured.hard_concrete import draw, mask_name
 
 aten = torch.ops.aten
@@ -95,14 +96,6 @@ def _marked(node: Node, source: Node, mark: Mark) -> Node:
 
 # --- hidden dimensions ------------------------------------------------------------------------------------------------
 
-_NORMS = {aten.layer_norm.default, aten.rms_norm.default}
-_KEEPS_ZERO = {
-    *("abs", "alias", "clone", "contiguous", "detach", "div", "dropout", "erf", "expand", "feature_dropout", "gelu"),
-    *("hardswish", "index", "leaky_relu", "lift_fresh_copy", "mish", "neg", "pow", "relu", "relu_", "select", "silu"),
-    *("silu_", "sin", "sqrt", "square", "tanh", "to", "_to_copy", "type_as"),
-}
-_LAYOUTS = RESHAPES | PERMUTES | set(ALONG) | {operator.getitem}
-
 
 def gate_stream(gm: GraphModule, stream: Stream, name: str, mark: Mark, *, straight: bool = False) -> None:
     """Gates the hidden dimensions of a stream.
@@ -132,7 +125,7 @@ class _StreamGate:
                 self._gate(node, self.start)
             elif node.op != "call_function" or self._is_constant(node):
                 continue
-            elif node.target in _NORMS and axes[-1] == len(sizes(node)) - 1:
+            elif traits.of(node.target).axes == "norm" and axes[-1] == len(sizes(node)) - 1:
                 self._norm(node)
             elif self._keeps_zero(node):
                 self.zero.add(node)
@@ -190,27 +183,24 @@ class _StreamGate:
 
     def _is_constant(self, node: Node) -> bool:
         """Whether a node is a parameter in another layout."""
-        while node.target in _LAYOUTS or getattr(node.target, "_opname", "") in ("expand", "detach", "to"):
+        while _rearranges(node):
             node = node.args[0]  # type: ignore[assignment]
         return node.op == "get_attr"
 
     def _keeps_zero(self, node: Node) -> bool:
         """Whether closed dimensions of what a node computes are 0, once constants that it adds are gated."""
-        name = getattr(node.target, "_opname", "")
-        ours = [arg for arg in node.all_input_nodes if arg in self.axes]
-        if name in ("mul", "mul_", "mux"):
-            return any(arg in self.zero for arg in ours)
-        if name in ("add", "sub", "add_", "cat"):
-            parts: Any = node.args[0] if name == "cat" else node.args[:2]
+        keeps = traits.keeps_zero(node)
+        if keeps == "any":
+            return any(arg in self.zero for arg in node.all_input_nodes if arg in self.axes)
+        if keeps == "all":
+            parts: Any = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args[:2]
             if not all(part in self.zero or (part in self.axes and self._is_constant(part)) for part in parts):
                 return False
             for part in parts:
                 if part not in self.zero:
                     node.replace_input_with(part, self._gated(part, node))
             return True
-        if name == "pow" and not (isinstance(node.args[1], (int, float)) and node.args[1] > 0):
-            return False
-        return (name in _KEEPS_ZERO or node.target in _LAYOUTS) and node.args[0] in self.zero
+        return keeps == "first" and node.args[0] in self.zero
 
     def _norm(self, node: Node) -> None:
         """Statistics over the open dimensions, and a result that is 0 in the others."""
@@ -243,3 +233,9 @@ def _times(x: Tensor, factor: Tensor) -> Tensor:
 
 def _over(x: Tensor, divisor: Tensor) -> Tensor:
     return x / _as(divisor, x)
+
+
+def _rearranges(node: Node) -> bool:
+    """Whether the elements of a node are those of its operand, in another layout."""
+    known = traits.of(node.target)
+    return known.copies is not None or known.axes in {"reshape", "broadcast", "permute", "slices", "along", "item"}

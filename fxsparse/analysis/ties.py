@@ -1,0 +1,221 @@
+"""Which axes of an operator's result and operands are one: what goes from one of them goes from all.
+
+    y = linear(x, w, b)     x.2 ~ w.1     y.2 ~ w.0 ~ b.0     x.0 ~ y.0     x.1 ~ y.1
+    y = view(x, [s, 4, 8])  x.0 ~ y.0                        (of x [s, 32])
+
+An axis that an operator reduces, or sums products over, ends there. An axis in no group is one that the operator mixes
+or takes apart, or that nothing is known of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxsparse import graph as fx
+from fxsparse.graph import traits
+from fxsparse.ops import multiplex  # noqa: F401  (defines mux and demux_linear)
+
+Axis = tuple[Node, int]
+"""A dimension of what a node computes; for several results, of each."""
+
+
+def ties(node: Node) -> list[list[Axis]]:
+    """The groups of axes, of a call and of its operands, that are one; a group of one is an axis that ends there."""
+    tie = _OURS.get(node.target) or _BY_AXES.get(traits.of(node.target).axes)
+    return [list(group) for group in tie(node)] if tie is not None else []
+
+
+def sizes(node: Any) -> Sequence[Any]:
+    """The sizes of what a node computes; of the first, where it is several."""
+    value = fx.value(node)
+    while isinstance(value, (tuple, list)):
+        value = value[0]
+    return value.shape  # type: ignore[no-any-return]
+
+
+def _expression(size: Any) -> Any:
+    return size if isinstance(size, int) else size.node.expr
+
+
+# --- the same axes, others, or in another order -----------------------------------------------------------------------
+
+
+def _aligned(node: Node, operands: Iterable[Node] | None = None) -> list[list[Axis]]:
+    """Pointwise operators: axes are counted from the right, and those of size 1 are broadcast."""
+    out = sizes(node)
+    groups = []
+    for axis, size in enumerate(out):
+        group = [(node, axis)]
+        for operand in traits.operands(node) if operands is None else operands:
+            if isinstance(operand.meta.get("val"), Tensor):
+                place = axis - len(out) + len(sizes(operand))
+                if place >= 0 and _expression(sizes(operand)[place]) == _expression(size):
+                    group.append((operand, place))
+        groups.append(group)
+    return groups
+
+
+def _reshaped(node: Node) -> list[list[Axis]]:
+    source: Any = node.args[0]
+    old, new = sizes(source), sizes(node)
+    after_old = {_product(old[axis + 1 :]): axis for axis in reversed(range(len(old))) if old[axis] != 1}
+    groups: list[list[Axis]] = []
+    for axis, size in enumerate(new):
+        at = after_old.get(_product(new[axis + 1 :])) if size != 1 else None
+        if at is not None and (_expression(old[at]) == _expression(size) or _is_multiple(old[at], size)):
+            groups.append([(source, at), (node, axis)])
+    return groups
+
+
+def _product(of: Sequence[Any]) -> Any:
+    return sympy.prod([_expression(size) for size in of])
+
+
+def _is_multiple(a: Any, b: Any) -> bool:
+    """Whether one of two sizes holds the other several times: dimensions before it were merged in, or taken out."""
+    return isinstance(a, int) and isinstance(b, int) and (a % b == 0 or b % a == 0)
+
+
+def _permuted(node: Node) -> list[list[Axis]]:
+    source: Any = node.args[0]
+    order = traits.permutation(node) or ()
+    return [[(source, at), (node, axis)] for axis, at in enumerate(order)]
+
+
+def _item(node: Node) -> list[list[Axis]]:
+    source: Any = node.args[0]
+    return [[(source, axis), (node, axis)] for axis in range(len(sizes(node)))]
+
+
+# --- one or some axes change, the others stay -------------------------------------------------------------------------
+
+
+def _along(node: Node) -> list[list[Axis]]:
+    """Operators that change one dimension and keep the others."""
+    source: Any = node.args[0]
+    changed = traits.dims(node)
+    return [[(source, axis), (node, axis)] for axis in range(len(sizes(source))) if axis not in changed]
+
+
+def _selected(node: Node) -> list[list[Axis]]:
+    source: Any = node.args[0]
+    left = [axis for axis in range(len(sizes(source))) if axis not in traits.dims(node)]
+    return [[(source, at), (node, axis)] for axis, at in enumerate(left)]
+
+
+def _joined(node: Node) -> list[list[Axis]]:
+    parts: Any = node.args[0]
+    (dim,) = traits.dims(node)
+    one_size = len({_expression(sizes(part)[dim]) for part in parts}) == 1
+    return [
+        [(node, axis), *((part, axis) for part in parts)] for axis in range(len(sizes(node))) if axis != dim or one_size
+    ]
+
+
+def _indexed(node: Node) -> list[list[Axis]]:
+    """``x[i, j]``: what follows the dimensions that are indexed stays where it is, counted from the right."""
+    source: Any = node.args[0]
+    indices: Any = node.args[1]
+    old, new = len(sizes(source)), len(sizes(node))
+    return [[(source, axis), (node, axis - old + new)] for axis in range(len(indices), old)]
+
+
+def _reduced(node: Node) -> list[list[Axis]]:
+    """The axes that are summed over end there, alone in their group."""
+    source: Any = node.args[0]
+    over = traits.dims(node)
+    count = len(sizes(source))
+    left = [axis for axis in range(count) if axis not in over]
+    keeps = len(sizes(node)) == count
+    groups: list[list[Axis]] = [[(source, axis)] for axis in sorted(over)]
+    return groups + [[(source, at), (node, at if keeps else axis)] for axis, at in enumerate(left)]
+
+
+def _norm(node: Node) -> list[list[Axis]]:
+    """Over one axis, a norm ties it to its weight and its bias; over several, it takes none of them apart."""
+    source, shape, weight, bias = list(fx.arguments(node).values())[:4]
+    groups = _aligned(node, [source])
+    if len(shape) != 1:
+        return groups[: -len(shape)]
+    groups[-1] += [(arg, 0) for arg in (weight, bias) if isinstance(arg, Node)]
+    return groups
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+def _multiplied(node: Node) -> list[list[Axis]]:
+    product = traits.of(node.target).product
+    assert product is not None
+    arguments = fx.arguments(node)
+    x, weight = arguments[product.input], arguments[product.weight]
+    bias = arguments[product.bias] if product.bias is not None else None
+    if len(sizes(weight)) != 2 or len(sizes(x)) < 2:
+        return []
+    last, rows = len(sizes(x)) - 1, int(product.transposed)
+    out = [(node, last), (weight, rows), *([(bias, len(sizes(bias)) - 1)] if isinstance(bias, Node) else [])]
+    return [[(x, last), (weight, 1 - rows)], out, *([(x, axis), (node, axis)] for axis in range(last))]
+
+
+def _convolved(node: Node) -> list[list[Axis]]:
+    arguments = fx.arguments(node)
+    x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
+    if arguments["groups"] != 1:
+        return [[(x, 0), (node, 0)]]
+    rows = int(arguments.get("transposed", False))
+    out = [(node, 1), (weight, rows), *([(bias, 0)] if isinstance(bias, Node) else [])]
+    return [[(x, 1), (weight, 1 - rows)], out, [(x, 0), (node, 0)]]
+
+
+def _embedded(node: Node) -> list[list[Axis]]:
+    weight, ids = node.args[:2]
+    last = len(sizes(node)) - 1
+    return [[(node, last), (weight, 1)], *([(ids, axis), (node, axis)] for axis in range(last))]  # type: ignore[list-item]
+
+
+def _mux(node: Node) -> list[list[Axis]]:
+    x, keys = node.args[:2]
+    last = len(sizes(x)) - 1
+    return [[(x, last), (keys, 1), (node, last)], *([(x, axis), (node, axis)] for axis in range(1, last))]  # type: ignore[list-item]
+
+
+def _demux(node: Node) -> list[list[Axis]]:
+    h, keys, weight, bias = node.args[:4]
+    last, last_key = len(sizes(h)) - 1, len(sizes(keys)) - 1
+    out: list[Any] = [(node, last), (weight, 0), *([(bias, 0)] if isinstance(bias, Node) else [])]
+    groups: list[Any] = [out, *([(h, axis), (node, axis)] for axis in range(1, last))]
+    if sizes(keys)[last_key] == sizes(h)[last]:
+        groups.append([(h, last), (keys, last_key), (weight, 1)])
+    return groups
+
+
+_Tie = Callable[[Node], Iterable[Sequence[Axis]]]
+
+_OURS: dict[Any, _Tie] = {
+    torch.ops.fxsparse.mux.default: _mux,
+    torch.ops.fxsparse.demux_linear.default: _demux,
+}
+
+_BY_AXES: dict[traits.Axes | None, _Tie] = {
+    "pointwise": _aligned,
+    "broadcast": _aligned,
+    "reshape": _reshaped,
+    "permute": _permuted,
+    "item": _item,
+    "slices": _along,
+    "along": _along,
+    "select": _selected,
+    "join": _joined,
+    "index": _indexed,
+    "reduce": _reduced,
+    "norm": _norm,
+    "product": _multiplied,
+    "convolution": _convolved,
+    "embedding": _embedded,
+}
