@@ -7,7 +7,7 @@ A pass is a frozen dataclass: its options are its fields, its name a class varia
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar
 
@@ -71,12 +71,13 @@ class Pass(PassBase):
 
 def outcome(item: Pass, gm: GraphModule) -> tuple[tuple[Change, ...], Pass]:
     """Runs ``item.rewrite`` on ``gm`` itself: the changes, and the pass that the record names."""
-    returned: list[Pass | None] = []
-
-    def changes() -> Iterator[Change]:
-        returned.append((yield from item.rewrite(gm)))
-
-    return tuple(changes()), returned[0] or item
+    changes: list[Change] = []
+    rewrite = iter(item.rewrite(gm))
+    while True:
+        try:
+            changes.append(next(rewrite))
+        except StopIteration as end:
+            return tuple(changes), end.value or item
 
 
 def _options(item: Pass | type[Pass]) -> list[Field[Any]]:

@@ -11,6 +11,7 @@ moments; here nothing of the probe stays.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -79,28 +80,37 @@ def tensor_importance(
     if not parameters:
         return {}
     originals = [parameter.data for parameter in parameters]
-    with _left_as_it_was(gm, optimizer, parameters) as inner:
-        first = _gradients(probe, parameters, batch, loss)
-        if metric == "gradient":
-            values = [_sum(gradient.abs()) for gradient in first]
-        else:
-            for parameter, gradient in zip(parameters, first, strict=True):
-                parameter.grad = gradient
-            del first
-            inner.step()
-            for parameter in parameters:
-                parameter.grad = None
-            steps = [parameter.detach() - old for parameter, old in zip(parameters, originals, strict=True)]
-            if metric == "delta":
-                values = [_sum(step.abs()) for step in steps]
-            else:
-                second = _gradients(probe, parameters, batch, loss)
-                values = [-_sum(step.float() * dw.float()) for step, dw in zip(steps, second, strict=True)]
+    with _left_as_it_was(gm, optimizer, parameters) as lent:
+        gradients = functools.partial(_gradients, probe, parameters, batch, loss)
+        values = _measured(metric, lent, parameters, originals, gradients)
     result = dict(zip(names, values, strict=True))
     for name, value in result.items():
         if not math.isfinite(value):
             raise OptionError(f"the {metric} on this batch is {value}; the loss or a gradient overflows", site=name)
     return result
+
+
+def _measured(
+    metric: str,
+    optimizer: Optimizer,
+    parameters: list[nn.Parameter],
+    originals: list[Tensor],
+    gradients: Callable[[], list[Tensor]],
+) -> list[float]:
+    """The metric of each parameter; the optimizer takes its step for ``importance`` and ``delta``."""
+    first = gradients()
+    if metric == "gradient":
+        return [_sum(gradient.abs()) for gradient in first]
+    for parameter, gradient in zip(parameters, first, strict=True):
+        parameter.grad = gradient
+    del first
+    optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
+    steps = [parameter.detach() - old for parameter, old in zip(parameters, originals, strict=True)]
+    if metric == "delta":
+        return [_sum(step.abs()) for step in steps]
+    return [-_sum(step.float() * dw.float()) for step, dw in zip(steps, gradients(), strict=True)]
 
 
 def _evaluated(gm: GraphModule, optimizer: Optimizer, tensors: Iterable[str] | None) -> list[str]:

@@ -361,49 +361,70 @@ def dp_baseline(
         rounding: how a cost is quantised.
     """
     names = sorted(instance.tensors, key=lambda name: instance.union_cost(instance.tensors[name].closure))
-    unions = itertools.accumulate((instance.tensors[name].closure for name in names), int.__or__)
-    reach = [instance.union_cost(union) for union in unions]
-    total = instance.cost(names)
-    if not total:
+    if not instance.cost(names):
         return {name for name in names if importance[name] > 0}
-    quantise = (
-        (lambda cost: cost * resolution // total)
-        if rounding == "floor"
-        else (lambda cost: -(-cost * resolution // total))
-    )
-    own = [quantise(instance.tensors[name].weight_cost) for name in names]
-    steps = [quantise(after - before) for before, after in itertools.pairwise([0, *reach])]
-    depth = list(itertools.accumulate(steps))
-    whole = sum(own) + sum(steps) if rounding == "floor" else resolution
-    limit = budget * whole // total
-
-    best = np.zeros((len(names) + 1, limit + 1))  # L[k, t]
-    taken = np.full((len(names) + 1, limit + 1), -np.inf)  # L[k, t] where k itself is taken
-    taken[0] = 0.0
-    previous = np.zeros((len(names) + 1, limit + 1), dtype=np.int64)
-    for k, name in enumerate(names, start=1):
-        with_k = np.full(limit + 1, -np.inf)
-        for j in range(k):
-            shift = own[k - 1] + depth[k - 1] - (depth[j - 1] if j else 0)
-            if shift <= limit:
-                candidate = taken[j, : limit + 1 - shift]
-                better = candidate > with_k[shift:]
-                with_k[shift:][better] = candidate[better]
-                previous[k, shift:][better] = j
-        with_k += importance[name]
-        better = with_k > best[k - 1]
-        best[k] = np.where(better, with_k, best[k - 1])
-        taken[k, better] = with_k[better]
-
-    chosen, k, t = set(), len(names), limit
+    chain = _Chain.of(instance, names, budget, resolution, rounding)
+    taken, previous = chain.solve([importance[name] for name in names])
+    chosen, k, t = set(), len(names), chain.limit
     while k:
         if taken[k, t] == -np.inf:
             k -= 1
             continue
         chosen.add(names[k - 1])
         j = int(previous[k, t])
-        t -= own[k - 1] + depth[k - 1] - (depth[j - 1] if j else 0)
+        t -= chain.step(j, k)
         k = j
-        if k == 0:
-            break
     return chosen
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """Tensors from the output to the input, the first being tensor 1, with quantised costs.
+
+    Attributes:
+        weights: of each tensor's own gradient.
+        depths: of the activation gradients up to each tensor; 0 before the first.
+        limit: the budget.
+    """
+
+    weights: list[int]
+    depths: list[int]
+    limit: int
+
+    @classmethod
+    def of(cls, instance: Instance, names: Sequence[str], budget: int, resolution: int, rounding: str) -> _Chain:
+        total = instance.cost(names)
+
+        def quantised(cost: int) -> int:
+            return cost * resolution // total if rounding == "floor" else -(-cost * resolution // total)
+
+        unions = itertools.accumulate((instance.tensors[name].closure for name in names), int.__or__)
+        reach = [0, *(instance.union_cost(union) for union in unions)]
+        weights = [quantised(instance.tensors[name].weight_cost) for name in names]
+        depths = [0, *itertools.accumulate(quantised(after - before) for before, after in itertools.pairwise(reach))]
+        whole = sum(weights) + depths[-1] if rounding == "floor" else resolution
+        return cls(weights, depths, budget * whole // total)
+
+    def step(self, j: int, k: int) -> int:
+        """The cost of taking tensor k where the last one taken is j, 0 for none."""
+        return self.weights[k - 1] + self.depths[k] - self.depths[j]
+
+    def solve(self, importance: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """``L[k, t]`` where k itself is taken, -inf where it is not; and the tensor taken before k there."""
+        shape = (len(importance) + 1, self.limit + 1)
+        best, taken, previous = np.zeros(shape), np.full(shape, -np.inf), np.zeros(shape, dtype=np.int64)
+        taken[0] = 0.0
+        for k, gain in enumerate(importance, start=1):
+            with_k = np.full(self.limit + 1, -np.inf)
+            for j in range(k):
+                shift = self.step(j, k)
+                if shift <= self.limit:
+                    candidate = taken[j, : self.limit + 1 - shift]
+                    better = candidate > with_k[shift:]
+                    with_k[shift:][better] = candidate[better]
+                    previous[k, shift:][better] = j
+            with_k += gain
+            better = with_k > best[k - 1]
+            best[k] = np.where(better, with_k, best[k - 1])
+            taken[k, better] = with_k[better]
+        return taken, previous
