@@ -1,4 +1,7 @@
-"""What every test gets: a seed, one thread, no compiled graphs of other tests, and no GPU tests without a GPU."""
+"""What every test gets: a seed, one thread, no compiled graphs of other tests, and no GPU tests without a GPU.
+
+The suite runs in one process for each core, eight at most; a file, a test or a choice by ``-k`` runs in this one.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first import
 
 import pytest
 import torch
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Starting workers takes longer than most single files do."""
+    chosen = config.option.keyword or any(".py" in arg for arg in config.args)
+    return 0 if chosen else min(8, len(os.sched_getaffinity(0)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
