@@ -7,7 +7,7 @@ process or in the file of the device (`store`), and takes the shipped default ot
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -42,7 +42,7 @@ def key(
 def tuned(name: str) -> Plan | None:
     """The plan that tuning remembered under a key; None if there is none."""
     row = _TABLE.row(name, "cuda")
-    return None if row is None else _plan(row)
+    return None if row is None else _plan(frozenset(row.items()))
 
 
 def candidates(kernel: str, rows: int, dtype: str = "bfloat16", *, tall: bool = False) -> list[Plan]:
@@ -99,15 +99,17 @@ def remember(name: str, best: Plan) -> None:
     _TABLE.update(name, "cuda", {**asdict(best.tile), "square": best.square})
 
 
-def _plan(row: Mapping[str, Any]) -> Plan:
+@functools.cache
+def _plan(row: frozenset[tuple[str, Any]]) -> Plan:
+    """The plan of a row's items; remembered, because every launch asks for one."""
     fields = dict(row)
     return Plan(square=bool(fields.pop("square")), tile=Tile(**fields))
 
 
 def _is_row(row: Any) -> bool:
     try:
-        _plan(row)
-    except (TypeError, ValueError, KeyError):
+        _plan(frozenset(row.items()))
+    except (AttributeError, TypeError, ValueError, KeyError):
         return False
     return True
 

@@ -33,7 +33,7 @@ PATIENCE = 5.0
 Rows = dict[str, dict[str, Any]]
 
 _lock = threading.RLock()
-_memory: dict[tuple[Path, str], Rows] = {}
+_memory: dict[tuple[str, str, Path | None], Rows] = {}
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,14 @@ class Table:
             device: device type.
             folder: of a file that was measured elsewhere, instead of this process's and this machine's results.
         """
-        place = path(device) if folder is None else folder / path(device).name
         with _lock:
-            return self._rows(place, device).get(key)
+            return self._rows(device, folder).get(key)
 
     def update(self, key: str, device: str, values: Mapping[str, Any]) -> None:
         """Adds values to the row of a key, or replaces them, for this process and later ones."""
         place = path(device)
         with _lock:
-            _add(self._rows(place, device), key, values)
+            _add(self._rows(device, None), key, values)
             try:
                 with source.locked(place, PATIENCE):
                     content = _read(place, device)
@@ -75,11 +74,13 @@ class Table:
             except (OSError, TimeoutError) as error:
                 _warn(f"cannot keep what was measured in {place} ({error}); it serves this process only")
 
-    def _rows(self, place: Path, device: str) -> Rows:
+    def _rows(self, device: str, folder: Path | None) -> Rows:
         """Rows as this process knows them: read once, then with its own additions."""
-        if (place, self.name) not in _memory:
-            _memory[place, self.name] = self._of(_read(place, device), place)
-        return _memory[place, self.name]
+        rows = _memory.get((self.name, device, folder))
+        if rows is None:
+            place = path(device) if folder is None else folder / path(device).name
+            rows = _memory[self.name, device, folder] = self._of(_read(place, device), place)
+        return rows
 
     def _of(self, content: Mapping[str, Any], place: Path) -> Rows:
         """The table's part of a file; empty, with a warning, if it holds something else."""
