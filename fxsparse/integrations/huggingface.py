@@ -339,10 +339,10 @@ def _load(model: Any, state: Mapping[str, Tensor]) -> None:
     tied = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in state}
     missing = [name for name in missing if id(fx.attribute(model, name)) not in tied]
     if missing or unexpected:
-        what = ", ".join(
+        problems = ", ".join(
             [*(f"{name} is missing" for name in missing), *(f"{name} is not its own" for name in unexpected)][:4]
         )
-        raise CheckpointError(f"the tensors do not fit {type(model).__name__}: {what}")
+        raise CheckpointError(f"the tensors do not fit {type(model).__name__}: {problems}")
 
 
 @torch.no_grad()
