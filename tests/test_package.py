@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -110,6 +113,32 @@ def test_every_package_is_installed() -> None:
             assert name in setuptools["packages"], f"{path} is not in [tool.setuptools] packages"
         for module in (ROOT / folder).rglob("*.py"):
             assert (module.parent / "__init__.py").exists(), f"{module} is in no package"
+
+
+def build(kind: str, source: Path, into: Path) -> Path:
+    code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(into)!r}))"
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=source).stdout
+    return into / output.splitlines()[-1]
+
+
+def test_an_sdist_and_its_wheel_hold_every_file(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"
+    for folder in ("tests", "examples", "benchmarks", "docs", ".ci", *FOLDERS):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "out"))
+    for file in ("pyproject.toml", "MANIFEST.in", "README.md", "CONTRIBUTING.md", "LICENSE", "constraints.txt"):
+        shutil.copy(ROOT / file, source)
+    files = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    with tarfile.open(build("sdist", source, tmp_path)) as archive:
+        archive.extractall(tmp_path, filter="data")
+        unpacked = tmp_path / archive.getnames()[0]
+    assert files <= {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*")}
+    with zipfile.ZipFile(build("wheel", unpacked, tmp_path)) as archive:
+        installed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    packages = {folder: package.replace(".", "/") for folder, package in FOLDERS.items()}
+    parts = (file.partition("/") for file in files)
+    assert installed == {f"{packages[folder]}/{rest}" for folder, _, rest in parts if folder in packages}
 
 
 # --- the source -------------------------------------------------------------------------------------------------------
