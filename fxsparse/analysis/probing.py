@@ -89,8 +89,12 @@ def _stand_in(node: Node) -> Any:
     if isinstance(example, (torch.SymInt, int)) and not isinstance(example, bool):
         return _number(example)
     if isinstance(example, (float, torch.SymFloat)):
-        return float(example)
+        return 0.0 if any(map(_is_flag, node.all_input_nodes)) else float(example)
     return False  # a training flag: probing is evaluation
+
+
+def _is_flag(node: Node) -> bool:
+    return node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training"
 
 
 def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,9 @@ def _reshaped(node: Node) -> list[list[Axis]]:
     old, new = sizes(source), sizes(node)
     after_old = {_product(old[axis + 1 :]): axis for axis in reversed(range(len(old))) if old[axis] != 1}
     groups: list[list[Axis]] = []
+    if traits.of(node.target).shaped_like:
+        like: Any = fx.arguments(node)[traits.of(node.target).shaped_like]
+        groups += [[(like, axis), (node, axis)] for axis in range(len(new))]
     for axis, size in enumerate(new):
         at = after_old.get(_product(new[axis + 1 :])) if size != 1 else None
         if at is not None and (_expression(old[at]) == _expression(size) or _is_multiple(old[at], size)):

@@ -122,13 +122,14 @@ _row("hardswish rsub masked_fill where.self where.ScalarOther where.ScalarSelf w
 _row("to _to_copy type_as contiguous clone detach detach_copy alias lift_fresh_copy", axes="pointwise")
 _row("dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout", axes="pointwise")
 _row("zeros_like ones_like full_like empty_like", axes="pointwise")
-_row("expand", axes="broadcast", sizes="size")
+_row("expand broadcast_to", axes="broadcast", sizes="size")
 _row("expand_as", axes="broadcast")
-_row("view.default _unsafe_view", axes="reshape", sizes="size")
+_row("view.default _unsafe_view _reshape_alias", axes="reshape", sizes="size")
 _row("reshape", axes="reshape", sizes="shape")
+_row("view_as reshape_as ravel atleast_1d.default atleast_2d.default atleast_3d.default", axes="reshape")
 _row("unflatten.int", axes="reshape", sizes="sizes", dim="dim")
 _row("flatten.using_ints unsqueeze squeeze.default squeeze.dim squeeze.dims", axes="reshape")
-_row("permute transpose.int t numpy_T movedim", axes="permute")
+_row("permute transpose.int t numpy_T mT swapaxes swapdims movedim moveaxis", axes="permute")
 _row("slice.Tensor", axes="slices", dim="dim", positions=("start", "end"))
 _row("narrow.default", axes="slices", dim="dim", positions=("start",), length="length")
 _row("split.Tensor split.sizes", axes="slices", dim="dim", pieces="split_size")
@@ -156,9 +157,11 @@ _row("abs asin asinh atan celu ceil elu erf expm1 floor gelu hardshrink hardswis
 _row("log1p mish neg positive pow relu relu6 round selu sign silu sin sinh softshrink", keeps_zero="first")
 _row("sqrt square tan tanh trunc div", keeps_zero="first")
 _row("to _to_copy type_as contiguous clone detach detach_copy alias lift_fresh_copy", keeps_zero="first")
-_row("dropout feature_dropout native_dropout expand expand_as select.int index.Tensor", keeps_zero="first")
-_row("view.default _unsafe_view reshape unflatten.int flatten.using_ints unsqueeze", keeps_zero="first")
-_row("squeeze.default squeeze.dim squeeze.dims permute transpose.int t numpy_T movedim", keeps_zero="first")
+_row("dropout feature_dropout native_dropout expand broadcast_to expand_as", keeps_zero="first")
+_row("view.default _unsafe_view _reshape_alias reshape view_as reshape_as ravel unflatten.int", keeps_zero="first")
+_row("atleast_1d.default atleast_2d.default atleast_3d.default flatten.using_ints unsqueeze", keeps_zero="first")
+_row("squeeze.default squeeze.dim squeeze.dims permute transpose.int t numpy_T mT", keeps_zero="first")
+_row("swapaxes swapdims movedim moveaxis select.int index.Tensor", keeps_zero="first")
 _row("slice.Tensor narrow.default split.Tensor split.sizes split_with_sizes chunk", keeps_zero="first")
 _row("index_select.default cumsum.default roll", keeps_zero="first")
 _row("mul fxsparse::mux", keeps_zero="any")
@@ -166,9 +169,11 @@ _row("add sub cat.default", keeps_zero="all")
 _row("detach alias", copies="never")
 _row("to contiguous type_as", copies="if needed")
 _row("_to_copy clone detach_copy lift_fresh_copy", copies="always")
-_row("zeros_like ones_like full_like empty_like rand_like randn_like randint_like", shaped_like="self")
+_row("zeros_like ones_like full_like empty_like rand_like randn_like", shaped_like="self")
 _row("sym_size.int sym_numel sym_stride.int sym_storage_offset", shaped_like="self")
-_row("expand_as", shaped_like="other")
+_row("normal_functional uniform bernoulli.p bernoulli.Tensor exponential geometric", shaped_like="self")
+_row("log_normal cauchy", shaped_like="self")
+_row("expand_as view_as reshape_as", shaped_like="other")
 _row("new_ones new_zeros new_full new_empty new_empty_strided", typed_like="self")
 _row("to.other type_as", typed_like="other")
 _row("dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout", dropout=True)
@@ -183,9 +188,9 @@ _row(
 )
 _row(
     """
-    arange empty empty_like empty_strided eye full full_like linspace new_empty new_empty_strided new_full new_ones
-    new_zeros normal ones ones_like rand rand_like randint randint_like randn randn_like randperm scalar_tensor
-    tril_indices triu_indices zeros zeros_like
+    arange cauchy empty empty_like empty_strided exponential eye full full_like geometric linspace log_normal
+    new_empty new_empty_strided new_full new_ones new_zeros normal normal_functional ones ones_like rand rand_like
+    randint randint_like randn randn_like randperm scalar_tensor tril_indices triu_indices uniform zeros zeros_like
     """,
     work="create",
 )
@@ -238,9 +243,9 @@ def of(target: Any) -> Traits:
         return Traits(axes="item", keeps_zero="first")
     if not isinstance(target, OpOverload):
         return Traits()
-    name, overload = _functional_name(target), target._overloadname
-    facts = {**ROWS.get(name, {}), **ROWS.get(f"{name}.{overload}", {})}
-    form = _functional(target)
+    form = functional(target) or target
+    name = _name(form) if form.namespace == "aten" else f"{form.namespace}::{_name(form)}"
+    facts = {**ROWS.get(name, {}), **ROWS.get(f"{name}.{form._overloadname}", {})}
     if torch.Tag.pointwise in form.tags:
         facts.setdefault("axes", "pointwise")
     if torch.Tag.inplace_view in target.tags and "copies" not in facts:
@@ -249,17 +254,32 @@ def of(target: Any) -> Traits:
     return Traits(**facts)
 
 
-def _functional_name(target: OpOverload) -> str:
-    """``relu`` for ``aten::relu`` and ``aten::relu_``; other namespaces stay part of the name."""
-    name = target._schema.name.removeprefix("aten::")
+@functools.cache
+def functional(target: OpOverload) -> OpOverload | None:
+    """The functional operator of the same arguments: ``div_.Tensor`` -> ``div.Tensor``, ``__ior__`` -> ``__or__``."""
+    name = _name(target)
+    names = [f"{name}_functional", name] if target._schema.is_mutable else [name]
+    for packet in (getattr(getattr(torch.ops, target.namespace), each, None) for each in names):
+        overloads = packet.overloads() if packet is not None else []
+        for overload in sorted(overloads, key=lambda overload: overload != target._overloadname):
+            form: OpOverload = getattr(packet, overload)
+            if _signature(form) == _signature(target) and not form._schema.is_mutable:
+                return form
+    return None
+
+
+def _name(target: OpOverload) -> str:
+    """The name of the functional form, without the namespace."""
+    name = target._schema.name.rpartition("::")[2]
+    if name.startswith("__i") and name.endswith("__") and target._schema.is_mutable:
+        return f"__{name[3:]}"
     return name if name.endswith("__") else name.removesuffix("_")
 
 
-def _functional(target: OpOverload) -> OpOverload:
-    """The functional form of an in-place operator; the operator itself where there is none of that name."""
-    packet = getattr(getattr(torch.ops, target.namespace), _functional_name(target).rpartition("::")[2], None)
-    form = getattr(packet, target._overloadname, None)
-    return form if isinstance(form, OpOverload) else target
+def _signature(target: OpOverload) -> list[tuple[str, str]]:
+    """Names and types of the arguments; the first is ``self`` here and ``input`` there."""
+    first, *rest = target._schema.arguments
+    return [("", str(first.type)), *((argument.name, str(argument.type)) for argument in rest)]
 
 
 def _work(target: OpOverload) -> Work | None:
@@ -315,6 +335,6 @@ def permutation(node: Node) -> tuple[int, ...] | None:
     if of(node.target).axes != "permute":
         return None
     source: Any = node.args[0]
-    told_apart = torch.empty(range(2, 2 + value(source).dim()), device="meta")
+    told_apart = torch.empty(list(range(2, 2 + value(source).dim())), device="meta")
     result: Tensor = node.target(told_apart, *node.args[1:], **node.kwargs)  # type: ignore[operator]
     return tuple(size - 2 for size in result.shape)

@@ -32,6 +32,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
+from fxsparse.graph import traits
+from fxsparse.graph.traits import functional
 from fxsparse.tracing.modes import arguments
 from fxsparse.tracing.views import Aliases, Call, WriteBack, has_layout, has_sizes, sizes, write_back, writes
 
@@ -39,11 +41,6 @@ aten = torch.ops.aten
 
 _COPIES = {aten.copy_.default, aten.fill_.Tensor}
 _FILLS = {aten.zero_.default: aten.zeros_like.default, aten.fill_.Scalar: aten.full_like.default}
-_NAMES = {"normal_": "normal_functional"}  # elsewhere the name without its underscore
-_DRAWS = {  # read the sizes of their input only; autograd does not know that
-    *(aten.normal_functional.default, aten.uniform.default, aten.bernoulli.p, aten.bernoulli.Tensor),
-    *(aten.exponential.default, aten.geometric.default, aten.log_normal.default, aten.cauchy.default),
-}
 
 
 def functionalise(gm: GraphModule) -> int:
@@ -74,32 +71,10 @@ def _functionalise_views(gm: GraphModule) -> None:
     """``x.unsqueeze_(0)`` only makes ``x`` another view of its memory, and every later read reads its result."""
     for node in gm.graph.nodes:
         if isinstance(node.target, OpOverload) and torch.Tag.inplace_view in node.target.tags:
-            target = _functional(node.target)
+            target = functional(node.target)
             (written,) = writes(node)
             if target is not None and written.op not in {"placeholder", "get_attr"}:
                 node.target = target
-
-
-def _functional(target: OpOverload) -> OpOverload | None:
-    """The functional operator of the same arguments: ``div_.Tensor`` -> ``div.Tensor``, ``__ior__`` -> ``__or__``."""
-    name = target._schema.name.rpartition("::")[2]
-    if name.startswith("__i"):
-        name = f"__{name[3:]}"
-    elif name.endswith("_"):
-        name = _NAMES.get(name, name[:-1])
-    packet = getattr(getattr(torch.ops, target.namespace), name, None)
-    overloads = packet.overloads() if packet is not None else []
-    for overload in sorted(overloads, key=lambda overload: overload != target._overloadname):
-        functional = getattr(packet, overload)
-        if _arguments(functional) == _arguments(target) and not functional._schema.is_mutable:
-            return functional
-    return None
-
-
-def _arguments(target: OpOverload) -> list[tuple[str, str]]:
-    """Names and types of the arguments; the first is ``self`` here and ``input`` there."""
-    first, *rest = target._schema.arguments
-    return [("", str(first.type)), *((argument.name, str(argument.type)) for argument in rest)]
 
 
 # --- what can be replaced ---------------------------------------------------------------------------------------------
@@ -149,7 +124,7 @@ def _way(gm: GraphModule, aliases: Aliases, node: Node, held: set[Node]) -> tupl
 
 
 def _has_functional_form(target: Any) -> bool:
-    return target in _COPIES or target in _FILLS or _functional(target) is not None
+    return target in _COPIES or target in _FILLS or functional(target) is not None
 
 
 # --- replacing --------------------------------------------------------------------------------------------------------
@@ -237,13 +212,13 @@ class _Rewriter:
             return call(_FILLS[node.target], present, *node.args[1:])
         if node.target in _COPIES:
             return self._copied(call, node, present)
-        functional = _functional(node.target)  # type: ignore[arg-type]
-        assert functional is not None
-        if functional in _DRAWS:
+        target = functional(node.target)  # type: ignore[arg-type]
+        assert target is not None
+        if traits.of(target).shaped_like:  # which autograd does not know
             present = call(aten.detach.default, present)
-        required = sum(not (spec.has_default_value() or spec.kwarg_only) for spec in functional._schema.arguments)
+        required = sum(not (spec.has_default_value() or spec.kwarg_only) for spec in target._schema.arguments)
         rest = arguments(node)[1 : max(len(node.args), required)]
-        value = call(functional, present, *rest, **node.kwargs)
+        value = call(target, present, *rest, **node.kwargs)
         return call(aten.type_as.default, value, present) if _may_promote(value, present) else value
 
     def _copied(self, call: Call, node: Node, present: Node) -> Node:
@@ -265,7 +240,7 @@ class _Rewriter:
 
 def _may_promote(value: Node, present: Node) -> bool:
     """Whether a functional result may have another type than its target; under autocast, operands of one type part."""
-    functional: Any = value.target
+    target: Any = value.target
     if fx.value(value).dtype != fx.value(present).dtype:
         return True
     if not fx.value(present).dtype.is_floating_point:
@@ -273,8 +248,8 @@ def _may_promote(value: Node, present: Node) -> bool:
     others = [fx.value(other) for other in value.all_input_nodes if other is not present]
     mixes = any(isinstance(other, Tensor) and other.dtype.is_floating_point and other.dim() for other in others)
     keys = ("AutocastCUDA", "AutocastCPU")
-    has_rule = any(torch._C._dispatch_has_kernel_for_dispatch_key(functional.name(), key) for key in keys)
-    return has_rule or (mixes and torch.Tag.pointwise in functional.tags)
+    has_rule = any(torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key) for key in keys)
+    return has_rule or (mixes and torch.Tag.pointwise in target.tags)
 
 
 def _with_layout(call: Call, value: Node, like: Tensor) -> Node:

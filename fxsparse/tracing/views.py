@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
+from fxsparse.graph import traits
 from fxsparse.tracing.modes import arguments
 
 aten = torch.ops.aten
@@ -35,11 +36,6 @@ Call = Callable[..., Node]
 WriteBack = Callable[[Call, Node, Node], Node]
 """``write_back(call, base, value)``: the node of ``base`` where the view of it holds ``value``."""
 
-_RESHAPES = {
-    *("view", "_unsafe_view", "reshape", "_reshape_alias", "reshape_as", "view_as", "flatten", "unflatten", "ravel"),
-    *("squeeze", "unsqueeze", "expand", "expand_as", "broadcast_to", "atleast_1d", "atleast_2d", "atleast_3d"),
-}
-_SELF_INVERSE = {"t", "transpose", "swapaxes", "swapdims", "numpy_T", "mT"}
 _OPPOSITE = {aten.view_as_real.default: aten.view_as_complex.default}
 _OPPOSITE |= {back: there for there, back in _OPPOSITE.items()}
 
@@ -126,29 +122,28 @@ def write_back(gm: GraphModule, view: Node, base: Node) -> WriteBack | None:
     if _is_piece(view):
         return _of_piece(view)
     name = view.target._schema.name.rpartition("::")[2]  # type: ignore[union-attr]
-    if name in {"detach", "detach_"}:
+    known = traits.of(view.target)
+    if known.detaches:
         # Where base has a gradient, a write behind its back changes the value and not the gradient's formula.
         return None if may_require_grad(gm, base) else lambda call, base, value: call(aten.detach.default, value)
     if is_same_place(view, base):
         return lambda call, base, value: value
-    if name in _RESHAPES and view.target is not aten.view.dtype:
+    if known.axes in {"reshape", "broadcast"}:
         # An element that was expanded has several places to go.
         return _reshape if _surely_equal(fx.value(view).numel(), fx.value(base).numel()) else None
     if view.target in _OPPOSITE:
         return lambda call, base, value: call(_OPPOSITE[view.target], value)  # type: ignore[index]
-    return _of_layout(view, name) or _of_part(view, base, name)
+    return _of_layout(view) or _of_part(view, base, name)
 
 
-def _of_layout(view: Node, name: str) -> WriteBack | None:
-    target, rest = view.target, arguments(view)[1:]
-    if name in _SELF_INVERSE:
-        return lambda call, base, value: call(target, value, *rest)
-    if name in {"movedim", "moveaxis"}:
-        return lambda call, base, value: call(target, value, *reversed(rest))
-    if name == "permute":
-        dims = [dim % len(rest[0]) for dim in rest[0]]
-        return lambda call, base, value: call(target, value, [dims.index(dim) for dim in range(len(dims))])
-    return None
+def _of_layout(view: Node) -> WriteBack | None:
+    order = traits.permutation(view)
+    if order is None:
+        return None
+    back = [order.index(axis) for axis in range(len(order))]
+    if view.target is not aten.permute.default and tuple(back) == order:
+        return lambda call, base, value: call(view.target, value, *arguments(view)[1:])
+    return lambda call, base, value: call(aten.permute.default, value, back)
 
 
 def _of_part(view: Node, base: Node, name: str) -> WriteBack | None:

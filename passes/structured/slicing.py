@@ -1,8 +1,8 @@
 """Taking heads and channels out of a graph: smaller weights, and the constants of views that follow from them.
 
 Which axis of which node shrinks is probed (`fxsparse.analysis.axes`), from the projections to attention and from
-attention to its output apart, because keys and queries lose different heads. Sizes written in views, expansions and splits
-follow (`fxsparse.graph.resize`), and anything that does not fit raises.
+attention to its output apart, because keys and queries lose different heads. The sizes that calls write down follow
+(`fxsparse.graph.resize`), and anything that does not fit raises.
 """
 
 from __future__ import annotations
