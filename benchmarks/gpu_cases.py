@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 import fxsparse
 from fxsparse.lowering import measure, timings
-from fxsparse.lowering.estimates import Work
 from fxsparse.ops import nm
 from fxsparse.ops.nm import Pattern
+from fxsparse.ops.operator import Problem
 from fxsparse.passes import (
     AddLowRankBranches,
     DoublePruneBackward,
@@ -140,10 +140,10 @@ def linear_cases(
     def ours(function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Run]:
         return lambda: no_grad(torch.compile(function, backend="fxsparse", dynamic=False), x)
 
-    def choose_by_measuring(op: str, *further: int) -> None:
-        work = Work(op, TWO_FOUR, torch.bfloat16, tokens, out_features, in_features, further)
-        if args.device == "cuda" and "reference" not in timings.times(work, "cuda"):
-            measure.measure(work, "cuda")
+    def choose_by_measuring(op: str, *extra: int) -> None:
+        problem = Problem(op, TWO_FOUR, torch.bfloat16, tokens, out_features, in_features, extra)
+        if args.device == "cuda" and "reference" not in timings.times(problem, "cuda"):
+            measure.measure(problem, "cuda")
 
     def forward() -> Rivals:
         choose_by_measuring("nm_linear")

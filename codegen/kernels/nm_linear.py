@@ -23,6 +23,7 @@ from fxsparse.codegen.spec import Argument, NMSpec, Tile
 from fxsparse.codegen.template import fill, module, multiply, optional, order, weight_tile
 from fxsparse.codegen.tiles import DECODE, LARGE, SHIPPED, SMALL, Plan
 from fxsparse.errors import OptionError
+from fxsparse.ops import low_rank
 from fxsparse.ops import nm_linear as ops
 
 SHIPPED["nm_linear"] = {
@@ -273,7 +274,7 @@ def nm_linear(
     return _launch(x, values, indices, bias, n, m, steps, operands, None, plan)
 
 
-@kernel_of(ops.nm_linear_low_rank)
+@kernel_of(low_rank.nm_linear_low_rank)
 def nm_linear_low_rank(
     x: Tensor,
     values: Tensor,

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import sympy
-import torch
 from torch import Tensor
 from torch.fx import Node
 
 from fxsparse import graph as fx
 from fxsparse.graph import traits
-from fxsparse.ops import multiplex  # noqa: F401  (defines mux and demux_linear)
+from fxsparse.ops.multiplex import demux_linear, mux
 
 Axis = tuple[Node, int]
 """A dimension of what a node computes; for several results, of each."""
@@ -183,13 +182,14 @@ def _embedded(node: Node) -> list[list[Axis]]:
 
 
 def _mux(node: Node) -> list[list[Axis]]:
-    x, keys = node.args[:2]
+    arguments = fx.arguments(node)
+    x, keys = arguments["x"], arguments["keys"]
     last = len(sizes(x)) - 1
     return [[(x, last), (keys, 1), (node, last)], *([(x, axis), (node, axis)] for axis in range(1, last))]  # type: ignore[list-item]
 
 
 def _demux(node: Node) -> list[list[Axis]]:
-    h, keys, weight, bias = node.args[:4]
+    h, keys, weight, bias = fx.arguments(node).values()
     last, last_key = len(sizes(h)) - 1, len(sizes(keys)) - 1
     out: list[Any] = [(node, last), (weight, 0), *([(bias, 0)] if isinstance(bias, Node) else [])]
     groups: list[Any] = [out, *([(h, axis), (node, axis)] for axis in range(1, last))]
@@ -201,8 +201,8 @@ def _demux(node: Node) -> list[list[Axis]]:
 _Tie = Callable[[Node], Iterable[Sequence[Axis]]]
 
 _OURS: dict[Any, _Tie] = {
-    torch.ops.fxsparse.mux.default: _mux,
-    torch.ops.fxsparse.demux_linear.default: _demux,
+    mux.overload: _mux,
+    demux_linear.overload: _demux,
 }
 
 _BY_AXES: dict[traits.Axes | None, _Tie] = {

@@ -31,7 +31,7 @@ from fxsparse.backend.options import BackendOptions
 from fxsparse.errors import FxsparseError, LoweringError
 from fxsparse.graph.dynamo import copy_dynamo_graph, state_names
 from fxsparse.graph.runtime_state import Slot, invalidate
-from fxsparse.lowering import choose
+from fxsparse.lowering.choose import LAUNCHING
 from fxsparse.lowering.lower import lower_graph
 
 __all__ = ["compiled_graphs", "fxsparse", "invalidate"]
@@ -92,16 +92,16 @@ def _compile_graph(gm: GraphModule, example_inputs: list[Any], options: BackendO
     before, slots = (rewritten.module, rewritten.slots) if rewritten is not None else (gm, [])
     names = rewritten.names if rewritten is not None else state_names(gm, example_inputs, origin.module)
     report.shapes = {name: tuple(example_inputs[position].shape) for position, name in names.items()}
-    lowered, further = _lower(before, example_inputs, names, options, report)
-    values = _values([*slots, *further], example_inputs)
+    lowered, extra = _lower(before, example_inputs, names, options, report)
+    values = _values([*slots, *extra], example_inputs)
     fixed = _of_fixed_size(values)
     inner = _compile(lowered, [*example_inputs, *values], report)
     del fixed
-    if any(choice.implementation in choose.LAUNCHING for choice in report.choices):
+    if any(choice.implementation in LAUNCHING for choice in report.choices):
         inner = record_launches(inner, report.launches)
-    if rewritten is not None or further:
-        dense = _Dense(before, slots, report) if further else None
-        inner = _with_states(inner, [*slots, *further], rewritten, dense)
+    if rewritten is not None or extra:
+        dense = _Dense(before, slots, report) if extra else None
+        inner = _with_states(inner, [*slots, *extra], rewritten, dense)
     origin.add(report)
     return inner
 
@@ -130,11 +130,15 @@ def _lower(
     report: CompiledGraph,
 ) -> tuple[GraphModule, list[Slot]]:
     try:
-        lowered, slots = lower_graph(gm, example_inputs, names, options, report)
+        lowered = lower_graph(gm, example_inputs, names, options.pins, options.tune)
     except Exception as error:
         _fall_back("lowering", error, options, report)
         return gm, []
-    return lowered, slots
+    report.choices += lowered.choices
+    report.overrides.update(lowered.overrides)
+    for note in lowered.notes:
+        report.note(note)
+    return lowered.module, list(lowered.slots)
 
 
 def _fall_back(what: str, error: Exception, options: BackendOptions, report: CompiledGraph) -> None:
@@ -159,12 +163,12 @@ def _compile(gm: GraphModule, inputs: list[Any], report: CompiledGraph) -> Calla
         return aot_eager(gm, inputs)
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Any = compile_fx(gm, inputs, config_patches=config_patches(options, report.decided))
+    compiled: Any = compile_fx(gm, inputs, config_patches=config_patches(options, report.overrides))
     return compiled
 
 
 def _values(slots: list[Slot], example_inputs: list[Any]) -> list[Tensor]:
-    """The further inputs for the weights that are compiled with."""
+    """The extra inputs for the weights that are compiled with."""
     return [tensor for slot in slots for tensor in slot.get(example_inputs) or ()]
 
 
@@ -179,19 +183,19 @@ def _of_fixed_size(tensors: list[Tensor]) -> list[Any]:
 def _with_states(
     inner: Callable[..., Any], slots: list[Slot], rewritten: RewrittenGraph | None, dense: Callable[..., Any] | None
 ) -> Callable[..., Any]:
-    """``inner`` with its further inputs looked up for the weights of each call."""
+    """``inner`` with its extra inputs looked up for the weights of each call."""
 
     def call(*args: Any) -> Any:
         if rewritten is not None:
             rewritten.check_serves(args)
-        further: list[Any] = []
+        extra: list[Any] = []
         for slot in slots:
             tensors = slot.get(args)
             if tensors is None:
                 assert dense is not None
                 return dense(*args)
-            further += tensors
-        return inner(*args, *further)
+            extra += tensors
+        return inner(*args, *extra)
 
     return call
 

@@ -33,7 +33,7 @@ class CompiledGraph:
         shapes: of the parameters and buffers it was compiled with, by their full names.
         record: of the passes that ran on the graph; None in the bare call.
         choices: the implementation of every fxsparse operator and of every frozen N:M weight found.
-        decided: implementations of operators that fixed rules would not choose, by `measured.key` of their work.
+        overrides: implementations of operators that fixed rules would not choose, by `timings.key` of their problem.
         notes: why something asked for did not happen, at compile time or later.
         launches: of generated kernels, by source file; forward and backward.
     """
@@ -43,7 +43,7 @@ class CompiledGraph:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     record: Record | None = None
     choices: list[Choice] = field(default_factory=list)
-    decided: dict[str, str] = field(default_factory=dict)
+    overrides: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     launches: dict[Path, int] = field(default_factory=dict)
 

@@ -25,8 +25,8 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxsparse.backend.options import BackendOptions
-from fxsparse.lowering import choose
-from fxsparse.ops.define import DECOMPOSITIONS
+from fxsparse.lowering.after_partition import keep_transposes, runs_reference
+from fxsparse.ops.operator import operator_of
 
 _SLOT = "post_grad_custom_pre_pass"
 
@@ -36,23 +36,24 @@ class InlineReferences(CustomGraphPass):
 
     Args:
         options: of the backend.
-        decided: implementations that fixed rules would not choose, as `CompiledGraph` has them.
+        overrides: implementations that fixed rules would not choose, as `CompiledGraph` has them.
         then: the passes that the user gave Inductor for the same place; they run afterwards.
     """
 
-    def __init__(self, options: BackendOptions, decided: Mapping[str, str], then: Sequence[Any] = ()):
-        self.options, self.decided, self.then = options, dict(decided), tuple(then)
+    def __init__(self, options: BackendOptions, overrides: Mapping[str, str], then: Sequence[Any] = ()):
+        self.options, self.overrides, self.then = options, dict(overrides), tuple(then)
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        choose.keep_transposes(graph, self.options)
-        inline_references(graph, lambda call: choose.runs_reference(call, self.options, self.decided))
+        pins = self.options.pins
+        keep_transposes(graph, pins)
+        inline_references(graph, lambda call: runs_reference(call, pins, self.overrides))
         for theirs in self.then:
             theirs(graph)
 
     def uuid(self) -> bytes | None:
-        """Of the sources, the options, what was decided and the user's passes; None, and no caching, where one of those
+        """Of the sources, the options, the overrides and the user's passes; None, and no caching, where one of those
         has none."""
-        own = hashlib.sha256(sources() + f"{self.options};{sorted(self.decided.items())}".encode())
+        own = hashlib.sha256(sources() + f"{self.options};{sorted(self.overrides.items())}".encode())
         for item in self.then:
             theirs = item.uuid() if isinstance(item, CustomGraphPass) else None
             if theirs is None:
@@ -77,14 +78,14 @@ def sources() -> bytes:
     return digest.digest()
 
 
-def config_patches(options: BackendOptions, decided: Mapping[str, str]) -> dict[str, Any]:
-    """Inductor's configuration for ``options`` and what was decided for a graph."""
+def config_patches(options: BackendOptions, overrides: Mapping[str, str]) -> dict[str, Any]:
+    """Inductor's configuration for ``options`` and the overrides of a graph."""
     from torch._inductor import config
 
     theirs = options.inductor.get(_SLOT, getattr(config, _SLOT)) or ()
     return {
         **options.inductor,
-        _SLOT: InlineReferences(options, decided, theirs if isinstance(theirs, (list, tuple)) else [theirs]),
+        _SLOT: InlineReferences(options, overrides, theirs if isinstance(theirs, (list, tuple)) else [theirs]),
     }
 
 
@@ -98,7 +99,7 @@ def inline_references(graph: Graph, wanted: Callable[[Node], bool] = lambda node
     Returns:
         how many.
     """
-    calls = [node for node in graph.nodes if node.op == "call_function" and node.target in DECOMPOSITIONS]
+    calls = [node for node in graph.nodes if node.op == "call_function" and operator_of(node.target) is not None]
     calls = [node for node in calls if wanted(node)]
     for node in calls:
         _inline(graph, node)
@@ -108,13 +109,15 @@ def inline_references(graph: Graph, wanted: Callable[[Node], bool] = lambda node
 def _inline(graph: Graph, call: Node) -> None:
     from torch._inductor.decomposition import select_decomp_table
 
-    sources = call.all_input_nodes
+    sources, operator = call.all_input_nodes, operator_of(call.target)
+    assert operator is not None
+    reference = operator.reference
     values = [source.meta["val"] for source in sources]
 
     def compute(*tensors: Any) -> torch.Tensor:
         given = dict(zip(sources, tensors, strict=True))
         args, kwargs = torch.fx.map_arg((call.args, call.kwargs), given.__getitem__)
-        return DECOMPOSITIONS[call.target](*args, **kwargs)  # type: ignore[index]
+        return reference(*args, **kwargs)
 
     with detect_fake_mode(values) or contextlib.nullcontext(), enable_python_dispatcher():
         traced = make_fx(compute, select_decomp_table())(*values)

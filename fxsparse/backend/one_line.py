@@ -39,7 +39,7 @@ class RewrittenGraph:
 
     Attributes:
         module: the rewritten graph, with Dynamo's inputs and then those of the slots.
-        slots: where its further inputs come from.
+        slots: where its extra inputs come from.
         record: what the passes did.
         names: full names of the parameters and buffers among Dynamo's inputs, by position.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fxsparse.errors import OptionError
-from fxsparse.lowering.pins import LOWERINGS, Pin
+from fxsparse.lowering.pins import LOWERINGS, Pins
 
 if TYPE_CHECKING:
     from fxsparse.passes.pipeline import Pipeline
@@ -56,9 +56,10 @@ class BackendOptions:
             inductor=_inductor(given, mode),
         )
 
-    def pin(self, op: str) -> Pin:
-        """What was said of an operator's implementations."""
-        return replace(Pin.parse(dict(self.lower).get(op, "auto")), of=op)
+    @property
+    def pins(self) -> Pins:
+        """What was said of implementations."""
+        return Pins(self.lower)
 
     def __str__(self) -> str:
         """Equal options have equal text; it is part of the compile caches' key."""

@@ -15,11 +15,12 @@ from torch.fx import GraphModule
 
 from fxsparse.backend.compiled import compiled_graphs
 from fxsparse.errors import OptionError
-from fxsparse.lowering import choose, sites, timings
-from fxsparse.lowering.choose import REFERENCE
-from fxsparse.lowering.estimates import Work
+from fxsparse.lowering import measure, timings
+from fxsparse.lowering.choose import gradients
 from fxsparse.lowering.frozen import pattern_of
-from fxsparse.lowering.measure import Measurement, measure
+from fxsparse.lowering.measure import Measurement
+from fxsparse.lowering.sites import operators, site_of
+from fxsparse.ops.operator import OPERATORS, REFERENCE, Problem
 
 ROWS = (1, 16, 64, 512, 4096)
 """Rows of the input that are measured where nothing else is said: decoding up to training."""
@@ -51,19 +52,19 @@ def tune(
     """
     if seconds <= 0 or any(count < 1 for count in rows or ()):
         raise OptionError(f"seconds={seconds} and every number of rows must be positive")
-    device, works = works_of(model, rows)
-    if not works:
+    device, problems = problems_of(model, rows)
+    if not problems:
         raise OptionError("the model has nothing to tune: rewrite it, with nm-masks say, or give it N:M weights")
-    pending = [work for work in works if again or REFERENCE not in timings.times(work, device)]
-    until, found = time.monotonic() + seconds, []
+    pending = [problem for problem in problems if again or REFERENCE not in timings.times(problem, device)]
+    until, measured = time.monotonic() + seconds, []
     with _bar(len(pending)) if progress else contextlib.nullcontext(lambda line: None) as say:
-        for count, work in enumerate(pending, 1):
+        for count, problem in enumerate(pending, 1):
             if time.monotonic() > until:
                 say(f"tuning stopped after {seconds:g} s, {len(pending) - count + 1} left")
                 break
-            found.append(measure(work, device, until=until))
-            say(f"[{count}/{len(pending)}] {found[-1]}")
-    return found
+            measured.append(measure.measure(problem, device, until=until))
+            say(f"[{count}/{len(pending)}] {measured[-1]}")
+    return measured
 
 
 @contextlib.contextmanager
@@ -86,35 +87,42 @@ def _bar(total: int) -> Iterator[Callable[[str], None]]:
         yield say
 
 
-def works_of(model: Any, rows: Sequence[int] | None) -> tuple[str, list[Work]]:
+def problems_of(model: Any, rows: Sequence[int] | None) -> tuple[str, list[Problem]]:
     """The device and the products of a model, each once."""
-    met = [choice.work for graph in compiled_graphs(model) for choice in graph.choices if choice.work is not None]
+    chosen = [choice.problem for graph in compiled_graphs(model) for choice in graph.choices]
+    met = [problem for problem in chosen if problem is not None]
     if met and rows is None:
-        works: Iterable[Work] = met
+        problems: Iterable[Problem] = met
     else:
-        works = [_with_rows(work, count) for work in [*met, *_works_in(model)] for count in rows or ROWS]
+        every = [*met, *_problems_in(model)]
+        problems = [_with_rows(problem, count) for problem in every for count in rows or ROWS]
     module = getattr(model, "_orig_mod", model)
     tensors = [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
-    return (tensors[0].device.type if tensors else "cpu"), list(dict.fromkeys(works))
+    return (tensors[0].device.type if tensors else "cpu"), list(dict.fromkeys(problems))
 
 
-def _works_in(model: Any) -> Iterator[Work]:
+def _problems_in(model: Any) -> Iterator[Problem]:
     model = getattr(model, "_orig_mod", model)
     for module in model.modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, GraphModule):
-            for op, node in sites.operators(module):
-                site = sites.site_of(op, node)
-                if site is not None:
-                    trained = any(parameter.requires_grad for parameter in module.parameters())
-                    works = [each.work for each in (site, *(choose.gradients(site) if trained else ()))]
-                    yield from (work for work in works if work is not None)
+            yield from _problems_in_graph(module)
         elif isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.dim() == 2:
             pattern = None if isinstance(module, nn.Embedding) else pattern_of(weight)
             if pattern is not None:
-                yield Work("nm_linear", pattern, weight.dtype, 1, *weight.shape)
+                yield Problem("nm_linear", pattern, weight.dtype, 1, *weight.shape)
 
 
-def _with_rows(work: Work, count: int) -> Work:
+def _problems_in_graph(gm: GraphModule) -> Iterator[Problem]:
+    is_trained = any(parameter.requires_grad for parameter in gm.parameters())
+    for op, node in operators(gm):
+        site = site_of(op, node)
+        if site is not None:
+            for each in (site, *(gradients(site) if is_trained else ())):
+                if each.problem is not None:
+                    yield each.problem
+
+
+def _with_rows(problem: Problem, count: int) -> Problem:
     """A product on another number of rows; of operators that take whole groups, at least so many."""
-    length = work.further[-1] if work.op in ("mux", "demux_linear") else 1
-    return replace(work, rows=-(-count // length) * length)
+    multiple = OPERATORS[problem.op].row_multiple(problem)
+    return replace(problem, rows=-(-count // multiple) * multiple)

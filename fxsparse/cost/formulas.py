@@ -9,10 +9,11 @@ gradient of ``q`` passes through ``scores``, the gradient of ``v`` does not, so 
 inputs; it is one over the products on the way. A formula therefore returns the products in order, each with the FLOPs
 of every gradient:
 
-    scores: q -> u, k -> u, mask -> 0        out: scores -> u, v -> u          (u = 2 * heads * queries * keys *
-        head_dim)
+    scores: q -> u, k -> u, mask -> 0        out: scores -> u, v -> u
+    u = 2 * heads * queries * keys * head_dim
 
 Formulas are plain arithmetic on shapes: they give integers for integer shapes and sympy expressions for symbolic ones.
+Those of our own operators stand in their records (`fxsparse.ops`).
 
 Two counts differ from torch's counter on purpose: it counts nothing for ``mv``, ``dot``, ``addmv`` and ``addbmm``, and
 the weight gradient of a grouped convolution as often as there are groups.
@@ -23,8 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,47 +34,12 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fxsparse.graph import traits
 from fxsparse.graph.traits import Work
+from fxsparse.ops.flops import Formula, Operand, Product, Size
+from fxsparse.ops.operator import operator_of
 
-if TYPE_CHECKING:  # as slow to import as the rest of the operators
-    import sympy
-
-Size: TypeAlias = "int | sympy.Expr"
 Kind = Literal["product"] | Work
 
 
-@dataclass(frozen=True, eq=False)
-class Operand:
-    """A tensor an operator reads or writes: its shape, integers or expressions, and its dtype."""
-
-    shape: tuple[Size, ...]
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> Size:
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> Size:
-        return self.numel * self.dtype.itemsize
-
-
-@dataclass(frozen=True, eq=False)
-class Product:
-    """A matrix product inside an operator.
-
-    Attributes:
-        flops: FLOPs of the forward pass.
-        gradients: FLOPs of the gradient of each factor, an operand or an earlier product of the same operator. Operands
-            that no product names (a bias) enter the last one at no cost.
-        name: what the product is called where an operator holds several.
-    """
-
-    flops: Size
-    gradients: dict[Operand | Product, Size] = field(default_factory=dict)
-    name: str = ""
-
-
-Formula = Callable[..., Sequence[Product]]
 _FORMULAS: dict[str, Formula] = {}
 
 
@@ -95,6 +60,9 @@ def formula(*operators: str) -> Callable[[Formula], Formula]:
 
 def formula_of(target: Any) -> Formula | None:
     """The formula of an operator, in-place variants included; None where there is none."""
+    ours = operator_of(target)
+    if ours is not None and ours.backward is not None:
+        return ours.flops
     return _FORMULAS.get(_name(target))
 
 
@@ -231,41 +199,6 @@ def _einsum_labels(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]]
     seen = list(itertools.chain(*inputs))
     once = sorted(label for label in set(seen) if seen.count(label) == 1 and not label.startswith("..."))
     return inputs, [*spell("...", max(hidden)), *once]
-
-
-# --- products of sparse weights ---------------------------------------------------------------------------------------
-
-
-@formula("fxsparse::nm_linear")
-def _nm_linear(out: Operand, x: Operand, values: Operand, *rest: Any, **named: Any) -> Sequence[Product]:
-    # dW is computed densely and gathered (SLoPe, arXiv 2405.16325); the other two products skip what is pruned.
-    rows = math.prod(x.shape[:-1])
-    kept, dense = 2 * rows * values.numel, 2 * out.numel * x.shape[-1]
-    return (Product(kept, {x: kept, values: dense}),)
-
-
-@formula("fxsparse::masked_linear")
-def _masked_linear(out: Operand, x: Operand, weight: Operand, *rest: Any, **named: Any) -> Sequence[Product]:
-    return _linear(out, x, weight)
-
-
-@formula("fxsparse::nm_linear_low_rank", "fxsparse::masked_linear_low_rank")
-def _low_rank(
-    out: Operand,
-    x: Operand,
-    weight: Operand,
-    mask: Operand,
-    column_mask: Operand | None,
-    down: Operand,
-    up: Operand,
-    *rest: Any,
-) -> Sequence[Product]:
-    (product,) = _nm_linear(out, x, weight)  # of a dense weight this is a dense product
-    rows = math.prod(x.shape[:-1])
-    into, back = 2 * rows * down.numel, 2 * rows * up.numel
-    hidden = Product(into, {x: into, down: into}, "hidden")
-    # The hidden states are computed again for the gradient of ``up``.
-    return hidden, Product(product.flops + back, {**product.gradients, hidden: back, up: back + into})
 
 
 # --- what costs no FLOPs ----------------------------------------------------------------------------------------------

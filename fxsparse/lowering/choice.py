@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxsparse.lowering.estimates import Work
+from fxsparse.ops.operator import Problem
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,14 @@ class Choice:
         site: full name of the weight, or the module path.
         implementation: ``compressed``, ``dense``, ``reference`` or ``operator``.
         reason: why.
-        work: the product, where it is known.
+        problem: its size, where it is known.
     """
 
     op: str
     site: str
     implementation: str
     reason: str
-    work: Work | None = None
+    problem: Problem | None = None
 
     def __str__(self) -> str:
         return f"{self.site}: {self.op} runs {self.implementation}, {self.reason}"

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxsparse.codegen.metadata import pack_metadata
 from fxsparse.graph.dynamo import placeholders
-from fxsparse.ops.nm import Pattern, mask_of, pack, satisfies
+from fxsparse.ops.nm import Pattern, satisfies
 
 # Sparsest first; of patterns that keep as much, the one with hardware behind it first.
 PATTERNS = tuple(Pattern.parse(text) for text in ("1:4", "2:8", "2:4", "1:2", "4:8"))
@@ -38,50 +37,18 @@ class FrozenLinear:
 
     Attributes:
         node: the call.
-        input, bias: its other arguments.
+        x, bias: its other arguments.
         position: where the weight is among the graph's inputs.
         pattern: what the weight satisfies.
         transposed: whether the weight is stored ``[in, out]``.
     """
 
     node: Node
-    input: Node
+    x: Node
     bias: Node | None
     position: int
     pattern: Pattern
     transposed: bool
-
-
-@dataclass(frozen=True)
-class Compress:
-    """Values and indices of frozen weights, one below the other; None where one does not satisfy the pattern.
-
-    Attributes:
-        metadata: gives the indices as sparse tensor cores read them.
-        alternating: a row of each weight in turn instead.
-    """
-
-    pattern: Pattern
-    transposed: bool
-    metadata: bool = False
-    alternating: bool = False
-
-    def __call__(self, *weights: Tensor) -> tuple[Tensor, ...] | None:
-        packed = []
-        for weight in weights:
-            dense = weight.t() if self.transposed else weight
-            if not satisfies(dense, self.pattern):
-                return None
-            packed.append(pack(dense, mask_of(dense, self.pattern), self.pattern))
-        values, indices = (joined(parts, self.alternating) for parts in zip(*packed, strict=True))
-        return values, pack_metadata(indices) if self.metadata else indices
-
-
-def joined(parts: Sequence[Tensor], alternating: bool) -> Tensor:
-    """Tensors one below the other, or a row of each in turn."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.stack(tuple(parts), 1).flatten(0, 1) if alternating else torch.cat(tuple(parts))
 
 
 def frozen_linears(gm: GraphModule, example_inputs: Sequence[Any], state: dict[int, str]) -> Iterator[FrozenLinear]:
@@ -96,22 +63,30 @@ def frozen_linears(gm: GraphModule, example_inputs: Sequence[Any], state: dict[i
     patterns: dict[int, Pattern | None] = {}
     positions = {node: position for position, node in enumerate(placeholders(gm)) if position in state}
     for node in gm.graph.nodes:
-        if node.op != "call_function" or node.target not in _LINEARS:
+        linear = _linear(node) if node.op == "call_function" else None
+        position = None if linear is None else positions.get(linear[1])
+        if linear is None or position is None or (training and example_inputs[position].requires_grad):
             continue
-        at_input, at_weight, at_bias, transposed = _LINEARS[node.target]
-        if len(node.args) <= max(at_input, at_weight) or set(node.kwargs) - {"bias"}:
-            continue
-        position = positions.get(node.args[at_weight])
-        if position is None or (training and example_inputs[position].requires_grad):
-            continue
+        x, _, bias, transposed = linear
         weight = example_inputs[position]
         if position not in patterns:
             patterns[position] = pattern_of(weight.t() if transposed else weight)
         pattern = patterns[position]
-        if pattern is not None:
-            bias = node.args[at_bias] if len(node.args) > at_bias else node.kwargs.get("bias")
-            if bias is None or (isinstance(bias, Node) and bias.meta["example_value"].dim() == 1):
-                yield FrozenLinear(node, node.args[at_input], bias, position, pattern, transposed)
+        if pattern is not None and (bias is None or bias.meta["example_value"].dim() == 1):
+            yield FrozenLinear(node, x, bias, position, pattern, transposed)
+
+
+def _linear(node: Node) -> tuple[Node, Any, Node | None, bool] | None:
+    """Input, weight and bias of a linear, and whether the weight is stored ``[in, out]``; None for anything else."""
+    if node.target not in _LINEARS:
+        return None
+    at_input, at_weight, at_bias, transposed = _LINEARS[node.target]
+    if len(node.args) <= max(at_input, at_weight) or set(node.kwargs) - {"bias"}:
+        return None
+    bias = node.args[at_bias] if len(node.args) > at_bias else node.kwargs.get("bias")
+    if bias is not None and not isinstance(bias, Node):
+        return None
+    return node.args[at_input], node.args[at_weight], bias, transposed  # type: ignore[return-value]
 
 
 @torch.no_grad()

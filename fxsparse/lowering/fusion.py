@@ -1,7 +1,8 @@
-"""Which pointwise operators after a linear its kernel can take over.
+"""Which pointwise operators after a linear its kernel can take over, and letting it.
 
-Read from ATen nodes: gelu (both forms), relu, silu, tanh, and multiplication by or addition of a tensor of the result's
-own shape and dtype. The chain ends at the first node that is something else, or whose input something else reads too.
+Read from ATen or torch functions: gelu (both forms), relu, silu, tanh, and multiplication by or addition of a tensor
+of the result's own shape and dtype. The chain ends at the first node that is something else, or whose input something
+else reads too.
 """
 
 from __future__ import annotations
@@ -16,8 +17,15 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxsparse.codegen.epilogue import GATED, Epilogue
+from fxsparse.codegen.launching import unsupported
+from fxsparse.graph import arguments
+from fxsparse.lowering.choose import SPARSE_TENSOR_CORES_OP
+from fxsparse.lowering.sites import fake_of
+from fxsparse.ops.define import has_kernel
+from fxsparse.ops.nm import Pattern
+from fxsparse.ops.operator import operator_name
 
-aten = torch.ops.aten
+aten, ops = torch.ops.aten, torch.ops.fxsparse
 
 _UNARY: dict[Any, str] = {
     aten.relu.default: "relu",
@@ -45,7 +53,7 @@ class Fusion:
 
     Attributes:
         steps: of :class:`Epilogue`.
-        operands: the further tensors these take, in order.
+        operands: the extra tensors these take, in order.
         nodes: the nodes taken over, in order; the last one's value is the kernel's result.
     """
 
@@ -80,7 +88,7 @@ def following(linear: Node) -> Fusion:
 
 
 @dataclass(frozen=True)
-class Gated:
+class GatedPair:
     """Two linears of which one gates the other: ``act(gate) * up``.
 
     Attributes:
@@ -95,14 +103,14 @@ class Gated:
     nodes: tuple[Node, Node]
 
 
-def gated(gate: Node) -> Gated | None:
+def gated_pair(gate: Node) -> GatedPair | None:
     """What a linear gates, if that is one value that nothing else reads, perhaps another linear's."""
     chain = following(gate)
     if len(chain) < 2 or chain.steps[0] in _BINARY.values() or chain.steps[1] != "mul":
         return None
     if len(chain.operands[0].users) != 1:
         return None
-    return Gated(gate, chain.operands[0], GATED + chain.steps[0], chain.nodes[:2])  # type: ignore[arg-type]
+    return GatedPair(gate, chain.operands[0], GATED + chain.steps[0], chain.nodes[:2])  # type: ignore[arg-type]
 
 
 def fuse(gm: GraphModule, replace: Callable[[GraphModule, Node, Fusion], Node | None]) -> int:
@@ -148,23 +156,37 @@ def fuse_linears(gm: GraphModule, unwanted: Callable[[Node], bool] = lambda node
     Returns:
         nodes taken over.
     """
-    from fxsparse.codegen import fused_ops  # noqa: F401  registers the operators
-
-    fxsparse = torch.ops.fxsparse
 
     def replace(gm: GraphModule, node: Node, fusion: Fusion) -> Node | None:
-        if unwanted(node):
+        if node.target not in (ops.nm_linear.default, ops.sparse_tensor_core_linear.default) or unwanted(node):
             return None
         steps, operands = " ".join(fusion.steps), list(fusion.operands)
-        if node.target is fxsparse.nm_linear.default:
-            x, values, indices, _, bias, n, m = node.args
-            args = (x, values, indices, bias, n, m, steps, operands)
-            return gm.graph.call_function(fxsparse.nm_linear_epilogue.default, args)
-        if node.target is fxsparse.sparse_tensor_core_linear.default and not node.args[4]:
-            return gm.graph.call_function(node.target, (*node.args[:4], steps, operands))
+        named = arguments(node)
+        if node.target is ops.nm_linear.default:
+            args = tuple(named[name] for name in ("x", "values", "indices", "bias", "n", "m"))
+            return gm.graph.call_function(ops.nm_linear_epilogue.default, (*args, steps, operands))
+        if node.target is ops.sparse_tensor_core_linear.default and not named["steps"]:
+            args = tuple(named[name] for name in ("x", "values", "metadata", "bias"))
+            return gm.graph.call_function(node.target, (*args, steps, operands))
         return None
 
     return fuse(gm, replace)
+
+
+def has_own_kernel(node: Node) -> bool:
+    """Whether a call is a sparse linear whose kernel can take over what follows it."""
+    fake, name = fake_of(node), operator_name(node.target)
+    if fake is None or name not in ("nm_linear", SPARSE_TENSOR_CORES_OP):
+        return False
+    if name == "nm_linear":
+        named = arguments(node)
+        return has_epilogues(fake.device.type, fake.dtype, Pattern(named["n"], named["m"]))
+    return has_kernel(name, fake.device.type) and unsupported(fake.dtype) is None
+
+
+def has_epilogues(device: str, dtype: torch.dtype, pattern: Pattern) -> bool:
+    """Whether the kernel of a product can take over what follows it."""
+    return has_kernel("nm_linear_epilogue", device) and unsupported(dtype, pattern.n, pattern.m) is None
 
 
 def _step(node: Node, value: Node) -> tuple[str | None, Node | None]:
@@ -190,7 +212,7 @@ def _step(node: Node, value: Node) -> tuple[str | None, Node | None]:
 
 def _alike(left: Node, right: Node) -> bool:
     """Whether two nodes hold tensors of one shape, dtype and device."""
-    a, b = (node.meta.get("val", node.meta.get("example_value")) for node in (left, right))
+    a, b = fake_of(left), fake_of(right)
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return False
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device

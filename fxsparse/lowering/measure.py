@@ -1,6 +1,6 @@
 """Measuring the implementations of operators on the device at hand, and keeping the times (`timings`).
 
-Rivals take turns on random operands, each first has to give the right result, and medians are kept.
+Candidates take turns on random operands, each first has to give the right result, and medians are kept.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fxsparse.lowering import timings
-from fxsparse.lowering.candidates import Rivals, Run, rivals
-from fxsparse.lowering.choose import COMPRESSED, DENSE, OPERATOR, REFERENCE
-from fxsparse.lowering.estimates import Work
+from fxsparse.lowering import candidates, timings
+from fxsparse.lowering.candidates import Candidates, Run
+from fxsparse.ops.operator import COMPRESSED, DENSE, OPERATOR, REFERENCE, Problem
 
 ROUNDS = 15
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4, torch.float64: 1e-10}
@@ -22,15 +21,15 @@ _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4, to
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found for one product.
+    """What was measured for one product.
 
     Attributes:
-        work: the product.
+        problem: the product.
         milliseconds: of each implementation that gave the right result, the median.
         failed: the others, and why.
     """
 
-    work: Work
+    problem: Problem
     milliseconds: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -45,61 +44,67 @@ class Measurement:
             for name, time in sorted(self.milliseconds.items(), key=lambda item: item[1])
         ]
         nothing = f"nothing could be measured, {'; '.join(self.failed.values())}"
-        return f"{timings.key(self.work)}: {', '.join(shown) or nothing}"
+        return f"{timings.key(self.problem)}: {', '.join(shown) or nothing}"
 
 
-def measure(work: Work, device: str, *, until: float | None = None, compile_reference: bool = True) -> Measurement:
+def measure(
+    problem: Problem, device: str, *, until: float | None = None, compile_reference: bool = True
+) -> Measurement:
     """Measures the implementations of one product and keeps the times.
 
     Args:
-        work: the product.
+        problem: the product.
         device: device type.
         until: of ``time.monotonic``; three turns are taken in any case, with one tile of a kernel.
         compile_reference: also measure the reference, as Inductor compiles it.
     """
-    found = Measurement(work)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         try:
-            several = rivals(work, device, compile_reference=compile_reference, until=until)
+            several = candidates.candidates_for(problem, device, compile_reference=compile_reference, until=until)
         except RuntimeError as failure:  # no memory for the operands
-            found.failed["operands"] = _in_a_line(failure)
-            return found
-        runs = _right_ones(several, found)
+            return Measurement(problem, failed={"operands": _in_a_line(failure)})
+        runs, failed = _validated(several, _TOLERANCE[problem.dtype])
         times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(ROUNDS):
             if turn >= 3 and until is not None and time.monotonic() > until:
                 break
             for name, run in runs.items():
                 times[name].append(timed(run, device))
-    found.milliseconds.update({name: statistics.median(taken) for name, taken in times.items()})
-    if OPERATOR in found.milliseconds:
-        found.milliseconds[COMPRESSED] = found.milliseconds[OPERATOR]  # the same kernel, whoever compressed the weight
-    timings.remember(work, device, found.milliseconds)
-    return found
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    if OPERATOR in medians:
+        medians[COMPRESSED] = medians[OPERATOR]  # the same kernel, whoever compressed the weight
+    timings.remember(problem, device, medians)
+    return Measurement(problem, medians, failed)
 
 
-def _right_ones(rivals: Rivals, found: Measurement) -> dict[str, Run]:
-    """Those that give the right result; what became of the others goes to ``found``."""
+def _validated(several: Candidates, tolerance: float) -> tuple[dict[str, Run], dict[str, str]]:
+    """Those that give the right result, and why the others do not."""
     runs: dict[str, Run] = {}
-    scale = float(rivals.exact.abs().max()) or 1.0
-    for implementation, make in rivals.makers.items():
+    failed: dict[str, str] = {}
+    for implementation, make in several.makers.items():
         try:
             variants = make()
         except Exception as failure:  # a library that does not take the shape
-            found.failed[implementation] = _in_a_line(failure)
+            failed[implementation] = _in_a_line(failure)
             continue
         for name, run in variants.items():
             try:
-                result = rivals.result(run()) if name == DENSE else run()
-                error = float((result.to(rivals.exact.dtype) - rivals.exact).abs().max()) / scale
+                error = _error(several, name, run)
             except Exception as failure:  # a kernel that does not compile
-                found.failed[name] = _in_a_line(failure)
+                failed[name] = _in_a_line(failure)
                 continue
-            if error < _TOLERANCE[found.work.dtype]:
+            if error < tolerance:
                 runs[name] = run
             else:
-                found.failed[name] = f"its result is off by {error:.1e}"
-    return runs
+                failed[name] = f"its result is off by {error:.1e}"
+    return runs, failed
+
+
+def _error(several: Candidates, name: str, run: Run) -> float:
+    """The largest error of a run, over the largest element of the right result."""
+    result = several.result(run()) if name == DENSE else run()
+    scale = float(several.exact.abs().max()) or 1.0
+    return float((result.to(several.exact.dtype) - several.exact).abs().max()) / scale
 
 
 def _in_a_line(failure: Exception) -> str:

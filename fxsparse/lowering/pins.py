@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
-if TYPE_CHECKING:
-    pass
+from fxsparse.ops.operator import CUSPARSELT, OPERATORS, SPARSE_TENSOR_CORES
 
-# What `options={"lower": {op: choice}}` may pin, or exclude with a minus in front.
 LOWERINGS: dict[str, tuple[str, ...]] = {
-    "nm_linear": ("auto", "compressed", "sparse_tensor_cores", "cusparselt", "reference", "dense"),
-    "nm_linear_grad_input": ("auto", "operator", "sparse_tensor_cores", "reference"),
-    "nm_linear_grad_values": ("auto", "operator", "reference"),
-    "nm_linear_low_rank": ("auto", "compressed", "reference", "dense"),
-    "gather_linear": ("auto", "operator", "reference"),
-    "mux": ("auto", "operator", "reference"),
-    "demux_linear": ("auto", "operator", "reference"),
+    name: ("auto", *operator.implementations) for name, operator in OPERATORS.items() if operator.implementations
 }
+"""What ``options={"lower": {op: choice}}`` may pin, or exclude with a minus in front."""
 
 
 @dataclass(frozen=True)
@@ -40,3 +32,21 @@ class Pin:
         words = [word.strip() for word in text.split(",")]
         names = [word for word in words if not word.startswith("-") and word != "auto"]
         return cls(names[0] if names else None, frozenset(word[1:] for word in words if word.startswith("-")))
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What was said of every operator, as pairs of its name and a text that :meth:`Pin.parse` reads."""
+
+    lower: tuple[tuple[str, str], ...] = ()
+
+    def of(self, op: str) -> Pin:
+        """What was said of an operator."""
+        return replace(Pin.parse(dict(self.lower).get(op, "auto")), of=op)
+
+    def of_gradient(self, op: str) -> Pin:
+        """What was said of an operator, or else of the one it is a gradient of, as far as that holds for gradients."""
+        own, forward = self.of(op), self.of(op.partition("_grad_")[0])
+        if own != Pin():
+            return own
+        return Pin() if forward.name in (SPARSE_TENSOR_CORES, CUSPARSELT) else forward

@@ -1,4 +1,4 @@
-"""The fxsparse operators in a graph, and what each computes: its shape, dtype and device."""
+"""The fxsparse operators in a graph, and what each computes: its size, dtype and device."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxsparse.lowering.estimates import Work
+from fxsparse.graph import arguments
 from fxsparse.ops.nm import Pattern
-
-Size = int | torch.SymInt
+from fxsparse.ops.operator import OPERATORS, Dimension, Problem, operator_name
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Site:
         frozen: whether nothing trains the weight.
         in_memory: whether the dense weight is a parameter of the model, so that dense costs no extra memory.
         inference: whether the graph is not differentiated.
-        further: sizes, as in `Work`.
+        extra: sizes that only this operator has, as in `Problem`.
     """
 
     op: str
@@ -43,14 +42,15 @@ class Site:
     frozen: bool = False
     in_memory: bool = False
     inference: bool = False
-    further: tuple[int, ...] = ()
+    extra: tuple[int, ...] = ()
 
     @property
-    def work(self) -> Work | None:
-        """What it computes, as measurements and estimates are kept by; None where something is not known."""
-        if self.rows is None or len(self.shape) != 2 or (self.pattern is None and self.op.startswith("nm_")):
+    def problem(self) -> Problem | None:
+        """Its size, as measurements and estimates are kept by; None where something is not known."""
+        operator = OPERATORS.get(self.op)
+        if operator is None or self.rows is None or len(self.shape) != 2 or (self.pattern is None and operator.is_nm):
             return None
-        return Work(self.op, self.pattern, self.dtype, self.rows, *self.shape, self.further)
+        return Problem(self.op, self.pattern, self.dtype, self.rows, *self.shape, self.extra)
 
 
 def operators(gm: GraphModule) -> Iterator[tuple[str, Node]]:
@@ -63,81 +63,38 @@ def operators(gm: GraphModule) -> Iterator[tuple[str, Node]]:
                     yield name, node
 
 
-def operator_name(target: Any) -> str | None:
-    """``nm_linear`` for ``torch.ops.fxsparse.nm_linear`` and its overload; None for anything else."""
-    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
-        return None
-    namespace, _, name = str(packet._qualified_op_name).partition("::")
-    return name if namespace == "fxsparse" else None
-
-
 def site_of(op: str, node: Node) -> Site | None:
     """A call of an operator as a site; None where its result is not known."""
-    result = fake_of(node)
+    result, operator = fake_of(node), OPERATORS.get(op)
     if not isinstance(result, Tensor):
         return None
-    site, given = Site(op, result.device.type, result.dtype), arguments_of(node)
-    found = _sizes(op, {name: fake_of(arg) if isinstance(arg, Node) else arg for name, arg in given.items()}, result)
-    if found is None:
+    site = Site(op, result.device.type, result.dtype)
+    if operator is None or operator.sizes is None:
         return site
-    by_row, shape, further = found
-    pattern = Pattern(given["n"], given["m"]) if op.startswith("nm_") else None
-    sizes = _hints([*shape, *further])
-    if sizes is None:
-        return replace(site, pattern=pattern)
-    return replace(site, shape=sizes[:2], further=sizes[2:], pattern=pattern, rows=rows_of(by_row))
-
-
-def _sizes(op: str, given: dict[str, Any], result: Tensor) -> tuple[Tensor, tuple[Size, Size], tuple[Size, ...]] | None:
-    """A tensor that has the rows of a product, the shape of its weight as far as it takes part, and further sizes;
-    None of an operator that has one implementation."""
-    first: Tensor = next((arg for arg in given.values() if isinstance(arg, Tensor)), result)
-    out, features = result.shape[-1], first.shape[-1]
-    if op == "nm_linear":
-        return first, (out, features), ()
-    if op == "nm_linear_low_rank":
-        return first, (out, features), (given["down"].shape[0],)
-    if op == "nm_linear_grad_input":
-        return first, (features, out), ()
-    if op == "nm_linear_grad_values":
-        return first, (features, given["x"].shape[-1]), ()
-    if op == "gather_linear":
-        return first, (out, features), tuple(given["weight"].shape)
-    if op == "gather_linear_grad_input":
-        return first, (features, out), tuple(given["weight"].shape)
-    if op == "gather_linear_grad_weight":
-        return first, (features, given["x"].shape[-1]), tuple(result.shape)
-    if op == "mux":
-        return result, (out, out), (given["n"], *_length(result))
-    if op == "demux_linear":
-        return first, (out, features), (*given["keys"].shape[-2:], *_length(first))
-    return None
-
-
-def _length(tensor: Tensor) -> tuple[Size, ...]:
-    """Positions of one row of a batch, ``[batch, ..., features]``."""
-    sizes = _hints(tensor.shape[1:-1])
-    return tensor.shape[1:-1] if sizes is None else (math.prod(sizes),)
-
-
-def _hints(sizes: Iterable[Size]) -> tuple[int, ...] | None:
-    """Sizes as in the example; None where one is not known."""
-    found = [size if isinstance(size, int) else size.node.hint for size in sizes]
-    return None if None in found else tuple(found)
-
-
-def arguments_of(node: Node) -> dict[str, Any]:
-    """The arguments of an operator's call by their names."""
-    schema = node.target.default if isinstance(node.target, torch._ops.OpOverloadPacket) else node.target
-    names = [argument.name for argument in schema._schema.arguments]  # type: ignore[union-attr]
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    named = arguments(node)
+    site = replace(site, pattern=Pattern(named["n"], named["m"]) if operator.is_nm else None)
+    fakes = {name: fake_of(arg) if isinstance(arg, Node) else arg for name, arg in named.items()}
+    if any(isinstance(arg, Node) and fakes[name] is None for name, arg in named.items()):
+        return site
+    sizes = operator.sizes(result, **fakes)
+    known = _hints([sizes.out_features, sizes.in_features, *sizes.extra])
+    return site if known is None else replace(site, shape=known[:2], extra=known[2:], rows=_product(sizes.rows))
 
 
 def rows_of(tensor: Tensor) -> int | None:
     """The rows of a fake tensor ``[..., features]``, as in the example."""
-    sizes = _hints(tensor.shape[:-1])
-    return None if sizes is None else math.prod(sizes)
+    return _product(tensor.shape[:-1])
+
+
+def _product(sizes: Iterable[Dimension]) -> int | None:
+    known = _hints(sizes)
+    return None if known is None else math.prod(known)
+
+
+def _hints(sizes: Iterable[Dimension]) -> tuple[int, ...] | None:
+    """Sizes as in the example; None where one is not known."""
+    hints = [size if isinstance(size, int) else size.node.hint for size in sizes]
+    return None if None in hints else tuple(hints)
 
 
 def is_inference(gm: GraphModule) -> bool:

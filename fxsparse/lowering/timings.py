@@ -12,40 +12,40 @@ from pathlib import Path
 from typing import Any
 
 from fxsparse.codegen import store
-from fxsparse.lowering.estimates import Work
+from fxsparse.ops.operator import Problem
 
 SHIPPED = Path(__file__).parent / "shipped_times"
 """Where files are kept that were measured before a release; it holds none for a device that was not at hand."""
 
 
-def key(work: Work) -> str:
+def key(problem: Problem) -> str:
     """What the times of a product are kept under; numbers of rows share one up to the next power of two."""
-    rows = 1 << max(0, work.rows - 1).bit_length()
-    dtype = str(work.dtype).removeprefix("torch.")
-    pattern = "" if work.pattern is None else f" {work.pattern}"
-    further = "".join(f" {size}" for size in work.further)
-    return f"{work.op}{pattern} {dtype} {rows}x{work.out_features}x{work.in_features}{further}"
+    rows = 1 << max(0, problem.rows - 1).bit_length()
+    dtype = str(problem.dtype).removeprefix("torch.")
+    pattern = "" if problem.pattern is None else f" {problem.pattern}"
+    extra = "".join(f" {size}" for size in problem.extra)
+    return f"{problem.op}{pattern} {dtype} {rows}x{problem.out_features}x{problem.in_features}{extra}"
 
 
-def times(work: Work, device: str) -> dict[str, float]:
+def times(problem: Problem, device: str) -> dict[str, float]:
     """Milliseconds of each implementation measured, by its name; empty if none was. Of one that was measured in
     several variants, ``cusparselt:3/1/-1`` and the like, the fastest."""
     fastest: dict[str, float] = {}
-    for name, time in _row(work, device).items():
+    for name, time in _row(problem, device).items():
         name = name.partition(":")[0]
         fastest[name] = min(time, fastest.get(name, math.inf))
     return fastest
 
 
-def variant(work: Work, device: str, implementation: str) -> str | None:
+def variant(problem: Problem, device: str, implementation: str) -> str | None:
     """What stands behind the colon of an implementation's fastest variant; None if none was measured."""
-    row = {name: time for name, time in _row(work, device).items() if name.startswith(f"{implementation}:")}
+    row = {name: time for name, time in _row(problem, device).items() if name.startswith(f"{implementation}:")}
     return min(row, key=lambda name: row[name]).partition(":")[2] if row else None
 
 
-def remember(work: Work, device: str, milliseconds: Mapping[str, float]) -> None:
+def remember(problem: Problem, device: str, milliseconds: Mapping[str, float]) -> None:
     """Keeps times, in milliseconds, for this process and later ones."""
-    _TABLE.update(key(work), device, milliseconds)
+    _TABLE.update(key(problem), device, milliseconds)
 
 
 def forget() -> None:
@@ -53,8 +53,8 @@ def forget() -> None:
     store.forget()
 
 
-def _row(work: Work, device: str) -> Mapping[str, float]:
-    return _TABLE.row(key(work), device) or _TABLE.row(key(work), device, SHIPPED) or {}
+def _row(problem: Problem, device: str) -> Mapping[str, float]:
+    return _TABLE.row(key(problem), device) or _TABLE.row(key(problem), device, SHIPPED) or {}
 
 
 def _is_row(row: Any) -> bool:

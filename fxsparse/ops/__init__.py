@@ -1,5 +1,11 @@
-"""The ``fxsparse::`` operators and the N:M format. Importing this package registers every operator, once."""
+"""The ``fxsparse::`` operators and the N:M format.
 
-from fxsparse.ops import gather_linear, multiplex, nm_linear
+Importing this package, or any module of it, registers every operator once: each file here is imported.
+`fxsparse.ops.operator.OPERATORS` then holds them by name.
+"""
 
-__all__ = ["gather_linear", "multiplex", "nm_linear"]
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,4 +1,4 @@
-"""How an ``fxsparse::`` operator is made: schema, checks, shape, gradient, autocast, FLOPs and reference in one place.
+"""Registering operators with torch, and their kernels; and the checks of their arguments.
 
 Operators are made with ``torch.library.custom_op``, opaque to autograd and export, because the body of a ``triton_op``
 is traced wherever it runs, while these may launch any kernel. A compiler that should see inside inlines their
@@ -7,7 +7,6 @@ references below the gradients defined here (``fxsparse.backend.inductor``).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,66 +17,59 @@ from torch._ops import OpOverload
 from torch.utils.flop_counter import register_flop_formula
 
 from fxsparse.errors import RewriteError
+from fxsparse.ops import flops
 from fxsparse.ops.nm import Pattern
-
-DECOMPOSITIONS: dict[OpOverload, Callable[..., Tensor]] = {}
-"""Operator to reference, in the form that ``decompositions=`` of AOTAutograd takes."""
-
-# A tensor whose dtype and device an operator's output has, and the output's shape.
-Output = tuple[Tensor, Sequence[int]]
+from fxsparse.ops.operator import OPERATORS, Operator
 
 _AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 _library = torch.library.Library("fxsparse", "FRAGMENT")
-_outputs: dict[CustomOpDef, Callable[..., Output]] = {}
+_definitions: dict[str, CustomOpDef] = {}
 _kernels: set[tuple[str, str]] = set()
 
 
-def define(
-    schema: str,
-    compute: Callable[..., Tensor],
-    output: Callable[..., Output],
-    flops: Callable[..., int],
-    save: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
-) -> CustomOpDef:
-    """Defines an operator.
-
-    Args:
-        schema: its arguments; it returns one tensor.
-        compute: its reference, whose name it takes.
-        output: called with the operator's name and its arguments; checks them and describes the output.
-        flops: of the arguments, with shapes in place of tensors.
-        save, backward: its gradient, as ``register_autograd`` takes them; an operator without is a gradient itself.
-    """
-    name = compute.__name__
-    output = functools.partial(output, name)
-    op = torch.library.custom_op(
-        f"fxsparse::{name}", _checked(output, compute), mutates_args=(), schema=f"({schema}) -> Tensor"
+def define(operator: Operator) -> Operator:
+    """Registers an operator with torch and in the table of operators."""
+    name = operator.name
+    definition = torch.library.custom_op(
+        f"fxsparse::{name}",
+        _checked(operator, operator.reference),
+        mutates_args=(),
+        schema=f"({operator.schema}) -> Tensor",
     )
-    _outputs[op] = output
 
-    @op.register_fake
+    @definition.register_fake
     def _(*args: Any) -> Tensor:
-        like, shape = output(*args)
+        like, shape = operator.output(name, *args)
         return like.new_empty(shape)
 
-    op.register_autograd(backward or _no_second_derivative(name), setup_context=save)
+    definition.register_autograd(operator.backward or _no_second_derivative(name), setup_context=operator.save)
     for device_type, key in _AUTOCAST_KEYS.items():
-        _library.impl(name, _autocast(op._opoverload, device_type, casts=backward is not None), key.name)
-    register_flop_formula(getattr(torch.ops.fxsparse, name))(flops)
-    DECOMPOSITIONS[op._opoverload] = compute
-    return op
+        autocast = _autocast(operator.overload, device_type, casts=operator.backward is not None)
+        _library.impl(name, autocast, key.name)
+
+    @register_flop_formula(operator.overload.overloadpacket, get_raw=True)
+    def _(*args: Any, out_val: Any, **kwargs: Any) -> int:
+        return flops.total(operator.flops, out_val, args, kwargs)
+
+    _definitions[name] = definition
+    OPERATORS[name] = operator
+    return operator
 
 
-def implement(op: CustomOpDef, device_type: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def decompositions() -> dict[OpOverload, Callable[..., Tensor]]:
+    """Operator to reference, in the form that ``decompositions=`` of AOTAutograd takes."""
+    return {operator.overload: operator.reference for operator in OPERATORS.values()}
+
+
+def implement(op: Operator, device_type: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Decorates what an operator is to run on a device instead of its reference: ``@implement(nm_linear, "cuda")``.
 
     The function takes the operator's arguments, checked, and returns a new contiguous tensor.
     """
 
     def register(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        declare_kernel(op._name, device_type)
-        op.register_kernel(device_type)(_checked(_outputs[op], kernel))
+        declare_kernel(op.name, device_type)
+        _definitions[op.name].register_kernel(device_type)(_checked(op, kernel))
         return kernel
 
     return register
@@ -93,9 +85,9 @@ def has_kernel(name: str, device_type: str) -> bool:
     return (name, device_type) in _kernels
 
 
-def _checked(output: Callable[..., Output], kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _checked(operator: Operator, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def checked(*args: Any) -> Tensor:
-        output(*args)
+        operator.output(operator.name, *args)
         return kernel(*args)
 
     return checked
@@ -192,11 +184,3 @@ class Check:
         self.tensor("weight", weight, shape)
         self.tensor("mask", mask, shape, torch.bool)
         self.tensor("column_mask", column_mask, shape, torch.bool)
-
-    def branch(self, rows: int, in_features: int, down: Tensor, up: Tensor) -> None:
-        """A low-rank branch beside a weight ``[rows, in_features]``."""
-        self.matrix("down", down)
-        rank = down.shape[0]
-        self.require(rank > 0, f"down is {list(down.shape)}, but a rank is at least 1")
-        self.tensor("down", down, (rank, in_features))
-        self.tensor("up", up, (rows, rank))

@@ -7,28 +7,83 @@
 of the dense model. The choice is data: other indices of the same number need no new graph.
 
 Shapes: ``x [*, k]``, ``weight [out, in]``, ``rows [s]`` and ``columns [k]`` int64 or None for all, ``bias [out]``;
-``y [*, s]``. An index may appear once only where a gradient of the weight is taken. Kernels are in
-``fxsparse.codegen.kernels``; ``fxsparse.ops.reference`` runs on every other device.
+``y [*, s]``. An index may appear once only where a gradient of the weight is taken. A `Problem` has the sizes that take
+part, s and k, and the whole weight's as its extra ones.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from fxsparse.cost.formulas import Operand, Product, Size, formula
-from fxsparse.ops import reference
-from fxsparse.ops.define import Check, Output, define
+from fxsparse.ops.define import Check, define
+from fxsparse.ops.flops import Operand, Product, outer
+from fxsparse.ops.operator import (
+    OPERATOR,
+    REFERENCE,
+    Operands,
+    Operator,
+    Output,
+    Problem,
+    Random,
+    Sizes,
+    Tiles,
+    Traffic,
+)
+from fxsparse.ops.reference import bias_gradient, outer_product
 
 _Gradients = tuple[Tensor | None, ...]
-_Shape = Sequence[int]
 
 
-def _index(check: Check, name: str, index: Tensor | None, size: int) -> int:
+# --- references -------------------------------------------------------------------------------------------------------
+
+
+def _gather_linear(
+    x: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """``x S^T + bias[rows]``."""
+    if bias is not None and rows is not None:
+        bias = bias.index_select(0, rows)
+    return linear(x, _chosen(weight, rows, columns), bias)
+
+
+def _grad_input(dy: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """``dy S``."""
+    return dy @ _chosen(weight, rows, columns)
+
+
+def _grad_weight(
+    dy: Tensor, x: Tensor, rows: Tensor | None, columns: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    """``dy^T x`` at the chosen rows and columns of ``[out_features, in_features]``, zero elsewhere."""
+    grad = outer_product(dy, x)
+    if columns is not None:
+        grad = grad.new_zeros(grad.shape[0], in_features).index_copy(1, columns, grad)
+    return _spread(grad, rows, out_features)
+
+
+def _chosen(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """``S = weight[rows][:, columns]``."""
+    if rows is not None:
+        weight = weight.index_select(0, rows)
+    return weight if columns is None else weight.index_select(1, columns)
+
+
+def _spread(part: Tensor, rows: Tensor | None, out_features: int) -> Tensor:
+    """``part`` at the chosen rows of a tensor with ``out_features`` rows, zero elsewhere."""
+    if rows is None:
+        return part
+    return part.new_zeros(out_features, *part.shape[1:]).index_copy(0, rows, part)
+
+
+# --- checks and shapes ------------------------------------------------------------------------------------------------
+
+
+def _count(check: Check, name: str, index: Tensor | None, size: int) -> int:
     """The number of rows or columns chosen among ``size``."""
     if index is None:
         return size
@@ -43,48 +98,31 @@ def _output(
     check = Check(name, x)
     check.matrix("weight", weight)
     check.tensor("weight", weight, weight.shape)
-    taken = _index(check, "columns", columns, weight.shape[1])
+    taken = _count(check, "columns", columns, weight.shape[1])
     check.require(x.shape[-1] == taken, f"its input has {x.shape[-1]} features, but {taken} columns are chosen")
     check.tensor("bias", bias, (weight.shape[0],))
-    return x, (*x.shape[:-1], _index(check, "rows", rows, weight.shape[0]))
+    return x, (*x.shape[:-1], _count(check, "rows", rows, weight.shape[0]))
 
 
 def _grad_input_output(name: str, dy: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Output:
     check = Check(name, dy)
     check.matrix("weight", weight)
     check.tensor("weight", weight, weight.shape)
-    taken = _index(check, "rows", rows, weight.shape[0])
+    taken = _count(check, "rows", rows, weight.shape[0])
     check.require(dy.shape[-1] == taken, f"its input has {dy.shape[-1]} features, but {taken} rows are chosen")
-    return dy, (*dy.shape[:-1], _index(check, "columns", columns, weight.shape[1]))
+    return dy, (*dy.shape[:-1], _count(check, "columns", columns, weight.shape[1]))
 
 
 def _grad_weight_output(
     name: str, dy: Tensor, x: Tensor, rows: Tensor | None, columns: Tensor | None, out_features: int, in_features: int
 ) -> Output:
     check = Check(name, dy)
-    check.tensor("dy", dy, (*dy.shape[:-1], _index(check, "rows", rows, out_features)))
-    check.tensor("x", x, (*dy.shape[:-1], _index(check, "columns", columns, in_features)))
+    check.tensor("dy", dy, (*dy.shape[:-1], _count(check, "rows", rows, out_features)))
+    check.tensor("x", x, (*dy.shape[:-1], _count(check, "columns", columns, in_features)))
     return dy, (out_features, in_features)
 
 
-def _flops(x: _Shape, weight: _Shape, rows: _Shape | None, *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(x) * (weight if rows is None else rows)[0]
-
-
-def _grad_input_flops(
-    dy: _Shape, weight: _Shape, rows: _Shape | None, columns: _Shape | None, *args: Any, **kwargs: Any
-) -> int:
-    return 2 * math.prod(dy) * (weight[1] if columns is None else columns[0])
-
-
-def _grad_weight_flops(dy: _Shape, x: _Shape, *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(dy) * x[-1]
-
-
-@formula("fxsparse::gather_linear")
-def _formula(out: Operand, x: Operand, weight: Operand, *rest: Any, **named: Any) -> Sequence[Product]:
-    flops: Size = 2 * out.numel * x.shape[-1]
-    return (Product(flops, {x: flops, weight: flops}),)
+# --- gradient ---------------------------------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -99,31 +137,113 @@ def _backward(ctx: Any, dy: Tensor) -> _Gradients:
     needs = ctx.needs_input_grad
     dx = gather_linear_grad_input(dy, weight, rows, columns) if needs[0] else None
     dweight = gather_linear_grad_weight(dy, x, rows, columns, *ctx.shape) if needs[1] else None
-    dbias = None
-    if needs[4]:
-        dbias = reference.spread(dy.reshape(-1, dy.shape[-1]).sum(0), rows, ctx.shape[0])
+    dbias = _spread(bias_gradient(dy), rows, ctx.shape[0]) if needs[4] else None
     return dx, dweight, None, None, dbias
 
 
+# --- what a call costs, and random calls ------------------------------------------------------------------------------
+
+
+def _flops(y: Operand, x: Operand, weight: Operand, *rest: Any, **named: Any) -> Sequence[Product]:
+    flops = outer(y, x)
+    return (Product(flops, {x: flops, weight: flops}),)
+
+
+def _grad_input_flops(dx: Operand, dy: Operand, *rest: Any) -> Sequence[Product]:
+    return (Product(outer(dy, dx)),)
+
+
+def _grad_weight_flops(dweight: Operand, dy: Operand, x: Operand, *rest: Any) -> Sequence[Product]:
+    return (Product(outer(dy, x)),)
+
+
+def _sizes(y: Tensor, /, x: Tensor, weight: Tensor, **rest: Any) -> Sizes:
+    return Sizes(x.shape[:-1], y.shape[-1], x.shape[-1], tuple(weight.shape))
+
+
+def _grad_input_sizes(dx: Tensor, /, dy: Tensor, weight: Tensor, **rest: Any) -> Sizes:
+    return Sizes(dy.shape[:-1], dy.shape[-1], dx.shape[-1], tuple(weight.shape))
+
+
+def _grad_weight_sizes(dweight: Tensor, /, dy: Tensor, x: Tensor, **rest: Any) -> Sizes:
+    return Sizes(dy.shape[:-1], dy.shape[-1], x.shape[-1], tuple(dweight.shape))
+
+
+def _random(problem: Problem, random: Random) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """x, dy, weight, rows and columns."""
+    out, in_features = problem.out_features, problem.in_features
+    tensors = random.normal(problem.rows, in_features), random.normal(problem.rows, out), random.normal(*problem.extra)
+    return *tensors, random.choice(out, problem.extra[0]), random.choice(in_features, problem.extra[1])
+
+
+def _operands(problem: Problem, random: Random) -> Operands:
+    x, _, weight, rows, columns = _random(problem, random)
+    return Operands((x, weight, rows, columns, None))
+
+
+def _grad_input_operands(problem: Problem, random: Random) -> Operands:
+    _, dy, weight, rows, columns = _random(problem, random)
+    return Operands((dy, weight, rows, columns))
+
+
+def _grad_weight_operands(problem: Problem, random: Random) -> Operands:
+    x, dy, _, rows, columns = _random(problem, random)
+    return Operands((dy, x, rows, columns, *problem.extra))
+
+
+def _traffic(problem: Problem) -> Traffic:
+    """The reference copies the part of the weight, and the product reads the copy."""
+    is_whole = problem.extra == (problem.out_features, problem.in_features)
+    return Traffic(
+        kernel=problem.weight_bytes + problem.input_bytes + problem.output_bytes,
+        copies=0 if is_whole else 2 * problem.weight_bytes,
+    )
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
 gather_linear_grad_input = define(
-    "Tensor dy, Tensor weight, Tensor? rows, Tensor? columns",
-    reference.gather_linear_grad_input,
-    _grad_input_output,
-    _grad_input_flops,
+    Operator(
+        "gather_linear_grad_input",
+        "Tensor dy, Tensor weight, Tensor? rows, Tensor? columns",
+        _grad_input,
+        _grad_input_output,
+        _grad_input_flops,
+        sizes=_grad_input_sizes,
+        operands=_grad_input_operands,
+        traffic=_traffic,
+        tiles=Tiles("gather_linear", transposed=True),
+    )
 )
 
 gather_linear_grad_weight = define(
-    "Tensor dy, Tensor x, Tensor? rows, Tensor? columns, SymInt out_features, SymInt in_features",
-    reference.gather_linear_grad_weight,
-    _grad_weight_output,
-    _grad_weight_flops,
+    Operator(
+        "gather_linear_grad_weight",
+        "Tensor dy, Tensor x, Tensor? rows, Tensor? columns, SymInt out_features, SymInt in_features",
+        _grad_weight,
+        _grad_weight_output,
+        _grad_weight_flops,
+        sizes=_grad_weight_sizes,
+        operands=_grad_weight_operands,
+        traffic=_traffic,
+        tiles=Tiles("gather_linear_grad_weight"),
+    )
 )
 
 gather_linear = define(
-    "Tensor x, Tensor weight, Tensor? rows, Tensor? columns, Tensor? bias",
-    reference.gather_linear,
-    _output,
-    _flops,
-    _save,
-    _backward,
+    Operator(
+        "gather_linear",
+        "Tensor x, Tensor weight, Tensor? rows, Tensor? columns, Tensor? bias",
+        _gather_linear,
+        _output,
+        _flops,
+        _save,
+        _backward,
+        gradients=("gather_linear_grad_input", "gather_linear_grad_weight"),
+        implementations=(OPERATOR, REFERENCE),
+        sizes=_sizes,
+        operands=_operands,
+        traffic=_traffic,
+        tiles=Tiles("gather_linear"),
+    )
 )

@@ -1,4 +1,4 @@
-"""The ``fxsparse::`` operators and their gradients.
+"""The ``fxsparse::`` operators of a linear on a compressed N:M weight.
 
     y  = x (W^R)^T + b           dx = dy W^{R,C}           dW = dy^T x at kept positions           db = sum of dy
 
@@ -7,101 +7,76 @@ mask is given. The gradient of a compressed weight is that of its values. There 
 
 | operator | computes |
 |---|---|
-| ``nm_linear(x, values, indices, column_mask?, bias?, n, m)`` | y, of a compressed weight |
+| ``nm_linear(x, values, indices, column_mask?, bias?, n, m)`` | y |
 | ``nm_linear_grad_input(dy, values, indices, column_mask?, n, m)`` | dx |
 | ``nm_linear_grad_values(dy, x, indices, n, m)`` | dW at kept positions |
-| ``nm_linear_low_rank(..., column_mask?, down, up, bias?, n, m, scale=None)`` | y + scale (x down^T) up^T |
-| ``masked_linear(x, weight, mask, column_mask?, bias?, straight_through=False)`` | y, of a dense weight |
-| ``masked_linear_grad_input(dy, weight, mask, column_mask?)`` | dx |
-| ``masked_linear_grad_weight(dy, x, mask?)`` | dW, zero where pruned; of all weights without a mask |
-| ``masked_linear_low_rank(..., column_mask?, down, up, bias?, straight_through=False, scale=None)`` | both |
 
-``straight_through`` gives pruned weights the gradient they would have if they took part (SR-STE, arXiv 2102.04010);
-the scale is 1 / r unless given, that of SLoPe's code. Shapes and dtypes are those of ``fxsparse.ops.nm`` and
-``fxsparse.ops.reference``, which says what each computes and runs on every device that ``implement`` gave no kernel.
+Shapes: ``x [*, in]``, ``y`` and ``dy [*, out]``, ``bias [out]``; ``values``, ``indices`` and ``column_mask`` as in
+`fxsparse.ops.nm`. A reference unpacks the weight: inlined, the int64 positions it scatters by are never in memory.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-from fxsparse.ops import reference
-from fxsparse.ops.define import DECOMPOSITIONS, Check, Output, define, implement
-from fxsparse.ops.nm import Pattern
-
-__all__ = [
-    "DECOMPOSITIONS",
-    "implement",
-    "masked_linear",
-    "masked_linear_grad_input",
-    "masked_linear_grad_weight",
-    "masked_linear_low_rank",
-    "nm_linear",
-    "nm_linear_grad_input",
-    "nm_linear_grad_values",
-    "nm_linear_low_rank",
-]
+from fxsparse.ops import flops
+from fxsparse.ops.define import Check, define
+from fxsparse.ops.nm import Pattern, gather_kept, kept_columns, nm_mask, pack, unpack
+from fxsparse.ops.operator import (
+    COMPRESSED,
+    CUSPARSELT,
+    DENSE,
+    OPERATOR,
+    REFERENCE,
+    SPARSE_TENSOR_CORES,
+    Operands,
+    Operator,
+    Output,
+    Problem,
+    Random,
+    Sizes,
+    Tiles,
+    Traffic,
+)
+from fxsparse.ops.reference import bias_gradient, outer_product
 
 _Gradients = tuple[Tensor | None, ...]
-_Shape = Sequence[int]
 
 
-# --- FLOPs: 2 for every token and weight that takes part --------------------------------------------------------------
+# --- references -------------------------------------------------------------------------------------------------------
 
 
-def _forward_flops(x: _Shape, weight: _Shape, *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(x[:-1]) * math.prod(weight)
+def _nm_linear(
+    x: Tensor, values: Tensor, indices: Tensor, column_mask: Tensor | None, bias: Tensor | None, n: int, m: int
+) -> Tensor:
+    """``x (W^R)^T + bias``."""
+    return linear(x, unpack(values, indices, Pattern(n, m), x.shape[-1]), bias)
 
 
-def _weight_flops(dy: _Shape, x: _Shape, *args: Any, **kwargs: Any) -> int:
-    return 2 * math.prod(dy) * x[-1]
+def _grad_input(dy: Tensor, values: Tensor, indices: Tensor, column_mask: Tensor | None, n: int, m: int) -> Tensor:
+    """``dy W^{R,C}``, or ``dy W^R`` without a column mask."""
+    if column_mask is not None:
+        values = torch.where(kept_columns(column_mask, values.shape[1]), values, 0)
+    return dy @ unpack(values, indices, Pattern(n, m), values.shape[1] // n * m)
 
 
-def _low_rank_flops(
-    x: _Shape,
-    weight: _Shape,
-    mask: _Shape,
-    column_mask: _Shape | None,
-    down: _Shape,
-    up: _Shape,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    return sum(_forward_flops(x, factor) for factor in (weight, down, up))
+def _grad_values(dy: Tensor, x: Tensor, indices: Tensor, n: int, m: int) -> Tensor:
+    """``dy^T x`` at the kept positions, ``[out, in * n / m]``."""
+    return gather_kept(outer_product(dy, x), indices, Pattern(n, m))
 
 
-# --- gradients that both kinds of weight share ------------------------------------------------------------------------
+def _dense(weight: Tensor, /, x: Tensor, bias: Tensor | None, **rest: Any) -> Tensor:
+    return linear(x, weight, bias)
 
 
-def _bias_gradient(dy: Tensor) -> Tensor:
-    return dy.reshape(-1, dy.shape[-1]).sum(0)
+# --- checks and shapes ------------------------------------------------------------------------------------------------
 
 
-def _add_branch(
-    ctx: Any, dy: Tensor, dx: Tensor | None, x: Tensor, down: Tensor, up: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Adds a branch's share to dx, and gives the gradients of ``down`` and ``up``."""
-    needs_down, needs_up = ctx.needs_input_grad[4:6]
-    ddown = dup = None
-    if dx is not None or needs_down:
-        dhidden = dy @ up * reference.low_rank_scale(down, ctx.scale)
-        if dx is not None:
-            dx = dx + dhidden @ down
-        if needs_down:
-            ddown = reference.outer(dhidden, x)
-    if needs_up:  # the hidden states cost less to compute again than to return from an operator with one result
-        dup = reference.outer(dy, reference.low_rank_hidden(x, down, ctx.scale))
-    return dx, ddown, dup
-
-
-# --- compressed weights -----------------------------------------------------------------------------------------------
-
-
-def _nm_output(
+def _output(
     name: str,
     x: Tensor,
     values: Tensor,
@@ -119,25 +94,7 @@ def _nm_output(
     return x, (*x.shape[:-1], rows)
 
 
-def _nm_low_rank_output(
-    name: str,
-    x: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    column_mask: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    n: int,
-    m: int,
-    scale: float | None = None,
-) -> Output:
-    result = _nm_output(name, x, values, indices, column_mask, bias, n, m)
-    Check(name, x).branch(values.shape[0], x.shape[-1], down, up)
-    return result
-
-
-def _nm_grad_input_output(
+def _grad_input_output(
     name: str, dy: Tensor, values: Tensor, indices: Tensor, column_mask: Tensor | None, n: int, m: int
 ) -> Output:
     check, pattern = Check(name, dy), Pattern(n, m)
@@ -147,200 +104,139 @@ def _nm_grad_input_output(
     return dy, (*dy.shape[:-1], in_features)
 
 
-def _nm_grad_values_output(name: str, dy: Tensor, x: Tensor, indices: Tensor, n: int, m: int) -> Output:
+def _grad_values_output(name: str, dy: Tensor, x: Tensor, indices: Tensor, n: int, m: int) -> Output:
     check, pattern = Check(name, dy), Pattern(n, m)
     check.tensor("x", x, (*dy.shape[:-1], x.shape[-1]))
     check.compressed(dy.shape[-1], x.shape[-1], None, indices, None, pattern)
     return dy, (dy.shape[-1], pattern.kept(x.shape[-1]))
 
 
-def _nm_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+# --- gradient ---------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, values, indices, column_mask, *_, ctx.n, ctx.m = inputs
     needs = ctx.needs_input_grad
     ctx.save_for_backward(x if needs[1] else None, values if needs[0] else None, indices, column_mask)
 
 
-def _nm_gradients(
+def gradients(
     ctx: Any, dy: Tensor, x: Tensor, values: Tensor, indices: Tensor, column_mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dW."""
+    """dx and dW, where they are needed."""
     needs_x, needs_values, *_ = ctx.needs_input_grad
     dx = nm_linear_grad_input(dy, values, indices, column_mask, ctx.n, ctx.m) if needs_x else None
     return dx, nm_linear_grad_values(dy, x, indices, ctx.n, ctx.m) if needs_values else None
 
 
-def _nm_backward(ctx: Any, dy: Tensor) -> _Gradients:
-    dx, dvalues = _nm_gradients(ctx, dy, *ctx.saved_tensors)
-    dbias = _bias_gradient(dy) if ctx.needs_input_grad[4] else None
+def _backward(ctx: Any, dy: Tensor) -> _Gradients:
+    dx, dvalues = gradients(ctx, dy, *ctx.saved_tensors)
+    dbias = bias_gradient(dy) if ctx.needs_input_grad[4] else None
     return dx, dvalues, None, None, dbias, None, None
 
 
-def _nm_low_rank_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, indices, column_mask, down, up, _, ctx.n, ctx.m, ctx.scale = inputs
-    needs = ctx.needs_input_grad
-    needs_x = needs[1] or needs[4] or needs[5]
-    ctx.save_for_backward(x if needs_x else None, values if needs[0] else None, indices, column_mask, down, up)
+# --- what a call costs, and random calls ------------------------------------------------------------------------------
 
 
-def _nm_low_rank_backward(ctx: Any, dy: Tensor) -> _Gradients:
-    *product, down, up = ctx.saved_tensors
-    dx, dvalues = _nm_gradients(ctx, dy, *product)
-    dx, ddown, dup = _add_branch(ctx, dy, dx, product[0], down, up)
-    dbias = _bias_gradient(dy) if ctx.needs_input_grad[6] else None
-    return dx, dvalues, None, None, ddown, dup, dbias, None, None, None
+def _sizes(y: Tensor, /, x: Tensor, **rest: Any) -> Sizes:
+    return Sizes(x.shape[:-1], y.shape[-1], x.shape[-1])
 
+
+def _grad_input_sizes(dx: Tensor, /, dy: Tensor, **rest: Any) -> Sizes:
+    return Sizes(dy.shape[:-1], dy.shape[-1], dx.shape[-1])
+
+
+def _grad_values_sizes(dvalues: Tensor, /, dy: Tensor, x: Tensor, **rest: Any) -> Sizes:
+    return Sizes(dy.shape[:-1], dy.shape[-1], x.shape[-1])
+
+
+def traffic(problem: Problem) -> Traffic:
+    """The kernels read the weight compressed; a reference writes it dense, and the product reads that."""
+    pattern = problem.nm
+    stored = problem.weight * (pattern.density * problem.dtype.itemsize + pattern.density * pattern.index_bits / 8)
+    moved = stored + problem.input_bytes + problem.output_bytes
+    return Traffic(kernel=moved, copies=stored + problem.weight_bytes, decompresses=True)
+
+
+def random_weight(problem: Problem, random: Random) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight that is N:M: dense, and its values and indices."""
+    pattern = problem.nm
+    dense = random.normal(problem.out_features, problem.in_features)
+    mask = nm_mask(dense.abs(), pattern)
+    dense = dense * mask
+    return dense, *pack(dense, mask, pattern)
+
+
+def _operands(problem: Problem, random: Random) -> Operands:
+    pattern = problem.nm
+    x = random.normal(problem.rows, problem.in_features)
+    dense, values, indices = random_weight(problem, random)
+    return Operands((x, values, indices, None, None, pattern.n, pattern.m), lambda: linear(x, dense))
+
+
+def _grad_input_operands(problem: Problem, random: Random) -> Operands:
+    pattern = problem.nm
+    dy = random.normal(problem.rows, problem.out_features)
+    dense, values, indices = random_weight(problem, random)
+    return Operands((dy, values, indices, None, pattern.n, pattern.m), lambda: dy @ dense)
+
+
+def _grad_values_operands(problem: Problem, random: Random) -> Operands:
+    pattern = problem.nm
+    x, dy = random.normal(problem.rows, problem.in_features), random.normal(problem.rows, problem.out_features)
+    _, _, indices = random_weight(problem, random)
+    return Operands(
+        (dy, x, indices, pattern.n, pattern.m), lambda: dy.t() @ x, lambda grad: gather_kept(grad, indices, pattern)
+    )
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
 
 nm_linear_grad_input = define(
-    "Tensor dy, Tensor values, Tensor indices, Tensor? column_mask, int n, int m",
-    reference.nm_linear_grad_input,
-    _nm_grad_input_output,
-    _forward_flops,
+    Operator(
+        "nm_linear_grad_input",
+        "Tensor dy, Tensor values, Tensor indices, Tensor? column_mask, int n, int m",
+        _grad_input,
+        _grad_input_output,
+        flops.linear_grad_input,
+        implementations=(OPERATOR, SPARSE_TENSOR_CORES, REFERENCE),
+        sizes=_grad_input_sizes,
+        operands=_grad_input_operands,
+        traffic=traffic,
+        tiles=Tiles("nm_linear_grad_input", transposed=True),
+    )
 )
 
 nm_linear_grad_values = define(
-    "Tensor dy, Tensor x, Tensor indices, int n, int m",
-    reference.nm_linear_grad_values,
-    _nm_grad_values_output,
-    _weight_flops,
+    Operator(
+        "nm_linear_grad_values",
+        "Tensor dy, Tensor x, Tensor indices, int n, int m",
+        _grad_values,
+        _grad_values_output,
+        flops.linear_grad_weight,
+        implementations=(OPERATOR, REFERENCE),
+        sizes=_grad_values_sizes,
+        operands=_grad_values_operands,
+        traffic=traffic,
+        tiles=Tiles("nm_linear_grad_values"),
+    )
 )
 
 nm_linear = define(
-    "Tensor x, Tensor values, Tensor indices, Tensor? column_mask, Tensor? bias, int n, int m",
-    reference.nm_linear,
-    _nm_output,
-    _forward_flops,
-    _nm_save,
-    _nm_backward,
-)
-
-nm_linear_low_rank = define(
-    "Tensor x, Tensor values, Tensor indices, Tensor? column_mask, Tensor down, Tensor up, Tensor? bias, int n, int m, "
-    "float? scale=None",
-    reference.nm_linear_low_rank,
-    _nm_low_rank_output,
-    _low_rank_flops,
-    _nm_low_rank_save,
-    _nm_low_rank_backward,
-)
-
-
-# --- dense weights with a mask ----------------------------------------------------------------------------------------
-
-
-def _masked_output(
-    name: str,
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    column_mask: Tensor | None,
-    bias: Tensor | None,
-    straight_through: bool = False,
-) -> Output:
-    check = Check(name, x)
-    check.matrix("weight", weight)
-    rows = weight.shape[0]
-    check.masked((rows, x.shape[-1]), weight, mask, column_mask)
-    check.tensor("bias", bias, (rows,))
-    return x, (*x.shape[:-1], rows)
-
-
-def _masked_low_rank_output(
-    name: str,
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    column_mask: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
-    straight_through: bool = False,
-    scale: float | None = None,
-) -> Output:
-    result = _masked_output(name, x, weight, mask, column_mask, bias)
-    Check(name, x).branch(weight.shape[0], x.shape[-1], down, up)
-    return result
-
-
-def _masked_grad_input_output(
-    name: str, dy: Tensor, weight: Tensor, mask: Tensor, column_mask: Tensor | None
-) -> Output:
-    check = Check(name, dy)
-    check.matrix("weight", weight)
-    check.masked((dy.shape[-1], weight.shape[1]), weight, mask, column_mask)
-    return dy, (*dy.shape[:-1], weight.shape[1])
-
-
-def _masked_grad_weight_output(name: str, dy: Tensor, x: Tensor, mask: Tensor | None) -> Output:
-    check, shape = Check(name, dy), (dy.shape[-1], x.shape[-1])
-    check.tensor("x", x, (*dy.shape[:-1], x.shape[-1]))
-    check.masked(shape, None, mask, None)
-    return dy, shape
-
-
-def _masked_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, mask, column_mask, _, ctx.straight_through = inputs
-    needs = ctx.needs_input_grad
-    ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None, mask, column_mask)
-
-
-def _masked_gradients(
-    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, column_mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dW."""
-    needs_x, needs_weight, *_ = ctx.needs_input_grad
-    dx = masked_linear_grad_input(dy, weight, mask, column_mask) if needs_x else None
-    return dx, masked_linear_grad_weight(dy, x, None if ctx.straight_through else mask) if needs_weight else None
-
-
-def _masked_backward(ctx: Any, dy: Tensor) -> _Gradients:
-    dx, dweight = _masked_gradients(ctx, dy, *ctx.saved_tensors)
-    return dx, dweight, None, None, _bias_gradient(dy) if ctx.needs_input_grad[4] else None, None
-
-
-def _masked_low_rank_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, mask, column_mask, down, up, _, ctx.straight_through, ctx.scale = inputs
-    needs = ctx.needs_input_grad
-    needs_x = needs[1] or needs[4] or needs[5]
-    ctx.save_for_backward(x if needs_x else None, weight if needs[0] else None, mask, column_mask, down, up)
-
-
-def _masked_low_rank_backward(ctx: Any, dy: Tensor) -> _Gradients:
-    *product, down, up = ctx.saved_tensors
-    dx, dweight = _masked_gradients(ctx, dy, *product)
-    dx, ddown, dup = _add_branch(ctx, dy, dx, product[0], down, up)
-    dbias = _bias_gradient(dy) if ctx.needs_input_grad[6] else None
-    return dx, dweight, None, None, ddown, dup, dbias, None, None
-
-
-masked_linear_grad_input = define(
-    "Tensor dy, Tensor weight, Tensor mask, Tensor? column_mask",
-    reference.masked_linear_grad_input,
-    _masked_grad_input_output,
-    _forward_flops,
-)
-
-masked_linear_grad_weight = define(
-    "Tensor dy, Tensor x, Tensor? mask",
-    reference.masked_linear_grad_weight,
-    _masked_grad_weight_output,
-    _weight_flops,
-)
-
-masked_linear = define(
-    "Tensor x, Tensor weight, Tensor mask, Tensor? column_mask, Tensor? bias, bool straight_through=False",
-    reference.masked_linear,
-    _masked_output,
-    _forward_flops,
-    _masked_save,
-    _masked_backward,
-)
-
-masked_linear_low_rank = define(
-    "Tensor x, Tensor weight, Tensor mask, Tensor? column_mask, Tensor down, Tensor up, Tensor? bias, "
-    "bool straight_through=False, float? scale=None",
-    reference.masked_linear_low_rank,
-    _masked_low_rank_output,
-    _low_rank_flops,
-    _masked_low_rank_save,
-    _masked_low_rank_backward,
+    Operator(
+        "nm_linear",
+        "Tensor x, Tensor values, Tensor indices, Tensor? column_mask, Tensor? bias, int n, int m",
+        _nm_linear,
+        _output,
+        flops.linear,  # dW is computed densely and gathered; the other two products skip what is pruned
+        _save,
+        _backward,
+        gradients=("nm_linear_grad_input", "nm_linear_grad_values"),
+        implementations=(COMPRESSED, SPARSE_TENSOR_CORES, CUSPARSELT, REFERENCE, DENSE),
+        sizes=_sizes,
+        operands=_operands,
+        dense=_dense,
+        traffic=traffic,
+        tiles=Tiles("nm_linear", square=True),
+    )
 )

@@ -20,7 +20,7 @@ from fxsparse.analysis.probing import between, shape_of
 from fxsparse.analysis.structures import MLP, Attention
 from fxsparse.graph import Linear, traits
 from fxsparse.graph.resize import CannotResize, DoesNotFit, Patches, patches_for, resize
-from fxsparse.ops import gather_linear  # noqa: F401  registers gather_linear
+from fxsparse.ops.gather_linear import gather_linear
 
 aten = torch.ops.aten
 
@@ -201,7 +201,7 @@ def _gather(gm: GraphModule, linear: Linear, source: Node, rows: Node | None, co
     if product.transposed:
         weight = fx.insert_call(gm, aten.t.default, (weight,), like=node)
     args = (source, weight, rows, columns, linear.bias)
-    gathered = fx.insert_call(gm, torch.ops.fxsparse.gather_linear.default, args, like=node)
+    gathered = fx.insert_call(gm, gather_linear.overload, args, like=node)
     fx.replace(node, gathered)
     return gathered
 

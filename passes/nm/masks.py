@@ -29,7 +29,6 @@ from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import Linear
 from fxsparse.graph.derived_buffers import BORROWED, Derived, derive
 from fxsparse.graph.record import Change, HeldWeight, hold, rewrote, skipped
-from fxsparse.ops import nm_linear  # noqa: F401  (defines the operators)
 from fxsparse.ops.nm import Pattern, pack
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event

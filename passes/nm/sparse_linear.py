@@ -12,7 +12,6 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.graph.record import HeldWeight, record_of
-from fxsparse.ops import nm_linear  # noqa: F401  (defines the operators)
 from fxsparse.ops.nm import Pattern, pack_column_mask, unpack, unpack_mask
 
 COMPRESSED = (torch.ops.fxsparse.nm_linear.default, torch.ops.fxsparse.nm_linear_low_rank.default)
@@ -68,7 +67,7 @@ class SparseLinear:
 
     def __getitem__(self, argument: str) -> Any:
         """An argument of the call by its name in the schema; None where it is absent."""
-        return arguments(self.node).get(argument)
+        return fx.arguments(self.node).get(argument)
 
 
 def sparse_linears(gm: GraphModule) -> Iterator[SparseLinear]:
@@ -83,22 +82,13 @@ def sparse_linears(gm: GraphModule) -> Iterator[SparseLinear]:
 
 def _weight_name(node: Node) -> str:
     if node.target in COMPRESSED:
-        return str(fx.read_of(arguments(node)["values"]).target).removesuffix("_values")
-    return str(arguments(node)["mask"].target).removesuffix("_mask")
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of a call of an operator by their names, defaults included."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    named = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    named.update(zip((argument.name for argument in schema), node.args, strict=False))
-    named.update(node.kwargs)
-    return named
+        return str(fx.read_of(fx.arguments(node)["values"]).target).removesuffix("_values")
+    return str(fx.arguments(node)["mask"].target).removesuffix("_mask")
 
 
 def replace_call(gm: GraphModule, node: Node, target: Any, **changed: Any) -> Node:
     """Replaces a call of an operator by one of ``target`` with the same arguments but for those that changed."""
-    named = {**arguments(node), **changed}
+    named = {**fx.arguments(node), **changed}
     args = tuple(named.get(argument.name, argument.default_value) for argument in target._schema.arguments)
     return fx.replace_with_call(gm, node, target, args)
 

@@ -17,8 +17,8 @@ from fxsparse.codegen import fused_ops, operators
 from fxsparse.codegen.kernels.nm_linear import nm_linear
 from fxsparse.lowering import candidates, choose, timings
 from fxsparse.lowering import measure as tuning
-from fxsparse.lowering.estimates import Work
 from fxsparse.ops.define import declare_kernel, implement
+from fxsparse.ops.operator import Problem
 from fxsparse.passes import AddLowRankBranches, DoublePruneBackward, InsertNMMasks
 
 for op, kernel in operators.KERNELS.items():
@@ -244,10 +244,10 @@ def test_what_gates_something_else_runs_apart(what):
 
 
 def test_linears_that_were_measured_faster_apart_stay_apart(monkeypatch):
-    from fxsparse.lowering import lower
+    from fxsparse.lowering import group
 
     monkeypatch.setattr(
-        lower, "faster_together", lambda *_: lower.Together(False, "measured 2 us together, 1 us apart")
+        group, "faster_together", lambda *_: group.FusionDecision(False, "measured 2 us together, 1 us apart")
     )
 
     class Projections(nn.Module):
@@ -308,13 +308,14 @@ def test_a_training_graph_measures_its_products_and_their_gradients(monkeypatch)
     shapes = {(48, 32), (32, 48)}
     ops = ("nm_linear_low_rank", "nm_linear_grad_input", "nm_linear_grad_values")
     wanted = {(op, shape) for op in ops for shape in shapes} - {("nm_linear_grad_input", (48, 32))}  # of the data
-    assert sorted((work.op, (work.out_features, work.in_features)) for work in found) == sorted(wanted), "once each"
+    measured = [(problem.op, (problem.out_features, problem.in_features)) for problem in found]
+    assert sorted(measured) == sorted(wanted), "once each"
     (graph,) = fxsparse.backend.compiled.compiled_graphs(compiled)
     assert all(choice.reason.startswith("measured") for choice in graph.choices), graph.choices
-    for work in found:
-        times = timings.times(work, "cpu")
+    for problem in found:
+        times = timings.times(problem, "cpu")
         assert {"operator", "reference", "dense"} <= set(times)
-        choices = {choice.implementation for choice in graph.choices if choice.work == work}
+        choices = {choice.implementation for choice in graph.choices if choice.problem == problem}
         assert choices == {min(("operator", "reference"), key=times.__getitem__)}
 
 
@@ -325,8 +326,8 @@ def test_inductor_inlines_the_references_that_were_faster(slow):
     gm = fxsparse.rewrite(Block(), PASSES, (torch.randn(4, 32),))
     for op in ("nm_linear", "nm_linear_grad_input", "nm_linear_grad_values"):
         for shape in ((48, 32), (32, 48)):
-            work = Work(op, fxsparse.ops.nm.Pattern(2, 4), torch.float32, 16, *shape)
-            timings.remember(work, "cpu", {"operator": 2.0 if op == slow else 0.5, "reference": 1.0})
+            problem = Problem(op, fxsparse.ops.nm.Pattern(2, 4), torch.float32, 16, *shape)
+            timings.remember(problem, "cpu", {"operator": 2.0 if op == slow else 0.5, "reference": 1.0})
     compiled = torch.compile(gm, backend="fxsparse", options={"fallback": False}, dynamic=True)
     double = copy.deepcopy(gm).double()
     for rows in (11, 14):
@@ -359,7 +360,7 @@ def test_what_cannot_be_measured_is_noted_and_compiled(monkeypatch):
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("no room\nfor operands")
 
-    monkeypatch.setattr(tuning, "rivals", fail)
+    monkeypatch.setattr(candidates, "candidates_for", fail)
     gm = fxsparse.rewrite(Block(), PASSES, (torch.randn(4, 32),))
     options = {"compiler": "aot_eager", "fallback": False, "tune": 600}
     compiled = torch.compile(gm, backend="fxsparse", options=options)
@@ -412,7 +413,7 @@ def test_the_library_runs_with_the_algorithm_that_was_fastest(in_graph, monkeypa
         model = fxsparse.rewrite(model, passes, (torch.randn(4, 32),)).requires_grad_(False)
     (found,) = fxsparse.tune(model, rows=[3], progress=False)
     assert {"cusparselt:0/1/-1", "cusparselt:2/4/1"} <= set(found.milliseconds)
-    timings.remember(found.work, "cpu", {"cusparselt:2/4/1": 1e-6})
+    timings.remember(found.problem, "cpu", {"cusparselt:2/4/1": 1e-6})
     compiled = torch.compile(model, backend="fxsparse", options={"compiler": "aot_eager", "fallback": False})
     x = torch.randn(3, 32)
     with torch.no_grad():

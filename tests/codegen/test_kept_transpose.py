@@ -13,9 +13,12 @@ import fxsparse
 from fxsparse.backend.options import BackendOptions
 from fxsparse.codegen import kept_transpose
 from fxsparse.codegen.kept_transpose import nm_linear_grad_input_kept
-from fxsparse.lowering.choose import GRAD_INPUT, SPARSE_TENSOR_CORES, keep_transposes
-from fxsparse.ops import define, reference
+from fxsparse.lowering.after_partition import keep_transposes
+from fxsparse.lowering.choose import GRAD_INPUT
+from fxsparse.ops import define
 from fxsparse.ops.nm import Pattern, double_prune_mask, nm_mask, pack, pack_column_mask
+from fxsparse.ops.nm_linear import nm_linear_grad_input
+from fxsparse.ops.operator import SPARSE_TENSOR_CORES
 
 PATTERN = Pattern(2, 4)
 ASK = {"lower": {GRAD_INPUT: SPARSE_TENSOR_CORES}}
@@ -29,7 +32,7 @@ def weight(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> tupl
 
 
 def check(dy: Tensor, values: Tensor, indices: Tensor, columns: Tensor) -> None:
-    expected = reference.nm_linear_grad_input(dy, values, indices, columns, 2, 4)
+    expected = nm_linear_grad_input.reference(dy, values, indices, columns, 2, 4)
     torch.testing.assert_close(nm_linear_grad_input_kept(dy, values, indices, columns), expected, rtol=2e-2, atol=2e-2)
 
 
@@ -99,12 +102,13 @@ def backward_graph(passes: str) -> torch.fx.Graph:
 def test_only_where_it_was_asked_for_and_can_run(on_cpu: None) -> None:
     doubly = "nm-masks{pattern=2:4,keep_first=false},double-prune"
     graph = backward_graph(doubly)
-    assert keep_transposes(graph, BackendOptions.parse({})) == 0
-    assert keep_transposes(graph, BackendOptions.parse(ASK)) == 1  # nobody asks for the first one's
+    assert keep_transposes(graph, BackendOptions.parse({}).pins) == 0
+    assert keep_transposes(graph, BackendOptions.parse(ASK).pins) == 1  # nobody asks for the first one's
     assert not graph.find_nodes(op="call_function", target=torch.ops.fxsparse.nm_linear_grad_input.default)
-    assert keep_transposes(backward_graph("nm-masks{pattern=2:4,keep_first=false}"), BackendOptions.parse(ASK)) == 0
+    once_pruned = "nm-masks{pattern=2:4,keep_first=false}"
+    assert keep_transposes(backward_graph(once_pruned), BackendOptions.parse(ASK).pins) == 0
     one_of_four = "nm-masks{pattern=1:4,keep_first=false},double-prune"
-    assert keep_transposes(backward_graph(one_of_four), BackendOptions.parse(ASK)) == 0
+    assert keep_transposes(backward_graph(one_of_four), BackendOptions.parse(ASK).pins) == 0
 
 
 @pytest.mark.inductor

@@ -21,7 +21,7 @@ from fxsparse.cost.backprop import BackpropGraph
 from fxsparse.cost.flops import count_flops, step_flops
 from fxsparse.cost.formulas import formula
 from fxsparse.errors import OptionError, RewriteError
-from fxsparse.ops import nm_linear
+from fxsparse.ops import low_rank, masked_linear, nm_linear
 from fxsparse.ops.nm import Pattern, nm_mask, pack
 from fxsparse.tracing.trace import trace
 from tests.support.families import FAMILIES
@@ -159,10 +159,10 @@ class Sparse(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.inner(x)
-        y = nm_linear.nm_linear_low_rank(x, self.values, self.indices, None, self.down, self.up, self.bias, 2, 4)
+        y = low_rank.nm_linear_low_rank(x, self.values, self.indices, None, self.down, self.up, self.bias, 2, 4)
         y = y + nm_linear.nm_linear(x, self.values, self.indices, None, None, 2, 4)
-        z = nm_linear.masked_linear(y, self.weight, self.mask, None, None)
-        z = z * nm_linear.masked_linear_low_rank(y, self.weight, self.mask, None, self.down2, self.up2, None)
+        z = masked_linear.masked_linear(y, self.weight, self.mask, None, None)
+        z = z * low_rank.masked_linear_low_rank(y, self.weight, self.mask, None, self.down2, self.up2, None)
         return z.sum()
 
 

@@ -18,11 +18,13 @@ import fxsparse
 from fxsparse.backend.compiled import compiled_graphs
 from fxsparse.codegen import source, store
 from fxsparse.lowering import estimates, timings
-from fxsparse.lowering.choose import candidates, choose, deviates, undecided
-from fxsparse.lowering.estimates import DEVICES, Work, microseconds
-from fxsparse.lowering.pins import LOWERINGS
+from fxsparse.lowering.after_partition import deviates
+from fxsparse.lowering.choose import choose, obstacles, undecided
+from fxsparse.lowering.estimates import DEVICES, microseconds
+from fxsparse.lowering.pins import LOWERINGS, Pins
 from fxsparse.lowering.sites import Site
 from fxsparse.ops.nm import Pattern, unpack
+from fxsparse.ops.operator import Problem
 from fxsparse.passes import AddLowRankBranches, DoublePruneBackward, InsertNMMasks
 from tests.support.tuned import Two
 
@@ -48,7 +50,7 @@ def test_without_a_measurement_on_an_unknown_device_rules_decide() -> None:
 @pytest.mark.parametrize("best", ["dense", "compressed", "sparse_tensor_cores"])
 def test_what_was_measured_decides_and_is_said(best: str) -> None:
     times = {"dense": 0.2, "compressed": 0.3, "sparse_tensor_cores": 0.4, best: 0.1}
-    timings.remember(FROZEN.work, "cuda", times)
+    timings.remember(FROZEN.problem, "cuda", times)
     found, reason = choose(FROZEN)
     assert found == best
     runner_up = sorted(times, key=times.__getitem__)[1]
@@ -65,14 +67,14 @@ def test_what_was_measured_decides_and_is_said(best: str) -> None:
 
 
 def test_a_kernel_is_chosen_only_where_it_was_measured_beside_what_is_always_right() -> None:
-    timings.remember(TRAINED.work, "cuda", {"dense": 0.1, "operator": 0.3})
+    timings.remember(TRAINED.problem, "cuda", {"dense": 0.1, "operator": 0.3})
     assert undecided(TRAINED)
     assert "measured" not in choose(TRAINED)[1]  # its reference might be as fast as dense
-    timings.remember(TRAINED.work, "cuda", {"reference": 0.2})
+    timings.remember(TRAINED.problem, "cuda", {"reference": 0.2})
     assert not undecided(TRAINED)
     assert choose(TRAINED) == ("reference", "measured 200 us, 2.00 of dense, then operator at 1.50 of it")
     other = replace(TRAINED, rows=5000)
-    timings.remember(other.work, "cuda", {"dense": 0.1, "reference": 0.2})  # the kernel failed there
+    timings.remember(other.problem, "cuda", {"dense": 0.1, "reference": 0.2})  # the kernel failed there
     assert choose(other)[0] == "reference"
     assert not undecided(replace(other, device="cpu")), "there is nothing to choose between"
 
@@ -100,7 +102,7 @@ def test_gradients_of_inputs_and_weights_are_explained_where_they_are_taken() ->
 
 
 def test_choices_are_the_same_in_another_process_with_the_same_table(tmp_path: Path) -> None:
-    timings.remember(FROZEN.work, "cuda", {"dense": 0.3, "compressed": 0.1})
+    timings.remember(FROZEN.problem, "cuda", {"dense": 0.3, "compressed": 0.1})
     first = choose(FROZEN)
     timings.forget()  # as a new process: from the file
     assert choose(FROZEN) == first
@@ -109,24 +111,24 @@ def test_choices_are_the_same_in_another_process_with_the_same_table(tmp_path: P
 
 def test_implementations_that_cannot_run_are_not_chosen_though_they_were_fastest() -> None:
     site = replace(FROZEN, pattern=Pattern(2, 8))
-    timings.remember(site.work, "cuda", {"dense": 0.3, "compressed": 0.2, "sparse_tensor_cores": 0.1})
+    timings.remember(site.problem, "cuda", {"dense": 0.3, "compressed": 0.2, "sparse_tensor_cores": 0.1})
     assert choose(site)[0] == "compressed"
     assert choose(replace(site, inference=False, frozen=False, in_memory=False))[0] != "dense"
 
 
 def test_linears_on_one_input_run_together_where_that_was_not_measured_slower() -> None:
-    from fxsparse.lowering.lower import Together, faster_together
+    from fxsparse.lowering.group import FusionDecision, faster_together
 
     apart = [replace(FROZEN, shape=(size, 4096)) for size in (4096, 1024)]
     joint = replace(FROZEN, shape=(5120, 4096), in_memory=False)
-    assert faster_together(apart, joint, "compressed") == Together(True, "not measured")
+    assert faster_together(apart, joint, "compressed") == FusionDecision(True, "not measured")
     for site, time in zip(apart, (0.2, 0.1), strict=True):
-        timings.remember(site.work, "cuda", {"compressed": time, "dense": 1.0})
-    assert faster_together(apart, joint, "compressed") == Together(True, "not measured")
+        timings.remember(site.problem, "cuda", {"compressed": time, "dense": 1.0})
+    assert faster_together(apart, joint, "compressed") == FusionDecision(True, "not measured")
     for time, faster in ((0.25, True), (0.4, False)):
-        timings.remember(joint.work, "cuda", {"compressed": time})
+        timings.remember(joint.problem, "cuda", {"compressed": time})
         why = f"measured {time * 1e3:.0f} us together, 300 us apart"
-        assert faster_together(apart, joint, "compressed") == Together(faster, why)
+        assert faster_together(apart, joint, "compressed") == FusionDecision(faster, why)
 
 
 @pytest.mark.parametrize("op", ["gather_linear", "mux", "demux_linear"])
@@ -140,7 +142,7 @@ def test_operators_on_dense_weights_are_chosen_and_pinned_too(op: str) -> None:
     assert found == "reference"
     assert "not operator as pinned, because there is no kernel for cpu" in reason
     for name in LOWERINGS[op]:
-        assert name == "auto" or name in candidates(site)
+        assert name == "auto" or name in obstacles(site)
 
 
 def test_pins_that_cannot_be_kept_say_why() -> None:
@@ -157,16 +159,16 @@ def test_pins_that_cannot_be_kept_say_why() -> None:
 # --- the cost model ---------------------------------------------------------------------------------------------------
 
 
-def order(work: Work, device: str, *names: str) -> list[str]:
+def order(problem: Problem, device: str, *names: str) -> list[str]:
     on = next(known for known in DEVICES if known.name == device)
-    return sorted(names, key=lambda name: microseconds(work, name, on))
+    return sorted(names, key=lambda name: microseconds(problem, name, on))
 
 
 def test_the_cost_model_orders_as_published_measurements_do() -> None:
     """Decoding is bound by memory: what reads fewer bytes wins on every device. Of large products a plain kernel that
     decompresses loses to the dense library, cuSPARSELt wins (1.1-1.3x on H100: pytorch.org/blog/accelerating-neural-
     network-training), and a dense library product beats decompressing before it."""
-    decode = Work("nm_linear", Pattern(2, 4), torch.bfloat16, 1, 11008, 4096)
+    decode = Problem("nm_linear", Pattern(2, 4), torch.bfloat16, 1, 11008, 4096)
     large = replace(decode, rows=16384)
     for device in DEVICES:
         assert order(decode, device.name, "dense", "compressed")[0] == "compressed"
@@ -178,23 +180,23 @@ def test_the_cost_model_orders_as_published_measurements_do() -> None:
         for rows in (1, 64, 1024):
             times = [microseconds(replace(decode, rows=rows * more), "dense", device) for more in (1, 2, 4)]
             assert times == sorted(times)
-        part = Work("gather_linear", None, torch.bfloat16, 16, 1024, 4096, (11008, 4096))
+        part = Problem("gather_linear", None, torch.bfloat16, 16, 1024, 4096, (11008, 4096))
         assert order(part, device.name, "operator", "reference")[0] == "operator"  # which copies the rows it reads
         whole = replace(part, rows=16384, out_features=11008)
         assert order(whole, device.name, "operator", "reference")[0] == "reference"  # a library's product
-        demux = Work("demux_linear", None, torch.bfloat16, 64, 768, 768, (10, 768, 1))
+        demux = Problem("demux_linear", None, torch.bfloat16, 64, 768, 768, (10, 768, 1))
         assert order(demux, device.name, "operator", "reference")[0] == "operator"
-        mux = Work("mux", None, torch.bfloat16, 1024, 768, 768, (5, 128))
+        mux = Problem("mux", None, torch.bfloat16, 1024, 768, 768, (5, 128))
         assert microseconds(mux, "operator", device) is None
     assert order(large, "NVIDIA A100", "sparse_tensor_cores", "dense")[0] == "sparse_tensor_cores"
     assert order(large, "NVIDIA H100", "sparse_tensor_cores", "dense")[0] == "dense"
 
 
-SQUARE = Work("nm_linear", Pattern(2, 4), torch.float16, 4096, 4096, 4096)
+SQUARE = Problem("nm_linear", Pattern(2, 4), torch.float16, 4096, 4096, 4096)
 
 
 @pytest.mark.parametrize(
-    ("device", "work", "milliseconds"),
+    ("device", "problem", "milliseconds"),
     [
         # github.com/NVIDIA/CUDALibrarySamples/issues/57
         ("NVIDIA A100", SQUARE, {"dense": 0.607959, "cusparselt": 0.545792}),
@@ -212,14 +214,16 @@ SQUARE = Work("nm_linear", Pattern(2, 4), torch.float16, 4096, 4096, 4096)
         ),
     ],
 )
-def test_the_cost_model_orders_what_others_recorded(device: str, work: Work, milliseconds: dict[str, float]) -> None:
+def test_the_cost_model_orders_what_others_recorded(
+    device: str, problem: Problem, milliseconds: dict[str, float]
+) -> None:
     names = sorted(milliseconds, key=milliseconds.__getitem__)
-    assert order(work, device, *names) == names
+    assert order(problem, device, *names) == names
     on = next(known for known in DEVICES if known.name == device)
-    first, second = (microseconds(work, name, on) for name in names)
+    first, second = (microseconds(problem, name, on) for name in names)
     assert second / first == pytest.approx(milliseconds[names[1]] / milliseconds[names[0]], rel=0.35)
     for name, time in milliseconds.items():
-        assert 0.5 < microseconds(work, name, on) / (1e3 * time) < 2
+        assert 0.5 < microseconds(problem, name, on) / (1e3 * time) < 2
 
 
 def test_estimates_decide_on_a_known_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,32 +254,32 @@ def table() -> Path:
     ],
 )
 def test_a_damaged_or_foreign_table_is_ignored_with_a_warning(damage) -> None:
-    timings.remember(FROZEN.work, "cuda", {"dense": 0.25})
+    timings.remember(FROZEN.problem, "cuda", {"dense": 0.25})
     path = table()
     path.write_text(damage(path.read_text()))
     timings.forget()
     with pytest.warns(UserWarning, match="ignored"):
-        assert timings.times(FROZEN.work, "cuda") == {}
-    timings.remember(FROZEN.work, "cuda", {"dense": 0.5})  # and replaced by what is measured anew
+        assert timings.times(FROZEN.problem, "cuda") == {}
+    timings.remember(FROZEN.problem, "cuda", {"dense": 0.5})  # and replaced by what is measured anew
     timings.forget()
-    assert timings.times(FROZEN.work, "cuda") == {"dense": 0.5}
+    assert timings.times(FROZEN.problem, "cuda") == {"dense": 0.5}
 
 
 def test_a_shipped_table_serves_until_something_was_measured_here(monkeypatch, tmp_path: Path) -> None:
-    timings.remember(FROZEN.work, "cuda", {"dense": 0.25, "compressed": 0.5})
+    timings.remember(FROZEN.problem, "cuda", {"dense": 0.25, "compressed": 0.5})
     shipped = tmp_path / "shipped"
     shipped.mkdir()
     table().rename(shipped / table().name)
     monkeypatch.setattr(timings, "SHIPPED", shipped)
     timings.forget()
     assert choose(FROZEN)[0] == "dense"
-    timings.remember(FROZEN.work, "cuda", {"dense": 0.2, "compressed": 0.1})
+    timings.remember(FROZEN.problem, "cuda", {"dense": 0.2, "compressed": 0.1})
     assert choose(FROZEN)[0] == "compressed"
     timings.forget()
-    assert timings.times(FROZEN.work, "cuda") == {"dense": 0.2, "compressed": 0.1}
+    assert timings.times(FROZEN.problem, "cuda") == {"dense": 0.2, "compressed": 0.1}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Other")  # it is of one device
     timings.forget()
-    assert timings.times(FROZEN.work, "cuda") == {}
+    assert timings.times(FROZEN.problem, "cuda") == {}
 
 
 def test_shipped_tables_can_be_read() -> None:
@@ -292,27 +296,27 @@ def test_a_table_that_cannot_be_written_serves_this_process(monkeypatch: pytest.
 
     monkeypatch.setattr(source, "replace", refuse)
     with pytest.warns(UserWarning, match="read-only file system"):
-        timings.remember(FROZEN.work, "cuda", {"dense": 0.25})
-    assert timings.times(FROZEN.work, "cuda") == {"dense": 0.25}
+        timings.remember(FROZEN.problem, "cuda", {"dense": 0.25})
+    assert timings.times(FROZEN.problem, "cuda") == {"dense": 0.25}
 
 
 def test_a_lock_that_another_process_holds_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    timings.remember(FROZEN.work, "cuda", {"dense": 0.25})
+    timings.remember(FROZEN.problem, "cuda", {"dense": 0.25})
     monkeypatch.setattr(store, "PATIENCE", 0.05)
     with source.locked(table()), pytest.warns(UserWarning, match="another process held it"):
-        timings.remember(FROZEN.work, "cuda", {"compressed": 0.5})
-    assert timings.times(FROZEN.work, "cuda") == {"dense": 0.25, "compressed": 0.5}
+        timings.remember(FROZEN.problem, "cuda", {"compressed": 0.5})
+    assert timings.times(FROZEN.problem, "cuda") == {"dense": 0.25, "compressed": 0.5}
 
 
 _WRITER = """
 import sys, torch
 torch.cuda.get_device_name = lambda *_: "NVIDIA Test"
 from fxsparse.lowering import timings
-from fxsparse.lowering.estimates import Work
-from fxsparse.ops.nm import Pattern, unpack
+from fxsparse.ops.nm import Pattern
+from fxsparse.ops.operator import Problem
 for count in range(20):
-    work = Work("nm_linear", Pattern(2, 4), torch.bfloat16, 1, 64 + count, int(sys.argv[1]))
-    timings.remember(work, "cuda", {"dense": 1.0})
+    problem = Problem("nm_linear", Pattern(2, 4), torch.bfloat16, 1, 64 + count, int(sys.argv[1]))
+    timings.remember(problem, "cuda", {"dense": 1.0})
 """
 
 
@@ -333,26 +337,24 @@ def test_compiled_code_is_of_the_choices_it_was_made_by() -> None:
     from fxsparse.backend.inductor import InlineReferences
     from fxsparse.backend.options import BackendOptions
 
-    def uuid(**decided: str) -> bytes | None:
-        return InlineReferences(BackendOptions(), decided).uuid()
+    def uuid(**overrides: str) -> bytes | None:
+        return InlineReferences(BackendOptions(), overrides).uuid()
 
     first, second = uuid(), uuid(product="reference")
     assert uuid() == first != second == uuid(product="reference")
     assert len({first, second, uuid(product="operator"), uuid(other="reference")}) == 4
-    timings.remember(FROZEN.work, "cuda", {"dense": 0.25})
+    timings.remember(FROZEN.problem, "cuda", {"dense": 0.25})
     assert uuid() == first
 
 
 def test_only_what_fixed_rules_would_not_choose_is_told_to_the_compiler() -> None:
-    from fxsparse.backend.options import BackendOptions
-
-    options = BackendOptions()
-    assert not deviates(TRAINED, "operator", options)
-    assert deviates(TRAINED, "reference", options)
-    pinned = BackendOptions(lower=(("nm_linear", "reference"),))
+    pins = Pins()
+    assert not deviates(TRAINED, "operator", pins)
+    assert deviates(TRAINED, "reference", pins)
+    pinned = Pins((("nm_linear", "reference"),))
     assert not deviates(TRAINED, "reference", pinned)
-    assert not deviates(replace(TRAINED, device="cpu"), "reference", options)
-    assert not deviates(Site("masked_linear", "cpu", torch.float32), "reference", options)
+    assert not deviates(replace(TRAINED, device="cpu"), "reference", pins)
+    assert not deviates(Site("masked_linear", "cpu", torch.float32), "reference", pins)
 
 
 # --- weights expanded once --------------------------------------------------------------------------------------------
@@ -377,7 +379,7 @@ def test_frozen_compressed_weights_are_expanded_once_and_followed(
         expansions.append(found)
         return unpack(values, indices, found, in_features)
 
-    monkeypatch.setattr("fxsparse.lowering.lowered_graph.unpack", counted)
+    monkeypatch.setattr("fxsparse.lowering.weights.unpack", counted)
     compiled = torch.compile(gm, backend="fxsparse", options={"compiler": "aot_eager", "fallback": False})
     with torch.no_grad():
         for rows in (3, 3, 5):
@@ -425,7 +427,7 @@ def test_a_compressed_copy_that_memory_has_no_room_for_is_not_made(monkeypatch: 
         linear.weight.mul_(torch.tensor([1.0, 0, 0, 1]).repeat(linear.in_features // 4))
     x = torch.randn(3, 32)
     for room, implementation in ((1 << 30, "compressed"), (100, "dense")):
-        monkeypatch.setattr("fxsparse.lowering.lowered_graph.available_memory", lambda device, room=room: room)
+        monkeypatch.setattr("fxsparse.lowering.memory.available_memory", lambda device, room=room: room)
         options = {"compiler": "aot_eager", "lower": {"nm_linear": "compressed"}}
         compiled = torch.compile(model, backend="fxsparse", options=options)
         with torch.no_grad():
@@ -437,7 +439,7 @@ def test_a_compressed_copy_that_memory_has_no_room_for_is_not_made(monkeypatch: 
 
 
 def test_a_weight_that_memory_has_no_room_for_is_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxsparse.lowering.lowered_graph.available_memory", lambda device: 100)
+    monkeypatch.setattr("fxsparse.lowering.memory.available_memory", lambda device: 100)
     gm = fxsparse.rewrite(Two(), [InsertNMMasks("2:4", keep_first=False, keep_head=False)], (torch.randn(4, 32),))
     gm.requires_grad_(False)
     compiled = torch.compile(gm, backend="fxsparse", options={"compiler": "aot_eager"})
@@ -482,4 +484,4 @@ def test_a_copy_has_its_own_expanded_weights() -> None:
 
 def test_lower_names_are_those_of_the_options() -> None:
     for name in LOWERINGS["nm_linear"]:
-        assert name == "auto" or name in {*candidates(FROZEN), *candidates(IN_GRAPH)}
+        assert name == "auto" or name in {*obstacles(FROZEN), *obstacles(IN_GRAPH)}

@@ -20,10 +20,10 @@ from fxsparse.codegen.spec import Tile
 from fxsparse.codegen.tiles import Plan
 from fxsparse.lowering import candidates, measure, sites, timings
 from fxsparse.lowering.choose import choose, library_algorithm
-from fxsparse.lowering.estimates import Work
 from fxsparse.lowering.sites import Site
-from fxsparse.ops import reference
 from fxsparse.ops.nm import Pattern
+from fxsparse.ops.nm_linear import nm_linear
+from fxsparse.ops.operator import Problem, operator_name
 from fxsparse.passes import InsertNMMasks
 from tests.support.tuned import TUNED, Two
 
@@ -34,14 +34,15 @@ pytestmark = pytest.mark.usefixtures("own_times")
 def test_tuning_measures_what_a_model_holds_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gm = fxsparse.rewrite(Two(), [InsertNMMasks("2:4", keep_first=False, keep_head=False)], (torch.randn(4, 32),))
     found = fxsparse.tune(gm, rows=[1, 8], progress=False)
-    ops = {(item.work.op, item.work.rows) for item in found}
+    ops = {(item.problem.op, item.problem.rows) for item in found}
     assert ops == {(op, n) for op in ("nm_linear", "nm_linear_grad_input", "nm_linear_grad_values") for n in (1, 8)}
     assert all(item.milliseconds and not item.failed for item in found)
     assert fxsparse.tune(gm, rows=[1, 8], progress=False) == []
     assert len(fxsparse.tune(gm, rows=[8], again=True, progress=False)) == 6
-    work = next(item.work for item in found if item.work.op == "nm_linear")
-    timings.remember(work, "cpu", {"dense": 5.0, "reference": 0.001})
-    site = Site("nm_linear", "cpu", work.dtype, (work.out_features, work.in_features), work.pattern, work.rows, True)
+    problem = next(item.problem for item in found if item.problem.op == "nm_linear")
+    timings.remember(problem, "cpu", {"dense": 5.0, "reference": 0.001})
+    shape = (problem.out_features, problem.in_features)
+    site = Site("nm_linear", "cpu", problem.dtype, shape, problem.pattern, problem.rows, True)
     assert choose(replace(site, inference=True)) == (
         "reference",
         "measured 1 us, 0.00 of dense, then dense at 5000.00 of it",
@@ -58,15 +59,15 @@ def test_tuning_a_compiled_model_measures_the_rows_it_met() -> None:
     with torch.no_grad():
         compiled(torch.randn(6, 32))
     found = fxsparse.tune(compiled, progress=False)
-    assert {(item.work.rows, item.work.out_features) for item in found} == {(6, 48), (6, 32)}
+    assert {(item.problem.rows, item.problem.out_features) for item in found} == {(6, 48), (6, 32)}
     found = fxsparse.tune(model, rows=[3], progress=False)  # the weights alone say it too
-    assert {item.work.rows for item in found} == {3}
+    assert {item.problem.rows for item in found} == {3}
 
 
 @pytest.mark.usefixtures("plain_reference")
 def test_an_implementation_that_is_wrong_or_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = Work("nm_linear", Pattern(2, 4), torch.float32, 5, 16, 32)
-    right = measure.rivals
+    problem = Problem("nm_linear", Pattern(2, 4), torch.float32, 5, 16, 32)
+    right = candidates.candidates_for
 
     def with_bad_ones(*args, **kwargs):
         found = right(*args, **kwargs)
@@ -77,13 +78,13 @@ def test_an_implementation_that_is_wrong_or_fails_is_left_out(monkeypatch: pytes
         found.makers["cusparselt"] = lambda: algorithms
         return found
 
-    monkeypatch.setattr(measure, "rivals", with_bad_ones)
-    found = measure.measure(work, "cpu")
+    monkeypatch.setattr(candidates, "candidates_for", with_bad_ones)
+    found = measure.measure(problem, "cpu")
     assert set(found.milliseconds) == {"dense", "reference", "cusparselt:2/1/-1"}
     assert "off by" in found.failed["operator"]
     assert "RuntimeError" in found.failed["sparse_tensor_cores"]
     assert "RuntimeError" in found.failed["cusparselt:1/1/-1"]
-    assert set(timings.times(work, "cpu")) == {"dense", "reference", "cusparselt"}
+    assert set(timings.times(problem, "cpu")) == {"dense", "reference", "cusparselt"}
 
 
 @pytest.mark.usefixtures("plain_reference")
@@ -97,19 +98,19 @@ def test_products_of_other_types(op: str, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("plain_reference")
 @pytest.mark.parametrize("op", [*TUNED])
 def test_every_product_can_be_measured(op: str) -> None:
-    work = TUNED[op]
-    found = measure.measure(work, "cpu")
+    problem = TUNED[op]
+    found = measure.measure(problem, "cpu")
     assert "reference" in found.milliseconds and not found.failed
     assert ("dense" in found.milliseconds) == op.startswith("nm_")
-    assert set(timings.times(work, "cpu")) == set(found.milliseconds)
+    assert set(timings.times(problem, "cpu")) == set(found.milliseconds)
     assert "reference" in str(found)
 
 
 @pytest.mark.parametrize("op", [*TUNED])
 def test_operands_are_those_of_the_product(op: str) -> None:
     """What is measured has the sizes that a call of the operator is looked up by."""
-    work = TUNED[op]
-    args, _, _ = candidates.operands(work, "cpu")
+    problem = TUNED[op]
+    args = candidates.random_operands(problem, "cpu").args
 
     class Call(nn.Module):
         def forward(self, *tensors: Tensor) -> Tensor:
@@ -119,25 +120,25 @@ def test_operands_are_those_of_the_product(op: str) -> None:
             )
 
     graph = torch.export.export(Call(), tuple(arg for arg in args if isinstance(arg, Tensor))).graph
-    (call,) = (node for node in graph.nodes if sites.operator_name(node.target) == op)
-    assert sites.site_of(op, call).work == work
+    (call,) = (node for node in graph.nodes if operator_name(node.target) == op)
+    assert sites.site_of(op, call).problem == problem
 
 
 @pytest.mark.usefixtures("plain_reference")
 def test_measuring_leaves_random_numbers_alone() -> None:
     before = torch.get_rng_state()
-    for work in TUNED.values():
-        measure.measure(work, "cpu")
+    for problem in TUNED.values():
+        measure.measure(problem, "cpu")
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_inductor_makes_of_a_reference_within_a_compilation() -> None:
     """As on a first use, while Dynamo's own compilation of something else is under way."""
-    args, _, _ = candidates.operands(TUNED["nm_linear"], "cpu")
+    args = candidates.random_operands(TUNED["nm_linear"], "cpu").args
     found: list[Tensor] = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]):
-        run = candidates.as_inductor_compiles(reference.nm_linear, args)
+        run = candidates.as_inductor_compiles(nm_linear.reference, args)
         found.extend([run(), run()])
         return gm
 
@@ -145,7 +146,7 @@ def test_what_inductor_makes_of_a_reference_within_a_compilation() -> None:
     torch.compile(lambda x: x.sin() * 2, backend=backend)(x).sum().backward()
     torch.testing.assert_close(x.grad, 2 * x.detach().cos())
     for result in found:
-        torch.testing.assert_close(result, reference.nm_linear(*args))
+        torch.testing.assert_close(result, nm_linear.reference(*args))
     assert len(found) == 2
 
 
@@ -170,10 +171,10 @@ def test_the_fastest_algorithm_of_the_library_is_the_one_that_runs() -> None:
     site = Site("nm_linear", "cuda", torch.bfloat16, (512, 512), Pattern(2, 4), 64, True, True, True)
     assert library_algorithm(site) == ()
     times = {"dense": 0.3, "cusparselt:0/1/-1": 0.2, "cusparselt:3/4/1": 0.1, "cusparselt:1/1/-1": 0.4}
-    timings.remember(site.work, "cuda", times)
+    timings.remember(site.problem, "cuda", times)
     assert library_algorithm(site) == (3, 4, 1)
-    assert timings.times(site.work, "cuda") == {"dense": 0.3, "cusparselt": 0.1}
-    assert timings.variant(site.work, "cuda", "dense") is None
+    assert timings.times(site.problem, "cuda") == {"dense": 0.3, "cusparselt": 0.1}
+    assert timings.variant(site.problem, "cuda", "dense") is None
 
 
 @pytest.mark.parametrize("split_k", [1, 4])
@@ -193,10 +194,10 @@ def test_all_algorithms_of_the_library_are_tried(split_k: int, monkeypatch: pyte
 
 
 def test_a_rank_is_part_of_what_was_measured() -> None:
-    work = TUNED["nm_linear_low_rank"]
-    timings.remember(work, "cuda", {"operator": 0.1, "reference": 0.2})
-    assert timings.times(replace(work, further=(16,)), "cuda") == {}
-    assert timings.times(replace(work, rows=30), "cuda") == {"operator": 0.1, "reference": 0.2}
+    problem = TUNED["nm_linear_low_rank"]
+    timings.remember(problem, "cuda", {"operator": 0.1, "reference": 0.2})
+    assert timings.times(replace(problem, extra=(16,)), "cuda") == {}
+    assert timings.times(replace(problem, rows=30), "cuda") == {"operator": 0.1, "reference": 0.2}
 
 
 def test_a_tile_that_the_device_cannot_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,8 +249,8 @@ def test_tuning_stops_in_time_and_refuses_nonsense(rich: bool, monkeypatch: pyte
         monkeypatch.setitem(sys.modules, "rich.console", None)  # as where it is not installed
     gm = fxsparse.rewrite(Two(), [InsertNMMasks("2:4", keep_first=False, keep_head=False)], (torch.randn(4, 32),))
     moments = iter([0.0, 1.0, 100.0, 100.0])
-    monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: next(moments)))
-    monkeypatch.setattr(measure, "measure", lambda work, device, until: measure.Measurement(work, {"dense": 1.0}))
+    monkeypatch.setattr("fxsparse.backend.tune.time", SimpleNamespace(monotonic=lambda: next(moments)))
+    monkeypatch.setattr(measure, "measure", lambda problem, device, until: measure.Measurement(problem, {"dense": 1.0}))
     assert len(fxsparse.tune(gm, rows=[1], seconds=10)) == 1
     said = capsys.readouterr().err
     assert "tuning stopped after 10 s, 5 left" in said

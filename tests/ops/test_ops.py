@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxsparse.backend.inductor import inline_references
 from fxsparse.errors import OptionError, RewriteError
-from fxsparse.ops import nm_linear, reference
-from fxsparse.ops.define import Check, define
+from fxsparse.ops import low_rank, masked_linear, nm_linear
+from fxsparse.ops.define import Check, decompositions, define, implement
 from fxsparse.ops.nm import Pattern, double_prune_mask, gather_kept, nm_mask, pack, pack_column_mask, unpack
+from fxsparse.ops.operator import OPERATORS, Operator
 
 F = torch.ops.fxsparse
 PATTERNS = ["1:2", "2:3", "2:4", "3:5", "2:8", "4:8", "2:16", "5:32"]
@@ -318,10 +319,11 @@ def test_opcheck(which: int) -> None:
 
 
 def test_opcheck_covers_every_operator() -> None:
-    here = {op for op in nm_linear.DECOMPOSITIONS if op._opname in vars(nm_linear)}
+    modules = (nm_linear, masked_linear, low_rank)
+    here = {op for op in decompositions() if any(op._opname in vars(module) for module in modules)}
     assert {op.default for op, _ in _calls(Case())} == here
     elsewhere = {"gather_linear", "gather_linear_grad_input", "gather_linear_grad_weight", "mux", "demux_linear"}
-    assert {op._opname for op in set(nm_linear.DECOMPOSITIONS) - here} <= elsewhere  # with their own tests
+    assert {op._opname for op in set(decompositions()) - here} <= elsewhere  # with their own tests
 
 
 @pytest.mark.parametrize("which", range(len(_calls(Case()))))
@@ -362,13 +364,23 @@ def test_a_further_operator_is_one_definition() -> None:
         Check(name, x)
         return x, x.shape
 
-    op = define("Tensor x", test_double, output, lambda x: 0, lambda ctx, inputs, output: None, lambda ctx, dy: dy * 2)
+    op = define(
+        Operator(
+            "test_double",
+            "Tensor x",
+            test_double,
+            output,
+            lambda y, x: (),
+            lambda ctx, inputs, output: None,
+            lambda ctx, dy: dy * 2,
+        )
+    )
     try:
         x = torch.randn(3, requires_grad=True)
-        torch.library.opcheck(op._opoverload, (x,))
+        torch.library.opcheck(op.overload, (x,))
         ran = []
 
-        @nm_linear.implement(op, "cpu")
+        @implement(op, "cpu")
         def kernel(x: Tensor) -> Tensor:
             ran.append(x.shape)
             return x + x
@@ -377,7 +389,7 @@ def test_a_further_operator_is_one_definition() -> None:
         with pytest.raises(RewriteError, match=r"test_double: its input is torch\.int64"):
             op(torch.ones(3, dtype=torch.long))
     finally:
-        del nm_linear.DECOMPOSITIONS[op._opoverload]
+        del OPERATORS[op.name]
 
 
 # --- mixed precision --------------------------------------------------------------------------------------------------
@@ -580,9 +592,7 @@ def test_export_keeps_one_node_an_operator_and_any_batch() -> None:
         x = torch.randn(batch, 3, 16)
         assert torch.equal(module(x), model(x))
     assert not [
-        node
-        for node in program.run_decompositions(nm_linear.DECOMPOSITIONS).graph.nodes
-        if "fxsparse" in str(node.target)
+        node for node in program.run_decompositions(decompositions()).graph.nodes if "fxsparse" in str(node.target)
     ]
 
 
@@ -604,7 +614,7 @@ def test_references_inline_below_autograd() -> None:
         return gm
 
     model = Every()
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=nm_linear.DECOMPOSITIONS)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=decompositions())
     compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
     _assert_steps_equal(compiled, model, (4, 7, 2))
     targets = [str(node.target) for gm in graphs for node in gm.graph.nodes]
@@ -646,7 +656,7 @@ def test_references_inlined_after_the_partition_keep_no_weight_between_the_passe
 
 def test_reference_agrees_with_the_operator_of_its_name() -> None:
     for op, _ in _calls(Case()):
-        assert nm_linear.DECOMPOSITIONS[op.default] is getattr(reference, op.__name__)
+        assert decompositions()[op.default] is OPERATORS[op.__name__].reference
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

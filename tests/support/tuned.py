@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fxsparse.lowering.estimates import Work
 from fxsparse.ops.nm import Pattern
+from fxsparse.ops.operator import Problem
 
 _SIZES = (24, 48, 64)  # rows, out and in
 
 
-def _dense(op: str, further: tuple[int, ...], sizes: tuple[int, int, int] = _SIZES) -> Work:
-    return Work(op, None, torch.float32, *sizes, further)
+def _dense(op: str, extra: tuple[int, ...], sizes: tuple[int, int, int] = _SIZES) -> Problem:
+    return Problem(op, None, torch.float32, *sizes, extra)
 
 
-def _sparse(op: str, *further: int) -> Work:
-    return Work(op, Pattern(2, 4), torch.float32, *_SIZES, further)
+def _sparse(op: str, *extra: int) -> Problem:
+    return Problem(op, Pattern(2, 4), torch.float32, *_SIZES, extra)
 
 
-TUNED: dict[str, Work] = {
+TUNED: dict[str, Problem] = {
     "nm_linear": _sparse("nm_linear"),
     "nm_linear_grad_input": _sparse("nm_linear_grad_input"),
     "nm_linear_grad_values": _sparse("nm_linear_grad_values"),

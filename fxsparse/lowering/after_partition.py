@@ -1,0 +1,70 @@
+"""Choices in the ATen graphs of the forward and the backward pass, after AOTAutograd parted them.
+
+Choices are made on Dynamo's graph. Here the same operators are met again, and the gradients for the first time; they
+run as fixed rules say, except where an override tells of another choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch.fx import Graph, Node
+
+from fxsparse.codegen import kept_transpose as _kept  # noqa: F401  registers nm_linear_grad_input_kept
+from fxsparse.graph import arguments
+from fxsparse.lowering import timings
+from fxsparse.lowering.choose import GRAD_INPUT, choose, choose_gradient
+from fxsparse.lowering.pins import Pins
+from fxsparse.lowering.sites import Site, site_of
+from fxsparse.ops.operator import REFERENCE, SPARSE_TENSOR_CORES, operator_name
+
+
+def runs_reference(call: Node, pins: Pins, overrides: Mapping[str, str]) -> bool:
+    """Whether the reference of an operator in a lowered graph was chosen; fixed rules say it without an override."""
+    name = operator_name(call.target)
+    site = site_of(name, call) if name is not None else None
+    if name is None or site is None:
+        return False
+    known = None if site.problem is None else overrides.get(timings.key(site.problem))
+    return (known or _without_times(site, pins)) == REFERENCE
+
+
+def deviates(site: Site, implementation: str, pins: Pins) -> bool:
+    """Whether an operator that stays in the graph runs otherwise than fixed rules say, which
+    :func:`runs_reference` then has to be told."""
+    return (implementation == REFERENCE) != (_without_times(site, pins) == REFERENCE)
+
+
+def _without_times(site: Site, pins: Pins) -> str:
+    return choose(replace(site, rows=None), pins.of_gradient(site.op))[0]
+
+
+def keep_transposes(graph: Graph, pins: Pins) -> int:
+    """Lets gradients of inputs run on sparse tensor cores where that was asked for.
+
+    Args:
+        graph: a backward graph in ATen; it is edited.
+        pins: what was asked for.
+
+    Returns:
+        how many do.
+    """
+    if pins.of(GRAD_INPUT).name != SPARSE_TENSOR_CORES:
+        return 0
+    count = 0
+    for call in graph.find_nodes(op="call_function", target=torch.ops.fxsparse.nm_linear_grad_input.default):
+        site, named = site_of(GRAD_INPUT, call), arguments(call)
+        doubly_pruned = named["column_mask"] is not None
+        if site is None or choose_gradient(site, doubly_pruned, pins)[0] != SPARSE_TENSOR_CORES:
+            continue
+        args = tuple(named[name] for name in ("dy", "values", "indices", "column_mask"))
+        with graph.inserting_before(call):
+            kept = graph.call_function(torch.ops.fxsparse.nm_linear_grad_input_kept.default, args)
+        # Not all of its meta: Inductor notes arguments there.
+        kept.meta = {key: call.meta[key] for key in ("val", "stack_trace") if key in call.meta}
+        call.replace_all_uses_with(kept)
+        graph.erase_node(call)
+        count += 1
+    return count
