@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -98,6 +100,33 @@ def test_fused_gates(alternating: bool) -> None:
     (found,) = mlps(fxsparse.trace(Gated(alternating), (torch.randn(3, 5, 16),)))
     numbers = torch.arange(80)
     assert same(found.projections[0].index, numbers.view(40, 2) if alternating else numbers.view(2, 40).t())
+
+
+class Activated(nn.Module):
+    """Channels between linears, and what is pointwise between them."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fn, self.up, self.down = fn, nn.Linear(16, 40), nn.Linear(40, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.fn(self.up(x)))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [F.hardswish, F.celu, F.selu, F.hardtanh, nn.ReLU(inplace=True), nn.AlphaDropout(0.2), lambda h: h * (h > 0),
+     lambda h: torch.where(h > 0, h, h.exp() - 1), lambda h: h.log1p().nan_to_num(), lambda h: h.narrow(-1, 0, 40)],
+    ids=["hardswish", "celu", "selu", "hardtanh", "relu_", "alpha_dropout", "gt", "where", "log1p", "narrow"],
+)  # fmt: skip
+def test_pointwise_operators_between_linears(fn: Callable[[Tensor], Tensor]) -> None:
+    gm = fxsparse.trace(Activated(fn), (torch.randn(3, 5, 16),))
+    (found,) = mlps(gm)
+    assert found.channels == 40
+    gates = fxsparse.rewrite(gm, "gates{units=intermediate,score=random,target=0.4}").eval()
+    small, x = fxsparse.rewrite(gates, "materialize"), torch.randn(2, 7, 16)[:, :5]
+    assert small.get_parameter("up.weight").shape[0] < 40
+    torch.testing.assert_close(small(x), gates(x))
 
 
 class Mixing(nn.Module):

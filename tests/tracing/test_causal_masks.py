@@ -91,6 +91,14 @@ def test_lower_triangles_are_causal(mask: Callable[[Tensor], Tensor]) -> None:
         torch.testing.assert_close(gm(x), model(x))
 
 
+def test_a_type_that_is_taken_from_a_value_does_not_matter() -> None:
+    model, gm = capture(lambda x: infinite(x).type_as(x).to(x) + torch.zeros_like(x[0, 0, :, :1]))
+    assert restore_is_causal(gm) == 1
+    gm.recompile()
+    x = torch.randn(5, 2, 9, 8)
+    torch.testing.assert_close(gm(x), model(x))
+
+
 def window(x: Tensor) -> Tensor:
     query, key = positions(x)
     return (key <= query) & (key > query - 30)

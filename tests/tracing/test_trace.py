@@ -707,6 +707,19 @@ def test_what_cannot_be_captured_says_where(
     assert all(module.training for module in model.modules())
 
 
+class Checked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert_async(x.sum() < 1000)
+        return x * 2
+
+
+def test_what_a_model_asserts_of_values_stays() -> None:
+    gm = trace(Checked(), (torch.randn(3, 5),))
+    gm(torch.ones(2, 5))
+    with pytest.raises(RuntimeError):
+        gm(torch.ones(2, 5) * 1000)
+
+
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(TraceError, match="missing a required argument"):
         trace(nn.Linear(16, 16), kwargs={"y": torch.randn(2, 16)})

@@ -61,7 +61,8 @@ def masked_gradients(model: nn.Module, masks: dict[str, Tensor], batch: dict[str
     """Loss and gradients of the dense model with what does not take part set to zero."""
     parameters = {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
     held = {name: p.masked_fill(masks[name], 0) if name in masks else p for name, p in parameters.items()}
-    loss = loss_of(functional_call(model, held, kwargs=batch))
+    result = functional_call(model, held, kwargs=batch)
+    loss = result if isinstance(result, Tensor) else loss_of(result)
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return loss, dict(zip(parameters, gradients, strict=True))
 
@@ -155,6 +156,31 @@ def test_copies_select_for_themselves() -> None:
         for parameter in twin.parameters():
             parameter.zero_()
     assert twin(x).item() == pytest.approx(x.square().mean().item()) and gm(x) != twin(x)
+
+
+class Alternating(nn.Module):
+    """Gate and value of a channel are two rows side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = nn.Linear(16, 80), nn.Linear(40, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.both(x)
+        return (x + self.down(both[..., ::2].sigmoid() * both[..., 1::2])).square().mean()
+
+
+def test_a_step_of_alternating_gates() -> None:
+    model = Alternating()
+    gm = fxsparse.rewrite(fxsparse.trace(model, (torch.randn(3, 5, 16),)), TEXT)
+    masks, x = omitted(gm), torch.randn(2, 5, 16)
+    assert set(masks) == {"both.weight", "both.bias", "down.weight"}
+    loss, gradients = masked_gradients(model, masks, {"x": x})
+    actual = gm(x)
+    torch.testing.assert_close(actual, loss)
+    actual.backward()
+    for name, parameter in gm.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name])
 
 
 # --- the optimizer ----------------------------------------------------------------------------------------------------
