@@ -206,25 +206,25 @@ class _StreamGate:
         """Statistics over the open dimensions, and a result that is 0 in the others."""
         x: Any = node.args[0]
         weight: Any = node.args[2] if len(node.args) > 2 else None
-        closed, ratio, scale = self.shares
-        source = x if node.target is aten.rms_norm.default else self._new(node, _filled, x, closed, ratio)
-        args = [self._new(node, _times, source, scale), *node.args[1:]]
+        is_centred = node.target is aten.layer_norm.default
+
+        def opened(x: Tensor, weight: Tensor | None, closed: Tensor, ratio: Tensor, scale: Tensor) -> list[Any]:
+            if is_centred:
+                x = x + x.mean(-1, keepdim=True) * _as(ratio, x) * _as(closed, x)
+            return [x, x * _as(scale, x), None if weight is None else weight / _as(scale, weight)]
+
+        filled, scaled, divided = fx.insert_function(self.gm, opened, x, weight, *self.shares, before=node)
+        for new in {filled, scaled, divided} - {x, None}:
+            _marked(new, node, self.mark)
+        args = [scaled, *node.args[1:]]
         if weight is not None:
-            args[2] = self._new(node, _over, weight, scale)
+            args[2] = divided
         node.args = tuple(args)
         result = node
         if weight is None:
-            result = _marked(fx.transform(self.gm, node, _over, scale), node, self.mark)
+            result = _marked(fx.transform(self.gm, node, _over, self.shares[2]), node, self.mark)
             self.axes[result] = self.axes[node]
         self._gate(result, result.next)
-
-    def _new(self, norm: Node, fn: Callable[..., Tensor], *inputs: Node) -> Node:
-        return _marked(fx.insert_function(self.gm, fn, *inputs, before=norm), norm, self.mark)
-
-
-def _filled(x: Tensor, closed: Tensor, ratio: Tensor) -> Tensor:
-    """``x`` with the mean of its open dimensions in the closed ones."""
-    return x + x.mean(-1, keepdim=True) * _as(ratio, x) * _as(closed, x)
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:
