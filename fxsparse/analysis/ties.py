@@ -35,7 +35,7 @@ def sizes(node: Any) -> Sequence[Any]:
     value = fx.value(node)
     while isinstance(value, (tuple, list)):
         value = value[0]
-    return value.shape  # type: ignore[no-any-return]
+    return value.shape
 
 
 def _expression(size: Any) -> Any:
@@ -185,7 +185,7 @@ def _mux(node: Node) -> list[list[Axis]]:
     arguments = fx.arguments(node)
     x, keys = arguments["x"], arguments["keys"]
     last = len(sizes(x)) - 1
-    return [[(x, last), (keys, 1), (node, last)], *([(x, axis), (node, axis)] for axis in range(1, last))]  # type: ignore[list-item]
+    return [[(x, last), (keys, 1), (node, last)], *([(x, axis), (node, axis)] for axis in range(1, last))]
 
 
 def _demux(node: Node) -> list[list[Axis]]:

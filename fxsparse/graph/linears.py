@@ -43,7 +43,7 @@ class Linear:
     @property
     def input(self) -> Node:
         """The node of ``x``, ``[..., in_features]``, as the graph is now."""
-        return arguments(self.node)[_product(self.node).input]  # type: ignore[no-any-return]
+        return arguments(self.node)[_product(self.node).input]
 
     @property
     def bias(self) -> Node | None:
