@@ -32,9 +32,7 @@ from fxsparse.graph.derived_buffers import Derived, derived_buffers
 from fxsparse.graph.runtime_state import Constants, Slot, State, StaticStates
 
 _STATE = re.compile(r"\._(?:parameters|buffers)\b")
-_STEP = re.compile(
-    r"""\._(?:modules|parameters|buffers)\[['"]([^'"]+)['"]\]|\.([A-Za-z_]\w*)|\[['"]?([^'"\]]+)['"]?\]"""
-)
+_STEP = re.compile(r"""\._(?:modules|parameters|buffers)\[['"]([^'"]+)['"]\]|\.(\w+)|\[['"]?([^'"\]]+)['"]?\]""")
 _ROOT = re.compile(r"""^[LG]\[['"]([^'"]+)['"]\]""")
 _CONSTANT = "_tensor_constant"  # make_fx's name for a tensor that the traced code creates from numbers
 
