@@ -1,4 +1,4 @@
-"""What fxsparse raises for what a user did: it names what, where, why, and what to do instead."""
+"""What fxsparse raises. For what a user did: what, where, why, and what to do instead. For a bug of its own: that."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class FxsparseError(Exception):
-    """Base of every error fxsparse raises on purpose."""
+    """Base of every error of fxsparse."""
 
 
 class TraceError(FxsparseError):
@@ -32,6 +32,25 @@ class RewriteError(FxsparseError):
 
 class OptionError(RewriteError, ValueError):
     """An option has no meaning: an unknown name, or a value outside what it may be."""
+
+
+class InternalError(FxsparseError):
+    """A pass of fxsparse broke: a bug of fxsparse, to report, and nothing the caller did. Nothing was changed.
+
+    The message has all that a report needs; the original exception is the ``__cause__``.
+
+    Args:
+        message: what broke, where, and what to report.
+        pass_name: the pass's textual name.
+        node: name of the node that the pass was looking at, where that is known.
+        place: file, line and function that raised.
+    """
+
+    def __init__(
+        self, message: str, *, pass_name: str | None = None, node: str | None = None, place: str | None = None
+    ):
+        self.pass_name, self.node, self.place = pass_name, node, place
+        super().__init__(message)
 
 
 class LoweringError(FxsparseError):

@@ -39,6 +39,7 @@ def rewrite(
     Raises:
         TraceError: the model cannot be traced.
         RewriteError: a pass cannot do its work on this model; nothing was changed.
+        InternalError: a pass of fxsparse has a bug; nothing was changed.
     """
     pipeline = passes if isinstance(passes, Pipeline) else Pipeline(passes)
     return pipeline(_traced(model, args, kwargs, dynamic_batch=dynamic_batch, dynamic_sequence=dynamic_sequence))

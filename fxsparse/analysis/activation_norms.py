@@ -42,7 +42,7 @@ def activation_norms(
         by weight name, float32 ``[in]``.
 
     Raises:
-        RewriteError: there are no batches.
+        RewriteError: there are no batches, or one does not run through the model.
     """
     observed = fx.copy_sharing_state(gm)
     sums: dict[str, _SquareSum] = {}
@@ -60,7 +60,13 @@ def activation_norms(
     count = 0
     with torch.no_grad():
         for batch in batches:
-            _call(observed, batch)
+            try:
+                _call(observed, batch)
+            except Exception as error:
+                raise RewriteError(
+                    f"calibration batch {count} does not run through the model: {type(error).__name__}: {error}",
+                    pass_name=pass_name,
+                ) from error
             count += 1
     if not count:
         raise RewriteError("the calibration holds no batch", pass_name=pass_name)

@@ -75,6 +75,7 @@ def _functionalise_views(gm: GraphModule) -> None:
             (written,) = writes(node)
             if target is not None and written.op not in {"placeholder", "get_attr"}:
                 node.target = target
+                node._rename(target._schema.name.rpartition("::")[2])
 
 
 # --- what can be replaced ---------------------------------------------------------------------------------------------

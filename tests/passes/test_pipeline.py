@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable
+import inspect
+import pickle
+import re
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -109,6 +112,141 @@ def test_a_failing_pass_leaves_the_model_as_it_was() -> None:
     assert {name: id(tensor) for name, tensor in gm.state_dict(keep_vars=True).items()} == state
     assert torch.equal(gm(*args), expected)
     assert not record_of(gm).entries
+
+
+# --- whose mistake it is ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LeavesBrokenGraph(Pass):
+    name: ClassVar[str] = "test-broken"
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        last = graph.graph.output_node().all_input_nodes[0]
+        with graph.graph.inserting_before(last):
+            early = graph.graph.call_function(aten.relu.default, (last,))
+        graph.graph.output_node().replace_input_with(last, early)
+        yield rewrote("", "a node before its input")
+
+
+class MasksOfMine(InsertNMMasks):
+    """A subclass without a rewrite of its own: what breaks in it is fxsparse's."""
+
+    name = "test-masks-of-mine"
+
+
+def state_and_code(gm: GraphModule) -> tuple[str, dict[str, int]]:
+    return gm.code, {name: id(tensor) for name, tensor in gm.state_dict(keep_vars=True).items()}
+
+
+@pytest.mark.parametrize("kind", [InsertNMMasks, MasksOfMine], ids=lambda kind: kind.__name__)
+def test_a_bug_of_ours_says_so(kind: type[InsertNMMasks], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxsparse.passes.nm.masks.rewrote", None)
+    model, args = small()
+    gm = fxsparse.trace(model, args)
+    before = state_and_code(gm)
+    with pytest.raises(fxsparse.InternalError) as caught:
+        Pipeline([SquareReLU(), kind("2:4")])(gm)
+    error, text = caught.value, str(caught.value)
+    assert not isinstance(error, RewriteError) and isinstance(error, fxsparse.FxsparseError)
+    assert error.pass_name == kind.name and isinstance(error.__cause__, TypeError)
+    assert re.search(r"masks\.py:\d+, in \w+$", str(error.place)) and str(error.place) in text
+    assert error.node == "linear_1" and "at linear_1 (2) with TypeError: 'NoneType' object is not callable" in text
+    assert "a bug in fxsparse" in text and "Please report it" in text and "Nothing was changed" in text
+    assert all(part in text for part in (fxsparse.__version__, torch.__version__, f"{kind.name}{{pattern=2:4}}"))
+    assert state_and_code(gm) == before and not record_of(gm).entries
+    twin = pickle.loads(pickle.dumps(copy.copy(error)))
+    assert str(twin) == text and twin.node == error.node
+
+
+def test_a_bug_in_a_pass_of_others_is_theirs() -> None:
+    model, args = small()
+    gm = fxsparse.trace(model, args)
+    line = inspect.getsourcelines(FailsHalfWay)[1] + 9
+    with pytest.raises(RewriteError, match=rf"test-fails: failed at .*test_pipeline\.py:{line}, in rewrite") as caught:
+        Pipeline([FailsHalfWay()])(gm)
+    assert "nothing was changed: ValueError: half way" in str(caught.value) and "report" not in str(caught.value)
+    line = inspect.getsourcelines(LeavesBrokenGraph)[1]
+    with pytest.raises(RewriteError, match=rf"test-broken: failed at .*:{line}, in LeavesBrokenGraph.*before"):
+        Pipeline([LeavesBrokenGraph()])(gm)
+
+
+def test_a_bug_in_the_callers_own_data_is_theirs() -> None:
+    model, args = small()
+    gm = fxsparse.trace(model, args)
+
+    def batches() -> Iterator[torch.Tensor]:
+        yield args[0]
+        raise KeyError("no more files")
+
+    with pytest.raises(RewriteError, match=r"nm-masks: failed at .*test_pipeline\.py:\d+, in batches.*no more files"):
+        Pipeline([InsertNMMasks("2:4", criterion="wanda", calibration=batches())])(gm)
+    wrong = [args[0], {"y": args[0]}]
+    with pytest.raises(RewriteError, match=r"nm-masks: calibration batch 1 does not run through the model: TypeError"):
+        Pipeline([InsertNMMasks("2:4", criterion="wanda", calibration=wrong)])(gm)
+
+
+def test_refusals_stay_refusals() -> None:
+    model, args = small()
+    gm = fxsparse.trace(model, args)
+    with pytest.raises(RewriteError, match="wanda needs calibration") as caught:
+        Pipeline([InsertNMMasks("2:4", criterion="wanda")])(gm)
+    assert caught.value.__cause__ is None
+    with pytest.raises(fxsparse.OptionError):
+        Pipeline("nm-masks{pattern=5:4}")
+
+
+# --- looking on -------------------------------------------------------------------------------------------------------
+
+
+def test_a_callback_sees_the_model_around_every_pass() -> None:
+    model, args = small()
+    gm = fxsparse.trace(model, args)
+    seen: list[tuple[Pass, GraphModule, GraphModule]] = []
+    passes = (InsertNMMasks("2:4"), DoublePruneBackward(), SquareReLU())
+    pipeline = Pipeline(passes, callback=lambda *item: seen.append(item))
+    result = pipeline(gm)
+    assert tuple(item for item, _, _ in seen) == passes
+    befores, afters = [before for _, before, _ in seen], [after for *_, after in seen]
+    assert befores[0] is gm and all(before is after for before, after in zip(befores[1:], afters[:-1], strict=True))
+    x = torch.randn(5, 8)
+    outputs = [after(x) for after in afters]
+    assert not torch.equal(outputs[0], gm(x)) and torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[2], result(x)) and not torch.equal(outputs[1], outputs[2])
+    assert [len(record_of(after).entries) for after in afters] == [1, 2, 3]
+    parameters = dict(result.named_parameters())
+    assert all(parameters[name] is parameter for name, parameter in afters[1].named_parameters())
+    afters[2].graph.output_node().args = ((None,),)  # what a callback does to its copy is its own matter
+    assert torch.equal(outputs[2], result(x))
+    assert pipeline == Pipeline(passes) and str(pipeline) == str(Pipeline(passes))
+
+
+def test_without_a_callback_nothing_more_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, args = small()
+    gm = fxsparse.trace(model, args)
+    copies: list[GraphModule] = []
+    make = fx.copy_sharing_state
+    monkeypatch.setattr(fx, "copy_sharing_state", lambda module: copies.append(module) or make(module))
+    result = Pipeline("nm-masks,double-prune")(gm)
+    assert copies == [gm] and "fxsparse_graphs" not in result.meta
+
+
+def test_an_error_in_a_callback_leaves_the_model_as_it_was() -> None:
+    model, args = small()
+    gm = fxsparse.trace(model, args)
+    before = state_and_code(gm)
+
+    def stop(item: Pass, *_: GraphModule) -> None:
+        if isinstance(item, DoublePruneBackward):
+            raise StopHere
+
+    class StopHere(Exception):
+        pass
+
+    with pytest.raises(StopHere) as caught:
+        Pipeline("nm-masks,double-prune", callback=stop)(gm)
+    assert caught.value.__cause__ is None
+    assert state_and_code(gm) == before and not record_of(gm).entries
 
 
 def test_a_rewrite_leaves_the_original_alone_and_shares_what_it_kept() -> None:
