@@ -205,7 +205,7 @@ def _is_wrapper_of_dynamo(function: Any) -> bool:
 
 
 def _options(compiled: Any) -> BackendOptions | None:
-    """The options ``compiled`` was made with; None where they cannot be told: all graphs of its target count then."""
+    """The options ``compiled`` was made with; None if they cannot be told: all graphs of its target count then."""
     if not isinstance(compiled, OptimizedModule) and isinstance(compiled, nn.Module):
         compiled = compiled._compiled_call_impl
     backend: Any = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)

@@ -53,13 +53,13 @@ class InlineReferences(CustomGraphPass):
     def uuid(self) -> bytes | None:
         """Of the sources, the options, the overrides and the user's passes; None, and no caching, where one of those
         has none."""
-        own = hashlib.sha256(sources() + f"{self.options};{sorted(self.overrides.items())}".encode())
+        digest = hashlib.sha256(sources() + f"{self.options};{sorted(self.overrides.items())}".encode())
         for item in self.then:
             theirs = item.uuid() if isinstance(item, CustomGraphPass) else None
             if theirs is None:
                 return None
-            own.update(repr(theirs).encode())
-        return own.digest()
+            digest.update(repr(theirs).encode())
+        return digest.digest()
 
 
 @functools.cache
@@ -115,8 +115,8 @@ def _inline(graph: Graph, call: Node) -> None:
     values = [source.meta["val"] for source in sources]
 
     def compute(*tensors: Any) -> torch.Tensor:
-        given = dict(zip(sources, tensors, strict=True))
-        args, kwargs = torch.fx.map_arg((call.args, call.kwargs), given.__getitem__)
+        tensor_of = dict(zip(sources, tensors, strict=True))
+        args, kwargs = torch.fx.map_arg((call.args, call.kwargs), tensor_of.__getitem__)
         return reference(*args, **kwargs)
 
     with detect_fake_mode(values) or contextlib.nullcontext(), enable_python_dispatcher():

@@ -14,7 +14,7 @@ from fxsparse.lowering.pins import LOWERINGS, Pins
 if TYPE_CHECKING:
     from fxsparse.passes.pipeline import Pipeline
 
-OWN = ("passes", "recipe", "lower", "tune", "fallback", "compiler")
+OURS = ("passes", "recipe", "lower", "tune", "fallback", "compiler")
 COMPILERS = ("inductor", "aot_eager", "eager")
 
 
@@ -40,20 +40,20 @@ class BackendOptions:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> BackendOptions:
-        """Checks what was given to ``torch.compile``.
+        """Checks the options of a call of ``torch.compile``.
 
         Raises:
             OptionError: an option that neither fxsparse nor Inductor knows, or a value it cannot have.
         """
-        given = dict(options or {})
-        own = {name: given.pop(name) for name in OWN if name in given}
+        theirs = dict(options or {})
+        ours = {name: theirs.pop(name) for name in OURS if name in theirs}
         return cls(
-            pipeline=_pipeline(own),
-            lower=_lower(own.get("lower")),
-            tune=_seconds(own.get("tune", cls.tune)),
-            fallback=_one_of("fallback", own.get("fallback", True), (True, False)),
-            compiler=_one_of("compiler", own.get("compiler", "inductor"), COMPILERS),
-            inductor=_inductor(given, mode),
+            pipeline=_pipeline(ours),
+            lower=_lower(ours.get("lower")),
+            tune=_seconds(ours.get("tune", cls.tune)),
+            fallback=_one_of("fallback", ours.get("fallback", True), (True, False)),
+            compiler=_one_of("compiler", ours.get("compiler", "inductor"), COMPILERS),
+            inductor=_inductor(theirs, mode),
         )
 
     @property
@@ -67,19 +67,17 @@ class BackendOptions:
         return f"passes={self.pipeline or ''};lower={self.lower};compiler={self.compiler};inductor={inductor}"
 
 
-def _pipeline(own: Mapping[str, Any]) -> Pipeline | None:
-    if own.get("passes") is not None and own.get("recipe") is not None:
+def _pipeline(ours: Mapping[str, Any]) -> Pipeline | None:
+    if ours.get("passes") is not None and ours.get("recipe") is not None:
         raise OptionError("give passes or recipe, not both: a recipe is a name for passes")
-    if own.get("recipe") is not None:
+    if ours.get("recipe") is not None:
         from fxsparse.recipes import recipe
 
-        return recipe(own["recipe"])
-    passes = own.get("passes")
+        return recipe(ours["recipe"])
+    passes = ours.get("passes")
     if passes is None or passes == "":
         return None
-    import fxsparse.passes  # noqa: F401  (text finds the passes that are imported)
-    from fxsparse.passes.base import Pass
-    from fxsparse.passes.pipeline import Pipeline
+    from fxsparse.passes import Pass, Pipeline
 
     if not isinstance(passes, (Pipeline, Pass, str, list, tuple)):
         raise OptionError(f"passes are text, Pass objects, a list of these, or a Pipeline, not {type(passes).__name__}")
@@ -87,12 +85,12 @@ def _pipeline(own: Mapping[str, Any]) -> Pipeline | None:
     return pipeline if pipeline.passes else None
 
 
-def _lower(given: Any) -> tuple[tuple[str, str], ...]:
-    if given is None:
+def _lower(lower: Any) -> tuple[tuple[str, str], ...]:
+    if lower is None:
         return ()
-    if not isinstance(given, Mapping):
-        raise OptionError(f'lower maps operators to implementations, as in {{"nm_linear": "dense"}}, not {given!r}')
-    for op, choice in given.items():
+    if not isinstance(lower, Mapping):
+        raise OptionError(f'lower maps operators to implementations, as in {{"nm_linear": "dense"}}, not {lower!r}')
+    for op, choice in lower.items():
         if op not in LOWERINGS:
             raise OptionError(f"lower: {_unknown('operator', op, LOWERINGS)}")
         words = [word.strip() for word in choice.split(",")] if isinstance(choice, str) else [choice]
@@ -101,15 +99,15 @@ def _lower(given: Any) -> tuple[tuple[str, str], ...]:
             raise OptionError(f"lower[{op!r}]={choice!r} must be one name, or names to exclude, each after a minus")
         for word in words:
             _one_of(f"lower[{op!r}]", word[1:] if excludes else word, LOWERINGS[op][1 if excludes else 0 :])
-    return tuple(sorted((op, choice) for op, choice in given.items() if choice != "auto"))
+    return tuple(sorted((op, choice) for op, choice in lower.items() if choice != "auto"))
 
 
-def _seconds(given: Any) -> float:
-    if given is False or given is None:
+def _seconds(seconds: Any) -> float:
+    if seconds is False or seconds is None:
         return 0.0
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not given >= 0:
-        raise OptionError(f"tune={given!r} is no number of seconds; 0 or False measures nothing")
-    return float(given)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
+        raise OptionError(f"tune={seconds!r} is no number of seconds; 0 or False measures nothing")
+    return float(seconds)
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
@@ -118,16 +116,16 @@ def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
     return value
 
 
-def _inductor(given: Mapping[str, Any], mode: str | None) -> dict[str, Any]:
+def _inductor(theirs: Mapping[str, Any], mode: str | None) -> dict[str, Any]:
     """Inductor's own options, checked and expanded by torch itself."""
-    if not given and mode in (None, "default"):
+    if not theirs and mode in (None, "default"):
         return {}
     import torch
 
-    options = {name.replace("-", "_"): value for name, value in given.items()}
+    options = {name.replace("-", "_"): value for name, value in theirs.items()}
     for name in options:
         if name not in _inductor_names():
-            raise OptionError(_unknown("option", name, (*OWN, *sorted(_inductor_names()))))
+            raise OptionError(_unknown("option", name, (*OURS, *sorted(_inductor_names()))))
     if options.get("freezing"):
         raise OptionError(
             "freezing=True freezes nothing under a backend that torch.compile calls, and keeps the compile caches from "
@@ -148,5 +146,5 @@ def _inductor_names() -> frozenset[str]:
 
 def _unknown(kind: str, name: str, known: Any) -> str:
     near = difflib.get_close_matches(str(name), list(known), n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"fxsparse's own are {', '.join(OWN)}"
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"fxsparse's own are {', '.join(OURS)}"
     return f"unknown {kind} {name!r}; {hint}"

@@ -36,8 +36,8 @@ def tune(
 ) -> list[Measurement]:
     """Measures, ahead of time, the implementations of every operator of a model and of its gradients.
 
-    What is found is kept: compiled code chooses by it from then on, in this process and in later ones; what was
-    compiled before stays.
+    Times are kept: code compiled from then on chooses by them, in this process and in later ones; code compiled before
+    stays as it is.
 
     Args:
         model: a rewritten graph module, a model with N:M weights, or what ``torch.compile(..., backend="fxsparse")``

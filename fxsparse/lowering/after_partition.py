@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch.fx import Graph, Node
 
-from fxsparse.codegen import kept_transpose as _kept  # noqa: F401  registers nm_linear_grad_input_kept
+from fxsparse.codegen.kept_transpose import nm_linear_grad_input_kept
 from fxsparse.graph import arguments
 from fxsparse.lowering import timings
 from fxsparse.lowering.choose import GRAD_INPUT, choose, choose_gradient
 from fxsparse.lowering.pins import Pins
 from fxsparse.lowering.sites import Site, site_of
+from fxsparse.ops.nm_linear import nm_linear_grad_input
 from fxsparse.ops.operator import REFERENCE, SPARSE_TENSOR_CORES, operator_name
 
 
@@ -54,17 +54,17 @@ def keep_transposes(graph: Graph, pins: Pins) -> int:
     if pins.of(GRAD_INPUT).name != SPARSE_TENSOR_CORES:
         return 0
     count = 0
-    for call in graph.find_nodes(op="call_function", target=torch.ops.fxsparse.nm_linear_grad_input.default):
+    for call in graph.find_nodes(op="call_function", target=nm_linear_grad_input.overload):
         site, named = site_of(GRAD_INPUT, call), arguments(call)
         doubly_pruned = named["column_mask"] is not None
         if site is None or choose_gradient(site, doubly_pruned, pins)[0] != SPARSE_TENSOR_CORES:
             continue
         args = tuple(named[name] for name in ("dy", "values", "indices", "column_mask"))
         with graph.inserting_before(call):
-            kept = graph.call_function(torch.ops.fxsparse.nm_linear_grad_input_kept.default, args)
+            new = graph.call_function(nm_linear_grad_input_kept._opoverload, args)
         # Not all of its meta: Inductor notes arguments there.
-        kept.meta = {key: call.meta[key] for key in ("val", "stack_trace") if key in call.meta}
-        call.replace_all_uses_with(kept)
+        new.meta = {key: call.meta[key] for key in ("val", "stack_trace") if key in call.meta}
+        call.replace_all_uses_with(new)
         graph.erase_node(call)
         count += 1
     return count

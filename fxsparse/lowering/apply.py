@@ -11,19 +11,26 @@ import torch
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
+from fxsparse.codegen.fused_ops import cusparselt_linear
 from fxsparse.graph import arguments
 from fxsparse.graph.dynamo import add_placeholder, copy_dynamo_graph, placeholders, static_fake
 from fxsparse.graph.runtime_state import FollowedStates, Slot
 from fxsparse.lowering.choose import library_algorithm
 from fxsparse.lowering.find import Product
-from fxsparse.lowering.fusion import GatedPair, following, fuse_linears, has_own_kernel
+from fxsparse.lowering.fusion import (
+    NM_LINEAR,
+    NM_LINEAR_EPILOGUE,
+    SPARSE_TENSOR_CORE_LINEAR,
+    GatedPair,
+    following,
+    fuse_linears,
+    has_own_kernel,
+)
 from fxsparse.lowering.group import Group
 from fxsparse.lowering.pins import Pins
 from fxsparse.lowering.sites import fake_of, operators
 from fxsparse.lowering.weights import Compress, Expand, Join, PackForLibrary, PackMetadata, Rule
 from fxsparse.ops.operator import CUSPARSELT, DENSE, OPERATOR, OPERATORS, REFERENCE, SPARSE_TENSOR_CORES
-
-ops = torch.ops.fxsparse
 
 
 class LoweredGraph:
@@ -96,12 +103,12 @@ class LoweredGraph:
         if implementation == CUSPARSELT:
             (packed,) = self._extra_inputs(first.weights, PackForLibrary(first.transposed), ("packed",))
             args = (x, packed, bias, first.out_features, *library_algorithm(first.site))
-            return ops.cusparselt_linear.default, args
+            return cusparselt_linear._opoverload, args
         if implementation == SPARSE_TENSOR_CORES:
             values, metadata = self._for_sparse_tensor_cores(products)
-            return ops.sparse_tensor_core_linear.default, (x, values, metadata, bias, "", [])
+            return SPARSE_TENSOR_CORE_LINEAR, (x, values, metadata, bias, "", [])
         values, indices = self._compressed(products)
-        return ops.nm_linear.default, (x, values, indices, None, bias, first.pattern.n, first.pattern.m)
+        return NM_LINEAR, (x, values, indices, None, bias, first.pattern.n, first.pattern.m)
 
     def _compressed(self, products: Sequence[Product], *, alternating: bool = False) -> list[Node]:
         """Values and indices of the weights below each other, or with rows that alternate."""
@@ -151,7 +158,7 @@ class LoweredGraph:
                 rows = graph.call_function(torch.stack, ([twins[product.bias] for product in products], 1))
                 bias = graph.call_function(torch.flatten, (rows,))
             args: tuple[Any, ...] = (twins[first.x], *weights, bias, first.pattern.n, first.pattern.m, pair.step, [])
-            call = graph.call_function(ops.nm_linear_epilogue.default, args)
+            call = graph.call_function(NM_LINEAR_EPILOGUE, args)
         call.meta = dict(twins[end].meta)
         self._stand_in(end, call)
         for node in (*reversed(pair.nodes[:-1]), pair.gate, pair.up):

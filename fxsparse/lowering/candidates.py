@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxsparse.codegen import autotune as tile_tuning
-from fxsparse.codegen import fused_ops as _fused  # noqa: F401  registers operators
 from fxsparse.codegen import tiles
+from fxsparse.codegen.fused_ops import cusparselt_linear, sparse_tensor_core_linear
 from fxsparse.codegen.metadata import pack_metadata
 from fxsparse.codegen.operators import launch_of
 from fxsparse.lowering import choose
@@ -110,8 +110,8 @@ def as_inductor_compiles(function: Callable[..., Tensor], args: tuple[Any, ...])
     up compiling one function for many shapes."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
 
-    def of_tensors(*given: Tensor) -> Tensor:
-        rest = iter(given)
+    def of_tensors(*replaced: Tensor) -> Tensor:
+        rest = iter(replaced)
         return function(*(next(rest) if isinstance(arg, Tensor) else arg for arg in args))
 
     with _outside_of_compilation():
@@ -138,18 +138,18 @@ def _operator(problem: Problem, args: tuple[Any, ...], until: float | None) -> d
 
 
 def _sparse_tensor_cores(args: tuple[Any, ...]) -> dict[str, Run]:
-    metadata, linear = pack_metadata(args[2]), torch.ops.fxsparse.sparse_tensor_core_linear.default
-    return {SPARSE_TENSOR_CORES: lambda: linear(args[0], args[1], metadata, None, "", [])}
+    x, values, indices = args[:3]
+    metadata = pack_metadata(indices)
+    return {SPARSE_TENSOR_CORES: lambda: sparse_tensor_core_linear(x, values, metadata, None, "", [])}
 
 
 def _library(problem: Problem, args: tuple[Any, ...]) -> dict[str, Run]:
     """cuSPARSELt's algorithms."""
     x, values, indices = args[:3]
     packed = torch._cslt_compress(nm.unpack(values, indices, nm.Pattern(2, 4), problem.in_features))
-    linear = torch.ops.fxsparse.cusparselt_linear.default
 
     def run(how: tuple[int, int, int]) -> Run:
-        return lambda: linear(x, packed, None, problem.out_features, *how)
+        return lambda: cusparselt_linear(x, packed, None, problem.out_features, *how)
 
     algorithms = library_algorithms(packed, problem.rows, problem.in_features)
     return {f"{CUSPARSELT}:{'/'.join(map(str, how))}": run(how) for how in algorithms}

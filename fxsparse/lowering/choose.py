@@ -1,7 +1,7 @@
 """Which implementation runs each fxsparse operator, for its shape, dtype and device, and why.
 
-`choose` is the one place that decides. It is asked for frozen N:M weights that the backend found (run them compressed,
-or leave the dense weight that is in memory anyway?) and for fxsparse operators a graph already holds.
+`choose` is the one place that decides, for frozen N:M weights (run them compressed, or leave the dense weight that is
+in memory anyway?) and for the fxsparse operators that a graph holds.
 
     dense                 a dense product; the weight of a compressed frozen one is expanded once and followed
     compressed, operator  the operator's own generated kernel, on the compressed weight
@@ -53,7 +53,7 @@ _ESTIMATED = {COMPRESSED, OPERATOR, REFERENCE, DENSE}
 
 
 def obstacles(site: Site) -> dict[str, str | None]:
-    """The implementations of a site, each with the reason it cannot run, None where it can."""
+    """The implementations of a site, each with the reason why it cannot run; None if it can."""
     every: dict[str, str | None]
     if site.in_memory:
         every = {COMPRESSED: None, DENSE: None}  # where there is no kernel, its reference can be pinned
@@ -163,7 +163,7 @@ def _by_rules(site: Site, possible: list[str]) -> tuple[str, str]:
 
 
 def no_sparse_tensor_cores(site: Site) -> str | None:
-    """Why a linear cannot run on sparse tensor cores; None where it can."""
+    """Why a linear cannot run on sparse tensor cores; None if it can."""
     if not has_kernel(SPARSE_TENSOR_CORES_OP, site.device):
         return f"there are none on {site.device}"
     if site.op == GRAD_INPUT and site.pattern == Pattern(2, 4) and not any(size % 16 for size in site.shape):
@@ -172,7 +172,7 @@ def no_sparse_tensor_cores(site: Site) -> str | None:
 
 
 def no_cusparselt(site: Site) -> str | None:
-    """Why a linear cannot run through cuSPARSELt; None where it can."""
+    """Why a linear cannot run through cuSPARSELt; None if it can."""
     if site.device != "cuda" or not torch.backends.cusparselt.is_available():
         return f"there is no cuSPARSELt for {site.device}"
     if site.dtype not in (torch.bfloat16, torch.float16) or any(size % 16 for size in site.shape):
@@ -182,7 +182,7 @@ def no_cusparselt(site: Site) -> str | None:
 
 def library_algorithm(site: Site) -> tuple[int, ...]:
     """How cuSPARSELt was fastest: its algorithm, into how many parts it splits the depth and how, as
-    ``torch._cslt_sparse_mm`` takes them; empty, for its own choice, where it was not measured."""
+    ``torch._cslt_sparse_mm`` takes them; empty, for its own choice, if it was not measured."""
     fastest = timings.variant(site.problem, site.device, CUSPARSELT) if site.problem else None
     return tuple(map(int, fastest.split("/"))) if fastest else ()
 

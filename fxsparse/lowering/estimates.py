@@ -52,7 +52,7 @@ _GENERATED_EFFICIENCY, _DECOMPRESSING_EFFICIENCY = 0.55, 0.4
 
 @functools.cache
 def device(name: str | None = None) -> Device | None:
-    """A known device by its name, by default the current one; None where it is not known."""
+    """A known device by its name, by default the current one; None if it is not known."""
     if name is None:
         if not torch.cuda.is_available():
             return None
@@ -69,7 +69,7 @@ def microseconds(problem: Problem, implementation: str, on: Device) -> float | N
         on: the device.
 
     Returns:
-        None where bytes and FLOPs do not tell implementations apart.
+        None if bytes and FLOPs do not tell implementations apart.
     """
     operator = OPERATORS[problem.op]
     if operator.traffic is None:

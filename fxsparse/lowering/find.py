@@ -87,12 +87,12 @@ def _operators(
         site = site_of(op, node)
         if site is None:
             continue
-        given = arguments(node)
-        stored = [positions.get(given.get(name)) for name in ("values", "indices")]  # type: ignore[arg-type]
+        args = arguments(node)
+        stored = [positions.get(args.get(name)) for name in ("values", "indices")]  # type: ignore[arg-type]
         weights = tuple(position for position in stored if position is not None)
         weights = weights if len(weights) == 2 else ()
         tensors = [example_inputs[position] for position in weights]
         frozen = bool(weights) and not any(tensor.requires_grad or tensor.is_inference() for tensor in tensors)
         site = replace(site, inference=inference and bool(weights), frozen=frozen)
         name = next((named[source] for source in node.all_input_nodes if source in named), node.name)
-        yield Product(node, site, name, node.all_input_nodes[0], weights, given.get("bias"))
+        yield Product(node, site, name, node.all_input_nodes[0], weights, args.get("bias"))

@@ -39,7 +39,7 @@ class FrozenLinear:
         node: the call.
         x, bias: its other arguments.
         position: where the weight is among the graph's inputs.
-        pattern: what the weight satisfies.
+        pattern: that the weight satisfies.
         transposed: whether the weight is stored ``[in, out]``.
     """
 
@@ -91,7 +91,7 @@ def _linear(node: Node) -> tuple[Node, Any, Node | None, bool] | None:
 
 @torch.no_grad()
 def pattern_of(weight: Tensor) -> Pattern | None:
-    """The sparsest known pattern that every group of a weight ``[out, in]`` satisfies, None where there is none.
+    """The sparsest known pattern that every group of a weight ``[out, in]`` satisfies; None if there is none.
 
     A weight of zeros only, a tiny one, and one that is not a dense matrix of real floating-point numbers has none.
     """

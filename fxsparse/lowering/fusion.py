@@ -17,15 +17,20 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxsparse.codegen.epilogue import GATED, Epilogue
+from fxsparse.codegen.fused_ops import nm_linear_epilogue, sparse_tensor_core_linear
 from fxsparse.codegen.launching import unsupported
 from fxsparse.graph import arguments
 from fxsparse.lowering.choose import SPARSE_TENSOR_CORES_OP
 from fxsparse.lowering.sites import fake_of
 from fxsparse.ops.define import has_kernel
 from fxsparse.ops.nm import Pattern
+from fxsparse.ops.nm_linear import nm_linear
 from fxsparse.ops.operator import operator_name
 
-aten, ops = torch.ops.aten, torch.ops.fxsparse
+aten = torch.ops.aten
+
+NM_LINEAR, NM_LINEAR_EPILOGUE = nm_linear.overload, nm_linear_epilogue._opoverload
+SPARSE_TENSOR_CORE_LINEAR = sparse_tensor_core_linear._opoverload
 
 _UNARY: dict[Any, str] = {
     aten.relu.default: "relu",
@@ -158,14 +163,14 @@ def fuse_linears(gm: GraphModule, unwanted: Callable[[Node], bool] = lambda node
     """
 
     def replace(gm: GraphModule, node: Node, fusion: Fusion) -> Node | None:
-        if node.target not in (ops.nm_linear.default, ops.sparse_tensor_core_linear.default) or unwanted(node):
+        if node.target not in (NM_LINEAR, SPARSE_TENSOR_CORE_LINEAR) or unwanted(node):
             return None
         steps, operands = " ".join(fusion.steps), list(fusion.operands)
         named = arguments(node)
-        if node.target is ops.nm_linear.default:
+        if node.target is NM_LINEAR:
             args = tuple(named[name] for name in ("x", "values", "indices", "bias", "n", "m"))
-            return gm.graph.call_function(ops.nm_linear_epilogue.default, (*args, steps, operands))
-        if node.target is ops.sparse_tensor_core_linear.default and not named["steps"]:
+            return gm.graph.call_function(NM_LINEAR_EPILOGUE, (*args, steps, operands))
+        if node.target is SPARSE_TENSOR_CORE_LINEAR and not named["steps"]:
             args = tuple(named[name] for name in ("x", "values", "metadata", "bias"))
             return gm.graph.call_function(node.target, (*args, steps, operands))
         return None

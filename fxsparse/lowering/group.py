@@ -144,8 +144,8 @@ def _can_stack(single: Group) -> bool:
 def _runs_frozen(single: Group) -> bool:
     """Whether a linear's own kernel runs on a weight that nothing trains, in a graph that is not differentiated."""
     site = single.products[0].site
-    own = single.implementation in (COMPRESSED, OPERATOR)
-    return own and site.op == "nm_linear" and site.frozen and site.inference
+    is_kernel = single.implementation in (COMPRESSED, OPERATOR)
+    return is_kernel and site.op == "nm_linear" and site.frozen and site.inference
 
 
 def _form(single: Group) -> tuple[Node, Any, bool, bool, str]:

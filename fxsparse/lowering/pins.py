@@ -17,7 +17,7 @@ class Pin:
     """What was said of an operator's implementations.
 
     Attributes:
-        name: the only one wanted, None for any.
+        name: the only one wanted; None for any.
         excluded: those not wanted.
         of: the operator it was said of; empty where it is the one at hand.
     """
@@ -46,7 +46,7 @@ class Pins:
 
     def of_gradient(self, op: str) -> Pin:
         """What was said of an operator, or else of the one it is a gradient of, as far as that holds for gradients."""
-        own, forward = self.of(op), self.of(op.partition("_grad_")[0])
-        if own != Pin():
-            return own
+        pin, forward = self.of(op), self.of(op.partition("_grad_")[0])
+        if pin != Pin():
+            return pin
         return Pin() if forward.name in (SPARSE_TENSOR_CORES, CUSPARSELT) else forward

@@ -26,7 +26,7 @@ class Site:
         dtype: of the weight or its values.
         shape: ``(out, in)`` of the weight where it is known.
         pattern: of the weight where it is known.
-        rows: of the input, as in the example; None where it is not known.
+        rows: of the input, as in the example; None if it is not known.
         frozen: whether nothing trains the weight.
         in_memory: whether the dense weight is a parameter of the model, so that dense costs no extra memory.
         inference: whether the graph is not differentiated.
@@ -46,7 +46,7 @@ class Site:
 
     @property
     def problem(self) -> Problem | None:
-        """Its size, as measurements and estimates are kept by; None where something is not known."""
+        """Its size, as measurements and estimates are kept by; None if a part of it is not known."""
         operator = OPERATORS.get(self.op)
         if operator is None or self.rows is None or len(self.shape) != 2 or (self.pattern is None and operator.is_nm):
             return None
@@ -64,7 +64,7 @@ def operators(gm: GraphModule) -> Iterator[tuple[str, Node]]:
 
 
 def site_of(op: str, node: Node) -> Site | None:
-    """A call of an operator as a site; None where its result is not known."""
+    """A call of an operator as a site; None if its result is not known."""
     result, operator = fake_of(node), OPERATORS.get(op)
     if not isinstance(result, Tensor):
         return None
@@ -92,7 +92,7 @@ def _product(sizes: Iterable[Dimension]) -> int | None:
 
 
 def _hints(sizes: Iterable[Dimension]) -> tuple[int, ...] | None:
-    """Sizes as in the example; None where one is not known."""
+    """Sizes as in the example; None if one is not known."""
     hints = [size if isinstance(size, int) else size.node.hint for size in sizes]
     return None if None in hints else tuple(hints)
 

@@ -18,7 +18,7 @@ from fxsparse.ops.nm import Pattern, mask_of, pack, satisfies, unpack
 
 @dataclass(frozen=True)
 class Compress:
-    """Values and indices of dense weights, one below the other; None where one does not satisfy the pattern.
+    """Values and indices of dense weights, one below the other; None if one does not satisfy the pattern.
 
     Attributes:
         pattern: of the weights.
@@ -74,7 +74,7 @@ class PackMetadata:
 
 @dataclass(frozen=True)
 class PackForLibrary:
-    """A dense 2:4 weight, or the one of values and indices, as cuSPARSELt packs it; None where it is not 2:4."""
+    """A dense 2:4 weight, or the one of values and indices, as cuSPARSELt packs it; None if it is not 2:4."""
 
     transposed: bool = False
 

@@ -31,11 +31,11 @@ Dimension: TypeAlias = "int | torch.SymInt"
 
 @dataclass(frozen=True)
 class Problem:
-    """The size of one call: what measurements and estimates are kept by.
+    """The size of one call, which measurements and estimates are kept by.
 
     Attributes:
         op: the operator.
-        pattern: of an N:M weight; None where the weight is dense or there is none.
+        pattern: of an N:M weight; None if the weight is dense or there is none.
         dtype: of the operands.
         rows: of the input; of ``mux``, of its result.
         out_features, in_features: of the weight, as far as it takes part; of ``mux``, the width twice.
@@ -184,7 +184,7 @@ class Operator:
         operands: random arguments of a problem.
         dense: the same with a dense weight ``[out, in]`` in the place of a compressed one, called with that weight and,
             by name, the arguments; None if it cannot be expanded.
-        traffic: bytes that a problem moves; None where they do not tell implementations apart.
+        traffic: bytes that a problem moves; None if they do not tell implementations apart.
         tiles: of its kernel; None if there is nothing to tune.
         row_multiple: a number of rows that those of every problem are a multiple of.
     """

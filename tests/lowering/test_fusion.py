@@ -15,7 +15,6 @@ from fxsparse.codegen.metadata import pack_metadata
 from fxsparse.codegen.spec import Tile
 from fxsparse.errors import OptionError
 from fxsparse.lowering.fusion import following, fuse_linears
-from fxsparse.ops import nm_linear  # noqa: F401  the operators
 from fxsparse.ops.nm import Pattern, nm_mask, pack
 
 PATTERN = Pattern(2, 4)
