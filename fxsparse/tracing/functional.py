@@ -213,7 +213,7 @@ class _Rewriter:
             return call(_FILLS[node.target], present, *node.args[1:])
         if node.target in _COPIES:
             return self._copied(call, node, present)
-        target = functional(node.target)  # type: ignore[arg-type]
+        target = functional(node.target)
         assert target is not None
         if traits.of(target).shaped_like:  # which autograd does not know
             present = call(aten.detach.default, present)
