@@ -1,4 +1,4 @@
-"""What a pass is.
+"""The base class of passes, and passes from text.
 
 A pass is a frozen dataclass: its options are its fields, its name a class variable. The graph is valid before and after
 (``torch.fx.passes.infra.pass_base.PassBase``), and for every site it looked at the pass yields a :class:`Change`.
@@ -25,15 +25,15 @@ from fxsparse.passes.text import read, write
 class Pass(PassBase):
     """Base of all passes; subclass it as a frozen dataclass, set ``name`` and write :meth:`rewrite`.
 
-    A pass may edit the graph and the module tree it is given, a copy that shares the model's parameters; it must
-    replace parameters and buffers, never write into them. It raises :class:`~fxsparse.errors.RewriteError` when it
-    cannot do what was asked: the model then stays as it was.
+    A pass edits a copy of the graph and of the module tree that shares the model's parameters. It may replace
+    parameters and buffers, but must never write to them. It raises :class:`~fxsparse.errors.RewriteError` if it cannot
+    fulfil its options; the model then stays unchanged.
 
     Attributes:
         name: the pass in text.
-        must_follow: names of passes one of which must have run before.
-        cannot_follow: names of passes after which this one makes no sense.
-        ends: names of passes whose part in the model is over after this one, so that they may run anew.
+        must_follow: names of passes; one of them must have run before.
+        cannot_follow: names of passes after which this one cannot run.
+        ends: names of passes whose part in the model is over after this one, so that they may run again.
     """
 
     name: ClassVar[str]
@@ -50,7 +50,7 @@ class Pass(PassBase):
         """
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
-        """What varies while a rewritten graph trains; nothing by default."""
+        """The events that change a rewritten graph while it trains; none by default."""
         return ()
 
     def call(self, graph_module: GraphModule) -> PassResult:
@@ -62,7 +62,7 @@ class Pass(PassBase):
 
     def __str__(self) -> str:
         options = _options(self)
-        # The first option says what a pass is about, so it is written even where it has its default.
+        # The first option is the subject of a pass, so it is written even with its default.
         about = [option.name for option in options[:1] if getattr(self, option.name) is not None]
         shown = [option for option in options if option.name in about or _differs(self, option)]
         written = ",".join(f"{option.name}={write(getattr(self, option.name))}" for option in shown)
@@ -94,18 +94,18 @@ def _differs(item: Pass, option: Field[Any]) -> bool:
 
 def pass_classes() -> dict[str, type[Pass]]:
     """Every pass class by its name: fxsparse's own and any subclass that was imported."""
-    found: dict[str, type[Pass]] = {}
+    classes: dict[str, type[Pass]] = {}
     pending: list[type[Pass]] = [Pass]  # type: ignore[type-abstract]
     while pending:
         for cls in pending.pop().__subclasses__():
             pending.append(cls)
             if "name" in vars(cls):
-                found[cls.name] = cls
-    return found
+                classes[cls.name] = cls
+    return classes
 
 
 def build(name: str, options: Mapping[str, Any]) -> Pass:
-    """The pass called ``name``; OptionError where the name or an option is unknown, with what exists."""
+    """The pass called ``name``; an OptionError lists the known names if the name or an option is unknown."""
     classes = pass_classes()
     if name not in classes:
         raise OptionError(f"unknown pass {name!r}; {nearest(name, classes)}known passes: {', '.join(sorted(classes))}")
@@ -120,5 +120,5 @@ def build(name: str, options: Mapping[str, Any]) -> Pass:
 
 
 def parse_passes(text: str) -> tuple[Pass, ...]:
-    """The passes written in ``text``; OptionError names the position where it cannot be read."""
+    """The passes written in ``text``; an OptionError names the position of a syntax error."""
     return tuple(build(name, options) for name, options in read(text))

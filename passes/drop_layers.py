@@ -2,8 +2,8 @@
 
     x -> block i -> y     becomes     x = y
 
-The paper drops half the layers at once, keeps the first and the last, and goes on pretraining. It names five
-configurations in a figure only; here, for n layers of which r go, they are
+The paper drops half the layers at once, keeps the first and the last, and continues pretraining. It names five
+configurations in a figure; for n layers of which r go, they are
 
     input     1 .. r
     output    n-1-r .. n-2
@@ -38,21 +38,21 @@ _SIZES = ("fraction", "count", "indices")
 class DropLayers(Pass):
     """Drops layers of the model's stacks; encoder and decoder are stacks of their own.
 
-    How many or which, one of:
+    Give one of ``fraction``, ``count`` and ``indices``, or none for a fraction of 0.5. Each may be a mapping from globs
+    over the stacks' paths (``{"encoder.*": 0.5}``); a stack without a match stays whole.
 
     Attributes:
-        configuration: which layers go where only their number is given.
-        fraction: share of a stack's layers to drop, in (0, 1), rounded down to whole layers; 0.5 where nothing is said.
-        count: how many layers of each stack to drop.
-        indices: which, by the number in their module path; the first and the last may be among them here.
+        configuration: which layers go if only their number is known.
+        fraction: share of a stack's layers to drop, in (0, 1), rounded down to whole layers.
+        count: number of layers of each stack to drop.
+        indices: the layers to drop, by the number in their module path; the first and the last may be among them.
 
-    Each of the three may be a mapping from globs over the stacks' paths (``{"encoder.*": 0.5}``); a stack that no glob
-    names stays whole. The optimizer of a training that goes on is told with `fxsparse.forget_dropped`.
+    If training continues with the same optimizer, `fxsparse.forget_dropped` removes the dropped parameters from it.
 
     Raises:
         OptionError: an option is out of range.
-        RewriteError: there is no stack, a glob names none, a layer does not exist or would be the last one left, or the
-            graph returns what only a dropped layer computes.
+        RewriteError: there is no stack, a glob matches none, a layer does not exist or would be the last one left, or
+            the graph returns a result of a dropped layer.
     """
 
     name: ClassVar[str] = "drop-layers"
@@ -67,14 +67,14 @@ class DropLayers(Pass):
             raise OptionError(
                 f"configuration={self.configuration!r} is none of {', '.join(CONFIGURATIONS)}", pass_name=self.name
             )
-        given = [option for option in _SIZES if getattr(self, option) is not None]
-        if len(given) > 1:
+        options = [option for option in _SIZES if getattr(self, option) is not None]
+        if len(options) > 1:
             raise OptionError(
-                f"give one of fraction, count and indices, not {' and '.join(given)}", pass_name=self.name
+                f"give one of fraction, count and indices, not {' and '.join(options)}", pass_name=self.name
             )
-        if not given:
+        if not options:
             object.__setattr__(self, "fraction", 0.5)
-        for option in given:
+        for option in options:
             value = getattr(self, option)
             if isinstance(value, (Mapping, FrozenMapping)):
                 items = dict(value)
@@ -102,35 +102,35 @@ class DropLayers(Pass):
                 "fxsparse.rewrite(model, passes, ...) and compile its result",
                 pass_name=self.name,
             )
-        found = stacks(graph)
-        if not found:
+        every = stacks(graph)
+        if not every:
             raise RewriteError(
                 "the model has no stack of layers: no list of modules whose members pass hidden states of one shape on",
                 pass_name=self.name,
             )
-        wanted = self._wanted(found)
-        dropped = {stack.path: self._chosen(stack, *wanted[stack.path]) for stack in found if stack.path in wanted}
-        for stack in found:
+        wanted = self._wanted(every)
+        dropped = {stack.path: self._chosen(stack, *wanted[stack.path]) for stack in every if stack.path in wanted}
+        for stack in every:
             gone = dropped.get(stack.path, ())
             for block in stack.blocks:
                 if block in gone:
                     yield rewrote(block.path, f"dropped, {len(stack.blocks) - len(gone)} of {len(stack.blocks)} stay")
                 else:
                     yield skipped(block.path, self._why_kept(stack, block, stack.path in wanted))
-        for stack in found:
+        for stack in every:
             _drop(graph, stack, dropped.get(stack.path, ()))
 
-    def _wanted(self, found: list[Stack]) -> dict[str, tuple[str, Any]]:
-        """Which option, and with what value, each stack's path is given; the first glob that names it counts."""
+    def _wanted(self, every: list[Stack]) -> dict[str, tuple[str, Any]]:
+        """The option and its value for each stack's path; the first glob that matches it counts."""
         (option,) = (option for option in _SIZES if getattr(self, option) is not None)
         value = getattr(self, option)
         if not isinstance(value, FrozenMapping):
-            return {stack.path: (option, value) for stack in found}
+            return {stack.path: (option, value) for stack in every}
         wanted: dict[str, tuple[str, Any]] = {}
         for glob, item in value:
-            named = [stack.path for stack in found if fnmatchcase(stack.path, glob)]
+            named = [stack.path for stack in every if fnmatchcase(stack.path, glob)]
             if not named:
-                known = ", ".join(stack.path or '""' for stack in found)
+                known = ", ".join(stack.path or '""' for stack in every)
                 raise RewriteError(f"the glob {glob!r} matches no stack; there are: {known}", pass_name=self.name)
             for path in named:
                 wanted.setdefault(path, (option, item))
@@ -207,7 +207,7 @@ def _drop(gm: GraphModule, stack: Stack, gone: Iterable[Block]) -> None:
         mark_alone(alone, stack.blocks[0].stream_in)
     if blocks:
         fx.eliminate_dead_code(gm)
-        # What the block held and no graph ever read (a mask of older models) goes with it.
+        # State of the block that no graph reads (a mask of older models) goes with it.
         inside = {name for name in _state(gm) if any(name.startswith(f"{block.path}.") for block in blocks)}
         fx.delete_state(gm, inside - fx.state_read(gm))
 
@@ -230,7 +230,7 @@ def _check_not_returned(gm: GraphModule, stack: Stack, block: Block) -> None:
 
 
 def _erase_writes(gm: GraphModule, block: Block) -> None:
-    """Removes the block's writes into its own buffers (a batch norm counts batches), which count as live otherwise."""
+    """Removes the block's writes to its own buffers (a batch norm counts batches), which are kept otherwise."""
     for node in [node for node in reversed(gm.graph.nodes) if node in block.nodes]:
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable or node.users:

@@ -28,8 +28,8 @@ Callback = Callable[[Pass, GraphModule, GraphModule], object]
 class Pipeline:
     """Passes in the order they run.
 
-    ``pipeline(gm)`` returns a rewritten copy and leaves ``gm`` as it was; where a pass fails there is no copy, so a
-    model is never half rewritten. The copy's record names every pass, every change and every skip with its reason.
+    ``pipeline(gm)`` returns a rewritten copy and leaves ``gm`` unchanged. If a pass fails there is no copy, so a model
+    is never half rewritten. The copy's record names every pass, every change and every skip with its reason.
 
     ``str(pipeline)`` and :meth:`parse` are inverse to each other.
 
@@ -53,9 +53,9 @@ class Pipeline:
         callback: Callback | None = None,
         keep_graphs: bool = False,
     ):
-        given = [passes] if isinstance(passes, (Pass, str)) else list(passes)
+        items = [passes] if isinstance(passes, (Pass, str)) else list(passes)
         flat: list[Pass] = []
-        for item in given:
+        for item in items:
             if isinstance(item, str):
                 flat.extend(parse_passes(item))
             elif isinstance(item, Pass):
@@ -116,7 +116,7 @@ class Pipeline:
             if item.must_follow and not set(item.must_follow) & set(done):
                 first = item.must_follow[0]
                 raise RewriteError(
-                    f"works on what {' or '.join(item.must_follow)} inserts, which did not run before; "
+                    f"needs {' or '.join(item.must_follow)} to have run before; "
                     f"the order that works is {first},{item.name}",
                     pass_name=item.name,
                 )

@@ -2,9 +2,9 @@
 
     maximise  sum of I_k over S    subject to    forward + cost(S) <= rho * full training step
 
-S is the set of tensors that are trained. The others are read through ``detach`` and require no gradient, so that what
-only their gradients need is not computed, compiled or kept. I is `fxsparse.tensor_importance`, cost and the exact
-choice are those of `fxsparse.BackpropGraph`.
+S is the set of tensors that are trained. The others are read through ``detach`` and require no gradient, so the
+compiler drops everything that only their gradients need. I is `fxsparse.tensor_importance`; cost and the exact choice
+are those of `fxsparse.BackpropGraph`.
 
 Other published choices are ways to name S: ``select-tensors{tensors=["*bias"]}`` is BitFit (arXiv 2106.10199),
 ``select-tensors{last_layers=2}`` trains the last two layers, and ``low-rank{rank=8,start=0.0,layers=["*.q_proj",
@@ -39,29 +39,28 @@ from fxsparse.passes.event import Event
 class SelectTensors(Pass):
     """Trains some tensors and freezes the others.
 
-    Without ``rho`` the tensors named are trained. With it, a ``Schedule`` chooses among them, by the batch that
-    ``schedule.observe(batch)`` shows it: at the first step, and again as ``every`` or ``times`` says. Until then all of
-    them are trained. Every new choice is a new graph for a running compile.
+    Without ``rho`` the named tensors are trained. With it, a ``Schedule`` chooses among them from the batch that
+    ``schedule.observe(batch)`` shows: at the first step, and then according to ``every`` or ``times``. Until the first
+    choice all of them are trained. Every new choice is a new graph for a running compile.
 
-    A tensor that is frozen keeps its optimizer state (moments, step count) as it was, is neither updated nor decayed
-    while it is frozen, and goes on from that state when it is trained again.
+    A frozen tensor keeps its optimizer state (moments, step count) and is neither updated nor decayed. When it is
+    trained again, it starts from that state.
 
     Attributes:
-        tensors: names or globs of the tensors to train, or to choose from; none is all that can be trained.
+        tensors: names or globs of the tensors to train, or to choose from; by default all trainable tensors.
         rho: share of a full training step's FLOPs that a step may cost, forward included, in (0, 1]. A full step trains
-            everything that can be trained, whatever ``tensors`` says.
-        last_layers: train only, or choose from, this many last blocks and what follows them.
+            every trainable tensor, independent of ``tensors``.
+        last_layers: train only, or choose from, this many last blocks and the tensors used after them.
         every: optimizer steps between two choices.
-        times: how often to choose, evenly over the training; as often as there are epochs, it is once at the start of
-            each.
-        metric: what to choose by, see `fxsparse.tensor_importance`.
-        chosen: the names that are trained now; written by the schedule, so that the record gives the graph as it is.
+        times: number of choices, evenly over the training; with the number of epochs, one at the start of each.
+        metric: the measure to choose by, see `fxsparse.tensor_importance`.
+        chosen: the names that are trained now; written by the schedule, so that the record describes the current graph.
 
-    The parameters whose ``requires_grad`` the graph decides are its own and share their memory with the model's: build
-    the optimizer from the graph module's parameters.
+    The graph module has parameters of its own, which share their memory with the model's, for the tensors whose
+    ``requires_grad`` it decides: build the optimizer from the graph module's parameters.
 
     Raises:
-        OptionError: an option is out of range, or rho is below what the forward pass alone costs.
+        OptionError: an option is out of range, or rho is below the cost of the forward pass.
         RewriteError: nothing can be trained, or a name or glob matches no trainable tensor.
     """
 
@@ -134,7 +133,7 @@ class SelectTensors(Pass):
         """The trainable tensors that globs match by any of their names."""
         candidates = set(trainable(gm))
         aliases = {name: names[0] for names in fx.parameter_names(gm).values() for name in names}
-        found = set()
+        matches = set()
         for glob in globs:
             named = {aliases[name] for name in aliases if name == glob or fnmatchcase(name, glob)}
             # Where the compiler broke the model into graphs, each reads a part of the parameters.
@@ -142,8 +141,8 @@ class SelectTensors(Pass):
                 why = "names only frozen or unused parameters" if named else "matches no parameter"
                 hint = nearest(glob, aliases) if not named else ""
                 raise RewriteError(f"{glob!r} {why}; {hint}".rstrip("; "), pass_name=self.name)
-            found |= named & candidates
-        return found
+            matches |= named & candidates
+        return matches
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         yield _Reselect(self, graph, optimizer, total_steps)
@@ -261,12 +260,14 @@ class _Reselect(Event):
             parameter = self.gm.get_parameter(name)
             parameter.requires_grad_(name in chosen)
             if name not in chosen:
-                parameter.grad = None  # an optimizer moves and decays whatever has a gradient, however old
+                parameter.grad = (
+                    None  # an optimizer moves and decays every parameter that has a gradient, even an old one
+                )
         self.gm.recompile()
         self._note(chosen)
 
     def _note(self, chosen: Collection[str]) -> None:
-        """A replay of the record gives the graph as it is from here on."""
+        """Notes the choice in the record, so that a replay gives the current graph."""
         now = replace(self.owner, chosen=tuple(sorted(chosen)))
         changes = tuple(_changes(trainable(self.gm), chosen))
         record, text = record_of(self.gm), str(self.owner)

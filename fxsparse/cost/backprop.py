@@ -1,12 +1,12 @@
-"""The backprop graph: which gradients training a set of tensors needs, and what they cost.
+"""The backprop graph: the gradients that training a set of tensors needs, and their costs.
 
 A value (a parameter, an activation, a product inside attention) *depends on* a set S of trained tensors when gradients
 of S flow through it. The backward pass pays an edge ``u -> op``, the gradient of ``u`` through ``op``, exactly when
 ``u`` depends on S, so
 
-    cost(S) = sum over values u that depend on S of the FLOPs of u's gradient,
+    cost(S) = sum over values u that depend on S of the FLOPs of u's gradient.
 
-which is what ``torch.utils.flop_counter.FlopCounterMode`` counts in the real backward pass under math attention. Fused
+``torch.utils.flop_counter.FlopCounterMode`` counts the same in the real backward pass under math attention. Fused
 attention kernels recompute the scores and return all three gradients at once; their cost is not additive and depends on
 the device, so every cost here is that of the math form.
 """
@@ -41,17 +41,16 @@ class Costs:
 
 
 class BackpropGraph:
-    """What training any set of a model's tensors costs.
+    """The costs of training any set of a model's tensors.
 
     Args:
         gm: a training-IR graph module, as `fxsparse.trace` gives it.
         loss: name of the output the backward pass starts from. By default the output called ``loss``, else the scalar
             outputs, else all floating-point outputs.
         trainable: the tensors that full training trains; by default every parameter that requires a gradient. A graph
-            in which some tensors were detached no longer shows what training them would cost: keep the `BackpropGraph`
-            of the full one.
+            with detached tensors does not show the cost of training them: keep the `BackpropGraph` of the full graph.
 
-    Names are the parameters' full names; a tied tensor answers to each of its names. Sizes are given by input, as in
+    Names are the parameters' full names; a tied tensor has several. Sizes are set by input, as in
     ``cost(trained, input_ids=(8, 128))``, see `fxsparse.cost.sizes`; the default is the traced example.
     """
 
@@ -78,7 +77,7 @@ class BackpropGraph:
 
     @property
     def uncounted(self) -> tuple[Operation, ...]:
-        """Operations whose FLOPs nothing is known about."""
+        """Operations of unknown FLOPs."""
         return tuple(operation for operation in self.operations if operation.kind is None)
 
     def forward(self, **sizes: Any) -> int:
@@ -101,7 +100,7 @@ class BackpropGraph:
         return self.cost(self.trainable, **sizes)
 
     def expression(self, trained: Iterable[str] | None = None, /) -> sympy.Expr:
-        """`cost` as an expression of the graph's symbols; the forward pass's FLOPs where no set is given.
+        """`cost` as an expression of the graph's symbols; without a set, the FLOPs of the forward pass.
 
         Raises:
             OptionError: some operator's FLOPs were measured and have no closed form.
@@ -194,8 +193,8 @@ class BackpropGraph:
             Names, as ``importance`` spells them.
 
         Raises:
-            OptionError: unknown names, importances that are not finite, rho outside (0, 1] or below what the forward
-                pass alone costs (the message says the least possible), or nothing to train.
+            OptionError: unknown names, importances that are not finite, rho outside (0, 1] or below the cost of the
+                forward pass (the message says the least possible), or nothing to train.
         """
         spelling, values = self._importances(importance)
         budget = self.budget(rho, **sizes)
@@ -203,7 +202,7 @@ class BackpropGraph:
         return {spelling[name] for name in selector.select(instance, values, budget)}
 
     def budget(self, rho: float, **sizes: Any) -> int:
-        """What a share ``rho`` of a full training step leaves for the backward pass, in FLOPs."""
+        """The FLOPs that a share ``rho`` of a full training step leaves for the backward pass."""
         if isinstance(rho, bool) or not isinstance(rho, numbers.Real) or not 0 < rho <= 1:
             raise OptionError(f"must lie in (0, 1], not {rho!r}", site="rho")
         if not self.trainable:
@@ -219,7 +218,7 @@ class BackpropGraph:
         return budget
 
     def instance(self, names: Iterable[str], **sizes: Any) -> selector.Instance:
-        """The selection problem among tensors, under the names given."""
+        """The selection problem among the tensors called ``names``."""
         costs = self.costs(**sizes)
         # The gradients of one value are paid together: fold every value's costs into one.
         price = [0] * len(self.values)
@@ -245,13 +244,13 @@ class BackpropGraph:
         """The user's spelling and the importance of every tensor."""
         spelling: dict[str, str] = {}
         values: dict[str, float] = {}
-        for given, value in importance.items():
-            name, value = self._resolve(given), float(value)
+        for spelled, value in importance.items():
+            name, value = self._resolve(spelled), float(value)
             if not math.isfinite(value):
-                raise OptionError(f"the importance is {value}; importances must be finite", site=given)
+                raise OptionError(f"the importance is {value}; importances must be finite", site=spelled)
             if values.setdefault(name, value) != value:
-                raise OptionError(f"is tied to {spelling[name]}, which was given another importance", site=given)
-            spelling.setdefault(name, given)
+                raise OptionError(f"is tied to {spelling[name]}, which was given another importance", site=spelled)
+            spelling.setdefault(name, spelled)
         if not values:
             raise OptionError("no tensor to select from: the importances are empty")
         return spelling, values

@@ -1,11 +1,11 @@
-"""How much training a tensor lowers the loss: the importance that GreenTrainer selects by (arXiv 2309.13192, eq. 4).
+"""The importance of a tensor, by which GreenTrainer selects (arXiv 2309.13192, eq. 4): how far training it lowers the
+loss.
 
     I_k = - sum over the elements of tensor k of  dw * dL/dw
 
-dw is the optimizer's own step, dL/dw the gradient at the weights after it: I_k is the decrease of the loss, to first
-order, that is due to tensor k, and learning rate, moments and decay are in it.
-Gradients come from one batch, before and after the step. The authors' code leaves two extra updates in the optimizer's
-moments; here nothing of the probe stays.
+dw is the optimizer's step, dL/dw the gradient at the weights after it: I_k is the decrease of the loss, to first order,
+that is due to tensor k. Learning rate, moments and decay are in it. Gradients come from one batch, before and after the
+step. The authors' code leaves two extra updates in the optimizer's moments; this one leaves no trace.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ def tensor_importance(
 ) -> dict[str, float]:
     """The importance of every tensor that the optimizer trains, measured on one batch.
 
-    Afterwards weights, gradients, buffers, the random state and all of the optimizer (moments, step counts, state it
-    had not made yet) are bit for bit what they were. The probe runs the graph uncompiled, twice forward and backward
-    with the same dropout, and one ``optimizer.step()`` without its hooks. It holds one more copy of the weights and
-    moments it evaluates, and their gradients.
+    Weights, gradients, buffers, the random state and the optimizer (moments, step counts, missing state) are restored
+    bit for bit. The measurement runs the graph uncompiled, twice forward and backward with the same dropout, and one
+    ``optimizer.step()`` without its hooks. It holds one more copy of the weights and moments it evaluates, and their
+    gradients.
 
     Args:
-        gm: a traced or rewritten graph module; tensors that were frozen by a selection are measured too.
+        gm: a traced or rewritten graph module; tensors that a selection froze are measured too.
         optimizer: the optimizer that trains it.
-        batch: what the graph is called with: a mapping of keyword inputs, a tuple of positional ones, or one tensor.
-        metric: ``importance``, in units of the loss; or, as the paper compares with, ``delta``, sum of |dw|, or
-            ``gradient``, sum of |dL/dw| before the step.
-        tensors: names of the tensors to evaluate; none evaluates all.
-        rho: leave out tensors that cannot be trained within this share of a full step's FLOPs, alone: no selection
-            contains them, and neither their gradients nor the activations that only those need are kept. The step
-            that is measured is then one of the others alone.
-        loss: the scalar loss of what the graph returns; by default its ``loss``, or its one scalar.
+        batch: the inputs of the graph: a mapping of keyword inputs, a tuple of positional ones, or one tensor.
+        metric: ``importance``, in units of the loss; or a metric that the paper compares with: ``delta``, sum of |dw|,
+            or ``gradient``, sum of |dL/dw| before the step.
+        tensors: names of the tensors to evaluate; by default all.
+        rho: leave out tensors that alone cost more than this share of a full step's FLOPs. No selection contains them,
+            and neither their gradients nor the activations that only those need are kept. The measured step is then
+            one of the other tensors.
+        loss: computes the scalar loss from the outputs of the graph; by default its ``loss``, or its one scalar.
 
     Returns:
-        the metric by tensor name, one name for a tied tensor.
+        The metric by tensor name, one name for a tied tensor.
 
     Raises:
         OptionError: nothing to train, an unknown name or metric, rho out of range, no scalar loss, or a result that is
@@ -120,7 +120,7 @@ def _evaluated(gm: GraphModule, optimizer: Optimizer, tensors: Iterable[str] | N
     if not names:
         raise OptionError(
             "the optimizer holds no trainable tensor of the graph: build it from gm.parameters() after rewriting, and "
-            "leave requires_grad on what may be trained"
+            "leave requires_grad on tensors that may be trained"
         )
     if tensors is None:
         return names
@@ -137,7 +137,7 @@ def _evaluated(gm: GraphModule, optimizer: Optimizer, tensors: Iterable[str] | N
 
 @contextmanager
 def _left_as_it_was(gm: GraphModule, optimizer: Optimizer, parameters: list[nn.Parameter]) -> Iterator[Optimizer]:
-    """Lends out the optimizer and the parameters with copies in place of their state, and puts the originals back."""
+    """Lends the optimizer and the parameters with copies of their state, and restores the originals."""
     wrapped = getattr(optimizer, "optimizer", None)
     inner: Optimizer = wrapped if isinstance(wrapped, Optimizer) else optimizer
     every = {id(p): p for p in (*gm.parameters(), *(p for group in inner.param_groups for p in group["params"]))}
@@ -187,10 +187,10 @@ def _gradients(
     with torch.random.fork_rng(sorted(devices)), torch.enable_grad():
         output = call(probe, batch)
         scalar = loss(output) if loss is not None else _loss_of(output)
-        found = torch.autograd.grad(scalar, parameters, allow_unused=True)
+        gradients = torch.autograd.grad(scalar, parameters, allow_unused=True)
     return [
         torch.zeros_like(parameter) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
-        for parameter, gradient in zip(parameters, found, strict=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True)
     ]
 
 
@@ -209,7 +209,7 @@ def _loss_of(output: Any) -> Tensor:
     if len(scalars) != 1 or not scalars[0].requires_grad:
         raise OptionError(
             f"the graph returns {len(scalars)} scalars, and one that depends on the trained tensors is needed: give "
-            "the batch its labels, or pass loss=, a function of what the graph returns"
+            "the batch its labels, or pass loss=, a function of the graph's outputs"
         )
     return scalars[0]
 

@@ -1,7 +1,7 @@
-"""Which tensors to train: the greatest importance within a budget of backward FLOPs, exactly.
+"""Chooses the tensors to train: the greatest importance within a budget of backward FLOPs, exactly.
 
 Training a tensor p costs its own gradient, ``weight_cost``, and the gradients of the activations that p's gradient
-flows through, its closure D(p). An activation's gradient is paid once, whoever needs it:
+flows through, its closure D(p). An activation's gradient is paid once, even if several tensors need it:
 
     cost(S) = sum of weight_cost over S  +  activation costs of the union of D(p) over S
 
@@ -37,7 +37,7 @@ _SLACK = 1 + 1e-12  # above the rounding of a sum of importances, so that no bet
 
 @dataclass(frozen=True)
 class Tensor:
-    """What training one tensor costs.
+    """The cost of training one tensor.
 
     Attributes:
         weight_cost: FLOPs of its own gradient.
@@ -84,7 +84,7 @@ def select(instance: Instance, importance: Mapping[str, float], budget: int) -> 
     """The tensors of the greatest summed importance whose training costs at most ``budget``.
 
     Args:
-        instance: the candidates and what they cost.
+        instance: the candidates and their costs.
         importance: the finite importance of each candidate; one without a positive importance is never chosen.
         budget: FLOPs of the backward pass, not negative.
 
@@ -123,13 +123,13 @@ class _Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The tensors worth choosing, greatest importance per FLOP first, and the groups of those that need and enter the
-    same.
+    """The tensors worth choosing, greatest importance per FLOP first, in groups that need and enter the same
+    activations.
 
     Attributes:
         instance: the selection problem.
         names, costs, values, group: of each tensor, ``[members]``.
-        needs: bits of what each group needs without its entry, ``[groups, activations]``.
+        needs: bits of the activations each group needs, without its entry, ``[groups, activations]``.
         masks: the same as bit masks.
         entries: the activation each group enters by, or -1.
     """
@@ -167,7 +167,7 @@ class _Candidates:
         )
 
     def unions(self, budget: int) -> dict[int, int]:
-        """Every union of what groups need that the budget allows, and its cost."""
+        """Every union of activations needed by groups that fits the budget, and its cost."""
         unions, refused = {0: 0}, set()
         for needs in dict.fromkeys(self.masks):
             for union in list(unions):
@@ -187,7 +187,7 @@ class _Candidates:
         return unions
 
     def knapsack(self, union: int, capacity: int) -> _Knapsack:
-        """What can be taken once a union is paid and ``capacity`` FLOPs are left."""
+        """The choices that are left once a union is paid, with ``capacity`` FLOPs."""
         paid = self.instance.packed(union)
         reachable = ~np.any(self.needs & ~paid, axis=1)
         entered = (self.entries < 0) | (paid[self.entries >> 3] >> (self.entries & 7) & 1).astype(bool)
@@ -211,7 +211,7 @@ def _density(costs: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[n
 
 
 class _Line(NamedTuple):
-    """Pieces by density, summed up: what a capacity is worth if pieces could be cut."""
+    """Pieces by density, summed up: the value of a capacity if pieces could be cut."""
 
     costs: NDArray[np.int64]  # [pieces + 1], cumulative
     values: NDArray[np.float64]  # [pieces + 1], cumulative
@@ -232,13 +232,13 @@ class _Line(NamedTuple):
 
 @dataclass(frozen=True)
 class _Knapsack:
-    """Which tensors to take once a union of activations is paid.
+    """The choice of tensors once a union of activations is paid.
 
     Attributes:
         capacity: FLOPs left.
         costs, values: of every candidate.
-        free: candidates that need nothing further, by density.
-        closed: groups whose entry has to be paid: the FLOPs of that, and the candidates, by density.
+        free: candidates that need no further activation, by density.
+        closed: groups whose entry must be paid: the FLOPs of the entry, and the candidates, by density.
     """
 
     capacity: int
@@ -262,7 +262,7 @@ class _Knapsack:
         return _Line.of(np.concatenate(costs), np.concatenate(values))
 
     def opened(self, opening: int, members: NDArray[np.int64]) -> _Choice:
-        """The opening and as many of the densest members as make the most of it: what the relaxation takes first."""
+        """The opening with its densest members, as many as give the greatest density: the relaxation takes it first."""
         costs, values = opening + np.cumsum(self.costs[members]), np.cumsum(self.values[members])
         last = int(np.argmax(_density(costs, values)))
         return _Choice(int(costs[last]), float(values[last]), tuple(members[: last + 1].tolist()))
@@ -289,47 +289,47 @@ class _Knapsack:
         """The best selection within this union if it beats ``best``, else ``best``.
 
         Grows the list of undominated (cost, value) pairs choice by choice (Nemhauser and Ullmann 1969) and drops a pair
-        when the relaxation of what is left to choose from cannot lift it above ``best``.
+        when the relaxation of the remaining choices cannot lift it above ``best``.
         """
         best = max(best, self.greedy(), key=lambda selection: selection.importance)
         gratis = self.costs[self.free] == 0
-        given, free = self.free[gratis], self.free[~gratis]
+        always, free = self.free[gratis], self.free[~gratis]
         stages = [self.choices(*group) for group in self.closed]
         stages += [
             [_Choice(0, 0.0, ()), _Choice(int(self.costs[i]), float(self.values[i]), (i,))] for i in free.tolist()
         ]
 
-        costs, values = np.zeros(1, dtype=np.int64), np.array([self.values[given].sum()])
+        costs, values = np.zeros(1, dtype=np.int64), np.array([self.values[always].sum()])
         history = []
         for number, choices in enumerate(stages):
             rest = self.line(self.closed[number + 1 :], free[max(number + 1 - len(self.closed), 0) :])
             grown = (costs[:, None] + np.array([choice.cost for choice in choices])).ravel()
             worth = (values[:, None] + np.array([choice.importance for choice in choices])).ravel()
-            kept = np.flatnonzero(grown <= self.capacity)
-            kept = kept[np.lexsort((-worth[kept], grown[kept]))]
-            before = np.maximum.accumulate(np.concatenate(([-np.inf], worth[kept][:-1])))
-            kept = kept[worth[kept] > before]
-            kept = kept[worth[kept] + rest.worth(self.capacity - grown[kept]) > best.importance * _SLACK]
-            if not len(kept):
+            states = np.flatnonzero(grown <= self.capacity)
+            states = states[np.lexsort((-worth[states], grown[states]))]
+            before = np.maximum.accumulate(np.concatenate(([-np.inf], worth[states][:-1])))
+            states = states[worth[states] > before]
+            states = states[worth[states] + rest.worth(self.capacity - grown[states]) > best.importance * _SLACK]
+            if not len(states):
                 return best
-            costs, values = grown[kept], worth[kept]
-            history.append(kept)
+            costs, values = grown[states], worth[states]
+            history.append(states)
         state = int(np.argmax(values))
         if values[state] <= best.importance:
             return best
-        members = given.tolist()
-        for choices, kept in zip(reversed(stages), reversed(history), strict=True):
-            state, choice = divmod(int(kept[state]), len(choices))
+        members = always.tolist()
+        for choices, states in zip(reversed(stages), reversed(history), strict=True):
+            state, choice = divmod(int(states[state]), len(choices))
             members += choices[choice].members
         return _Selection(float(self.values[members].sum()), tuple(members))
 
 
 def _undominated(states: Iterable[_Choice]) -> list[_Choice]:
-    kept: list[_Choice] = []
+    best: list[_Choice] = []
     for state in sorted(states, key=lambda state: (state.cost, -state.importance)):
-        if not kept or state.importance > kept[-1].importance:
-            kept.append(state)
-    return kept
+        if not best or state.importance > best[-1].importance:
+            best.append(state)
+    return best
 
 
 # --- the baseline -----------------------------------------------------------------------------------------------------
@@ -350,15 +350,15 @@ def dp_baseline(
     and tensor k is either skipped, ``L[k-1, t]``, or taken after the last chosen one before it, j < k, in a state in
     which j itself was taken.
 
-    It is not optimal: on the chain, because a state in which taking j lost to skipping it is not available though it
-    may have paid for more of the activations; on a graph, because branches that a selection does not need are paid for.
-    With ``rounding="floor"``, as published, quantisation loses cost and the selection may exceed the budget; with
-    ``"ceil"`` it never does.
+    It is not optimal on the chain: a state in which skipping j was better than taking it is no longer available, though
+    it may have paid for more of the activations. It is not optimal on a graph either, because a selection pays for
+    branches that it does not need. With ``rounding="floor"``, as published, quantisation loses cost and the selection
+    may exceed the budget; with ``"ceil"`` it never does.
 
     Args:
         instance, importance, budget: as for `select`.
-        resolution: units that training every candidate is divided into (1000 in the authors' code).
-        rounding: how a cost is quantised.
+        resolution: units of the cost of training every candidate (1000 in the authors' code).
+        rounding: of quantised costs.
     """
     names = sorted(instance.tensors, key=lambda name: instance.union_cost(instance.tensors[name].closure))
     if not instance.cost(names):
@@ -406,11 +406,11 @@ class _Chain:
         return cls(weights, depths, budget * whole // total)
 
     def step(self, j: int, k: int) -> int:
-        """The cost of taking tensor k where the last one taken is j, 0 for none."""
+        """The cost of taking tensor k if the last tensor taken is j, or 0 for none."""
         return self.weights[k - 1] + self.depths[k] - self.depths[j]
 
     def solve(self, importance: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """``L[k, t]`` where k itself is taken, -inf where it is not; and the tensor taken before k there."""
+        """``L[k, t]`` of states in which k is taken, else -inf; and the tensor taken before k."""
         shape = (len(importance) + 1, self.limit + 1)
         best, taken, previous = np.zeros(shape), np.full(shape, -np.inf), np.zeros(shape, dtype=np.int64)
         taken[0] = 0.0

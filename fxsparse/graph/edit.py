@@ -209,7 +209,7 @@ def _acts_beyond_its_result(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:
         return False
-    # A write matters where what it mutates outlives the call: a buffer, a parameter or an input, also through views.
+    # A write matters if the tensor it mutates outlives the call: a buffer, a parameter or an input, also through views.
     written = [
         arg
         for arg, spec in zip(node.args, schema.arguments, strict=False)

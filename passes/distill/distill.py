@@ -1,7 +1,7 @@
 """Distilling a student's hidden states and logits from a frozen teacher (CoFi, arXiv 2204.00408; CHOP, 2305.14864).
 
-The graph's ``loss`` becomes, in training, the one of `losses`; in evaluation it stays the task's and the
-teacher does not run. So training takes the one call it always took, compiled or not::
+In training the graph's ``loss`` becomes the weighted sum of `losses`; in evaluation it stays the task's loss and the
+teacher does not run. A training step stays a single call, compiled or not::
 
     gm = fxsparse.rewrite(model, [DropLayers("input", fraction=0.5), DistillLayers(teacher)], kwargs=batch)
     gm(**batch).loss.backward()
@@ -31,7 +31,7 @@ from fxsparse.passes.text import FrozenMapping
 PATH = "distillation"
 """The module of a student graph that holds the teacher and the projections."""
 
-_GATE_MARK = "fxsparse_gate"  # what passes.gates notes on a product with a gate: (unit, path, name)
+_GATE_MARK = "fxsparse_gate"  # in the meta of a product with a gate: (unit, path, name)
 MATCHINGS = ("dynamic", "plain")
 PROJECTIONS = ("none", "shared", "per-layer")
 
@@ -44,15 +44,15 @@ class DistillLayers(Pass):
         teacher: a module that takes the student's inputs, traced or not. It is not trained, and not in the student's
             ``state_dict``; one that shares parameters with the student (the model it was made from) is copied.
         matching: ``dynamic`` (CoFi: each teacher layer finds its student layer at every step) or ``plain`` (CHOP: each
-            student layer has its teacher layer).
+            student layer has one teacher layer).
         temperature: T of the logits.
-        weights: of the task's own loss, of the logits, of the hidden states. CoFi leaves the task's out, CHOP does not.
+        weights: of the task's loss, of the logits, of the hidden states. CoFi leaves the first out, CHOP does not.
         teacher_layers: numbers, from 0, of the teacher's layers, or a mapping from globs over stack paths to them.
             Dynamic matching takes evenly spaced ones, four unless there are fewer; the plain one needs one for every
-            student layer, evenly spaced ending with the last unless given.
+            student layer, by default evenly spaced and ending with the last.
         projection: of student states to the teacher's width: ``none``, ``shared`` (one for all layers, CoFi) or
             ``per-layer`` (CHOP). They start as the identity.
-        width: the teacher's hidden size; only loading a checkpoint without the teacher needs it, where it differs.
+        width: the teacher's hidden size, if it differs; only loading a checkpoint without the teacher needs it.
 
     Raises:
         OptionError: an option is out of range.
@@ -104,8 +104,8 @@ class DistillLayers(Pass):
         if self.teacher is None and not structure_only(graph):
             raise RewriteError("needs a teacher: DistillLayers(teacher)", pass_name=self.name)
         loss, logits = loss_of(graph), logits_of(graph) if self.weights[1] else None
-        found = stacks(graph) if self.weights[2] else []
-        if self.weights[2] and not found:
+        students = stacks(graph) if self.weights[2] else []
+        if self.weights[2] and not students:
             raise RewriteError(
                 "the model has no stack of layers whose hidden states could be compared; distil its logits alone with "
                 "weights=(0, 1, 0)",
@@ -113,53 +113,55 @@ class DistillLayers(Pass):
             )
         if self.weights[1] and logits is None:
             raise RewriteError("the model returns no logits; use weights=(a, 0, c)", pass_name=self.name)
-        teacher = None if self.teacher is None else self._frozen(graph, self.teacher, found)
-        widths = [self.width] * len(found) if teacher is None else [_width(stack) for stack in teacher.stacks]
-        projections = [self._projection(*pair) for pair in zip(found, widths, strict=True)]
+        teacher = None if self.teacher is None else self._frozen(graph, self.teacher, students)
+        widths = [self.width] * len(students) if teacher is None else [_width(stack) for stack in teacher.stacks]
+        projections = [self._projection(*pair) for pair in zip(students, widths, strict=True)]
         module = Distillation(Losses(*self.weights, self.temperature, self.matching == "dynamic"), None, projections)
         module.train(graph.training)
         module.to(next(graph.parameters()))
         graph.add_submodule(PATH, module)
-        streams = [[block.stream_out for block in stack.blocks] for stack in found]
-        gates = [[_gates(block) for block in stack.blocks] for stack in found]
+        streams = [[block.stream_out for block in stack.blocks] for stack in students]
+        gates = [[_gates(block) for block in stack.blocks] for stack in students]
         with graph.graph.inserting_before(graph.graph.output_node()):
             node = graph.graph.call_module(PATH, (loss, logits, streams, gates, _tensor_inputs(graph)))
         node.meta["val"] = fx.value(loss)
         graph.graph.output_node().replace_input_with(loss, node)
-        yield from self._changes(found)
+        yield from self._changes(students)
         if teacher is not None:
-            self._attach(graph, node, teacher, found, logits)
+            self._attach(graph, node, teacher, students, logits)
         task, of_logits, _ = self.weights
         note = ", the teacher is a copy, for it shares parameters" if teacher is not None and teacher.copied else ""
         yield rewrote("loss", f"task x {task}, logits x {of_logits} at T = {self.temperature}{note}")
 
-    def _changes(self, found: list[Stack]) -> Iterable[Change]:
-        for stack in found:
+    def _changes(self, students: list[Stack]) -> Iterable[Change]:
+        for stack in students:
             how = f"{self.matching} matching" + ("" if self.projection == "none" else f", {self.projection} projection")
             yield rewrote(stack.path, f"hidden states of {len(stack.blocks)} layers x {self.weights[2]}, {how}")
 
     def _projection(self, stack: Stack, width: int | None) -> list[nn.Linear]:
         if self.projection == "none":
             return []
-        own = _width(stack)
-        linears = [nn.Linear(own, width or own) for _ in (stack.blocks if self.projection == "per-layer" else [0])]
+        inner = _width(stack)
+        linears = [nn.Linear(inner, width or inner) for _ in (stack.blocks if self.projection == "per-layer" else [0])]
         for linear in linears:
             nn.init.eye_(linear.weight), nn.init.zeros_(linear.bias)
         return linears
 
-    def _frozen(self, gm: GraphModule, teacher: nn.Module, found: list[Stack]) -> _Teacher:
+    def _frozen(self, gm: GraphModule, teacher: nn.Module, students: list[Stack]) -> _Teacher:
         """The teacher, with the stacks that go with the student's."""
         graph, copied = frozen_teacher(gm, teacher)
         end_distillation(graph)
-        theirs = self._paired(found, stacks(graph) if found else [])
-        for mine, other in zip(found, theirs, strict=True):
+        theirs = self._paired(students, stacks(graph) if students else [])
+        for mine, other in zip(students, theirs, strict=True):
             self._check_width(mine, other)
         return _Teacher(graph, theirs, copied)
 
-    def _attach(self, gm: GraphModule, node: Node, teacher: _Teacher, found: list[Stack], logits: Node | None) -> None:
+    def _attach(
+        self, gm: GraphModule, node: Node, teacher: _Teacher, students: list[Stack], logits: Node | None
+    ) -> None:
         """Gives the student's graph its teacher."""
         taps: list[Any] = [self._teacher_logits(teacher.graph, logits) if logits is not None else None]
-        for mine, other in zip(found, teacher.stacks, strict=True):
+        for mine, other in zip(students, teacher.stacks, strict=True):
             taps.append([other.blocks[position].stream_out for position in self._layers(mine, other)])
         function = tapped(teacher.graph, taps)
         inputs = {str(read.target): read for read in _tensor_inputs(gm)}
@@ -185,30 +187,30 @@ class DistillLayers(Pass):
         )
 
     def _check_width(self, mine: Stack, theirs: Stack) -> None:
-        own, other = (fx.value(stack.blocks[0].stream_out).shape for stack in (mine, theirs))
-        if self.projection == "none" and own[-1] != other[-1]:
+        ours, other = (fx.value(stack.blocks[0].stream_out).shape for stack in (mine, theirs))
+        if self.projection == "none" and ours[-1] != other[-1]:
             raise RewriteError(
-                f"its hidden states are {own[-1]} wide and the teacher's {other[-1]}; "
+                f"its hidden states are {ours[-1]} wide and the teacher's {other[-1]}; "
                 "give projection='shared' or projection='per-layer'",
                 pass_name=self.name,
                 site=mine.path,
             )
         fixed = [
-            (a, b) for a, b in zip(own[:-1], other[:-1], strict=False) if isinstance(a, int) and isinstance(b, int)
+            (a, b) for a, b in zip(ours[:-1], other[:-1], strict=False) if isinstance(a, int) and isinstance(b, int)
         ]
-        if len(own) != len(other) or any(a != b for a, b in fixed):
+        if len(ours) != len(other) or any(a != b for a, b in fixed):
             raise RewriteError(
-                f"its hidden states have sizes {tuple(own)} and the teacher's {tuple(other)}",
+                f"its hidden states have sizes {tuple(ours)} and the teacher's {tuple(other)}",
                 pass_name=self.name,
                 site=mine.path,
             )
 
     def _teacher_logits(self, traced: GraphModule, logits: Node) -> Node:
         theirs = logits_of(traced)
-        own, other = fx.value(logits).shape, None if theirs is None else fx.value(theirs).shape
-        if theirs is None or other is None or len(own) != len(other) or own[-1] != other[-1]:
+        ours, other = fx.value(logits).shape, None if theirs is None else fx.value(theirs).shape
+        if theirs is None or other is None or len(ours) != len(other) or ours[-1] != other[-1]:
             raise RewriteError(
-                f"the student's logits have sizes {tuple(own)} and the teacher's {other and tuple(other)}; "
+                f"the student's logits have sizes {tuple(ours)} and the teacher's {other and tuple(other)}; "
                 "distil hidden states alone with weights=(a, 0, c)",
                 pass_name=self.name,
             )
@@ -217,25 +219,25 @@ class DistillLayers(Pass):
     def _layers(self, mine: Stack, theirs: Stack) -> Sequence[int]:
         """Positions of the teacher's layers that are compared."""
         layers = len(theirs.blocks)
-        given: Any = self.teacher_layers
-        if isinstance(given, FrozenMapping):
-            given = next((chosen for glob, chosen in given if fnmatchcase(mine.path, glob)), None)
+        numbers: Any = self.teacher_layers
+        if isinstance(numbers, FrozenMapping):
+            numbers = next((chosen for glob, chosen in numbers if fnmatchcase(mine.path, glob)), None)
         wanted = len(mine.blocks) if self.matching == "plain" else min(4, layers)
-        if given is None:
+        if numbers is None:
             return [max(0, (position + 1) * layers // wanted - 1) for position in range(wanted)]
-        if not given or any(not 0 <= number < layers for number in given):
+        if not numbers or any(not 0 <= number < layers for number in numbers):
             raise RewriteError(
-                f"teacher_layers={list(given)} must be numbers of the teacher's {layers} layers, from 0",
+                f"teacher_layers={list(numbers)} must be numbers of the teacher's {layers} layers, from 0",
                 pass_name=self.name,
                 site=mine.path,
             )
-        if self.matching == "plain" and len(given) != wanted:
+        if self.matching == "plain" and len(numbers) != wanted:
             raise RewriteError(
-                f"plain matching needs a teacher layer for each of the {wanted} layers, not {len(given)}",
+                f"plain matching needs a teacher layer for each of the {wanted} layers, not {len(numbers)}",
                 pass_name=self.name,
                 site=mine.path,
             )
-        return given
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ class _Teacher:
 
 @dataclass(frozen=True)
 class EndDistillation(Pass):
-    """Takes the teacher and the projections out again, so that the model is what it is without them."""
+    """Takes the teacher and the projections out of the model again."""
 
     name: ClassVar[str] = "end-distill"
     must_follow: ClassVar[tuple[str, ...]] = ("distill",)
@@ -261,7 +263,7 @@ class EndDistillation(Pass):
 
 
 def end_distillation(gm: GraphModule) -> bool:
-    """Takes distillation out of a graph, in place; False where it has none."""
+    """Takes distillation out of a graph, in place; False if there is none."""
     node = _distillation_node(gm)
     if node is None:
         return False
@@ -284,14 +286,14 @@ def attach_teacher(gm: GraphModule, teacher: nn.Module) -> None:
         )
     (item,) = parse_passes(texts[-1])
     assert isinstance(item, DistillLayers)
-    found = stacks(gm) if item.weights[2] else []
+    students = stacks(gm) if item.weights[2] else []
     logits: Any = node.args[1]
-    item._attach(gm, node, item._frozen(gm, teacher, found), found, logits)
+    item._attach(gm, node, item._frozen(gm, teacher, students), students, logits)
     gm.recompile()
 
 
 def _gates(block: Block) -> list[list[Node]]:
-    """The gates of each sublayer of a block; none where the block has attention or MLPs without gates."""
+    """The gates of each sublayer of a block; no gates if an attention or an MLP of the block has none."""
     sublayers: dict[str, list[Node]] = {}
     units: set[str] = set()
     for node in block.nodes:

@@ -3,7 +3,7 @@
     loss = a task + b T^2 KL(softmax(teacher / T) || softmax(student / T)) + c sum over pairs (s, t) of MSE(P h_s, h_t)
 
 CoFi (arXiv 2204.00408) pairs dynamically: from the last teacher layer down, each takes the student layer with the
-least MSE among those that exist and lie below the one taken before. Where none is left, it takes that one again.
+least MSE among those that exist and lie below the one taken before. If there is none, it takes that one again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fxsparse.errors import RewriteError
 
 @dataclass(frozen=True)
 class Losses:
-    """What is compared, and how much it counts.
+    """The weights of the losses, and how layers are paired.
 
     Attributes:
         task, logits, hidden: weights of the model's own loss, the KL divergence and the summed MSE.
@@ -37,7 +37,7 @@ class Losses:
 
 
 class Held:
-    """A module that belongs to none: no state, no parameters, one and the same in every copy of its holder."""
+    """Keeps a module out of the state of its holder; copies of the holder share the module."""
 
     def __init__(self, module: nn.Module | None):
         self.module = module
@@ -53,9 +53,9 @@ class Distillation(nn.Module):
     follows the student to another device or dtype.
 
     Args:
-        losses: what is compared.
-        teacher: called with the tensors it reads, gives ``(logits, hidden states of stack 0, ...)``; None where a
-            checkpoint is restored for something else than training.
+        losses: their weights.
+        teacher: called with its input tensors, returns ``(logits, hidden states of stack 0, ...)``; None for a
+            checkpoint that is not restored for training.
         projections: for every stack one for all student layers, or one each, or none.
     """
 
@@ -83,8 +83,8 @@ class Distillation(nn.Module):
             loss: of the task, a scalar.
             logits: ``[..., classes]``.
             stacks: for every stack the stream out of every block, ``[..., dim]``.
-            gates: for every stack and block what `layers_exist` takes.
-            inputs: what the teacher reads.
+            gates: for every stack and block the gates, as `layers_exist` takes them.
+            inputs: the input tensors of the teacher.
         """
         if not self.training:
             return loss
@@ -103,11 +103,11 @@ class Distillation(nn.Module):
     def _hidden(
         self, streams: Sequence[Tensor], wanted: Sequence[Tensor], projections: list[Any], exists: Tensor | None
     ) -> Tensor:
-        own = list(streams)
+        states = list(streams)
         if projections:
-            each = projections if len(projections) == len(own) else projections * len(own)
-            own = [project(state) for project, state in zip(each, own, strict=True)]
-        return layer_loss(own, wanted, exists) if self.losses.dynamic else paired_loss(own, wanted, exists)
+            each = projections if len(projections) == len(states) else projections * len(states)
+            states = [project(state) for project, state in zip(each, states, strict=True)]
+        return layer_loss(states, wanted, exists) if self.losses.dynamic else paired_loss(states, wanted, exists)
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -160,8 +160,8 @@ def match_layers(errors: Tensor, exists: Tensor) -> Tensor:
         exists: bool ``[student layers]``.
 
     Returns:
-        int64 ``[teacher layers]``, always within range; existing layers wherever there is one, and below each other
-        as long as there are enough.
+        int64 ``[teacher layers]``, always within range; existing layers if there is one, below each other as long as
+        there are enough.
     """
     layers = errors.shape[1]
     place = torch.arange(layers, device=errors.device)

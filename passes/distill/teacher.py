@@ -57,8 +57,8 @@ def frozen_teacher(gm: GraphModule, teacher: nn.Module) -> tuple[GraphModule, bo
     """A graph of the teacher, in evaluation mode, with a graph and flags of its own; and whether its parameters had to
     be copied."""
     traced: Any = teacher if _is_traced(teacher) else trace(teacher, *_example(gm), **_free(gm))
-    own = {parameter.untyped_storage().data_ptr() for parameter in gm.parameters()}
-    shares = any(parameter.untyped_storage().data_ptr() in own for parameter in traced.parameters())
+    students = {parameter.untyped_storage().data_ptr() for parameter in gm.parameters()}
+    shares = any(parameter.untyped_storage().data_ptr() in students for parameter in traced.parameters())
     frozen = copy.deepcopy(traced) if shares else fx.copy_sharing_state(traced)
     for module in frozen.modules():
         module.training = False
@@ -96,7 +96,7 @@ def _is_tensor(node: Node) -> bool:
 
 
 def tapped(traced: GraphModule, taps: list[Any]) -> GraphModule:
-    """The teacher as a function of the tensors it reads that gives what is compared, and computes nothing else."""
+    """The teacher as a function that returns the tensors to compare, and computes nothing else."""
     graph = traced.graph
     output = graph.output_node()
     output.args = (tuple(taps),)

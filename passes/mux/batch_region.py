@@ -1,11 +1,13 @@
 """Running a part of a graph at another batch size.
 
-The part is what lies between two nodes, a source and a sink. Everything else it reads is a side input; only those that
-carry the batch size matter, and each is one of
+The part lies between two nodes, a source and a sink. Everything else it reads is a side input. Side inputs that carry
+the batch size are replaced:
 
-- a size: its expression is computed again from the new batch size;
-- a tensor made from sizes and parameters alone: it is made again at the new batch size;
-- a tensor that depends on input values: the caller says what becomes of it.
+| side input | replacement |
+|---|---|
+| a size | its expression, computed from the new batch size |
+| a tensor made from sizes and parameters alone | the same tensor, made at the new batch size |
+| a tensor that depends on input values | the caller's conversion of it |
 
 Sizes that are read inside follow by themselves. Nothing but the sink may be read from outside.
 """
@@ -32,7 +34,7 @@ _PASS = "multiplex"
 
 @dataclass(frozen=True)
 class Region:
-    """The nodes that depend on ``source`` and that one of ``sinks`` depends on, in order; the source is not one."""
+    """The nodes between ``source`` and ``sinks``, in order: they depend on the source, and a sink depends on them."""
 
     source: Node
     sinks: tuple[Node, ...]
@@ -59,11 +61,11 @@ def region_between(gm: GraphModule, source: Node, *sinks: Node) -> Region:
 
 def symbols(value: Any) -> set[sympy.Symbol]:
     """The symbols in the sizes of a fake value."""
-    found: set[sympy.Symbol] = set()
+    free: set[sympy.Symbol] = set()
     for leaf in tree_leaves(value):
         sizes = leaf.shape if isinstance(leaf, Tensor) else (leaf,)
-        found.update(*(size.node.expr.free_symbols for size in sizes if isinstance(size, SymInt)))
-    return found
+        free.update(*(size.node.expr.free_symbols for size in sizes if isinstance(size, SymInt)))
+    return free
 
 
 def batch_symbols(gm: GraphModule, node: Node) -> set[sympy.Symbol]:
@@ -80,14 +82,14 @@ def batch_symbols(gm: GraphModule, node: Node) -> set[sympy.Symbol]:
             pass_name=_PASS,
             site=fx.stack_path(node),
         )
-    found = {size.node.expr}
+    rows_of_inputs = {size.node.expr}
     for placeholder in gm.graph.find_nodes(op="placeholder"):
         value = placeholder.meta.get("val")
         if isinstance(value, Tensor) and value.dim() and isinstance(value.shape[0], SymInt):
             rows = value.shape[0].node
             if isinstance(rows.expr, sympy.Symbol) and rows.hint == size.node.hint:
-                found.add(rows.expr)
-    return found
+                rows_of_inputs.add(rows.expr)
+    return rows_of_inputs
 
 
 def run_at(
@@ -98,15 +100,15 @@ def run_at(
     outside: Node,
     convert: Callable[[Node, Node], Node],
 ) -> None:
-    """Lets a region run at batch ``size``; its source is already what it should be.
+    """Lets a region run at batch ``size``; its source already does.
 
     Args:
         gm: the graph.
         region: the part of it.
-        batch: symbols of the batch size it ran at.
-        size: the node of the new one, an integer.
-        outside: the node of the one that the rest of the graph keeps.
-        convert: called with a side input that depends on values and the node to insert before; gives its replacement.
+        batch: symbols of the region's batch size so far.
+        size: the node of the new batch size, an integer.
+        outside: the node of the batch size of the rest of the graph.
+        convert: called with a side input that depends on values and the node to insert before; returns the replacement.
 
     Raises:
         RewriteError: a node in the region other than the sink is read from outside.
@@ -145,7 +147,7 @@ def _check_nothing_else_leaves(region: Region, batch: set[sympy.Symbol], outside
 
 
 class _Maker:
-    """Makes what depends on sizes again, at another batch size."""
+    """Copies nodes that depend on sizes, at another batch size."""
 
     def __init__(self, gm: GraphModule, batch: set[sympy.Symbol], size: Node):
         self.gm, self.batch, self.size = gm, batch, size
@@ -153,7 +155,7 @@ class _Maker:
         self.by_value: dict[Node, bool] = {}
 
     def depends_on_values(self, node: Node) -> bool:
-        """Whether ``node`` depends on what an input holds, not only on how large it is."""
+        """Whether ``node`` depends on the values of an input, not only on its sizes."""
         pending = [node]
         while pending:
             current = pending[-1]
@@ -221,10 +223,10 @@ def refresh(gm: GraphModule, nodes: Iterable[Node], batch: set[sympy.Symbol], si
             raise RewriteError(
                 f"{node.name} cannot run at another batch size: {error}", pass_name=_PASS, site=fx.stack_path(node)
             ) from error
-        expected, found = _numbers(old, resized), _numbers(node.meta["val"], known)
-        if expected != found or bool(symbols(old) & batch) != bool(symbols(node.meta["val"]) & batch):
+        expected, actual = _numbers(old, resized), _numbers(node.meta["val"], known)
+        if expected != actual or bool(symbols(old) & batch) != bool(symbols(node.meta["val"]) & batch):
             raise RewriteError(
-                f"{node.name} has sizes {found} at batch {number}, where {expected} follow from its place in the "
+                f"{node.name} has sizes {actual} at batch {number}, where {expected} follow from its place in the "
                 "model; it ties the batch to another size",
                 pass_name=_PASS,
                 site=fx.stack_path(node),

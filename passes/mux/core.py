@@ -1,4 +1,4 @@
-"""Reading from a graph what multiplexing needs: the core, the tokens, attention and its masks, what the head reads."""
+"""The parts of a graph that multiplexing works on: the core, the tokens, attention and its masks, the head's inputs."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ _PASS = "multiplex"
 _END = torch.iinfo(torch.int64).max
 
 
-def choose(found: list[Stack], wanted: str | None) -> Stack:
+def choose(lists: list[Stack], wanted: str | None) -> Stack:
     """The list of blocks that is multiplexed: the one at ``wanted``, or the only one."""
-    paths = [stack.path for stack in found]
+    paths = [stack.path for stack in lists]
     if wanted is not None:
         if wanted not in paths:
             raise RewriteError(
                 f"there is no list of blocks at stack={wanted}; there are: {', '.join(paths) or 'none'}",
                 pass_name=_PASS,
             )
-        return found[paths.index(wanted)]
-    if not found:
+        return lists[paths.index(wanted)]
+    if not lists:
         raise RewriteError(
             "the model has no repeated core: no list of blocks that pass one stream of hidden states on",
             pass_name=_PASS,
         )
-    if len(found) > 1:
+    if len(lists) > 1:
         raise RewriteError(
             f"the model has several lists of blocks, {', '.join(paths)}; choose one with stack=", pass_name=_PASS
         )
-    return found[0]
+    return lists[0]
 
 
 def token_embedding(gm: GraphModule, source: Node) -> Node | None:
-    """The lookup of tokens in the largest table among those that feed ``source``; None where it embeds no tokens but
-    images, say.
+    """The lookup of tokens in the largest table among those that feed ``source``; None if the model embeds something
+    else, such as images.
 
     Raises:
-        RewriteError: nothing embeds what the core is given.
+        RewriteError: nothing embeds the core's input.
     """
     pending, seen = [source], set()
     while pending:
@@ -84,12 +84,12 @@ def mask_of(attention: Node) -> Node | None:
 
 def is_causal(attention: Node) -> bool:
     """Whether an attention is causal without a mask that says so."""
-    given = attention.args[5] if len(attention.args) > 5 else attention.kwargs.get("is_causal", False)
-    return bool(given)
+    flag = attention.args[5] if len(attention.args) > 5 else attention.kwargs.get("is_causal", False)
+    return bool(flag)
 
 
 def only_masks_attention(mask: Node, inside: set[Node]) -> bool:
-    """Whether all that becomes of ``mask`` in a region is to mask attention: as SDPA's mask, or added to scores."""
+    """Whether a region uses ``mask`` only to mask attention: as SDPA's mask, or added to scores."""
     for user in mask.users:
         if user not in inside and user.target is not aten.scaled_dot_product_attention.default:
             continue
@@ -108,7 +108,7 @@ def _is_softmax(node: Node) -> bool:
 
 
 def move_up(node: Node, before: Node) -> None:
-    """Moves ``node`` and what it depends on before ``before``, on which none of them depends."""
+    """Moves ``node`` and the nodes it depends on before ``before``, on which none of them depends."""
     order = {item: place for place, item in enumerate(node.graph.nodes)}
     needed, pending = set(), [node]
     while pending:
@@ -140,13 +140,12 @@ def _dim_of(node: Node) -> int:
 
 
 def _is_whole(node: Node) -> bool:
-    given = [*node.args[2:], None, None, None]
-    start, end, step = given[:3]
+    start, end, step = [*node.args[2:], None, None, None][:3]
     return start in (None, 0) and end in (None, _END) and step in (None, 1)
 
 
 def scalar_output(gm: GraphModule) -> Node | None:
-    """The scalar the model returns; None where it returns none, or several."""
+    """The one scalar that the model returns; None if it returns several, or no scalar."""
     outputs = {node for node in tree_leaves(gm.graph.output_node().args) if isinstance(node, Node)}
     scalars = [node for node in outputs if isinstance(fx.value(node), Tensor) and fx.value(node).dim() == 0]
     return scalars[0] if len(scalars) == 1 else None

@@ -1,4 +1,4 @@
-"""What multiplexing puts around the core of a network, in plain PyTorch: mixing before it, telling apart after it.
+"""The modules around the core of a multiplexed network, in plain PyTorch: mixing before it, telling apart after it.
 
     mux     [groups * N, ..., d] -> [groups, ..., d]          demux   [groups, ..., d] -> [groups * N, ..., d]
 
@@ -26,7 +26,7 @@ class KeyMux(nn.Module):
         members: N.
         dim: d.
         kind: ``gaussian``, ``binary`` or ``unit``.
-        norm: length of a Gaussian key; sqrt(d), at which mixing keeps the scale of the features, where it is None.
+        norm: length of a Gaussian key; None is sqrt(d), at which mixing keeps the scale of the features.
         learned: whether keys are trained.
     """
 
@@ -78,9 +78,9 @@ class AttentionLayer(nn.Module):
 
 class ContextualMux(nn.Module):
     """MUX-PLM's contextual mixing: attention within each sequence, Gaussian keys, attention across a group's members
-    at each position, the mean. Each of the two attention layers adds to what it read.
+    at each position, the mean. Each of the two attention layers adds to its input.
 
-    Attention within a sequence is masked as that of the core is.
+    Attention within a sequence has the mask of the core's attention.
     """
 
     def __init__(self, members: int, dim: int, heads: int, is_causal: bool, norm: float | None, learned: bool):
@@ -106,8 +106,8 @@ class PrefixMux(nn.Module):
         self.index, self.filler = nn.Parameter(torch.randn(members, dim)), nn.Parameter(torch.randn(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        own = torch.eye(self.members, dtype=torch.bool, device=x.device).unsqueeze(-1)
-        prefix = torch.where(own, self.index, self.filler)
+        is_own = torch.eye(self.members, dtype=torch.bool, device=x.device).unsqueeze(-1)
+        prefix = torch.where(is_own, self.index, self.filler)
         groups = x.shape[0] // self.members
         prefix = prefix.unsqueeze(0).expand(groups, -1, -1, -1).flatten(0, 1)
         return self.inner(torch.cat([prefix, x.narrow(1, 0, x.shape[1] - self.members)], 1))
@@ -147,7 +147,7 @@ class KeyDemux(nn.Module):
         members: N.
         dim: d.
         layers: linear layers, the first included.
-        own_keys: learn N keys; False where each group brings its own, the outputs at its prefix.
+        own_keys: learn N keys; if False each group brings keys of its own, the outputs at its prefix.
     """
 
     def __init__(self, members: int, dim: int, layers: int, own_keys: bool = True):
@@ -160,8 +160,8 @@ class KeyDemux(nn.Module):
     def forward(self, h: Tensor, choice: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
         """Args:
         h: ``[groups, ..., d]``.
-        choice: ``[groups, ...]``, which one member to tell apart at each position; all of them without it.
-        keys: ``[groups, N, d]``, those of the groups.
+        choice: ``[groups, ...]``, the member to tell apart at each position; without it, all members.
+        keys: ``[groups, N, d]``, the keys of each group; without them, the learned keys.
         """
         keys = self.keys if keys is None else keys
         if choice is None:
@@ -191,12 +191,12 @@ class SlotDemux(nn.Module):
 
 
 class Retrieval(nn.Module):
-    """Which token stood at each position of one member: the loss that teaches a multiplexed network to keep its
-    members apart. The member is drawn anew for every group, position and step, the same wherever training resumes.
+    """Predicts the token at each position of one member: the loss that teaches a multiplexed network to keep its
+    members apart. The member is drawn for every group, position and step, and a resumed training draws the same.
 
     Args:
         members: N.
-        decoder: ``[vocabulary, d]``, what the scores of the tokens start as.
+        decoder: ``[vocabulary, d]``, the first values of the weight that scores tokens.
         ignore: token ids that are not asked for.
         lost: positions at the end of a sequence that take no part.
     """
@@ -219,7 +219,7 @@ class Retrieval(nn.Module):
         """Args:
         told_apart: ``[groups, length, d]``, of the chosen members.
         ids: the tokens of all members, ``[groups * N, length]``.
-        choice: what :meth:`draw` gave.
+        choice: the members, as :meth:`draw` returns them.
         """
         target = ids.unflatten(0, (-1, self.members)).gather(1, choice.unsqueeze(1)).squeeze(1)
         for token in self.ignore:
@@ -232,7 +232,7 @@ class Retrieval(nn.Module):
 
 
 class Multiplexer(nn.Module):
-    """The parts of a multiplexed network, so that they have one place for their state."""
+    """The parts of a multiplexed network, in one place for their state."""
 
     def __init__(self, mux: nn.Module, demux: nn.Module, retrieval: Retrieval | None):
         super().__init__()

@@ -4,12 +4,12 @@ arXiv 2302.12441; ensembles of one input in several slots).
     embeddings -> mux: N rows become one -> repeated core at batch / N -> demux: one row becomes N -> head
 
 Rows g N, ..., g N + N - 1 of a batch form group g. The members of a group influence each other: an output depends on
-what else is in its group, which costs accuracy, and where groups mix users one user's output can carry traces of
-another's input. Form groups of one user's inputs where that matters. Attention in the core sees the union of what the
-members' masks let it see, so the padding of a short member is attended to wherever a longer one has tokens.
+the other inputs in its group. That costs accuracy, and if a group mixes users, one user's output can carry traces of
+another's input; form groups of one user's inputs if that matters. Attention in the core sees every position that any
+member's mask shows, so the padding of a short member is attended to at the tokens of a longer one.
 
-A batch that N does not divide is filled up with its own rows from the start, and what comes of them is cut off: the
-same batch gives the same outputs, whatever was run before.
+A batch that N does not divide is filled up with its own rows from the start, and their outputs are cut off: the same
+batch gives the same outputs, independent of earlier calls.
 """
 
 from __future__ import annotations
@@ -49,25 +49,25 @@ class Multiplex(Pass):
             positions of a sequence make room, so pad sequences by n), ``repeat`` (not at all).
         layers: linear layers of ``keys`` and ``prefix``.
         learned: train the mixing keys or rotations; else they stay as drawn.
-        norm: length of a Gaussian key; sqrt(d) unless given, DataMUX's code has 1 and 20.
+        norm: length of a Gaussian key; by default sqrt(d). DataMUX's code has 1 and 20.
         ensemble: how many slots each input takes; its outputs are averaged. It divides n.
         stages: training stages ``(until, task, retrieval)``: up to that fraction of the steps the ``loss`` that the
             model returns in training is task * its own + retrieval * the retrieval loss. A warm-up and then DataMUX's
             mixture is ``((0.3, 0, 1), (1, 0.9, 0.1))``. A ``Schedule`` drives them; evaluation has the task loss.
         ignore: token ids that the retrieval loss leaves out, such as padding and special tokens.
-        stack: path of the list of blocks that is the core; needed where a model has several.
+        stack: path of the list of blocks that is the core; needed if a model has several.
         seed: of keys and initial weights.
 
-    To tune what was pretrained so with another head, ``tuned.load_state_dict(pretrained.state_dict(), strict=False)``:
-    mux, demux and retrieval have the same names in both.
+    To tune a multiplexed, pretrained model with another head, call
+    ``tuned.load_state_dict(pretrained.state_dict(), strict=False)``: mux, demux and retrieval keep their names.
 
     A head that reads one position (``[:, 0]``) is given just that position, told apart. Demultiplexing all positions
     costs as much per token as without multiplexing.
 
     Raises:
         OptionError: an option is out of range.
-        RewriteError: the batch size is not free, there is no embedding or no repeated core, the core's states leave it,
-            or it reads something that depends on a member's values and is no attention mask.
+        RewriteError: the batch size is not free, there is no embedding or no repeated core, the model returns states
+            from inside the core, or the core reads a tensor that depends on a member's values and is no attention mask.
     """
 
     name: ClassVar[str] = "multiplex"

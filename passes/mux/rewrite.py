@@ -200,7 +200,7 @@ class Rewrite:
         )
 
     def _merge_mask(self, mask: Node, before: Node) -> Node:
-        """The mask of a group: its positions see what any member sees."""
+        """The mask of a group, which shows every position that a member's mask shows."""
         value, site = fx.value(mask), fx.stack_path(mask)
         if not isinstance(value, Tensor) or not all(symbols(size) & self.batch for size in value.shape[:1]):
             self._refuse(mask, "does not have the batch as its first dimension")
@@ -227,7 +227,7 @@ class Rewrite:
         )
 
     def _shift_masks(self) -> None:
-        """Lets every position see the prefix; it sees what the first position sees."""
+        """Lets every position see the prefix; the prefix sees the positions that the first position sees."""
 
         def shifted(mask: Tensor) -> Tensor:
             seen = torch.ones_like if mask.dtype == torch.bool else torch.zeros_like
@@ -295,7 +295,7 @@ class Rewrite:
     # --- ensembles ----------------------------------------------------------------------------------------------------
 
     def _average(self, apart: Node) -> None:
-        """Runs the head on every slot and averages what the model returns for each input."""
+        """Runs the head on every slot and averages the model's outputs for each input."""
         outputs = [node for node in tree_leaves(self.gm.graph.output_node().args) if isinstance(node, Node)]
         head = region_between(self.gm, apart, *outputs)
         sinks = [node for node in dict.fromkeys(outputs) if node in {apart, *head.nodes} and self._has_rows(node)]

@@ -11,7 +11,7 @@ from fxsparse.passes.event import Event
 
 
 class Stages(Event):
-    """Sets the weights of the two losses, and the step that draws what is retrieved."""
+    """Sets the weights of the two losses, and the step that draws the members to retrieve."""
 
     def __init__(self, stages: tuple[tuple[float, float, float], ...], multiplexer: nn.Module, total_steps: int):
         self.stages, self.total_steps = stages, total_steps

@@ -4,8 +4,8 @@
     BWD-1     dW = dY^T X              at kept positions
     BWD-2     dX = dY W^{R,C}          W^{R,C}: W^R pruned again, n:m along the output dimension
 
-The output dimension is what BWD-2 sums over, so W^{R,C} is what N:M hardware can multiply there. It is never stored:
-one bit per kept value says whether it survives. The extra zeros are 9.4 % at 2:4 and 5.84 % at 2:8
+BWD-2 sums over the output dimension, so N:M hardware can multiply by W^{R,C}. It is never stored: one bit per kept
+value says whether it survives. The extra zeros are 9.4 % at 2:4 and 5.84 % at 2:8
 (``fxsparse.ops.nm.extra_zeros``).
 """
 
@@ -40,7 +40,7 @@ class DoublePruneBackward(Pass):
     """Prunes W^R once more along the output dimension for the gradient of the input.
 
     Attributes:
-        pattern: of the second pruning; none takes each weight's own.
+        pattern: of the second pruning; by default that of each weight.
         every: optimizer steps after which a Schedule chooses the surviving columns anew; 1 is every step, as in SLoPe's
             accuracy experiments, 100 the period of its accelerated code, 0 keeps the first choice.
 

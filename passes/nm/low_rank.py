@@ -40,10 +40,10 @@ class AddLowRankBranches(Pass):
     """Adds low-rank branches beside linears.
 
     Attributes:
-        rank: r; none takes it from the ratio.
+        rank: r; by default it follows from the ratio.
         ratio: r over the smaller of the weight's two dimensions, at least 1; SLoPe's are 0.39, 1.56 and 6.25 %.
         start: fraction of the training steps after which the branches take part; 0 is at once.
-        layers: globs over the module paths of linears, dense or N:M, that get a branch; none takes every N:M linear.
+        layers: globs over the module paths of linears, dense or N:M, that get a branch; by default every N:M linear.
         seed: of ``down``.
 
     Raises:
@@ -151,12 +151,12 @@ class _Start(Event):
         for holder, branch in added:
             group = known.get(id(fx.attribute(self.gm, holder)))
             if group is None:
-                continue  # a frozen weight: its branch is trained only where the caller gave it to the optimizer
+                continue  # a frozen weight: its branch is trained only if the caller gave it to the optimizer
             for name in branch:
                 parameter = fx.attribute(self.gm, name)
                 if id(parameter) not in known:
                     group["params"].append(parameter)
-        # From here on a replay of the record gives the graph as it is now, with the branches in use.
+        # A replay of the record now gives this graph, with the branches in use.
         substitute(self.gm, str(self.owner), str(replace(self.owner, start=0.0)))
 
 
@@ -190,5 +190,5 @@ def _beside(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 
 def merged(weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """The dense weight ``[out, in]`` that computes what a weight and its branch compute together."""
+    """The dense weight ``[out, in]`` that is equivalent to a weight with its branch."""
     return weight + (up @ down) / down.shape[0]

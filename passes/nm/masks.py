@@ -3,13 +3,13 @@
     y = x (W^R)^T + b        W^R = W * mask, mask [out, in], n of every m kept along in
 
 SLoPe (arXiv 2405.16325) fixes the mask before training and keeps only the surviving values, which are then the
-parameter: gradients and optimizer states shrink with it. Its paper speaks of a random mask at initialisation, its
-code takes the largest magnitudes, which on a fresh initialisation is the same thing; both are offered.
+parameter: gradients and optimizer states shrink with it. Its paper describes a random mask at initialisation; its code
+takes the largest magnitudes, which is the same on a fresh initialisation. Both are offered.
 
-As baselines there are dynamic masks on dense weights: SR-STE (Zhou et al., arXiv 2102.04010) prunes in the forward
-pass, passes the gradient straight through to every weight and pulls pruned weights towards zero; it is "extended" in
-that the pull is added to the gradient once per optimizer step, whichever optimizer follows. Transposable masks keep
-n of m along both dimensions, so that forward and backward products are N:M without a second pruning.
+Dynamic masks on dense weights are baselines: SR-STE (Zhou et al., arXiv 2102.04010) prunes in the forward pass, passes
+the gradient straight through to every weight and pulls pruned weights towards zero. The pull is added to the gradient
+once per optimizer step, for any optimizer. Transposable masks keep n of m along both dimensions, so that forward and
+backward products are N:M without a second pruning.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class InsertNMMasks(Pass):
     Attributes:
         pattern: ``"2:4"`` for all linears, or a mapping from globs over module paths to patterns,
             ``{"*.layers.[0-5].*": "2:4", "*.layers.[6-9].*": "2:8"}``; the first glob that matches a path counts,
-            and a path that none matches stays dense.
-        criterion: what is kept: ``magnitude``, ``random``, or ``wanda`` (|weight| times the norm of its input over the
-            calibration batches; Sun et al., arXiv 2306.11695).
+            and a path without a match stays dense.
+        criterion: which weights stay: ``magnitude``, ``random``, or ``wanda`` (|weight| times the norm of its input
+            over the calibration batches; Sun et al., arXiv 2306.11695).
         storage: ``compressed`` keeps the surviving values as the parameter ``<weight>_values [out, in*n/m]`` and
             ``<weight>_indices`` as a buffer; ``masked`` keeps the dense weight and a boolean buffer ``<weight>_mask``.
         transposable: keep n of m along the output dimension too.
@@ -135,8 +135,8 @@ class InsertNMMasks(Pass):
         return None, "no glob of the pattern matches it"
 
     def _check_globs(self, paths: list[str]) -> None:
-        given = [*self.exclude, *(() if isinstance(self.pattern, str) else (glob for glob, _ in self.pattern))]
-        for glob in given:
+        globs = [*self.exclude, *(() if isinstance(self.pattern, str) else (glob for glob, _ in self.pattern))]
+        for glob in globs:
             if not any(fnmatch.fnmatchcase(path, glob) for path in paths):
                 shown = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
                 raise RewriteError(
@@ -236,7 +236,7 @@ def _sites(gm: GraphModule) -> list[list[Linear]]:
 
 
 class _DenseByDefault:
-    """Why a weight stays dense without being told to, or None."""
+    """Says why a weight stays dense though no option excludes it; None if nothing speaks against pruning it."""
 
     def __init__(self, gm: GraphModule, keep_first: bool, keep_head: bool):
         self.gm = gm

@@ -22,8 +22,8 @@ class NMMask:
         criterion: ``magnitude``, ``random`` or ``wanda``.
         transposable: n of m along the output dimension too.
         seed: of ``random``.
-        name: the weight's name, so that equal seeds give different weights different masks; where it is empty the
-            weight's first elements stand for it.
+        name: the weight's name, so that equal seeds give different weights different masks; if it is empty, the
+            weight's first elements do so.
         transposed: whether the weight is stored ``[in, out]``.
     """
 
@@ -35,7 +35,7 @@ class NMMask:
     transposed: bool = False
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """The mask, bool ``[out, in]``, of a weight ``[out, in]`` (``[in, out]`` where transposed)."""
+        """The mask, bool ``[out, in]``, of a weight ``[out, in]`` (``[in, out]`` if transposed)."""
         return self.with_norms(weight, None)
 
     def with_norms(self, weight: Tensor, norms: Tensor | None) -> Tensor:

@@ -66,7 +66,7 @@ class SparseLinear:
         return f"{self.name}_values" if self.compressed else self.name
 
     def __getitem__(self, argument: str) -> Any:
-        """An argument of the call by its name in the schema; None where it is absent."""
+        """An argument of the call by its name in the schema; None if it is absent."""
         return fx.arguments(self.node).get(argument)
 
 
@@ -108,5 +108,5 @@ def dense_and_mask(gm: GraphModule, linear: SparseLinear) -> tuple[Tensor, Tenso
 
 
 def store_column_mask(gm: GraphModule, linear: SparseLinear, column_mask: Tensor, mask: Tensor) -> Tensor:
-    """A column mask ``[out, in]`` in the form the operator takes: packed bits of the kept values, or as it is."""
+    """A column mask ``[out, in]`` in the form the operator takes: packed bits of kept values, or the mask itself."""
     return pack_column_mask(column_mask, mask, linear.pattern) if linear.compressed else column_mask
