@@ -12,7 +12,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fxsparse import ops  # noqa: F401  registers the operators
-from fxsparse.errors import CheckpointError, FxsparseError, LoweringError, OptionError, RewriteError, TraceError
+from fxsparse.errors import (
+    CheckpointError,
+    FxsparseError,
+    InternalError,
+    LoweringError,
+    OptionError,
+    RewriteError,
+    TraceError,
+)
 from fxsparse.version import __version__
 
 if TYPE_CHECKING:
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from fxsparse.cost.flops import count_flops
     from fxsparse.cost.importance import tensor_importance
     from fxsparse.graph.record import Record, record_of
+    from fxsparse.inspection import graphs
     from fxsparse.integrations.huggingface import from_pretrained, save_pretrained
     from fxsparse.optimizers import forget_dropped
     from fxsparse.passes import Pass, Pipeline
@@ -39,6 +48,7 @@ __all__ = [
     "BackpropGraph",
     "CheckpointError",
     "FxsparseError",
+    "InternalError",
     "LoweringError",
     "OptionError",
     "Pass",
@@ -54,6 +64,7 @@ __all__ = [
     "explain",
     "forget_dropped",
     "from_pretrained",
+    "graphs",
     "invalidate",
     "kernels",
     "load",
@@ -81,6 +92,7 @@ _DEFINED_IN = {
     "explain": "fxsparse.reporting",
     "forget_dropped": "fxsparse.optimizers",
     "from_pretrained": "fxsparse.integrations.huggingface",
+    "graphs": "fxsparse.inspection",
     "invalidate": "fxsparse.backend.backend",
     "kernels": "fxsparse.backend.compiled",
     "load": "fxsparse.checkpoint",

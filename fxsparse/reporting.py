@@ -97,11 +97,15 @@ def _shortened(text: str, length: int = 160) -> str:
     return text if len(text) <= length else f"{text[:length]} ..."
 
 
-def _entry(position: int, entry: Entry) -> list[str]:
-    header = (
+def heading(position: int, entry: Entry) -> str:
+    """The pass, how many sites it rewrote and skipped, and its time, in a line."""
+    return (
         f"{position}. {_shortened(entry.text)}: {len(entry.rewritten)} rewritten, {len(entry.skipped)} skipped, "
         f"{entry.milliseconds:.0f} ms"
     )
+
+
+def _entry(position: int, entry: Entry) -> list[str]:
     costs = [
         f"{label} {quantity(getattr(entry.before, field), base)} -> {quantity(getattr(entry.after, field), base)}"
         for label, field, base in _COSTS
@@ -111,7 +115,7 @@ def _entry(position: int, entry: Entry) -> list[str]:
         ("  rewritten" if rewritten else "  skipped", site, detail)
         for rewritten, site, detail in grouped(entry.changes)
     ]
-    return [header, *(f"  {line}" for line in costs), *table(rows)]
+    return [heading(position, entry), *(f"  {line}" for line in costs), *table(rows)]
 
 
 def grouped(changes: Iterable[Change]) -> list[tuple[bool, str, str]]:

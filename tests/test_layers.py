@@ -15,7 +15,7 @@ LAYERS = (
     "passes lowering",
     "recipes",
     "backend",
-    "rewriting schedule checkpoint reporting autoprumux integrations",
+    "rewriting schedule checkpoint reporting inspection autoprumux integrations",
 )
 """From the lowest to the highest; the top package itself, which only exports, is above all."""
 

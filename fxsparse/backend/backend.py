@@ -93,6 +93,8 @@ def _compile_graph(gm: GraphModule, example_inputs: list[Any], options: BackendO
     names = rewritten.names if rewritten is not None else state_names(gm, example_inputs, origin.module)
     report.shapes = {name: tuple(example_inputs[position].shape) for position, name in names.items()}
     lowered, extra = _lower(before, example_inputs, names, options, report)
+    added = (name for slot in (*slots, *extra) for name in slot.names)
+    report.inputs = names | dict(enumerate(added, len(example_inputs)))
     values = _values([*slots, *extra], example_inputs)
     fixed = _of_fixed_size(values)
     inner = _compile(lowered, [*example_inputs, *values], report)
@@ -156,14 +158,19 @@ def _fall_back(what: str, error: Exception, options: BackendOptions, report: Com
 def _compile(gm: GraphModule, inputs: list[Any], report: CompiledGraph) -> Callable[..., Any]:
     options = report.options
     if options.compiler == "eager":
+        report.show(gm.graph)
         return gm.forward
     if options.compiler == "aot_eager":
-        from torch._dynamo.backends.debugging import aot_eager
+        from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 
-        return aot_eager(gm, inputs)
+        def shown(graph: GraphModule, args: list[Any]) -> Callable[..., Any]:
+            report.show(graph.graph)
+            return boxed_nop(graph, args)
+
+        return aot_eager(gm, inputs, fw_compiler=shown, bw_compiler=shown)
     from torch._inductor.compile_fx import compile_fx
 
-    compiled: Any = compile_fx(gm, inputs, config_patches=config_patches(options, report.overrides))
+    compiled: Any = compile_fx(gm, inputs, config_patches=config_patches(options, report.overrides, report.show))
     return compiled
 
 

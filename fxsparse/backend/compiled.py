@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -13,12 +14,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch._dynamo import external_utils
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.fx import Graph
 
 from fxsparse.backend.options import BackendOptions
 from fxsparse.codegen.loaded import recording, start, stop
+from fxsparse.graph.readable import readable
 from fxsparse.graph.record import Record
 from fxsparse.lowering.choice import Choice
 
+_AOT_INPUT = re.compile(r"(?P<kind>primals_|arg)(?P<number>\d+)(_1)?$")
 _lock = threading.Lock()
 _graphs: dict[int, tuple[weakref.ref[Any], list[CompiledGraph]]] = {}
 
@@ -36,6 +40,9 @@ class CompiledGraph:
         overrides: implementations of operators that fixed rules would not choose, by `timings.key` of their problem.
         notes: why something asked for did not happen, at compile time or later.
         launches: of generated kernels, by source file; forward and backward.
+        inputs: names of the parameters and buffers among the inputs, by position.
+        sources: the graphs that the compiler was given, as Python, each with ``forward`` or ``backward``; none of what
+            torch took from its compile caches.
     """
 
     name: str
@@ -46,6 +53,27 @@ class CompiledGraph:
     overrides: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     launches: dict[Path, int] = field(default_factory=dict)
+    inputs: dict[int, str] = field(default_factory=dict)
+    sources: list[tuple[str, str]] = field(default_factory=list)
+
+    def show(self, graph: Graph) -> None:
+        """Adds a graph that the compiler is given to the sources; a text that cannot be made is noted."""
+        inputs = [node.name for node in graph.find_nodes(op="placeholder")]
+        which = "backward" if any(name.startswith("tangents_") for name in inputs) else "forward"
+        try:
+            self.sources.append((which, readable(graph, which, self._named(inputs))))
+        except Exception as error:
+            self.note(f"the {which} graph cannot be shown: {type(error).__name__}: {error}")
+
+    def _named(self, inputs: list[str]) -> dict[str, str]:
+        """Names of state by the names of a graph's inputs: AOTAutograd numbers Dynamo's, other graphs take them all."""
+        numbers = {name: _AOT_INPUT.fullmatch(name) for name in inputs}
+        places = {
+            name: int(found["number"]) - (found["kind"] == "primals_") for name, found in numbers.items() if found
+        }
+        if not places:
+            places = {name: place for place, name in enumerate(inputs)}
+        return {name: self.inputs[place] for name, place in places.items() if place in self.inputs}
 
     def note(self, text: str) -> None:
         """Adds a note once."""

@@ -38,12 +38,20 @@ class InlineReferences(CustomGraphPass):
         options: of the backend.
         overrides: implementations that fixed rules would not choose, as `CompiledGraph` has them.
         then: the passes that the user gave Inductor for the same place; they run afterwards.
+        show: is given every graph first, with the operators still whole; no part of what the pass does to it.
     """
 
-    def __init__(self, options: BackendOptions, overrides: Mapping[str, str], then: Sequence[Any] = ()):
-        self.options, self.overrides, self.then = options, dict(overrides), tuple(then)
+    def __init__(
+        self,
+        options: BackendOptions,
+        overrides: Mapping[str, str],
+        then: Sequence[Any] = (),
+        show: Callable[[Graph], None] = lambda graph: None,
+    ):
+        self.options, self.overrides, self.then, self.show = options, dict(overrides), tuple(then), show
 
-    def __call__(self, graph: torch.fx.Graph) -> None:
+    def __call__(self, graph: Graph) -> None:
+        self.show(graph)
         pins = self.options.pins
         keep_transposes(graph, pins)
         inline_references(graph, lambda call: runs_reference(call, pins, self.overrides))
@@ -78,14 +86,16 @@ def sources() -> bytes:
     return digest.digest()
 
 
-def config_patches(options: BackendOptions, overrides: Mapping[str, str]) -> dict[str, Any]:
-    """Inductor's configuration for ``options`` and the overrides of a graph."""
+def config_patches(
+    options: BackendOptions, overrides: Mapping[str, str], show: Callable[[Graph], None]
+) -> dict[str, Any]:
+    """Inductor's configuration for ``options`` and the overrides of a graph; ``show`` is given every graph it compiles."""
     from torch._inductor import config
 
     theirs = options.inductor.get(_SLOT, getattr(config, _SLOT)) or ()
     return {
         **options.inductor,
-        _SLOT: InlineReferences(options, overrides, theirs if isinstance(theirs, (list, tuple)) else [theirs]),
+        _SLOT: InlineReferences(options, overrides, theirs if isinstance(theirs, (list, tuple)) else [theirs], show),
     }
 
 
