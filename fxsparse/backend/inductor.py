@@ -89,7 +89,7 @@ def sources() -> bytes:
 def config_patches(
     options: BackendOptions, overrides: Mapping[str, str], show: Callable[[Graph], None]
 ) -> dict[str, Any]:
-    """Inductor's configuration for ``options`` and the overrides of a graph; ``show`` is given every graph it compiles."""
+    """Inductor's configuration for a graph with ``options`` and ``overrides``; ``show`` is given what it compiles."""
     from torch._inductor import config
 
     theirs = options.inductor.get(_SLOT, getattr(config, _SLOT)) or ()
