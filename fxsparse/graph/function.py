@@ -20,10 +20,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fxsparse.errors import RewriteError
-from fxsparse.graph.values import value
+from fxsparse.graph.values import arguments, set_argument, value
 
 _DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
@@ -153,38 +154,25 @@ def _bind(graph: Graph, without: Graph, flag: Flag, site: str) -> None:
         return reads[0]
 
     for node, other in twins.items():
-        ours, spec = pytree.tree_flatten(_arguments(node))
-        theirs, other_spec = pytree.tree_flatten(_arguments(other))
-        if spec != other_spec:
-            raise _modes_differ(flag, site)
-        changed = False
-        for place, (leaf, other_leaf) in enumerate(zip(ours, theirs, strict=True)):
-            if twins.get(leaf) is other_leaf if isinstance(leaf, Node) else repr(leaf) == repr(other_leaf):
+        without_flag = _arguments(other)
+        for name, with_flag in _arguments(node).items():
+            if repr(map_arg(with_flag, twins.__getitem__)) == repr(without_flag[name]):
                 continue
-            changed = True
-            if leaf is True and other_leaf is False:
-                ours[place] = read()
-            elif isinstance(leaf, float) and other_leaf == 0:  # the dropout probability of attention
+            if with_flag is True and without_flag[name] is False:
+                set_argument(node, name, read())
+            elif isinstance(with_flag, float) and without_flag[name] == 0:  # the dropout probability of attention
                 with graph.inserting_before(node):
-                    ours[place] = graph.call_function(operator.mul, (leaf, read()))
-                ours[place].meta["val"] = leaf
+                    product = graph.call_function(operator.mul, (with_flag, read()))
+                product.meta["val"] = with_flag
+                set_argument(node, name, product)
             else:
                 raise _modes_differ(flag, site)
-        if changed:
-            node.args, node.kwargs = pytree.tree_unflatten(ours, spec)
 
 
-def _arguments(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a node, with the defaults of its schema, which tracing leaves out."""
-    args, kwargs = list(node.args), dict(node.kwargs)
-    schema = getattr(node.target, "_schema", None)
-    for spec in schema.arguments[len(args) :] if schema is not None else ():
-        if spec.name not in kwargs and spec.has_default_value():
-            if spec.kwarg_only or kwargs:
-                kwargs[spec.name] = spec.default_value
-            else:
-                args.append(spec.default_value)
-    return tuple(args), kwargs
+def _arguments(node: Node) -> dict[str, Any]:
+    if hasattr(node.target, "_schema"):
+        return arguments(node)
+    return {str(place): arg for place, arg in enumerate(node.args)} | node.kwargs
 
 
 def _modes_differ(flag: Flag, site: str) -> RewriteError:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxsparse.graph import traits
 from fxsparse.graph.state import attribute
-from fxsparse.graph.values import arguments, fake_mode, value
+from fxsparse.graph.values import arguments, fake_mode, set_argument, value
 
 Lost = Mapping[int, Tensor]
 """The axes of a tensor that become shorter: for each, int64 ``[size]``, how many positions go at every position."""
@@ -59,18 +59,8 @@ def resize(gm: GraphModule, patches: Patches, changed: Iterable[Node], nodes: It
     """
     for node, patch in patches.items():
         for name, item in patch.items():
-            _write(node, name, item)
+            set_argument(node, name, item)
     _propagate(gm, {*patches, *changed}, gm.graph.nodes if nodes is None else nodes)
-
-
-def _write(node: Node, name: str, item: Any) -> None:
-    if name in node.kwargs:
-        node.update_kwarg(name, item)
-        return
-    written = arguments(node)
-    position = list(written).index(name)
-    before = list(written.values())[len(node.args) : position]
-    node.args = (*node.args[:position], *before, item, *node.args[position + 1 :])
 
 
 # --- sizes that are written down --------------------------------------------------------------------------------------

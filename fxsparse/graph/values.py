@@ -23,11 +23,28 @@ def example_of(arg: Any) -> Any:
 
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of an operator's call by the names in its schema, in its order; defaults for those not written."""
-    target: Any = node.target
-    specs = (target.default if isinstance(target, OpOverloadPacket) else target)._schema.arguments
+    specs = _specs(node)
     written = dict(zip((spec.name for spec in specs), node.args, strict=False)) | dict(node.kwargs)
     defaults = {spec.name: spec.default_value for spec in specs if spec.has_default_value()}
     return {spec.name: written.get(spec.name, defaults.get(spec.name)) for spec in specs}
+
+
+def set_argument(node: Node, name: str, item: Any) -> None:
+    """Sets an argument of an operator's call by its name in the schema, by position if it can be."""
+    specs, written = _specs(node), len(node.args)
+    position = [spec.name for spec in specs].index(name)
+    skipped = specs[written:position]
+    if position < written:
+        node.update_arg(position, item)
+    elif specs[position].kwarg_only or any(spec.name in node.kwargs for spec in (*skipped, specs[position])):
+        node.update_kwarg(name, item)
+    else:
+        node.args = (*node.args, *(spec.default_value for spec in skipped), item)
+
+
+def _specs(node: Node) -> Any:
+    target: Any = node.target
+    return (target.default if isinstance(target, OpOverloadPacket) else target)._schema.arguments
 
 
 def stack_path(node: Node) -> str:

@@ -87,7 +87,7 @@ def _weight_name(node: Node) -> str:
 
 
 def replace_call(gm: GraphModule, node: Node, target: Any, **changed: Any) -> Node:
-    """Replaces a call of an operator by one of ``target`` with the same arguments but for those that changed."""
+    """Replaces a call of an operator by one of ``target``; arguments that are not named in ``changed`` stay."""
     named = {**fx.arguments(node), **changed}
     args = tuple(named.get(argument.name, argument.default_value) for argument in target._schema.arguments)
     return fx.replace_with_call(gm, node, target, args)
