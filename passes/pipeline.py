@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from fxsparse import graph as fx
 from fxsparse.cost.flops import costs
 from fxsparse.errors import OptionError, RewriteError
+from fxsparse.graph import live
 from fxsparse.graph.history import keep
 from fxsparse.graph.record import Costs, Entry, append, record_of
 from fxsparse.passes.base import Pass, outcome, parse_passes, pass_classes
@@ -156,6 +157,7 @@ def _run(item: Pass, gm: GraphModule, before: Costs) -> Costs:
         fx.eliminate_dead_code(gm)
         gm.graph.lint()
         fx.delete_state(gm, read_before - fx.state_read(gm))
+        live.settle(gm)
         milliseconds = (time.perf_counter() - start) * 1e3
         after = costs(gm)
     except RewriteError:

@@ -14,6 +14,7 @@ named by their fully qualified name, ``node.meta["val"]`` is a fake tensor with 
 | `function` | functions as graphs, for `edit` to insert |
 | `record` | what passes did to a graph module |
 | `derived_buffers` | buffers that are computed from parameters |
+| `live` | what passes know about their sites, kept true by later edits |
 | `training_form` | the graph that runs in training where it is another one |
 | `trainable` | which parameters are trained |
 | `dynamo` | Dynamo's graphs, and bringing them into this form and back |

@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 from fxsparse import graph as fx
 from fxsparse.analysis.activation_norms import activation_norms
 from fxsparse.errors import OptionError, RewriteError
-from fxsparse.graph import Linear
+from fxsparse.graph import Linear, live
 from fxsparse.graph.derived_buffers import BORROWED, Derived, derive
 from fxsparse.graph.record import Change, HeldWeight, hold, rewrote, skipped
 from fxsparse.ops.nm import Pattern, pack
@@ -183,6 +183,7 @@ class InsertNMMasks(Pass):
             values, indices = pack(dense, mask, pattern)
             fx.set_parameter(gm, f"{name}_values", values, requires_grad=weight.requires_grad)
             fx.set_buffer(gm, f"{name}_indices", indices)
+            live.moved(gm, names, f"{name}_values")
         else:
             fx.set_buffer(gm, f"{name}_mask", mask)
             if borrowed:

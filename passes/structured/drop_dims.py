@@ -14,8 +14,8 @@ not come back.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,13 +25,13 @@ from torch.fx import GraphModule
 from fxsparse import graph as fx
 from fxsparse.analysis.residual_streams import Stream
 from fxsparse.analysis.structures import MLP, Attention
-from fxsparse.analysis.units import Part, parts_of
+from fxsparse.analysis.units import parts_of
 from fxsparse.errors import OptionError, RewriteError
+from fxsparse.graph import live
 from fxsparse.graph.record import Change, rewrote, skipped
 from fxsparse.passes.event import Event
-from fxsparse.passes.structured.hard_concrete import META_KEY, Gated, mask_name
-from fxsparse.passes.structured.nodes import remove_gates
-from fxsparse.passes.structured.sites import SCORES, Gating, Scorer, Sites, find_sites, gate_sites, hidden_gate
+from fxsparse.passes.structured.hard_concrete import Gated, mask_name
+from fxsparse.passes.structured.sites import SCORES, Gating, Scorer, Sites, gate_sites, hidden_gate
 
 UNITS = ("hidden", "intermediate", "heads")
 RAMPS = ("cubic", "exponential")
@@ -110,7 +110,7 @@ class DropDimensions(Gating):
         scores = {}
         if self.score != "platon":
             scorer = Scorer(graph, sites, self.score, self.calibration, self.seed, self.name)
-            scores = {group.gate: scorer(group.site) for group in groups}
+            scores = {group.gate: scorer(site) for group, site in groups}
         device = next(graph.parameters()).device
 
         def register(unit: str, name: str, count: int) -> None:
@@ -119,8 +119,8 @@ class DropDimensions(Gating):
         items: list[Gated] = [
             item for _, item in gate_sites(graph, sites, self.units, register, straight=self.score == "platon")
         ]
-        graph.meta[META_KEY] = tuple(items)
-        for group in groups:
+        live.enter(graph, *items, *(group for group, _ in groups))
+        for group, _ in groups:
             left = self.left(group, self.fraction)
             if scores:
                 self.choose(graph, group, scores[group.gate], self.fraction)
@@ -129,13 +129,13 @@ class DropDimensions(Gating):
             yield (rewrote if left < group.count else skipped)(group.path, what)
         yield from sites.skipped
 
-    def left(self, group: _Group, fraction: float) -> int:
+    def left(self, group: Dimensions, fraction: float) -> int:
         """How many dimensions of a group stay where ``fraction`` is to go."""
         multiple = 1 if group.unit == "heads" else self.multiple
         wanted = round(group.count * (1 - fraction) / multiple) * multiple
         return min(group.count, max(wanted, multiple, 1))
 
-    def choose(self, gm: GraphModule, group: _Group, scores: Tensor, fraction: float) -> None:
+    def choose(self, gm: GraphModule, group: Dimensions, scores: Tensor, fraction: float) -> None:
         """Masks the dimensions of the lowest scores; of equal ones, the later."""
         kept = scores.argsort(descending=True, stable=True)[: self.left(group, fraction)]
         mask = gm.get_buffer(mask_name(group.gate))
@@ -148,37 +148,52 @@ class DropDimensions(Gating):
         return self.fraction * (1 - (1 - x) ** 3) if self.ramp == "cubic" else 1 - (1 - self.fraction) ** x
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
-        if self.score == "platon" and META_KEY in graph.meta:
+        if self.score == "platon" and live.sites(graph, Dimensions):
             yield _Chop(self, graph, total_steps)
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Dimensions that compete: of the stream, of an MLP, of an attention."""
+class Dimensions(live.Live):
+    """Dimensions that compete: of the stream, of an MLP, of an attention.
+
+    Attributes:
+        unit: hidden, intermediate or heads.
+        gate: name of their gate.
+        path: module path.
+        count: how many.
+        rows: of the weights that make them.
+    """
 
     unit: str
     gate: str
     path: str
     count: int
-    site: Attention | MLP | Stream
-    parts: tuple[Part, ...]
+    rows: tuple[live.Rows, ...]
+
+    def moved(self, old: str, new: str, rows: int) -> Dimensions:
+        return replace(self, rows=tuple(part.moved(old, new, rows) for part in self.rows))
+
+    def without(self, gone: Callable[[str], bool]) -> Dimensions | None:
+        left = tuple(part for part in self.rows if not gone(part.name))
+        return replace(self, rows=left) if left else None
 
 
-def _groups(gm: GraphModule, sites: Sites, units: Iterable[str]) -> list[_Group]:
-    groups = []
+def _groups(gm: GraphModule, sites: Sites, units: Iterable[str]) -> list[tuple[Dimensions, Attention | MLP | Stream]]:
+    groups: list[tuple[Dimensions, Attention | MLP | Stream]] = []
     for site in sites.sublayers:
         unit, count = ("heads", site.heads) if isinstance(site, Attention) else ("intermediate", site.channels)
         if unit in units and site.path in sites.named:
-            parts = _rows(site, gm)
-            groups.append(_Group(unit, f"{site.path}.{unit}_gate", site.path, count, site, parts))
+            group = Dimensions(unit, f"{site.path}.{unit}_gate", site.path, count, _rows(site, gm))
+            groups.append((group, site))
     for stream in sites.streams:
-        parts = _rows(stream, gm)
-        groups.append(_Group("hidden", hidden_gate(stream), stream.path, stream.size, stream, parts))
+        group = Dimensions("hidden", hidden_gate(stream), stream.path, stream.size, _rows(stream, gm))
+        groups.append((group, stream))
     return groups
 
 
-def _rows(site: Attention | MLP | Stream, gm: GraphModule) -> tuple[Part, ...]:
-    return tuple(part for part in parts_of(site, gm) if part.axis == 0)
+def _rows(site: Attention | MLP | Stream, gm: GraphModule) -> tuple[live.Rows, ...]:
+    parts = (part for part in parts_of(site, gm) if part.axis == 0)
+    return tuple(live.Rows(part.linear.name, int(part.linear.transposed), part.index) for part in parts)
 
 
 # --- while training ---------------------------------------------------------------------------------------------------
@@ -189,14 +204,12 @@ class _Chop(Event):
 
     def __init__(self, owner: DropDimensions, gm: GraphModule, total_steps: int):
         self.owner, self.gm, self.total_steps = owner, gm, total_steps
-        clean = fx.copy_sharing_state(gm)
-        remove_gates(clean)
-        self.groups = _groups(clean, find_sites(clean, owner.units, owner.layers, owner.name), owner.units)
+        self.groups = live.sites(gm, Dimensions)
         self.steps = 0  # in the window
         self.summed: dict[str, Tensor] = {}
         self.importance: dict[str, Tensor] = {}
         self.uncertainty: dict[str, Tensor] = {}
-        for name in {part.linear.name for group in self.groups for part in group.parts}:
+        for name in {part.name for group in self.groups for part in group.rows}:
             weight = gm.get_parameter(name).detach()
             for state in (self.summed, self.importance, self.uncertainty):
                 state[name] = torch.zeros_like(weight, dtype=torch.float32)
@@ -229,10 +242,8 @@ class _Chop(Event):
     def _is_over(self, step: int) -> bool:
         return step > math.ceil(self.owner.end * self.total_steps)
 
-    def _scores(self, group: _Group) -> Tensor:
-        scores = [
-            part.sums(self.importance[part.linear.name] * self.uncertainty[part.linear.name]) for part in group.parts
-        ]
+    def _scores(self, group: Dimensions) -> Tensor:
+        scores = [part.sums(self.importance[part.name] * self.uncertainty[part.name]) for part in group.rows]
         return torch.stack(scores).sum(0)
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,10 +24,11 @@ from torch.fx import GraphModule
 
 from fxsparse import graph as fx
 from fxsparse.errors import OptionError, RewriteError
+from fxsparse.graph import live
 from fxsparse.graph.record import Change, rewrote
 from fxsparse.passes.event import Event
 from fxsparse.passes.structured import hard_concrete
-from fxsparse.passes.structured.hard_concrete import META_KEY, mask_name
+from fxsparse.passes.structured.hard_concrete import Gated, mask_name
 from fxsparse.passes.structured.sites import SCORES, UNITS, Gating, Scorer, gate_sites, hidden_gate
 
 
@@ -105,7 +106,7 @@ class GateStructures(Gating):
         if not sublayers:
             reasons = "".join(f"; {change.site}: {change.detail}" for change in sites.skipped[:4])
             raise RewriteError(f"found nothing of {', '.join(self.units)} to gate{reasons}", pass_name=self.name)
-        graph.meta[META_KEY] = tuple(sublayers)
+        live.enter(graph, *sublayers)
         self._check_reachable(graph)
         yield from sites.skipped
         if self.score is None:
@@ -136,7 +137,7 @@ class GateStructures(Gating):
             )
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
-        if self.score is None and META_KEY in graph.meta:
+        if self.score is None and live.sites(graph, Gated):
             yield _Sparsify(self, graph, optimizer, total_steps)
 
 

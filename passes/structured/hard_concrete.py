@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxsparse.errors import RewriteError
+from fxsparse.graph import live
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
-META_KEY = "fxsparse_gates"
 LOWEST, HIGHEST = math.log(0.01), math.log(100)
 """What `a` is kept within, as CoFi does."""
 
@@ -51,7 +51,7 @@ class Count:
 
 
 @dataclass(frozen=True)
-class Gated:
+class Gated(live.Live):
     """A sublayer with gates, and the parameters its parts hold.
 
     Attributes:
@@ -64,6 +64,7 @@ class Gated:
         per_group: parameters that go when all units of a group are gone (keys and values of an attention).
         groups: how many consecutive groups the units form.
         rest: parameters that go with the sublayer only (the bias of its output).
+        weights: the names of the parameters that hold its weights; it ends with them.
     """
 
     path: str
@@ -75,6 +76,13 @@ class Gated:
     per_group: Count
     groups: int
     rest: Count
+    weights: tuple[str, ...]
+
+    def moved(self, old: str, new: str, rows: int) -> Gated:
+        return replace(self, weights=tuple(new if name == old else name for name in self.weights))
+
+    def without(self, gone: Callable[[str], bool]) -> Gated | None:
+        return None if any(map(gone, self.weights)) else self
 
     @property
     def size(self) -> int:
@@ -100,10 +108,10 @@ class Gated:
 
 def gated(gm: GraphModule) -> tuple[Gated, ...]:
     """The gated sublayers of a graph module; RewriteError where there are none."""
-    found: tuple[Gated, ...] = gm.meta.get(META_KEY, ())
-    if not found:
+    items = live.sites(gm, Gated)
+    if not items:
         raise RewriteError("the model has no gates; the pass that adds them is gates", pass_name="gates")
-    return found
+    return items
 
 
 def gate_names(gm: GraphModule) -> tuple[str, ...]:

@@ -18,10 +18,12 @@ from fxsparse import graph as fx
 from fxsparse.analysis.residual_streams import streams
 from fxsparse.analysis.structures import MLP, Attention, structures
 from fxsparse.errors import RewriteError
+from fxsparse.graph import live
 from fxsparse.graph.record import Change, rewrote, skipped
 from fxsparse.passes.base import Pass
 from fxsparse.passes.distill.distill import end_distillation
-from fxsparse.passes.structured.hard_concrete import META_KEY, gate_names, gated, mask_name
+from fxsparse.passes.structured.drop_dims import Dimensions
+from fxsparse.passes.structured.hard_concrete import Gated, gate_names, gated, mask_name
 from fxsparse.passes.structured.hidden_dims import narrow
 from fxsparse.passes.structured.nodes import remove_gates
 from fxsparse.passes.structured.sites import hidden_gate
@@ -79,7 +81,7 @@ class Materialize(Pass):
             else:
                 _slice(graph, site, keep)
                 yield rewrote(item.path, f"{int(keep.sum())} of {item.count} {what} stay")
-        del graph.meta[META_KEY]
+        live.end(graph, Gated, Dimensions)
         if hasattr(graph, "sparsity"):
             del graph.sparsity
         present = {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}

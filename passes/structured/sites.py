@@ -184,7 +184,8 @@ def _counted(site: Site, units: str | None, layer: str | None, stream: Stream | 
     is_attention = isinstance(site, Attention)
     heads, groups = (site.heads, site.kv_heads) if is_attention else (site.channels, site.channels)  # type: ignore[union-attr]
     gate = hidden_gate(stream) if stream is not None else None
-    return Gated(site.path, units, layer, gate, heads, per_unit, per_group, groups, rest)
+    weights = tuple(dict.fromkeys(linear.name for linear in _linears(site)))
+    return Gated(site.path, units, layer, gate, heads, per_unit, per_group, groups, rest, weights)
 
 
 class Scorer:
