@@ -3,15 +3,21 @@
 The graph module's own graph remains the model: it is evaluated, saved and exported, and passes edit it. The training
 form is derived from it and reads the same state by the same names; ``gm(...)`` runs it while ``gm.training`` is set.
 Each form has its own code, so a running ``torch.compile`` keeps both and compiles each once.
+
+    gm(...)  ->  gm.forward, the same function for good  ->  code of the graph, or of its training form
+
+Libraries wrap ``forward`` on the instance (accelerate, for mixed precision) and keep the function that they found. It
+is therefore one that looks up the code on every call, and nothing here ever assigns or removes ``gm.forward``.
 """
 
 from __future__ import annotations
 
-import types
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch._dynamo.decorators import skip
 from torch.fx import Graph, GraphModule
 
 from fxsparse import graph as fx
@@ -47,17 +53,31 @@ def set_form(gm: GraphModule, form: GraphModule | None, renew: Callable[[GraphMo
         form.recompile()
         form.graph.owning_module = None  # otherwise it would keep the copy's tensors alive
         source = gm.graph.python_code("self").src
-        gm.meta[FORM_KEY] = TrainingForm(form.graph, type(form).forward, source, renew)
-    choose_form(gm)
+        gm.meta[FORM_KEY] = TrainingForm(form.graph, _code_of(form), source, renew)
 
 
-def choose_form(gm: GraphModule) -> None:
-    """Sets ``gm.forward`` to the form for the current mode."""
-    form = _form(gm)
-    if form is not None and gm.training:
-        gm.__dict__["forward"] = types.MethodType(form.forward, gm)
-    else:
-        gm.__dict__.pop("forward", None)
+def keep_forward(gm: GraphModule) -> None:
+    """Puts the function that looks up the code back in the place of the code that ``recompile`` put there."""
+    kind: Any = type(gm)  # every graph module has a class of its own
+    kind.graph_code = kind.forward
+    if "lasting_forward" not in vars(kind):
+        kind.lasting_forward = _lasting_forward()
+    kind.lasting_forward.__signature__ = inspect.signature(kind.graph_code)
+    kind.forward = kind.lasting_forward
+
+
+def _lasting_forward() -> Callable[..., Any]:
+    @skip  # Dynamo compiles the code that it calls, and would compile any helper that it calls
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        form = self.meta.get(FORM_KEY) if self.training else None
+        return (type(self).graph_code if form is None else form.forward)(self, *args, **kwargs)
+
+    return forward
+
+
+def _code_of(gm: GraphModule) -> Callable[..., Any]:
+    code: Callable[..., Any] = getattr(type(gm), "graph_code", type(gm).forward)
+    return code
 
 
 def renew_form(gm: GraphModule) -> None:
@@ -74,7 +94,6 @@ def training_graph(gm: GraphModule) -> GraphModule:
         return gm
     copy = fx.copy_sharing_state(gm)
     copy.meta.pop(FORM_KEY)
-    choose_form(copy)
     copy.graph = form.graph
     return copy
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.utils import _pytree as pytree
 from fxsparse import graph as fx
 from fxsparse.errors import TraceError
 from fxsparse.graph import traits
-from fxsparse.graph.training_form import choose_form, renew_form
+from fxsparse.graph.training_form import keep_forward, renew_form
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
 from fxsparse.tracing.export import (
     Inputs,
@@ -72,13 +73,9 @@ class TracedModule(GraphModule):
         check_inputs(self, args, kwargs)
         return super().__call__(*args, **kwargs)
 
-    def train(self, mode: bool = True) -> TracedModule:
-        super().train(mode)
-        choose_form(self)
-        return self
-
     def recompile(self) -> Any:
         code = super().recompile()
+        keep_forward(self)
         renew_form(self)
         return code
 
@@ -87,7 +84,9 @@ class TracedModule(GraphModule):
             warnings.simplefilter("ignore", FutureWarning)  # torch copies its own tree specs in a deprecated way
             copy = super().__deepcopy__(memo)
         fx.copy_tree(self, copy, memo)  # torch copies what the graph reads, and forgets which buffers are persistent
-        choose_form(copy)
+        # A forward that a library wrapped, and its other notes; nn.Module leaves what it compiled behind too.
+        for name in set(vars(self)) - set(vars(copy)) - {"_compiled_call_impl"}:
+            copy.__dict__[name] = deepcopy(vars(self)[name], memo)
         return copy
 
 

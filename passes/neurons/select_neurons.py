@@ -27,7 +27,7 @@ from fxsparse.cost.flops import costs
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import META_KEY, Change, record_of, rewrote, skipped
-from fxsparse.graph.training_form import FORM_KEY, choose_form, set_form
+from fxsparse.graph.training_form import FORM_KEY, set_form
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
 from fxsparse.passes.neurons.choice import (
@@ -142,7 +142,6 @@ class SelectNeurons(Pass):
         while True:
             form = fx.copy_sharing_state(graph)
             form.meta.pop(FORM_KEY, None)
-            choose_form(form)
             sites, changes = self._sites(form, excluded)
             try:
                 for found, site, kept in sites:
