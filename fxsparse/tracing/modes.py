@@ -156,11 +156,9 @@ def _held_dropouts(gm: GraphModule, held: Collection[str]) -> Iterator[_Flag]:
 
 def arguments(node: Node) -> list[Any]:
     """All arguments in the order of the operator's schema, those left out with their defaults."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
+    if not hasattr(node.target, "_schema"):
         return [*node.args, *node.kwargs.values()]
-    given = dict(zip((spec.name for spec in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-    return [given.get(spec.name, spec.default_value if spec.has_default_value() else None) for spec in schema.arguments]
+    return list(fx.arguments(node).values())
 
 
 def _depends_on_mode(training: Any, evaluation: Any) -> bool:
