@@ -113,5 +113,5 @@ def _changed(a: Tensor, b: Tensor) -> Tensor:
 
 def _partly(changed: Tensor) -> Lost:
     """The axes of which some positions change and others do not."""
-    marks = {axis: changed.movedim(axis, 0).reshape(size, -1).any(1) for axis, size in enumerate(changed.shape)}
+    marks = {axis: changed.movedim(axis, 0).unsqueeze(-1).flatten(1).any(1) for axis in range(changed.dim())}
     return {axis: at.long() for axis, at in marks.items() if bool(at.any()) and not bool(at.all())}

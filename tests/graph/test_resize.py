@@ -62,8 +62,9 @@ HEADS = torch.tensor([True, False, True, True]).repeat_interleave(8)
         lambda y: torch.cat([y.unflatten(-1, (4, 8)).softmax(-1), y.unflatten(-1, (4, 8))], -1),
         lambda y: nn.functional.layer_norm(y.unflatten(-1, (4, 8)), (8,)).transpose(1, 2),
         lambda y: torch.where(y > 0, y, 0.0).view(-1, 4, 8),
+        lambda y: torch.cat([y.unflatten(-1, (4, 8)), y.unflatten(-1, (4, 8))[..., 8:]], -1),  # of no elements
     ],
-    ids=["view", "reshape", "unflatten", "expand", "softmax", "norm", "where"],
+    ids=["view", "reshape", "unflatten", "expand", "softmax", "norm", "where", "empty"],
 )
 def test_heads_that_go_leave_the_others(fn: Callable[[Tensor], Tensor]) -> None:
     gm, linear, result = traced(fn)
