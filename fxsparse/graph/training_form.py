@@ -87,6 +87,13 @@ def renew_form(gm: GraphModule) -> None:
         form.renew(gm)
 
 
+def follow_edit(gm: GraphModule) -> None:
+    """Derives the training form again after an edit of the graph; RewriteError where it cannot follow."""
+    form = _form(gm)
+    if form is not None:
+        form.renew(gm)
+
+
 def training_graph(gm: GraphModule) -> GraphModule:
     """The graph that ``gm`` runs in training, as a graph module with the same state, to read or to count its FLOPs."""
     form = _form(gm)

@@ -22,11 +22,12 @@ from torch.fx import GraphModule
 
 from fxsparse import graph as fx
 from fxsparse.errors import OptionError, RewriteError
-from fxsparse.graph import Linear
+from fxsparse.graph import Linear, live
 from fxsparse.graph.derived_buffers import BORROWED
 from fxsparse.graph.record import Change, rewrote, skipped, substitute
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
+from fxsparse.passes.nm.branch import Branch
 from fxsparse.passes.nm.sparse_linear import SparseLinear, replace_call, sparse_linears
 
 _WITH_BRANCH: dict[Any, Any] = {
@@ -124,6 +125,7 @@ class AddLowRankBranches(Pass):
         up = torch.zeros(linear.out_features, rank, dtype=source.dtype, device=source.device)
         fx.set_parameter(gm, f"{linear.name}_down", down)
         fx.set_parameter(gm, f"{linear.name}_up", up)
+        live.enter(gm, Branch(linear.name, f"{linear.name}_down", f"{linear.name}_up"))
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if self.start > 0:

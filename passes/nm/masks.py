@@ -32,6 +32,7 @@ from fxsparse.graph.record import Change, HeldWeight, hold, rewrote, skipped
 from fxsparse.ops.nm import Pattern, pack
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
+from fxsparse.passes.nm.branch import Branch
 from fxsparse.passes.nm.rules import CRITERIA, NMMask
 from fxsparse.passes.nm.sparse_linear import sparse_linears
 from fxsparse.passes.nm.sr_ste import DynamicMasks
@@ -101,10 +102,13 @@ class InsertNMMasks(Pass):
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         sites = _sites(graph)
         self._check_globs([site[0].path for site in sites])
+        adapters = {name: branch for branch in live.sites(graph, Branch) for name in (branch.down, branch.up)}
         reasons = _DenseByDefault(graph, self.keep_first, self.keep_head)
         chosen: list[tuple[list[Linear], Pattern]] = []
         for site in sites:
             pattern, reason = self._pattern_for(site[0])
+            if site[0].name in adapters:
+                reason = f"it is of the low-rank branch of {fx.module_path(adapters[site[0].name].weight)}"
             reason = reason or reasons(site)
             if reason is None and pattern is not None:
                 reason = self._misfit(site[0], pattern)
