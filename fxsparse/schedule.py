@@ -12,6 +12,7 @@ from fxsparse.errors import CheckpointError, OptionError
 from fxsparse.graph.record import record_of
 from fxsparse.passes.base import parse_passes
 from fxsparse.passes.event import Event
+from fxsparse.passes.order import acting
 
 
 class Schedule:
@@ -61,13 +62,13 @@ class Schedule:
         self.events: dict[str, Event] = {}
         signals = dict(signals or {})
         read: set[str] = set()
-        for entry in record_of(gm).entries:
-            for item in parse_passes(entry.text):
-                for event in item.schedule(gm, optimizer, total_steps):
-                    keys = {name: f"{item.name}.{name}" for name in event.varying}
-                    event.signals = {name: signals[key] for name, key in keys.items() if key in signals}
-                    read |= set(keys.values())
-                    self.events[f"{item.name}.{len(self.events)}"] = event
+        passes = [item for entry in record_of(gm).entries for item in parse_passes(entry.text)]
+        for item in (passes[position] for position in acting([item.name for item in passes])):
+            for event in item.schedule(gm, optimizer, total_steps):
+                keys = {name: f"{item.name}.{name}" for name in event.varying}
+                event.signals = {name: signals[key] for name, key in keys.items() if key in signals}
+                read |= set(keys.values())
+                self.events[f"{item.name}.{len(self.events)}"] = event
         if unknown := sorted(set(signals) - read):
             raise OptionError(
                 f"no signal is called {', '.join(unknown)}; there are: {', '.join(sorted(read)) or 'none'}"

@@ -16,8 +16,10 @@ from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.history import keep
 from fxsparse.graph.record import Costs, Entry, append, record_of
-from fxsparse.passes.base import Pass, outcome, parse_passes, pass_classes
+from fxsparse.graph.training_form import follow_edit
+from fxsparse.passes.base import Pass, outcome, parse_passes
 from fxsparse.passes.failure import failure
+from fxsparse.passes.order import after, misplaced, working_order
 
 STRUCTURE_ONLY = "fxsparse_structure_only"
 
@@ -112,27 +114,14 @@ class Pipeline:
     def _check_order(self, gm: GraphModule) -> None:
         done: list[str] = []
         for entry in record_of(gm).entries:
-            done = _after(done, entry.text.partition("{")[0])
+            done = after(done, entry.text.partition("{")[0])
         for item in self.passes:
-            if item.must_follow and not set(item.must_follow) & set(done):
-                first = item.must_follow[0]
-                raise RewriteError(
-                    f"needs {' or '.join(item.must_follow)} to have run before; "
-                    f"the order that works is {first},{item.name}",
-                    pass_name=item.name,
-                )
-            clash = [name for name in done if name in item.cannot_follow]
-            if clash:
-                raise RewriteError(
-                    f"cannot follow {clash[0]}; the order that works is {item.name},{clash[0]}", pass_name=item.name
-                )
-            done = _after(done, item.name)
-
-
-def _after(done: list[str], name: str) -> list[str]:
-    """The passes that have a part in the model once ``name`` has run as well."""
-    ended = getattr(pass_classes().get(name), "ends", ())
-    return [*(other for other in done if other not in ended), name]
+            problem = misplaced(item.name, done)
+            if problem is not None:
+                order = working_order(item.name, done)
+                advice = f"the order that works is {','.join(order)}" if order else "leave one of them out"
+                raise RewriteError(f"{problem}; {advice}", pass_name=item.name)
+            done = after(done, item.name)
 
 
 def _snapshot(gm: GraphModule) -> GraphModule:
@@ -148,6 +137,14 @@ def structure_only(gm: GraphModule) -> bool:
     return bool(gm.meta.get(STRUCTURE_ONLY))
 
 
+def _follow_in_training(item: Pass, gm: GraphModule) -> None:
+    """Lets what runs in training follow the pass; RewriteError where it cannot."""
+    try:
+        follow_edit(gm)
+    except RewriteError as error:
+        raise RewriteError(f"does not go with an earlier pass: {error}", pass_name=item.name) from error
+
+
 def _run(item: Pass, gm: GraphModule, before: Costs) -> Costs:
     """Runs one pass on ``gm`` itself and records it; returns the costs after it."""
     read_before = fx.state_read(gm)
@@ -158,6 +155,7 @@ def _run(item: Pass, gm: GraphModule, before: Costs) -> Costs:
         gm.graph.lint()
         fx.delete_state(gm, read_before - fx.state_read(gm))
         live.settle(gm)
+        _follow_in_training(item, gm)
         milliseconds = (time.perf_counter() - start) * 1e3
         after = costs(gm)
     except RewriteError:

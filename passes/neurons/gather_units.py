@@ -7,8 +7,8 @@ into the graph (of views, expansions, slices) shrink with their number: by what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fxsparse import graph as fx
 from fxsparse.analysis.axes import Mixed, losses_of_unit
 from fxsparse.analysis.probing import between, shape_of
 from fxsparse.analysis.structures import MLP, Attention
-from fxsparse.graph import Linear, traits
+from fxsparse.graph import Linear, live, traits
 from fxsparse.graph.resize import CannotResize, DoesNotFit, Patches, patches_for, resize
 from fxsparse.ops.gather_linear import gather_linear
 
@@ -54,7 +54,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Site:
+class Site(live.Live):
     """A structure whose units can be left out.
 
     Attributes:
@@ -72,6 +72,13 @@ class Site:
     projections: tuple[Part, ...]
     output: Part
     heads: Tensor
+
+    def moved(self, old: str, new: str, rows: int) -> Site:
+        parts = [replace(part, name=new) if part.name == old else part for part in self.parts]
+        return replace(self, projections=tuple(parts[:-1]), output=parts[-1])
+
+    def without(self, gone: Callable[[str], bool]) -> Site | None:
+        return None if any(gone(part.name) for part in self.parts) else self
 
     @property
     def key(self) -> str:

@@ -25,6 +25,7 @@ from fxsparse import graph as fx
 from fxsparse.analysis.structures import MLP, Attention, structures
 from fxsparse.cost.flops import costs
 from fxsparse.errors import OptionError, RewriteError
+from fxsparse.graph import live
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import META_KEY, Change, record_of, rewrote, skipped
 from fxsparse.graph.training_form import FORM_KEY, set_form
@@ -42,13 +43,16 @@ from fxsparse.passes.neurons.choice import (
 )
 from fxsparse.passes.neurons.gather_units import (
     CannotShrink,
+    Part,
     Site,
     batches_name,
+    columns_name,
     magnitudes_name,
     selection,
     shrink,
     site_of,
 )
+from fxsparse.passes.nm.branch import Branch
 
 _STRUCTURES = ("heads", "channels")
 
@@ -85,6 +89,7 @@ class SelectNeurons(Pass):
     """
 
     name: ClassVar[str] = "select-neurons"
+    cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
     omission: float = 0.3
     score: str = "magnitude"
     choice: str = "sampled"
@@ -160,6 +165,8 @@ class SelectNeurons(Pass):
         shrunk = [site for _, site, kept in sites if kept < site.units]
         fx.eliminate_dead_code(form)
         form.graph.lint()
+        live.end(graph, Site)
+        live.enter(graph, *(site for _, site, _ in sites))
         set_form(graph, form if shrunk else None, lambda gm: _renew(self, gm))
         return changes
 
@@ -181,6 +188,7 @@ class SelectNeurons(Pass):
                 pass_name=self.name,
             )
         uses = _uses(gm)
+        branches = {branch.weight for branch in live.sites(gm, Branch)}
         sites: list[tuple[Attention | MLP, Site, int]] = []
         for item in found:
             try:
@@ -196,6 +204,8 @@ class SelectNeurons(Pass):
                 changes.append(skipped(site.path, excluded[site.key]))
             elif shared:
                 changes.append(skipped(site.path, f"{shared[0]} is used more than once"))
+            elif beside := branches & {part.name for part in _mixed_by_branches(site)}:
+                changes.append(skipped(site.path, f"{min(beside)} has a low-rank branch, which mixes all units"))
             elif site.units < 2:
                 changes.append(skipped(site.path, "has a single unit"))
             else:
@@ -220,6 +230,11 @@ class SelectNeurons(Pass):
         yield _Selection(self, graph, optimizer, total_steps)
 
 
+def _mixed_by_branches(site: Site) -> tuple[Part, ...]:
+    """The parts a branch beside which mixes units; one beside a linear that makes channels has rows of its own."""
+    return site.parts if site.kind == "heads" else (site.output,)
+
+
 def _head_units(site: Site) -> str:
     return "heads" if site.heads.shape[1] == 1 else f"groups of {site.heads.shape[1]} heads"
 
@@ -241,12 +256,38 @@ def _register(modules: Iterable[GraphModule], buffers: Mapping[str, Tensor]) -> 
 
 
 def _renew(owner: SelectNeurons, gm: GraphModule) -> None:
-    """Another pass, or another event, edited the graph: the form follows it, and the choice stays."""
+    """Another pass, or another event, edited the graph: the form follows it, and the choice stays.
+
+    Raises:
+        RewriteError: units that are chosen among can no longer be left out.
+    """
+    before = live.sites(gm, Site)
     chosen = {name: tensor.clone() for name, tensor in gm.named_buffers()}
-    owner.install(gm)
+    try:
+        changes = owner.install(gm)
+    except RewriteError as error:
+        raise _lost(before, str(error)) from error
+    after = {site.key for site in live.sites(gm, Site)}
+    if lost := [site for site in before if site.key not in after]:
+        raise _lost(lost, "; ".join(map(str, changes[:4])))
     for name, buffer in gm.named_buffers():
         if name in chosen and chosen[name].shape == buffer.shape:
             buffer.copy_(chosen[name])
+    for site in live.sites(gm, Site):
+        columns = chosen.get(columns_name(site))
+        if columns is not None and columns_name(site) in dict(gm.named_buffers()):
+            units = torch.isin(site.output.index.to(columns.device), columns).all(1).nonzero().flatten()
+            for name, index in selection(site, units).items():
+                fx.attribute(gm, name).copy_(index)
+
+
+def _lost(sites: Iterable[Site], reason: str) -> RewriteError:
+    paths = list(dict.fromkeys(site.path for site in sites))
+    shown = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
+    return RewriteError(
+        f"it could no longer leave out units of {shown}; keep the later pass off these linears ({reason})",
+        pass_name=SelectNeurons.name,
+    )
 
 
 # --- while training ---------------------------------------------------------------------------------------------------
@@ -265,16 +306,17 @@ class _Selection(Event):
                 f"{total_steps} steps; lower rungs or rung_steps",
                 pass_name=owner.name,
             )
-        excluded: dict[str, str] = {}
-        dense = fx.copy_sharing_state(gm)
-        dense.meta.pop(FORM_KEY, None)
-        self.sites = [site for _, site, _ in replace(owner, now=None)._sites(dense, excluded)[0]]
         self.means = {site.key: torch.full((len(site.output.index.flatten()),), torch.nan) for site in self.sites}
         self.kept: dict[str, Tensor] = {}
         self.held: Held | None = None
         self._prepare(1)
 
     # The index of a column in ``means`` is its position among the output linear's inputs.
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The structures, as the graph is now."""
+        return live.sites(self.gm, Site)
 
     def _rate(self, step: int) -> float:
         return omission_at(step, self.owner.omission, self.total_steps, self.owner.rungs, self.rung_steps)

@@ -31,7 +31,7 @@ from fxsparse.graph import live
 from fxsparse.graph.record import Change, rewrote, skipped
 from fxsparse.passes.event import Event
 from fxsparse.passes.structured.hard_concrete import Gated, mask_name
-from fxsparse.passes.structured.sites import SCORES, Gating, Scorer, Sites, gate_sites, hidden_gate
+from fxsparse.passes.structured.sites import CLASHES, SCORES, Gating, Scorer, Sites, gate_sites, hidden_gate
 
 UNITS = ("hidden", "intermediate", "heads")
 RAMPS = ("cubic", "exponential")
@@ -67,7 +67,7 @@ class DropDimensions(Gating):
     """
 
     name: ClassVar[str] = "drop-dims"
-    cannot_follow: ClassVar[tuple[str, ...]] = ("drop-dims", "gates", "nm-masks", "low-rank", "select-tensors")
+    cannot_follow: ClassVar[tuple[str, ...]] = CLASHES
     fraction: float = 0.5
     units: tuple[str, ...] = ("hidden",)
     score: str = "platon"

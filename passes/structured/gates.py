@@ -29,7 +29,7 @@ from fxsparse.graph.record import Change, rewrote
 from fxsparse.passes.event import Event
 from fxsparse.passes.structured import hard_concrete
 from fxsparse.passes.structured.hard_concrete import Gated, mask_name
-from fxsparse.passes.structured.sites import SCORES, UNITS, Gating, Scorer, gate_sites, hidden_gate
+from fxsparse.passes.structured.sites import CLASHES, SCORES, UNITS, Gating, Scorer, gate_sites, hidden_gate
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class GateStructures(Gating):
     """
 
     name: ClassVar[str] = "gates"
-    cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims", "nm-masks", "low-rank", "select-tensors")
+    cannot_follow: ClassVar[tuple[str, ...]] = CLASHES
     units: tuple[str, ...] = UNITS[:4]
     target: float = 0.6
     warmup: float = 0.3

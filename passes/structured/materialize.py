@@ -46,6 +46,7 @@ class Materialize(Pass):
 
     name: ClassVar[str] = "materialize"
     must_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
+    cannot_follow: ClassVar[tuple[str, ...]] = ("nm-masks", "low-rank")
     ends: ClassVar[tuple[str, ...]] = ("gates", "drop-dims", "distill")
     kept: FrozenMapping | None = None
 

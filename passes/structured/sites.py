@@ -26,6 +26,8 @@ from fxsparse.passes.structured.nodes import gate_stream, multiply, multiply_inp
 
 UNITS = ("heads", "attention", "intermediate", "ffn", "hidden")
 SCORES = ("magnitude", "activation", "random")
+CLASHES = ("gates", "drop-dims", "nm-masks", "low-rank", "select-neurons", "select-tensors")
+"""The passes that a pass with gates cannot follow."""
 
 Site = Attention | MLP
 

@@ -13,8 +13,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import fxsparse
+from fxsparse.errors import RewriteError
 from fxsparse.graph import live
-from fxsparse.passes import Pass
+from fxsparse.graph.record import record_of
+from fxsparse.graph.training_form import training_graph
+from fxsparse.passes import DistillLayers, Pass
+from fxsparse.passes.base import pass_classes
+from fxsparse.passes.neurons.gather_units import Site
+from fxsparse.passes.order import misplaced, working_order, works
 from fxsparse.passes.structured.drop_dims import Dimensions
 from fxsparse.passes.structured.hard_concrete import Gated, gate_names, mask_name
 from tests.support import families
@@ -106,3 +112,114 @@ def test_gates_of_dropped_layers_end_with_them(passes: str) -> None:
     expected = _logits(gm, "opt")
     small = fxsparse.rewrite(gm, "materialize")
     assert float((_logits(small, "opt") - expected).abs().max()) < 1e-5
+
+
+NEURONS = "select-neurons{omission=0.5,multiple=1}"
+
+
+@pytest.mark.parametrize("earlier", ["gates", "drop-dims"])
+def test_gates_and_selected_neurons_refuse_each_other(earlier: str) -> None:
+    for order in ([NEURONS, earlier], [earlier, NEURONS]):
+        with pytest.raises(RewriteError, match=f"the order that works is {earlier},materialize,select-neurons"):
+            _rewritten("opt", order)
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        "nm-masks",
+        *(f'low-rank{{layers=["*{glob}"],start={start}}}' for glob in ("fc2", "q_proj") for start in (0, 0.5)),
+    ],
+)
+def test_what_edits_linears_with_selected_neurons_is_refused(later: str) -> None:
+    with pytest.raises(RewriteError, match="an earlier pass: select-neurons: it could no longer leave out"):
+        _rewritten("opt", [NEURONS, later])
+
+
+@pytest.mark.parametrize("start", [0, 0.5])
+def test_branches_beside_selected_channels_compute_the_selected_rows_alone(start: float) -> None:
+    branch = f'low-rank{{layers=["*fc1"],start={start}}}'
+    later, earlier = _rewritten("opt", [NEURONS, branch]), _rewritten("opt", [branch, NEURONS])
+    for gm in (later, earlier):
+        for name, parameter in gm.named_parameters():
+            if name.endswith("_up"):
+                torch.nn.init.constant_(parameter, 0.1)
+    assert _train(later, "opt") == pytest.approx(_train(earlier, "opt"), abs=1e-6)
+    units = {len(part.index) for site in live.sites(later, Site) for part in site.parts if part.name.endswith("_up")}
+    assert units == {families.INTERMEDIATE}
+
+
+def test_neurons_and_masks_on_different_linears_go_together() -> None:
+    channels = "select-neurons{omission=0.5,multiple=1,structures=[channels]}"
+    masks = 'nm-masks{exclude=["*fc1","*fc2"],keep_first=false}'
+    later, earlier = _rewritten("opt", [channels, masks]), _rewritten("opt", [masks, channels])
+    assert _train(later, "opt") == pytest.approx(_train(earlier, "opt"), abs=1e-6)
+
+
+def test_neurons_of_dropped_layers_are_no_longer_selected() -> None:
+    later, earlier = (
+        _rewritten("opt", order) for order in ([NEURONS, "drop-layers{count=1}"], ["drop-layers{count=1}", NEURONS])
+    )
+    assert fxsparse.count_flops(training_graph(later)) == fxsparse.count_flops(training_graph(earlier))
+    assert _train(later, "opt") == pytest.approx(_train(earlier, "opt"), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_compressed_linears_have_no_neurons_to_select(name: str) -> None:
+    """A head that is read through a compressed linear is no head of the next dense one."""
+    with pytest.raises(RewriteError, match="no heads and no channels"):
+        _rewritten(name, ["nm-masks", NEURONS])
+
+
+@pytest.mark.parametrize("start", [0, 0.5])
+def test_masks_after_a_dense_branch_leave_the_branch_dense(start: float) -> None:
+    """As in SLoPe: the weight is N:M, the branch beside it is not."""
+    branch = f'low-rank{{layers=["*fc1"],rank=4,start={start}}}'
+    later = _rewritten("opt", [branch, "nm-masks{keep_first=false}"])
+    earlier = _rewritten("opt", ["nm-masks{keep_first=false}", branch])
+    assert {weight.name for weight in record_of(later).weights} == {w.name for w in record_of(earlier).weights}
+    assert _train(later, "opt") == pytest.approx(_train(earlier, "opt"), abs=1e-6)
+    dense = fxsparse.dense_state_dict(later)
+    for name, expected in fxsparse.dense_state_dict(earlier).items():
+        torch.testing.assert_close(dense[name], expected)
+
+
+# --- orders -----------------------------------------------------------------------------------------------------------
+
+WRITTEN = {"low-rank": 'low-rank{layers=["*fc1"]}', "select-tensors": 'select-tensors{tensors=["*bias"]}'}
+
+
+def _passes(names: Iterable[str]) -> list[Pass | str]:
+    def written(name: str) -> Pass | str:
+        return DistillLayers(_traced("opt")) if name == "distill" else WRITTEN.get(name, name)
+
+    return [written(name) for name in names]
+
+
+def _shipped() -> list[str]:
+    return [name for name, cls in pass_classes().items() if cls.__module__.startswith("fxsparse.passes.")]
+
+
+def _recommended() -> list[list[str]]:
+    """Every order that the refusal of one pass, or of one after another, recommends."""
+    orders = set()
+    for second in _shipped():
+        for done in ([], *([first] for first in _shipped() if works([first]))):
+            if misplaced(second, done) is not None and (order := working_order(second, done)):
+                orders.add(tuple(order))
+    orders |= {("gates", "materialize", "nm-masks"), ("drop-dims", "materialize", "low-rank")}
+    return sorted(map(list, orders))
+
+
+@pytest.mark.parametrize("names", _recommended(), ids=",".join)
+def test_recommended_orders_work(names: list[str]) -> None:
+    """They are rewritten, train, and evaluate."""
+    gm = _rewritten("opt", _passes(names))
+    assert all(torch.isfinite(torch.tensor(_train(gm, "opt", steps=2))))
+    assert _logits(gm, "opt").isfinite().all()
+
+
+def test_materialize_refuses_compressed_weights_before_anything_happens() -> None:
+    gm = _rewritten("opt", ["gates{score=magnitude}", "nm-masks"])
+    with pytest.raises(RewriteError, match=r"materialize: cannot follow nm-masks; .* is gates,materialize,nm-masks"):
+        fxsparse.rewrite(gm, "materialize")

@@ -1,0 +1,77 @@
+"""Which pass may run after which, and the orders that refusals recommend: all by the names of passes.
+
+A recommendation is searched for among the few orders a person would try, and one that is itself refused is never made:
+
+    the pass that it needs, and the refused one        nm-masks,double-prune
+    the refused pass earlier                           gates,nm-masks
+    what ends the earlier pass in between              distill,end-distill,distill
+    the refused pass and what ends it, both earlier    gates,materialize,select-neurons
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fxsparse.passes.base import Pass, pass_classes
+
+
+def after(done: Sequence[str], name: str) -> list[str]:
+    """The passes that have a part in the model once ``name`` has run after ``done``."""
+    cls = _class(name)
+    return [*(other for other in done if cls is None or other not in cls.ends), name]
+
+
+def misplaced(name: str, done: Sequence[str]) -> str | None:
+    """Why a pass cannot run after others; None where it can."""
+    cls = _class(name)
+    if cls is None:
+        return None
+    if cls.must_follow and not set(cls.must_follow) & set(done):
+        return f"needs {' or '.join(cls.must_follow)} to have run before"
+    clash = next((other for other in done if other in cls.cannot_follow), None)
+    return None if clash is None else f"cannot follow {clash}"
+
+
+def works(names: Sequence[str]) -> bool:
+    """Whether no pass of an order is misplaced."""
+    done: list[str] = []
+    for name in names:
+        if misplaced(name, done) is not None:
+            return False
+        done = after(done, name)
+    return True
+
+
+def acting(names: Sequence[str]) -> list[int]:
+    """The positions of the passes, of those that ran, that no later one has ended."""
+    ends = [() if cls is None else cls.ends for cls in map(_class, names)]
+    return [at for at, name in enumerate(names) if not any(name in later for later in ends[at + 1 :])]
+
+
+def working_order(name: str, done: Sequence[str]) -> list[str] | None:
+    """An order of ``done`` and ``name``, perhaps with a pass that ends one of them, that is not refused."""
+    return next((order for order in _orders(name, list(done)) if works(order)), None)
+
+
+def _orders(name: str, done: list[str]) -> Iterator[list[str]]:
+    cls = _class(name)
+    assert cls is not None
+    for first in cls.must_follow if not set(cls.must_follow) & set(done) else ():
+        yield [first, name]
+    clashes = [place for place, other in enumerate(done) if other in cls.cannot_follow]
+    for place in clashes[:1]:
+        before, later = done[:place], done[place:]
+        yield [*before, name, *later]
+        for ender in _enders(done[place]):
+            yield [*before, done[place], ender, *done[place + 1 :], name]
+            yield [*done, ender, name]
+        for ender in _enders(name):
+            yield [*before, name, ender, *later]
+
+
+def _enders(name: str) -> list[str]:
+    return [other for other, cls in pass_classes().items() if name in cls.ends and other != name]
+
+
+def _class(name: str) -> type[Pass] | None:
+    return pass_classes().get(name)
