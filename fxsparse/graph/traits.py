@@ -197,23 +197,24 @@ _row(
 _row(
     """
     __and__ __lshift__ __or__ __rshift__ __xor__ _fused_dropout _log_softmax _safe_softmax _softmax _to_copy
-    _unsafe_index_put _unsafe_view adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d
-    all alpha_dropout aminmax any argmax argmin argsort as_strided_scatter avg_pool1d avg_pool2d batch_norm bernoulli
-    binary_cross_entropy binary_cross_entropy_with_logits bincount bucketize cat celu channel_shuffle clamp clone
-    col2im concat concatenate constant_pad_nd contiguous copy cosine_embedding_loss cosine_similarity count_nonzero
+    _unsafe_index_put _unsafe_view adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool1d adaptive_max_pool2d all
+    alpha_dropout aminmax any argmax argmin argsort as_strided_scatter avg_pool1d avg_pool2d batch_norm bernoulli
+    binary_cross_entropy binary_cross_entropy_with_logits bincount bucketize cat celu channel_shuffle clamp clone col2im
+    concat concatenate constant_pad_nd contiguous copy cosine_embedding_loss cosine_similarity count_nonzero
     cross_entropy_loss cummax cummin cumprod cumsum diag_embed diagonal_scatter diff dropout dstack erf
-    feature_alpha_dropout feature_dropout fill flip floor_divide fmod fold fused_layer_norm gelu glu group_norm gumbel_softmax
-    hinge_embedding_loss histc hstack huber_loss im2col index_add index_copy index_fill index_put instance_norm
-    interpolate isin kl_div kthvalue l1_loss layer_norm lerp lift lift_fresh lift_fresh_copy linalg_vector_norm
-    log_sigmoid log_sigmoid_forward log_softmax logcumsumexp logsumexp margin_ranking_loss masked_fill
-    masked_scatter max max_pool1d max_pool2d max_pool3d mean median meshgrid min mse_loss multinomial nan_to_num
-    nansum native_batch_norm native_dropout native_group_norm native_layer_norm nll_loss nll_loss2d nll_loss_forward
-    nll_loss_nd nonzero normalize one_hot pad pairwise_distance pixel_shuffle pixel_unshuffle poisson_nll_loss prod
-    quantile reflection_pad1d reflection_pad2d relu6 renorm repeat repeat_interleave replication_pad1d
-    replication_pad2d rms_norm roll rot90 rrelu scatter scatter_add scatter_reduce searchsorted select_scatter selu
-    slice_scatter smooth_l1_loss soft_margin_loss softmax softplus sort split_copy split_with_sizes_copy stack std std_mean sum tile to topk
-    trace tril triplet_margin_loss triu type_as unfold_copy unique_consecutive upsample_bicubic2d
-    upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d var var_mean vstack where zero
+    feature_alpha_dropout feature_dropout fill flip floor_divide fmod fold fused_layer_norm gelu glu group_norm
+    gumbel_softmax hinge_embedding_loss histc hstack huber_loss im2col index_add index_copy index_fill index_put
+    instance_norm interpolate isin kl_div kthvalue l1_loss layer_norm lerp lift lift_fresh lift_fresh_copy
+    linalg_vector_norm log_sigmoid log_sigmoid_forward log_softmax logcumsumexp logsumexp margin_ranking_loss
+    masked_fill masked_scatter max max_pool1d max_pool2d max_pool3d mean median meshgrid min mse_loss multinomial
+    nan_to_num nansum native_batch_norm native_dropout native_group_norm native_layer_norm nll_loss nll_loss2d
+    nll_loss_forward nll_loss_nd nonzero normalize one_hot pad pairwise_distance pixel_shuffle pixel_unshuffle
+    poisson_nll_loss prod quantile reflection_pad1d reflection_pad2d relu6 renorm repeat repeat_interleave
+    replication_pad1d replication_pad2d rms_norm roll rot90 rrelu scatter scatter_add scatter_reduce searchsorted
+    select_scatter selu slice_scatter smooth_l1_loss soft_margin_loss softmax softplus sort split_copy
+    split_with_sizes_copy stack std std_mean sum tile to topk trace tril triplet_margin_loss triu type_as unfold_copy
+    unique_consecutive upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d
+    var var_mean vstack where zero
     """,
     work="elementwise",
 )
