@@ -9,7 +9,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
+# Read when torch is first imported. One thread each, because workers use all cores; and Inductor believes what the
+# processor says of its vector instructions, where asking a compiler takes longer than compiling most tests' kernels.
+for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_VEC_ISA_OK"):
+    os.environ.setdefault(name, "1")
 
 import pytest
 import torch

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.fx import GraphModule
 
 import fxsparse
 from fxsparse.errors import CheckpointError
@@ -78,42 +81,52 @@ def test_masks_chosen_by_calibration_load_without_it(tmp_path: Path) -> None:
     assert torch.equal(loaded(**batch).logits, gm(**batch).logits)
 
 
+Training = tuple[Any, torch.optim.Optimizer, fxsparse.Schedule]
+
+
+def eight_batches() -> list[dict[str, Any]]:
+    torch.manual_seed(7)
+    family = traced("gpt2")[0]
+    return [family.make_batch() for _ in range(8)]
+
+
+def start(gm: GraphModule, compiled: bool) -> Training:
+    optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-2)
+    run = torch.compile(gm, backend="aot_eager") if compiled else gm
+    return run, optimizer, fxsparse.Schedule(gm, optimizer, total_steps=8)
+
+
+def train(training: Training, batches: list[dict[str, Any]]) -> None:
+    run, optimizer, schedule = training
+    for batch in batches:
+        torch.manual_seed(schedule.steps_done + 100)  # dropout
+        run(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+@functools.cache
+def trained_in_one_go(compiled: bool) -> GraphModule:
+    gm = fxsparse.rewrite(traced("gpt2")[1], PASSES)
+    train(start(gm, compiled), eight_batches())
+    return gm
+
+
 @pytest.mark.parametrize("stop_at", [2, 5])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_resuming_is_bit_identical(stop_at: int, compiled: bool, tmp_path: Path) -> None:
     """Eight steps in one go equal the same eight with a restart in between, before and after the branches join."""
-
-    def batches(count: int) -> list[dict[str, Tensor]]:
-        torch.manual_seed(7)
-        return [family.make_batch() for _ in range(count)]
-
-    def start(gm: torch.fx.GraphModule) -> tuple[object, torch.optim.Optimizer, fxsparse.Schedule]:
-        optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-2)
-        run = torch.compile(gm, backend="aot_eager") if compiled else gm
-        return run, optimizer, fxsparse.Schedule(gm, optimizer, total_steps=8)
-
-    def train(parts: tuple[object, torch.optim.Optimizer, fxsparse.Schedule], part: list[dict[str, Tensor]]) -> None:
-        run, optimizer, schedule = parts
-        for batch in part:
-            torch.manual_seed(schedule.steps_done + 100)  # dropout
-            run(**batch).loss.backward()  # type: ignore[operator]
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-
-    family, base = traced("gpt2")
-    data = batches(8)
-    whole = fxsparse.rewrite(base, PASSES)
-    train(start(whole), data)
+    whole, data = trained_in_one_go(compiled), eight_batches()
 
     first = fxsparse.rewrite(traced("gpt2")[1], PASSES)
-    parts = start(first)
+    parts = start(first, compiled)
     train(parts, data[:stop_at])
     fxsparse.save(first, tmp_path / "model.safetensors")
     torch.save({"optimizer": parts[1].state_dict(), "schedule": parts[2].state_dict()}, tmp_path / "rest.pt")
 
     second = fxsparse.load(tmp_path / "model.safetensors", traced("gpt2")[0].model, kwargs=data[0])
-    parts = start(second)
+    parts = start(second, compiled)
     rest = torch.load(tmp_path / "rest.pt")
     parts[1].load_state_dict(rest["optimizer"])
     parts[2].load_state_dict(rest["schedule"])

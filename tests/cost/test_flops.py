@@ -24,7 +24,7 @@ from fxsparse.errors import OptionError, RewriteError
 from fxsparse.ops import low_rank, masked_linear, nm_linear
 from fxsparse.ops.nm import Pattern, nm_mask, pack
 from fxsparse.tracing.trace import trace
-from tests.support.families import FAMILIES
+from tests.support.traced import traced
 
 
 class Operator(nn.Module):
@@ -240,8 +240,7 @@ def test_sizes_default_to_the_example_and_a_dimension_may_stay() -> None:
 
 
 def test_an_unnamed_input_follows_the_named_one() -> None:
-    family = FAMILIES["bert"]()
-    gm = trace(family.model, kwargs=family.make_batch(batch=4))
+    _, gm = traced("bert")
     sizes = count_flops(gm, input_ids=(6, 16)).sizes
     assert set(sizes.values()) == {6}
 
@@ -266,8 +265,7 @@ def test_sizes_the_graph_does_not_have_are_refused(sizes: dict[str, Any], messag
 
 
 def test_totals_by_module_add_up() -> None:
-    family = FAMILIES["opt"]()
-    gm = trace(family.model, kwargs=family.make_batch(batch=4, seq=16))
+    _, gm = traced("opt")
     count = count_flops(gm)
     layers = [cost for path, cost in count.modules.items() if path.rpartition(".")[0] == "model.decoder.layers"]
     assert len(layers) == 3
@@ -282,8 +280,7 @@ def test_totals_by_module_add_up() -> None:
 
 
 def test_backward_is_that_of_the_tensors_being_trained() -> None:
-    family = FAMILIES["opt"]()
-    gm = trace(family.model, kwargs=family.make_batch())
+    _, gm = traced("opt")
     full = count_flops(gm)
     head = count_flops(gm, trained=["model.decoder.final_layer_norm.weight"])
     assert head.forward == full.forward and head.backward == full.modules["lm_head"].backward // 2
@@ -292,8 +289,7 @@ def test_backward_is_that_of_the_tensors_being_trained() -> None:
 
 
 def test_the_table_shows_modules_to_a_depth() -> None:
-    family = FAMILIES["opt"]()
-    count = count_flops(trace(family.model, kwargs=family.make_batch()))
+    count = count_flops(traced("opt")[1])
     assert "lm_head" in str(count) and "fc1" not in str(count) and "fc1" in count.table(depth=5)
     assert count.table(depth=1).splitlines()[1].split()[:2] == ["model", f"{count.forward / 1e6:.3g}"]
 

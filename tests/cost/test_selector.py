@@ -14,6 +14,7 @@ from fxsparse.cost.selector import Instance, Tensor, dp_baseline, select
 from fxsparse.errors import OptionError
 from fxsparse.tracing.trace import trace
 from tests.support.families import FAMILIES
+from tests.support.traced import traced
 
 
 def brute_force(instance: Instance, importance: dict[str, float], budget: int) -> float:
@@ -77,8 +78,7 @@ def test_selections_on_random_graphs_equal_brute_force(seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "opt", "gpt2", "llama", "t5"])
 def test_selections_on_transformers_equal_brute_force(name: str) -> None:
-    family, rng = FAMILIES[name](), random.Random(name)
-    graph = BackpropGraph(trace(family.model, kwargs=family.make_batch()))
+    graph, rng = BackpropGraph(traced(name)[1]), random.Random(name)
     for _ in range(100):
         names = rng.sample(sorted(graph.trainable), rng.randint(2, 10))
         instance = graph.instance(names)

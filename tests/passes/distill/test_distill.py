@@ -26,7 +26,7 @@ from fxsparse.passes import (
 from fxsparse.passes.distill.distill import attach_teacher
 from fxsparse.passes.distill.losses import layer_loss, layers_exist, match_layers
 from tests.support.dropped import built_without
-from tests.support.families import FAMILIES, HIDDEN, draws_alike
+from tests.support.families import HIDDEN, draws_alike
 from tests.support.traced import traced
 
 DROPPED = {
@@ -132,12 +132,13 @@ def test_loss_equals_the_one_in_plain_torch(name: str, matching: str) -> None:
     family, base = traced(name)
     if not draws_alike(base):
         pytest.skip("the original draws other random numbers than the graph")
-    teacher = FAMILIES[name]().model
+    teachers, graph = traced(name)  # as a graph, so that nothing is captured again
+    teacher = teachers.model
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     weights = (0.25, 0.5, 0.75)
-    item = DistillLayers(teacher, matching=matching, temperature=3.0, weights=weights)
+    item = DistillLayers(graph, matching=matching, temperature=3.0, weights=weights)
     gm = fxsparse.rewrite(base, [DropLayers(indices=DROPPED[name]), item])
     ((path, _),) = DROPPED[name].items()
     student = watched(built_without(family.model, DROPPED[name]), path).train()
@@ -162,7 +163,7 @@ def test_loss_equals_the_one_in_plain_torch(name: str, matching: str) -> None:
 
 def test_encoder_and_decoder_are_both_distilled() -> None:
     family, base = traced("t5")
-    item = DistillLayers(family.model, matching="plain", weights=(0.0, 0.0, 1.0))
+    item = DistillLayers(base, matching="plain", weights=(0.0, 0.0, 1.0))
     gm = fxsparse.rewrite(base, [DropLayers(indices=(1,)), item])
     assert {change.site for change in record_of(gm).entries[-1].rewritten} >= {"encoder.block", "decoder.block"}
     loss = gm.train()(**family.make_batch()).loss
@@ -173,7 +174,7 @@ def test_encoder_and_decoder_are_both_distilled() -> None:
 
 def test_the_teacher_is_in_no_state_and_does_not_move() -> None:
     family, base = traced("opt")
-    gm = fxsparse.rewrite(base, [DropLayers(indices=(1,)), DistillLayers(family.model, projection="shared")])
+    gm = fxsparse.rewrite(base, [DropLayers(indices=(1,)), DistillLayers(base, projection="shared")])
     plain = fxsparse.rewrite(base, [DropLayers(indices=(1,))])
     extra = {"distillation.projections.0.0.weight", "distillation.projections.0.0.bias"}
     assert set(gm.state_dict()) - set(plain.state_dict()) == extra
@@ -205,6 +206,7 @@ def test_projection_to_another_width() -> None:
     teacher = transformers.BertForSequenceClassification(config)
     with pytest.raises(RewriteError, match=r"32 wide and the teacher's 48; give projection='shared'"):
         fxsparse.rewrite(base, [DistillLayers(teacher)])
+    teacher = fxsparse.trace(teacher, kwargs=family.make_batch())
     for projection, count in (("shared", 1), ("per-layer", 3)):
         gm = fxsparse.rewrite(base, [DistillLayers(teacher, projection=projection)])
         shapes = [tuple(p.shape) for n, p in gm.named_parameters() if n.startswith("distillation") and p.dim() == 2]
@@ -217,7 +219,7 @@ def test_projection_to_another_width() -> None:
 def test_save_load_and_give_the_teacher_back(tmp_path: Any) -> None:
     family, base = traced("opt")
     fresh = copy.deepcopy(family.model)
-    gm = fxsparse.rewrite(base, [DropLayers(indices=(1,)), DistillLayers(family.model, projection="per-layer")])
+    gm = fxsparse.rewrite(base, [DropLayers(indices=(1,)), DistillLayers(base, projection="per-layer")])
     nn.init.normal_(gm.get_parameter("distillation.projections.0.1.weight"))
     fxsparse.save(gm, tmp_path / "student.safetensors")
     batch = family.make_batch()
@@ -233,7 +235,7 @@ def test_save_load_and_give_the_teacher_back(tmp_path: Any) -> None:
 
 def test_composes_with_masks_and_ends() -> None:
     family, base = traced("llama")
-    gm = fxsparse.rewrite(base, [InsertNMMasks("2:4"), DistillLayers(family.model)])
+    gm = fxsparse.rewrite(base, [InsertNMMasks("2:4"), DistillLayers(base)])
     gm.train()(**family.make_batch()).loss.backward()
     ended = fxsparse.rewrite(gm, [EndDistillation()]).eval()
     batch = family.make_batch(batch=2)
@@ -245,7 +247,7 @@ def test_composes_with_masks_and_ends() -> None:
 def test_distilling_anew_after_the_gates_are_cut() -> None:
     """CoFi distils into the pruned model too: cutting ends the distillation, and another may follow."""
     family, base = traced("bert")
-    passes = [GateStructures(score="magnitude", target=0.4), DistillLayers(FAMILIES["bert"]().model)]
+    passes = [GateStructures(score="magnitude", target=0.4), DistillLayers(traced("bert")[1])]
     gates = fxsparse.rewrite(base, passes)
     with pytest.raises(RewriteError, match="cannot follow distill"):
         fxsparse.rewrite(gates, [DistillLayers(family.model)])
@@ -279,16 +281,16 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 
 
 def test_refusals() -> None:
-    family, base = traced("opt")
+    _, base = traced("opt")
     for item, message in (
         (DistillLayers(), "needs a teacher"),
-        (DistillLayers(family.model, teacher_layers=(3,)), "numbers of the teacher's 3 layers"),
-        (DistillLayers(family.model, matching="plain", teacher_layers=(0, 1)), "each of the 3 layers"),
+        (DistillLayers(base, teacher_layers=(3,)), "numbers of the teacher's 3 layers"),
+        (DistillLayers(base, matching="plain", teacher_layers=(0, 1)), "each of the 3 layers"),
     ):
         with pytest.raises(RewriteError, match=message):
             fxsparse.rewrite(base, [item])
     with pytest.raises(RewriteError, match="cannot follow distill; the order that works is drop-layers,distill"):
-        fxsparse.rewrite(base, [DistillLayers(family.model), DropLayers(count=1)])
+        fxsparse.rewrite(base, [DistillLayers(base), DropLayers(count=1)])
     with pytest.raises(RewriteError, match="trace it with labels"):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         fxsparse.rewrite(model, [DistillLayers(copy.deepcopy(model))], (torch.randn(3, 4),))

@@ -454,15 +454,16 @@ def test_the_dense_model_is_saved_and_training_resumes(tmp_path: Path, score: st
     text = f"select-neurons{{omission=0.5,score={score},rungs=2,rung_steps=3,multiple=4}}"
     model = Tiny()
     x = torch.randn(3, 5, 16)
+    dense = fxsparse.trace(copy.deepcopy(model), (x,))
 
     def start(gm: GraphModule) -> tuple[Any, ...]:
         optimizer = torch.optim.AdamW(gm.parameters(), 0.01)
         return gm, optimizer, fxsparse.Schedule(gm, optimizer, total_steps=12)
 
-    whole = start(fxsparse.rewrite(copy.deepcopy(model), text, (x,)))
+    whole = start(fxsparse.rewrite(copy.deepcopy(dense), text))
     expected = steps(*whole, 0, 12)
     for at in (4, 8, 10):  # before the ladder, on it, and dense
-        gm, optimizer, schedule = start(fxsparse.rewrite(copy.deepcopy(model), text, (x,)))
+        gm, optimizer, schedule = start(fxsparse.rewrite(copy.deepcopy(dense), text))
         steps(gm, optimizer, schedule, 0, at)
         assert set(gm.state_dict()) == set(model.state_dict()) == set(fxsparse.dense_state_dict(gm))
         fxsparse.save(gm, tmp_path / "model.safetensors")
