@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -69,7 +69,7 @@ def enter(gm: GraphModule, *sites: Live) -> None:
 
 def sites(gm: GraphModule, kind: type[_L]) -> tuple[_L, ...]:
     """The sites of one kind, in the order they were entered."""
-    return tuple(cast(_L, site) for site in gm.meta.get(KEY, ()) if isinstance(site, kind))
+    return tuple(site for site in gm.meta.get(KEY, ()) if isinstance(site, kind))
 
 
 def end(gm: GraphModule, *kinds: type[Live]) -> None:
