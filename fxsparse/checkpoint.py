@@ -27,6 +27,7 @@ from torch.fx import GraphModule
 
 from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError
+from fxsparse.graph.graph_state import follow, state_buffers
 from fxsparse.graph.record import HeldWeight, Record, record_of
 from fxsparse.ops.nm import Pattern, unpack, validate
 from fxsparse.passes.mux.multiplex import PATH as MULTIPLEXER
@@ -103,6 +104,7 @@ def _unique(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _fill(gm: GraphModule, tensors: Mapping[str, Tensor], path: str) -> None:
     expected = _unique(gm.state_dict())
+    expected = {name: tensor for name, tensor in expected.items() if name in tensors or name not in state_buffers(gm)}
     missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     misfits = [name for name in set(expected) & set(tensors) if expected[name].shape != tensors[name].shape]
     for problem, names in (("lacks", missing), ("has unknown", unexpected), ("has other shapes for", sorted(misfits))):
@@ -114,6 +116,7 @@ def _fill(gm: GraphModule, tensors: Mapping[str, Tensor], path: str) -> None:
             _check(weight, *parts)
     for name, tensor in expected.items():
         tensor.copy_(tensors[name])
+    follow(gm)
 
 
 def _check(weight: HeldWeight, values: Tensor | None, indices: Tensor | None, column_mask: Tensor | None) -> None:
@@ -145,7 +148,7 @@ def dense_state_dict(gm: GraphModule) -> dict[str, Tensor]:
     }
     held = {weight.name: weight for weight in record_of(gm).weights}
     added = {f"{name}{suffix}" for name in held for suffix in _SUFFIXES}
-    added |= {name for name in state if _is_branch(name, state)}
+    added |= {name for name in state if _is_branch(name, state)} | state_buffers(gm)
     added |= {name for name in state if name.startswith(f"{MULTIPLEXER}.") and "multiplex{" in record_of(gm).text}
     dense = {name: tensor for name, tensor in state.items() if name not in added}
     for weight in held.values():

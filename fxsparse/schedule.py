@@ -74,7 +74,10 @@ class Schedule:
                 f"no signal is called {', '.join(unknown)}; there are: {', '.join(sorted(read)) or 'none'}"
             )
         # Only inside optimizer.step() are the gradients unscaled and clipped.
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+        )
 
     def observe(self, batch: Any, *, loss: Callable[[Any], torch.Tensor] | None = None) -> None:
         """Shows the schedule the batch of the next step; call it before the forward pass.
@@ -93,6 +96,10 @@ class Schedule:
         for event in self.events.values():
             event.before_step(self.steps_done + 1)
 
+    def _before_load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        for event in self.events.values():
+            event.before_load(state["param_groups"])
+
     def step(self) -> None:
         """Makes the changes that are due; call it after each optimizer step."""
         self.steps_done += 1
@@ -100,8 +107,9 @@ class Schedule:
             event.after_step(self.steps_done)
 
     def remove(self) -> None:
-        """Removes the schedule's hook from the optimizer."""
-        self._hook.remove()
+        """Removes the schedule's hooks from the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training, to be saved beside the optimizer's state."""
@@ -118,12 +126,23 @@ class Schedule:
         Raises:
             CheckpointError: the state belongs to a graph with other passes.
         """
-        unknown = sorted(set(state["events"]) - set(self.events))
+        saved = state["events"] if set(state["events"]) <= set(self.events) else self._by_order(state["events"])
+        unknown = sorted(set(saved) - set(self.events))
         if unknown:
             raise CheckpointError(
                 f"the schedule's state is of {', '.join(unknown)}, which this graph does not have; "
                 "load it beside the model it was saved with"
             )
         self.steps_done = state["steps_done"]
-        for key, saved in state["events"].items():
-            self.events[key].load_state_dict(saved)
+        for key, part in saved.items():
+            self.events[key].load_state_dict(part)
+
+    def _by_order(self, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """The states under the keys of here; earlier versions numbered the events without those that have no state."""
+        renamed = dict(saved)
+        for name in {key.rpartition(".")[0] for key in saved}:
+            before, now = ([key for key in keys if key.rpartition(".")[0] == name] for keys in (saved, self.events))
+            if len(before) == len(now):
+                states = [renamed.pop(key) for key in before]
+                renamed.update(zip(now, states, strict=True))
+        return renamed

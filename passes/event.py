@@ -28,6 +28,9 @@ class Event:
     def after_step(self, step: int) -> None:
         """Called after optimizer step ``step``."""
 
+    def before_load(self, groups: list[dict[str, Any]]) -> None:
+        """Called before the optimizer loads a state with these parameter groups."""
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart beyond the model's own state."""
         return {}

@@ -29,10 +29,14 @@ from fxsparse.cost.flops import costs
 from fxsparse.cost.importance import METRICS, tensor_importance
 from fxsparse.errors import OptionError, RewriteError, nearest
 from fxsparse.graph.derived_buffers import weights_borrowed
-from fxsparse.graph.record import META_KEY, Change, record_of, rewrote, skipped
+from fxsparse.graph.graph_state import note, register_state
+from fxsparse.graph.record import META_KEY, Change, Entry, record_of, rewrote, skipped
 from fxsparse.graph.trainable import fully_trained, own_parameter, set_trained, trainable, trained
-from fxsparse.passes.base import Pass
+from fxsparse.passes.base import Pass, parse_passes
 from fxsparse.passes.event import Event
+
+CHOSEN = "select_tensors_chosen"
+"""Name of the buffer that says which tensors a schedule has chosen to train."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,9 @@ class SelectTensors(Pass):
         for name in candidates:
             if not weights_borrowed(graph) and (self.rho is not None or name not in names):
                 own_parameter(graph, name, requires_grad=name in names)
+        if self.rho is not None:
+            every = [aliases[0] for aliases in fx.parameter_names(graph).values()]
+            register_state(graph, CHOSEN, every, set(every) - set(candidates) | names, _enter)
         if self.rho is not None and self.chosen is None:
             yield rewrote("model", f"a schedule chooses among {len(names)} tensors, all trained until then")
         yield from _changes(candidates, names)
@@ -254,36 +261,54 @@ class _Reselect(Event):
                 self._note(trained(self.gm))
 
     def _train(self, chosen: Collection[str]) -> None:
-        candidates = trainable(self.gm)
-        set_trained(self.gm, chosen)
-        for name in candidates:
-            parameter = self.gm.get_parameter(name)
-            parameter.requires_grad_(name in chosen)
-            if name not in chosen:
-                parameter.grad = (
-                    None  # an optimizer moves and decays every parameter that has a gradient, even an old one
-                )
-        self.gm.recompile()
+        _train(self.gm, chosen)
         self._note(chosen)
 
     def _note(self, chosen: Collection[str]) -> None:
-        """Notes the choice in the record, so that a replay gives the current graph."""
-        now = replace(self.owner, chosen=tuple(sorted(chosen)))
-        changes = tuple(_changes(trainable(self.gm), chosen))
-        record, text = record_of(self.gm), str(self.owner)
-        entries = tuple(
-            replace(entry, text=str(now), changes=changes, after=costs(self.gm)) if entry.text == text else entry
-            for entry in record.entries
-        )
-        self.gm.meta[META_KEY] = replace(record, entries=entries)
-        self.owner, self.code, self.trained = now, self.gm.code, set(chosen)
+        _record(self.gm, chosen)
+        frozen = set(trainable(self.gm)) - set(chosen)
+        note(self.gm, CHOSEN, {names[0] for names in fx.parameter_names(self.gm).values()} - frozen)
+        self.code, self.trained = self.gm.code, set(chosen)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"chosen_at": self.chosen_at, "chosen": list(self.owner.chosen or ())} if self.chosen_at else {}
+        return {"chosen_at": self.chosen_at, "chosen": sorted(trained(self.gm))} if self.chosen_at else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._train(state["chosen"])
         self.chosen_at = state["chosen_at"]
+
+
+def _train(gm: GraphModule, chosen: Collection[str]) -> None:
+    candidates = trainable(gm)
+    set_trained(gm, chosen)
+    for name in candidates:
+        parameter = gm.get_parameter(name)
+        parameter.requires_grad_(name in chosen)
+        if name not in chosen:
+            parameter.grad = None  # an optimizer moves and decays every parameter that has a gradient, even an old one
+    gm.recompile()
+
+
+def _enter(gm: GraphModule, on: frozenset[str]) -> None:
+    """Trains the tensors that loaded flags name."""
+    chosen = [name for name in trainable(gm) if name in on]
+    _train(gm, chosen)
+    _record(gm, chosen)
+
+
+def _record(gm: GraphModule, chosen: Collection[str]) -> None:
+    """Notes the choice in the record, so that a replay gives the current graph."""
+    changes = tuple(_changes(trainable(gm), chosen))
+
+    def noted(entry: Entry) -> Entry:
+        (item,) = parse_passes(entry.text)
+        if not isinstance(item, SelectTensors) or item.rho is None:
+            return entry
+        text = str(replace(item, chosen=tuple(sorted(chosen))))
+        return replace(entry, text=text, changes=changes, after=costs(gm))
+
+    record = record_of(gm)
+    gm.meta[META_KEY] = replace(record, entries=tuple(map(noted, record.entries)))
 
 
 def _least(graph: BackpropGraph, names: Iterable[str]) -> float:

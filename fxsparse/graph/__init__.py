@@ -17,6 +17,7 @@ named by their fully qualified name, ``node.meta["val"]`` is a fake tensor with 
 | `live` | what passes know about their sites, kept true by later edits |
 | `training_form` | the graph that runs in training where it is another one |
 | `trainable` | which parameters are trained |
+| `graph_state` | flags in the `state_dict` that say in which state of training the graph is |
 | `dynamo` | Dynamo's graphs, and bringing them into this form and back |
 | `runtime_state` | tensors that reach a compiled graph at run time, found by a weight's identity |
 """

@@ -21,6 +21,7 @@ from torch._dynamo.decorators import skip
 from torch.fx import Graph, GraphModule
 
 from fxsparse import graph as fx
+from fxsparse.graph.graph_state import STATES, follow
 
 FORM_KEY = "fxsparse_training_form"
 
@@ -69,6 +70,8 @@ def keep_forward(gm: GraphModule) -> None:
 def _lasting_forward() -> Callable[..., Any]:
     @skip  # Dynamo compiles the code that it calls, and would compile any helper that it calls
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if STATES in self.meta:
+            follow(self)
         form = self.meta.get(FORM_KEY) if self.training else None
         return (type(self).graph_code if form is None else form.forward)(self, *args, **kwargs)
 

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from fxsparse import graph as fx
 from fxsparse.errors import TraceError
 from fxsparse.graph import traits
+from fxsparse.graph.graph_state import follow, state_buffers
 from fxsparse.graph.training_form import keep_forward, renew_form
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
 from fxsparse.tracing.export import (
@@ -78,6 +79,12 @@ class TracedModule(GraphModule):
         keep_forward(self)
         renew_form(self)
         return code
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        missing = rest[2]  # checkpoints of earlier versions hold no flags
+        missing[:] = [key for key in missing if key.removeprefix(prefix) not in state_buffers(self)]
+        follow(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
         with warnings.catch_warnings():

@@ -24,8 +24,9 @@ from fxsparse import graph as fx
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import Linear, live
 from fxsparse.graph.derived_buffers import BORROWED
-from fxsparse.graph.record import Change, rewrote, skipped, substitute
-from fxsparse.passes.base import Pass
+from fxsparse.graph.graph_state import STATES, note, register_state
+from fxsparse.graph.record import Change, record_of, rewrote, skipped, substitute
+from fxsparse.passes.base import Pass, parse_passes
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.branch import Branch
 from fxsparse.passes.nm.sparse_linear import SparseLinear, replace_call, sparse_linears
@@ -34,6 +35,8 @@ _WITH_BRANCH: dict[Any, Any] = {
     torch.ops.fxsparse.nm_linear.default: torch.ops.fxsparse.nm_linear_low_rank.default,
     torch.ops.fxsparse.masked_linear.default: torch.ops.fxsparse.masked_linear_low_rank.default,
 }
+STARTED = "low_rank_started"
+"""Name of the buffer that says which branches take part."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,9 @@ class AddLowRankBranches(Pass):
             yield rewrote(linear.path, f"rank {rank}, {when}")
         if self.start == 0:
             insert_branches(graph)
+        waits = {linear.name for linear in waiting_branches(graph)}
+        names = sorted({linear.name for linear in [*sparse_linears(graph), *fx.linears(graph)] if _has(graph, linear)})
+        register_state(graph, STARTED, names, set(names) - waits, _start)
 
     def _candidates(self, gm: GraphModule) -> list[Linear | SparseLinear]:
         sparse = list(sparse_linears(gm))
@@ -128,38 +134,66 @@ class AddLowRankBranches(Pass):
         live.enter(gm, Branch(linear.name, f"{linear.name}_down", f"{linear.name}_up"))
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
-        if self.start > 0:
-            yield _Start(self, graph, optimizer, round(self.start * total_steps))
+        yield _Start(graph, optimizer, round(self.start * total_steps))
 
 
 def _holder(linear: Linear | SparseLinear) -> str:
     return linear.parameter_name if isinstance(linear, SparseLinear) else linear.name
 
 
+def _has(gm: GraphModule, linear: Linear | SparseLinear) -> bool:
+    owner, _, leaf = f"{linear.name}_down".rpartition(".")
+    return leaf in gm.get_submodule(owner)._parameters
+
+
 class _Start(Event):
     """Lets the branches take part once their step is reached, in the optimizer as well."""
 
-    def __init__(self, owner: AddLowRankBranches, gm: GraphModule, optimizer: torch.optim.Optimizer, at: int):
-        self.owner, self.gm, self.optimizer, self.at = owner, gm, optimizer, at
+    def __init__(self, gm: GraphModule, optimizer: torch.optim.Optimizer, at: int):
+        self.gm, self.optimizer, self.at = gm, optimizer, at
+        self.branches = {linear.name: _holder(linear) for linear in waiting_branches(gm)}
+
+    def before_step(self, step: int) -> None:
+        if step > self.at:
+            self._join()
+            return
+        for name in self.branches:  # an earlier step was loaded into a graph whose branches had started
+            for part in ("down", "up"):
+                fx.attribute(self.gm, f"{name}_{part}").grad = None
 
     def after_step(self, step: int) -> None:
-        if step >= self.at and any(waiting_branches(self.gm)):
-            self._start()
+        if step >= self.at and self.branches:
+            started = self.gm.meta[STATES][STARTED]
+            if not self.branches.keys() <= started.on:
+                _start(self.gm, frozenset(started.names))
+                note(self.gm, STARTED, started.names)
+            self._join()
 
-    def _start(self) -> None:
-        added = insert_branches(self.gm)
-        self.gm.recompile()
+    def before_load(self, groups: list[dict[str, Any]]) -> None:
+        """The state of an optimizer that the branches had joined."""
+        if sum(len(group["params"]) for group in groups) > sum(len(g["params"]) for g in self.optimizer.param_groups):
+            self._join()
+
+    def _join(self) -> None:
         known = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
-        for holder, branch in added:
+        for name, holder in self.branches.items():
             group = known.get(id(fx.attribute(self.gm, holder)))
             if group is None:
                 continue  # a frozen weight: its branch is trained only if the caller gave it to the optimizer
-            for name in branch:
-                parameter = fx.attribute(self.gm, name)
+            for part in ("down", "up"):
+                parameter = fx.attribute(self.gm, f"{name}_{part}")
                 if id(parameter) not in known:
                     group["params"].append(parameter)
-        # A replay of the record now gives this graph, with the branches in use.
-        substitute(self.gm, str(self.owner), str(replace(self.owner, start=0.0)))
+
+
+def _start(gm: GraphModule, on: frozenset[str]) -> None:
+    """Makes the graph use its branches if any has started; a replay of the record then gives the same graph."""
+    if on and insert_branches(gm):
+        gm.recompile()
+        for entry in record_of(gm).entries:
+            for item in parse_passes(entry.text):
+                if isinstance(item, AddLowRankBranches):
+                    substitute(gm, entry.text, str(replace(item, start=0.0)))
 
 
 def waiting_branches(gm: GraphModule) -> Iterable[Linear | SparseLinear]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
 import fxsparse
+from fxsparse.graph.record import record_of
 from tests.support.families import FAMILIES
 
 
@@ -95,3 +99,105 @@ def test_a_wrapped_forward_can_be_unwrapped_and_copied(accelerator: Any) -> None
     bare = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     assert bare is gm and torch.equal(bare(x), plain)
     assert list(inspect.signature(bare.forward).parameters) == names == ["input"]
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+
+def train(gm: GraphModule, optimizer: Any, schedule: fxsparse.Schedule, steps: int) -> None:
+    for _ in range(steps):
+        torch.manual_seed(schedule.steps_done + 1)
+        x = torch.randn(5, 8)
+        schedule.observe(x, loss=lambda y: y.square().mean())
+        gm(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+RECIPES = {
+    "branches": "nm-masks,double-prune{every=2},low-rank{rank=2,start=0.5}",
+    "select-tensors": "select-tensors{rho=0.7,every=3}",
+    "branches, select-tensors": "nm-masks,low-rank{rank=2,start=0.5},select-tensors{rho=0.9,every=4}",
+    "sr-ste": "nm-masks{storage=masked,dynamic=true,every=2}",
+}
+ORDERS = list(itertools.permutations(("model", "optimizer", "schedule")))
+
+
+@pytest.mark.parametrize("stop_at", [3, 5])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_state_loaded_in_any_order_continues_bit_for_bit(recipe: str, stop_at: int) -> None:
+    model = net()
+
+    def start() -> dict[str, Any]:
+        gm = rewritten(RECIPES[recipe], copy.deepcopy(model))
+        optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-2)
+        return {"model": gm, "optimizer": optimizer, "schedule": fxsparse.Schedule(gm, optimizer, total_steps=8)}
+
+    def run(parts: dict[str, Any], steps: int) -> None:
+        train(parts["model"], parts["optimizer"], parts["schedule"], steps)
+
+    whole = start()
+    run(whole, stop_at)
+    saved = copy.deepcopy({name: part.state_dict() for name, part in whole.items()})
+    run(whole, 8 - stop_at)
+    expected = whole["model"].state_dict()
+    for order in ORDERS:
+        parts = start()
+        for name in order:
+            parts[name].load_state_dict(copy.deepcopy(saved[name]))
+        run(parts, 8 - stop_at)
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in parts["model"].state_dict().items()), order
+        assert record_of(parts["model"]).text == record_of(whole["model"]).text
+
+
+def started() -> tuple[nn.Module, GraphModule]:
+    """A model, and its rewrite whose branches take part."""
+    model = net()
+    gm = rewritten(RECIPES["branches"], copy.deepcopy(model))
+    optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-1)
+    train(gm, optimizer, fxsparse.Schedule(gm, optimizer, total_steps=8), 8)
+    return model, gm
+
+
+def test_started_branches_are_part_of_the_state() -> None:
+    model, gm = started()
+    fresh, x = rewritten(RECIPES["branches"], model), torch.randn(4, 8)
+    average = torch.optim.swa_utils.AveragedModel(fresh)
+    fresh.load_state_dict(gm.state_dict())
+    assert torch.equal(fresh(x), gm(x)) and record_of(fresh).text == record_of(gm).text
+    average.update_parameters(gm)
+    assert torch.equal(average(x), gm(x)), "written in place, without load_state_dict"
+    merged = net()
+    merged.load_state_dict(fxsparse.dense_state_dict(fresh))
+    torch.testing.assert_close(merged(x), gm(x))
+
+
+def test_an_earlier_state_takes_branches_back() -> None:
+    gm, twin = (rewritten(RECIPES["branches"], model) for model in itertools.repeat(net(), 2))
+    twin.load_state_dict(gm.state_dict())
+    parts = []
+    for one in (gm, twin):
+        optimizer = torch.optim.AdamW(one.parameters(), lr=1e-2)
+        parts.append((one, optimizer, fxsparse.Schedule(one, optimizer, total_steps=8)))
+    train(*parts[0], 2)
+    saved = copy.deepcopy([part.state_dict() for part in parts[0]])
+    train(*parts[0], 4)
+    for (one, optimizer, schedule), steps in zip(parts, (6, 6), strict=True):
+        for part, state in zip((one, optimizer, schedule), copy.deepcopy(saved), strict=True):
+            part.load_state_dict(state)
+        train(one, optimizer, schedule, steps)
+    assert all(torch.equal(a, b) for a, b in zip(gm.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def test_checkpoints_of_earlier_versions_load(tmp_path: Path) -> None:
+    model, gm = started()
+    x = torch.randn(4, 8)
+    old = {name: tensor for name, tensor in gm.state_dict().items() if name != "low_rank_started"}
+    rewritten(RECIPES["branches"], copy.deepcopy(model)).load_state_dict(old)
+    fxsparse.save(gm, tmp_path / "new.safetensors")
+    with safetensors.safe_open(tmp_path / "new.safetensors", "pt") as file:
+        safetensors.torch.save_file(old, tmp_path / "old.safetensors", file.metadata())
+    for name in ("new", "old"):
+        loaded = fxsparse.load(tmp_path / f"{name}.safetensors", copy.deepcopy(model), (x,))
+        assert torch.equal(loaded(x), gm(x))

@@ -1,0 +1,95 @@
+"""State of a graph that training changes, such as whether branches take part, as part of the module's ``state_dict``.
+
+A pass whose graph changes while it trains registers a vector of flags, a persistent buffer of the root, and a function
+that brings the graph into the state that the flags say. Whoever writes the buffer changes the graph, be it
+``load_state_dict`` or a copy in place (averaged models, distributed checkpoints): `follow` looks at its version.
+
+    Schedule:  edits the graph, `note` writes the flags
+    loading:   writes the flags, `follow` edits the graph    on load, before the next call, and before the graph is read
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+STATES = "fxsparse_graph_states"
+_SEEN = "_fxsparse_seen"
+
+
+@dataclass(frozen=True)
+class GraphState:
+    """A vector of flags and what they mean.
+
+    Attributes:
+        names: of the flags, in the order of the buffer.
+        on: the names of the flags with which the graph agrees now.
+        enter: edits the graph so that it agrees with the names of the flags that are set.
+    """
+
+    names: tuple[str, ...]
+    on: frozenset[str]
+    enter: Callable[[GraphModule, frozenset[str]], None]
+
+
+class _Seen(dict[str, tuple[Tensor, int]]):
+    """The buffers that were read and their versions; a copy of the module has read none of its own."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Seen:
+        return _Seen()
+
+    def __reduce__(self) -> Any:
+        return _Seen, ()
+
+
+def register_state(
+    gm: GraphModule,
+    buffer: str,
+    names: Iterable[str],
+    on: Iterable[str],
+    enter: Callable[[GraphModule, frozenset[str]], None],
+) -> None:
+    """Registers the flags called ``names`` as ``buffer``, those in ``on`` set, in the place of an earlier one."""
+    state = GraphState(tuple(names), frozenset(on), enter)
+    device = next((parameter.device for parameter in gm.parameters()), None)
+    flags = torch.tensor([name in state.on for name in state.names], dtype=torch.bool, device=device)
+    gm.register_buffer(buffer, flags)
+    gm.meta[STATES] = {**gm.meta.get(STATES, {}), buffer: state}
+
+
+def state_buffers(gm: GraphModule) -> frozenset[str]:
+    """The names of the buffers that hold flags."""
+    return frozenset(gm.meta.get(STATES, ()))
+
+
+def note(gm: GraphModule, buffer: str, on: Collection[str]) -> None:
+    """Writes the flags after the graph was changed; nothing if the graph has no such flags."""
+    state = gm.meta.get(STATES, {}).get(buffer)
+    if state is not None:
+        flags = gm.get_buffer(buffer)
+        with torch.no_grad():
+            flags.copy_(torch.tensor([name in on for name in state.names]))
+        gm.meta[STATES] = {**gm.meta[STATES], buffer: replace(state, on=frozenset(on) & frozenset(state.names))}
+
+
+@torch._dynamo.disable
+def follow(gm: GraphModule) -> None:
+    """Brings the graph into the state that its flags say, if one of their buffers was written since the last call."""
+    seen = vars(gm).setdefault(_SEEN, _Seen())
+    for buffer, state in gm.meta.get(STATES, {}).items():
+        flags = gm._buffers[buffer]
+        if type(flags) is not Tensor or flags.is_meta or flags.is_inference():
+            continue  # a stand-in during capture holds no values
+        last = seen.get(buffer)
+        if last is not None and last[0] is flags and last[1] == flags._version:
+            continue
+        seen[buffer] = flags, flags._version
+        on = frozenset(name for name, is_set in zip(state.names, flags.tolist(), strict=True) if is_set)
+        if on != state.on:
+            gm.meta[STATES] = {**gm.meta[STATES], buffer: replace(state, on=on)}
+            state.enter(gm, on)
