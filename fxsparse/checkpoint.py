@@ -37,14 +37,18 @@ from fxsparse.rewriting import replay
 _RECORD = "fxsparse"
 
 
-def save(gm: GraphModule, path: str | os.PathLike[str]) -> None:
+def save(gm: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a rewritten model: parameters, masks and other buffers, and its record.
 
     Args:
-        gm: a traced or rewritten graph module.
+        gm: a traced or rewritten graph module, also wrapped by ``torch.compile`` or ``DistributedDataParallel``.
         path: the file, by convention ``*.safetensors``. It is written under another name and then renamed, so that
             it is never incomplete.
+
+    Raises:
+        CheckpointError: ``gm`` was never rewritten, or is sharded.
     """
+    gm = fx.graph_module_of(gm, "fxsparse.save", whole=True, error=CheckpointError)
     tensors = {name: tensor.detach().contiguous() for name, tensor in _unique(gm.state_dict()).items()}
     unfinished = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
@@ -129,7 +133,7 @@ _SUFFIXES = ("_values", "_indices", "_column_mask", "_mask", "_down", "_up")
 
 
 @torch.no_grad()
-def dense_state_dict(gm: GraphModule) -> dict[str, Tensor]:
+def dense_state_dict(gm: nn.Module) -> dict[str, Tensor]:
     """A state dict with the keys of the original model and dense values; pruned positions are zero.
 
     It loads into the original model with ``load_state_dict``. Low-rank branches that the graph reads are added to
@@ -137,11 +141,15 @@ def dense_state_dict(gm: GraphModule) -> dict[str, Tensor]:
     that multiplexing added are left out.
 
     Args:
-        gm: a traced or rewritten graph module.
+        gm: a traced or rewritten graph module, also wrapped by ``torch.compile`` or ``DistributedDataParallel``.
 
     Returns:
         a tensor for every key of the original's ``state_dict``; tied weights stand under all their names.
+
+    Raises:
+        CheckpointError: ``gm`` was never rewritten, or is sharded.
     """
+    gm = fx.graph_module_of(gm, "fxsparse.dense_state_dict", whole=True, error=CheckpointError)
     state = {name: tensor.detach() for name, tensor in gm.state_dict().items()}
     branches = {
         str(node.target) for node in gm.graph.nodes if node.op == "get_attr" and str(node.target).endswith("_down")

@@ -6,8 +6,11 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
+from torch import nn
 from torch.fx import GraphModule
 
+from fxsparse import graph as fx
 from fxsparse.backend.compiled import CompiledGraph, compiled_graphs
 from fxsparse.graph.record import Change, Costs, Entry, Record, record_of
 from fxsparse.lowering.choice import Choice
@@ -35,9 +38,18 @@ def explain(subject: Any) -> str:
     """
     if isinstance(subject, Record):
         return explain_record(subject)
+    if isinstance(subject, nn.Module) and not isinstance(subject, torch._dynamo.OptimizedModule):
+        subject = fx.unwrapped(subject)
     if isinstance(subject, GraphModule):
-        return explain_record(record_of(subject))
-    return explain_compiled(compiled_graphs(subject))
+        return explain_record(record_of(fx.graph_module_of(subject, "fxsparse.explain")))
+    graphs = compiled_graphs(subject)
+    compiled = isinstance(subject, torch._dynamo.OptimizedModule)
+    if not graphs and not compiled and getattr(subject, "_compiled_call_impl", True) is None:
+        return (
+            f"{type(subject).__name__} was neither rewritten nor compiled, so there is nothing to explain: pass what "
+            'fxsparse.rewrite(model, passes, kwargs=batch) or torch.compile(model, backend="fxsparse") returned'
+        )
+    return explain_compiled(graphs)
 
 
 def explain_record(record: Record) -> str:

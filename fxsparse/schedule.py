@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch import nn
 
+from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError, OptionError
 from fxsparse.graph.record import record_of
 from fxsparse.passes.base import parse_passes
@@ -30,8 +31,8 @@ class Schedule:
     a running ``torch.compile`` notices. Under gradient accumulation, call :meth:`step` once per optimizer step.
 
     Args:
-        gm: a rewritten graph module.
-        optimizer: the optimizer that trains it.
+        gm: a rewritten graph module, also wrapped by ``torch.compile`` or ``DistributedDataParallel``.
+        optimizer: the optimizer that trains it, also wrapped by accelerate.
         total_steps: optimizer steps of the whole training.
         signals: options that vary during training. Each is named by pass and option, and is a function of the
             optimizer step, counted from 1: ``{"select-tensors.rho": lambda step: 0.4 if is_noon() else 0.7}``.
@@ -43,7 +44,7 @@ class Schedule:
 
     def __init__(
         self,
-        gm: GraphModule,
+        gm: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
         total_steps: int,
@@ -51,6 +52,9 @@ class Schedule:
     ):
         if total_steps < 1:
             raise OptionError(f"total_steps={total_steps} must be at least 1")
+        gm = fx.graph_module_of(gm, "fxsparse.Schedule")
+        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = inner  # accelerate's steps the one inside, whose hooks are the ones that run
         parameters = {id(parameter) for parameter in gm.parameters()}
         if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
             raise OptionError(

@@ -13,8 +13,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxsparse import graph as fx
 from fxsparse.cost.backprop import BackpropGraph
 from fxsparse.cost.dataflow import Operation, tensors_of
 from fxsparse.cost.sizes import Sizes
@@ -98,7 +100,7 @@ def engineering(number: int) -> str:
     return str(number)
 
 
-def count_flops(gm: GraphModule, *, trained: Iterable[str] | None = None, **sizes: Any) -> FlopCount:
+def count_flops(gm: nn.Module, *, trained: Iterable[str] | None = None, **sizes: Any) -> FlopCount:
     """The FLOPs and bytes of a graph, in total and by module.
 
     Args:
@@ -111,6 +113,7 @@ def count_flops(gm: GraphModule, *, trained: Iterable[str] | None = None, **size
     Raises:
         OptionError: the graph has no tensor or input of that name, or cannot take that size.
     """
+    gm = fx.graph_module_of(gm, "fxsparse.count_flops")
     graph = BackpropGraph(gm)
     at = Sizes(gm, sizes)
     costs = graph.costs(**sizes)

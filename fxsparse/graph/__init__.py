@@ -15,6 +15,7 @@ named by their fully qualified name, ``node.meta["val"]`` is a fake tensor with 
 | `record` | what passes did to a graph module |
 | `derived_buffers` | buffers that are computed from parameters |
 | `live` | what passes know about their sites, kept true by later edits |
+| `wrapped` | the graph module inside what a training loop wraps around it |
 | `training_form` | the graph that runs in training where it is another one |
 | `trainable` | which parameters are trained |
 | `graph_state` | flags in the `state_dict` that say in which state of training the graph is |
@@ -60,6 +61,7 @@ from fxsparse.graph.state import (
     state_read,
 )
 from fxsparse.graph.values import arguments, example_of, fake_mode, stack_path, value
+from fxsparse.graph.wrapped import graph_module_of, unwrapped
 
 __all__ = [
     "FROZEN",
@@ -77,6 +79,7 @@ __all__ = [
     "example_of",
     "fake_mode",
     "first_linears",
+    "graph_module_of",
     "head_linears",
     "insert_attribute",
     "insert_call",
@@ -97,5 +100,6 @@ __all__ = [
     "stack_path",
     "state_read",
     "transform",
+    "unwrapped",
     "value",
 ]

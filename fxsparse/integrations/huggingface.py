@@ -35,7 +35,7 @@ file of that name; under the plain name it would initialise the tensors of other
 _FEED_FORWARD = ("inner", "intermediate", "ffn")
 
 
-def save_pretrained(gm: GraphModule, model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def save_pretrained(gm: nn.Module, model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Writes a rewritten graph as a Hugging Face checkpoint.
 
     The remaining layers are numbered without gaps, and per-layer settings of the configuration (``layer_types``) are
@@ -55,6 +55,8 @@ def save_pretrained(gm: GraphModule, model: nn.Module, path: str | os.PathLike[s
     Raises:
         CheckpointError: no module of the model's class computes the same as the graph.
     """
+    gm = fx.graph_module_of(gm, "fxsparse.save_pretrained", whole=True, error=CheckpointError)
+    model = fx.unwrapped(model)
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         raise CheckpointError(f"{type(model).__name__} is no Hugging Face model; write it with fxsparse.save")
     model = copy.copy(model)

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxsparse import graph as fx
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
 
@@ -148,7 +149,7 @@ def mask_sparsity(gm: GraphModule) -> float:
     return float(sparsity_at(gm, lambda name: gm.get_buffer(mask_name(name)).double()))
 
 
-def sparsity_loss(gm: GraphModule) -> Tensor:
+def sparsity_loss(gm: nn.Module) -> Tensor:
     """CoFi's Lagrangian, to be added to the loss of a training step:
 
         lambda_1 (s - t) + lambda_2 (s - t)^2
@@ -158,6 +159,7 @@ def sparsity_loss(gm: GraphModule) -> Tensor:
     Raises:
         RewriteError: the model has no trainable gates.
     """
+    gm = fx.graph_module_of(gm, "fxsparse.sparsity_loss")
     gated(gm)
     try:
         first, second = gm.get_parameter("sparsity.lambda_1"), gm.get_parameter("sparsity.lambda_2")

@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 import fxsparse
+from fxsparse.errors import CheckpointError, FxsparseError
 from fxsparse.graph.record import record_of
 from tests.support.families import FAMILIES
 
@@ -201,3 +202,72 @@ def test_checkpoints_of_earlier_versions_load(tmp_path: Path) -> None:
     for name in ("new", "old"):
         loaded = fxsparse.load(tmp_path / f"{name}.safetensors", copy.deepcopy(model), (x,))
         assert torch.equal(loaded(x), gm(x))
+
+
+# --- wrapped models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapper", ["compile", "ddp", "compile of ddp", "ddp of compile"])
+def test_wrapped_models_are_taken(wrapper: str, process_group: None, tmp_path: Path) -> None:
+    model, x = net(), torch.randn(4, 8)
+    gm = wrapped = rewritten("nm-masks,low-rank{rank=2,start=0.5}", copy.deepcopy(model))
+    for name in reversed(wrapper.split(" of ")):
+        ddp = torch.nn.parallel.DistributedDataParallel
+        wrapped = ddp(wrapped) if name == "ddp" else torch.compile(wrapped, backend="eager")
+    fxsparse.save(wrapped, tmp_path / "model.safetensors")
+    assert torch.equal(fxsparse.load(tmp_path / "model.safetensors", copy.deepcopy(model), (x,))(x), gm(x))
+    dense = fxsparse.dense_state_dict(wrapped)
+    assert dense.keys() == model.state_dict().keys()
+    assert fxsparse.count_flops(wrapped).step == fxsparse.count_flops(gm).step
+    fxsparse.Schedule(wrapped, torch.optim.SGD(wrapped.parameters(), lr=0.1), total_steps=2)
+    if wrapper == "ddp":
+        assert fxsparse.explain(wrapped) == fxsparse.explain(gm)
+    assert fxsparse.forget_dropped(torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, gm) == 0
+    gates = rewritten_encoder("gates{target=0.5}")
+    assert torch.equal(fxsparse.sparsity_loss(torch.compile(gates, backend="eager")), fxsparse.sparsity_loss(gates))
+
+
+def rewritten_encoder(passes: str) -> GraphModule:
+    family = FAMILIES["bert"]()
+    return fxsparse.rewrite(family.model, passes, kwargs=family.make_batch())
+
+
+@pytest.mark.parametrize("function", ["save", "dense_state_dict", "count_flops", "sparsity_loss", "Schedule"])
+def test_a_model_that_was_never_rewritten_gets_a_sentence(function: str, tmp_path: Path) -> None:
+    model = net()
+    more = {"save": (tmp_path / "x",), "Schedule": (torch.optim.SGD(model.parameters(), lr=0.1),)}.get(function, ())
+    options = {"total_steps": 2} if function == "Schedule" else {}
+    with pytest.raises(FxsparseError, match=rf"fxsparse\.{function} takes a model .*fxsparse\.rewrite\(model, passes"):
+        getattr(fxsparse, function)(model, *more, **options)
+    assert "neither rewritten nor compiled" in fxsparse.explain(model)
+
+
+def test_sharded_parameters_are_refused_by_name(process_group: None, tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    gm = rewritten("nm-masks")
+    fully_shard(nn.Sequential(gm), mesh=init_device_mesh("cpu", (1,)))
+    for function in (fxsparse.dense_state_dict, lambda gm: fxsparse.save(gm, tmp_path / "x")):
+        with pytest.raises(CheckpointError, match=r"0\.weight is sharded \(a DTensor\).*full_state_dict=True"):
+            function(gm)
+
+
+def test_the_optimizer_of_accelerate_drives_a_schedule(accelerator: Any) -> None:
+    gm = rewritten("nm-masks{storage=masked,dynamic=true,decay=0.5}")
+    optimizer = accelerator.prepare(torch.optim.SGD(gm.parameters(), lr=1.0))
+    schedule = fxsparse.Schedule(gm, optimizer, total_steps=1)
+    weight, mask = gm.get_parameter("2.weight"), gm.get_buffer("2.weight_mask").clone()
+    before = weight.detach().clone()
+    (gm(torch.randn(5, 8)) * 0).sum().backward()
+    optimizer.step()
+    schedule.step()
+    torch.testing.assert_close(weight.detach(), before - 0.5 * before * ~mask)

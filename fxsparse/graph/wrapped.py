@@ -1,0 +1,55 @@
+"""Finds the rewritten graph module inside the wrappers that training loops put around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from fxsparse.errors import FxsparseError, OptionError
+from fxsparse.graph.graph_state import STATES, follow
+
+
+def unwrapped(model: Any) -> Any:
+    """What ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel`` wrap; anything else as it is."""
+    while True:
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def graph_module_of(
+    model: Any, function: str, *, whole: bool = False, error: type[FxsparseError] = OptionError
+) -> GraphModule:
+    """The graph module in ``model``, in the state of training that its flags say.
+
+    Args:
+        model: a traced or rewritten graph module, or a wrapper of one that `unwrapped` knows.
+        function: the public function that was called, for the message.
+        whole: whether it reads the values of parameters, which must then not be sharded.
+        error: raised if ``model`` holds no graph module, or a sharded one.
+    """
+    inner = unwrapped(model)
+    name = type(inner).__name__
+    if name == "FullyShardedDataParallel":
+        raise error(f"{function} cannot read what {name} has flattened; gather its full state dict, or use fully_shard")
+    if not isinstance(inner, GraphModule):
+        raise error(
+            f"{function} takes a model that fxsparse.trace or fxsparse.rewrite returned, and this {name} is not one: "
+            "call gm = fxsparse.rewrite(model, passes, kwargs=batch) first, and train and pass on gm"
+        )
+    sharded = [name for name, tensor in inner.state_dict(keep_vars=True).items() if hasattr(tensor, "device_mesh")]
+    if whole and sharded:
+        raise error(
+            f"{function}: {sharded[0]} is sharded (a DTensor), and so are {len(sharded) - 1} more; load its full state "
+            "dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a "
+            "graph module that is not sharded, and pass that"
+        )
+    if STATES in inner.meta:
+        follow(inner)
+    return inner
