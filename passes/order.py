@@ -27,7 +27,7 @@ def misplaced(name: str, done: Sequence[str]) -> str | None:
     if cls is None:
         return None
     if cls.must_follow and not set(cls.must_follow) & set(done):
-        return f"needs {' or '.join(cls.must_follow)} to have run before"
+        return f"needs {' or '.join(cls.must_follow)}, which did not run before"
     clash = next((other for other in done if other in cls.cannot_follow), None)
     return None if clash is None else f"cannot follow {clash}"
 

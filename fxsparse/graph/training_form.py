@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch._dynamo.decorators import skip
 from torch.fx import Graph, GraphModule
 
 from fxsparse import graph as fx
@@ -68,12 +67,13 @@ def keep_forward(gm: GraphModule) -> None:
 
 
 def _lasting_forward() -> Callable[..., Any]:
-    @skip  # Dynamo compiles the code that it calls, and would compile any helper that it calls
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if STATES in self.meta:
             follow(self)
-        form = self.meta.get(FORM_KEY) if self.training else None
-        return (type(self).graph_code if form is None else form.forward)(self, *args, **kwargs)
+        form = self.meta.get(FORM_KEY)
+        # Without a form the mode is not read: a compiled graph must not depend on it.
+        code = type(self).graph_code if form is None or not self.training else form.forward
+        return code(self, *args, **kwargs)
 
     return forward
 
