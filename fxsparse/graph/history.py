@@ -1,7 +1,7 @@
 """The text of a graph after each pass, kept on request in ``gm.meta``, apart from the record.
 
 A graph cannot be made again from the record without the original model, and a copy of it for every pass costs more than
-a pass that does little. Its text, compressed, is 14 bytes a node; making it takes 0.06 ms a node, so it is asked for.
+a pass that does little. Its text, compressed, is ten bytes a node; making it takes 0.02 ms a node, so it is asked for.
 """
 
 from __future__ import annotations
