@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 import fxsparse
 from fxsparse.backend.compiled import compiled_graphs
 from fxsparse.codegen import source, store
+from fxsparse.graph.dynamo import state_names
 from fxsparse.lowering import estimates, timings
 from fxsparse.lowering.after_partition import deviates
 from fxsparse.lowering.choose import choose, obstacles, undecided
 from fxsparse.lowering.estimates import DEVICES, microseconds
+from fxsparse.lowering.lower import Lowered, lower_graph
 from fxsparse.lowering.pins import LOWERINGS, Pins
 from fxsparse.lowering.sites import Site
 from fxsparse.ops.nm import Pattern, unpack
@@ -485,3 +487,30 @@ def test_a_copy_has_its_own_expanded_weights() -> None:
 def test_lower_names_are_those_of_the_options() -> None:
     for name in LOWERINGS["nm_linear"]:
         assert name == "auto" or name in {*obstacles(FROZEN), *obstacles(IN_GRAPH)}
+
+
+# --- what lowering returns --------------------------------------------------------------------------------------------
+
+
+def test_lowering_returns_a_copy_and_leaves_the_graph_as_it_was() -> None:
+    gm = fxsparse.rewrite(Two(), [InsertNMMasks("2:4", keep_first=False, keep_head=False)], (torch.randn(4, 32),))
+    gm.requires_grad_(False)
+    results: list[Lowered] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        before, names = str(graph.graph), state_names(graph, inputs, gm)
+        results.append(lower_graph(graph, inputs, names, Pins(), 0.0))
+        results.append(lower_graph(graph, inputs, names, Pins((("nm_linear", "reference"),)), 0.0))
+        assert str(graph.graph) == before
+        assert results[0].module is not graph and results[1].module is graph
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(gm, backend=backend)(torch.randn(3, 32))
+    expanded, inlined = results
+    assert [choice.implementation for choice in expanded.choices] == ["dense"] * 2
+    assert [slot.names for slot in expanded.slots] == [("first.weight_values_dense",), ("second.weight_values_dense",)]
+    assert [choice.implementation for choice in inlined.choices] == ["reference"] * 2
+    assert inlined.slots == inlined.notes == () and not inlined.overrides
+    with pytest.raises(FrozenInstanceError):
+        expanded.notes = ("another",)  # type: ignore[misc]
