@@ -348,6 +348,8 @@ ORDER += (residual, under_autocast)
 
 
 def traced(case: Case) -> tuple[Model, GraphModule]:
+    if case is unknown_sizes and torch.__version__.startswith("2.11."):
+        pytest.skip("torch.export cannot slice a tensor of unknown size in torch 2.11")
     model = Model(case)
     return model, fxsparse.trace(model, (torch.randn(4, 6, 8),))
 
