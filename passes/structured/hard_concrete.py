@@ -173,7 +173,8 @@ def sparsity_loss(gm: nn.Module) -> Tensor:
 def close(gm: GraphModule, target: float, scores: Mapping[str, Tensor]) -> float:
     """Sets the masks: closes the gates of the lowest scores until the sparsity is ``target``, or the next above it.
 
-    A gate that would lead more than 1 % above the target stays open while smaller ones can do. A sublayer whose units
+    A gate that would lead more than 1 % above the target stays open while others can do; where none can, the one that
+    leads the least above it closes. A sublayer whose units
     are all closed is closed; where it has no gate of its own, its last unit stays open, as the last hidden dimension
     does.
 
@@ -197,9 +198,11 @@ def close(gm: GraphModule, target: float, scores: Mapping[str, Tensor]) -> float
         if ledger.gone > wanted + 0.01 * ledger.total:
             ledger.reopen(closed)
             too_large.append(owners[at])
-    for name, position in too_large:
-        if ledger.gone < wanted - 1e-6:
-            ledger.close(name, position)
+    while too_large and ledger.gone < wanted - 1e-6:
+        reached = [ledger.gone_with(*gate) for gate in too_large]
+        enough = [gone for gone in reached if gone >= wanted - 1e-6]
+        # The smallest step above; where no single gate gets there, the one of the lowest score.
+        ledger.close(*too_large.pop(reached.index(min(enough)) if enough else 0))
     for name, mask in ledger.masks.items():
         buffer = gm.get_buffer(mask_name(name))
         buffer.copy_(torch.tensor(mask))
@@ -244,6 +247,13 @@ class _Ledger:
                 closing.append((layer, 0))
         self._set(closing, False)
         return closing
+
+    def gone_with(self, name: str, position: int) -> float:
+        """Parameters that would be gone if a gate were closed as well."""
+        closed = self.close(name, position)
+        gone = self.gone
+        self.reopen(closed)
+        return gone
 
     def reopen(self, closed: list[tuple[str, int]]) -> None:
         """Takes a closing back."""

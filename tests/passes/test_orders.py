@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Iterable
 
 import pytest
@@ -22,7 +23,7 @@ from fxsparse.passes.base import pass_classes
 from fxsparse.passes.neurons.gather_units import Site
 from fxsparse.passes.order import misplaced, working_order, works
 from fxsparse.passes.structured.drop_dims import Dimensions
-from fxsparse.passes.structured.hard_concrete import Gated, gate_names, mask_name
+from fxsparse.passes.structured.hard_concrete import Gated, close, gate_names, mask_name
 from tests.support import families
 
 MAKE = {"bert": families._bert, "opt": families._opt, "llama": families._llama}
@@ -223,3 +224,16 @@ def test_materialize_refuses_compressed_weights_before_anything_happens() -> Non
     gm = _rewritten("opt", ["gates{score=magnitude}", "nm-masks"])
     with pytest.raises(RewriteError, match=r"materialize: cannot follow nm-masks; .* is gates,materialize,nm-masks"):
         fxsparse.rewrite(gm, "materialize")
+
+
+# --- what the orders rest on ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [0.01, 0.1, 0.25, 0.5, 0.8])
+def test_gates_close_by_the_smallest_step_above_the_target(target: float) -> None:
+    """Heads, and whole MLPs that hold as much as four heads and have the lower scores."""
+    gm = _rewritten("opt", "gates{units=[heads,ffn],score=magnitude}")
+    scores = {name: torch.full((len(gm.get_buffer(mask_name(name))),), float("heads" in name)) for name in _masks(gm)}
+    head = close(gm, 1e-6, scores)
+    assert 0.04 < head < 0.05
+    assert close(gm, target, scores) == pytest.approx(math.ceil(target / head) * head, abs=1e-6)
