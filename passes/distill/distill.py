@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
@@ -195,12 +195,10 @@ class DistillLayers(Pass):
                 pass_name=self.name,
                 site=mine.path,
             )
-        fixed = [
-            (a, b) for a, b in zip(ours[:-1], other[:-1], strict=False) if isinstance(a, int) and isinstance(b, int)
-        ]
-        if len(ours) != len(other) or any(a != b for a, b in fixed):
+        if len(ours) != len(other) or not all(map(_agree, ours[:-1], other[:-1])):
             raise RewriteError(
-                f"its hidden states have sizes {tuple(ours)} and the teacher's {tuple(other)}",
+                f"its hidden states have sizes {tuple(ours)} and the teacher's {tuple(other)}; where one of them is "
+                "multiplexed, multiplex the other alike, or distil logits alone with weights=(a, b, 0)",
                 pass_name=self.name,
                 site=mine.path,
             )
@@ -307,6 +305,17 @@ def _gates(block: Block) -> list[list[Node]]:
 
 def _tensor_inputs(gm: GraphModule) -> list[Node]:
     return [node for node in gm.graph.find_nodes(op="placeholder") if isinstance(node.meta.get("val"), Tensor)]
+
+
+def _agree(mine: int | SymInt, theirs: int | SymInt) -> bool:
+    """Whether two sizes are the same function of the batch size, or of the length, of the graphs they are of."""
+    if isinstance(mine, int) or isinstance(theirs, int):
+        return mine == theirs or not (isinstance(mine, int) and isinstance(theirs, int))
+    ours, other = mine.node.expr, theirs.node.expr
+    if len(ours.free_symbols) != 1 or len(other.free_symbols) != 1:
+        return True
+    (own,), (its,) = ours.free_symbols, other.free_symbols
+    return all(ours.subs(own, size) == other.subs(its, size) for size in (5, 24, 49))
 
 
 def _width(stack: Stack) -> int:
