@@ -78,6 +78,10 @@ def evaluate(path: Sequence[Node], given: Mapping[Node, Tensor], stand_ins: dict
 
 
 def _stand_in(node: Node) -> Any:
+    if node.op == "get_attr" and node.graph.owning_module is not None:
+        held = fx.attribute(node.graph.owning_module, str(node.target))
+        if isinstance(held, Tensor) and not held.is_floating_point() and not held.is_meta:
+            return held.detach().cpu()  # which positions are read is structure
     example = fx.value(node) if "val" in node.meta else None
     if isinstance(example, Tensor):
         shape = tuple(map(_number, example.shape))

@@ -53,13 +53,14 @@ def slice_attention(gm: GraphModule, attention: Attention, keep: Tensor) -> None
     output = attention.output.linear
     _require_own_weights(gm, [*(rows.linear for rows in attention.projections), output], attention.path)
     sdpa = attention.sdpa
+    key_of_head = _undo_choice_of_keys(gm, sdpa)
     kept_groups = keep.view(attention.kv_heads, -1).any(1)
     removed: dict[Node, list[Tensor]] = {}
     for rows in attention.projections:
         gone = rows.index[~(keep if rows.kind == "query" else kept_groups)]
         removed.setdefault(rows.linear.node, []).append(gone.flatten())
     rows_gone = {node: torch.cat(parts) for node, parts in removed.items()}
-    expanded = shape_of(attention.operands[1])[1] == attention.heads
+    keys = shape_of(attention.operands[1])[1]
     lost = {
         **losses(rows_gone, attention.operands),
         **losses({sdpa: (~keep).nonzero().flatten()}, [output.input], axis=1),
@@ -68,7 +69,7 @@ def slice_attention(gm: GraphModule, attention: Attention, keep: Tensor) -> None
     for linear in {rows.linear.node: rows.linear for rows in attention.projections}.values():
         changed += _take(gm, linear, 0, rows_gone[linear.node])
     if attention.heads > attention.kv_heads:
-        changed += _match_keys(gm, sdpa, keep, kept_groups, expanded=expanded, site=attention.path)
+        changed += _match_keys(gm, sdpa, keep, kept_groups, keys, key_of_head, attention.path)
     changed += _slice_mask(gm, attention, keep)
     follow(gm, lost, changed, attention.path)
 
@@ -151,19 +152,46 @@ def _replace_parameter(gm: GraphModule, read: Node, axis: int, index: Tensor) ->
 # --- keys, masks ------------------------------------------------------------------------------------------------------
 
 
+def _undo_choice_of_keys(gm: GraphModule, sdpa: Node) -> Tensor | None:
+    """Lets attention read keys and values as they are before an earlier slicing chose one for every head; gives which
+    it had chosen, int64 ``[heads]``."""
+    chosen = list(sdpa.args[1:3])
+    if any(not isinstance(node, Node) or node.target is not aten.index_select.default for node in chosen):
+        return None
+    index: Any = chosen[0].args[2]  # type: ignore[union-attr]
+    if index.op != "get_attr":
+        return None
+    sdpa.args = (sdpa.args[0], *(node.args[0] for node in chosen), *sdpa.args[3:])  # type: ignore[union-attr]
+    fx.eliminate_dead_code(gm)
+    held: Tensor = fx.attribute(gm, str(index.target))
+    return held.cpu()
+
+
 def _match_keys(
-    gm: GraphModule, sdpa: Node, keep: Tensor, kept_groups: Tensor, *, expanded: bool, site: str
+    gm: GraphModule,
+    sdpa: Node,
+    keep: Tensor,
+    kept_groups: Tensor,
+    keys: int,
+    key_of_head: Tensor | None,
+    site: str,
 ) -> list[Node]:
-    """Gives every kept query head its key and value where groups lost different numbers of heads."""
+    """Gives every kept query head its key and value where groups lost different numbers of heads.
+
+    Args:
+        keys: heads of keys and values before any of them goes: one for each group, or one for each head.
+        key_of_head: which of them each query head reads, where that was chosen before.
+    """
     groups, shared = len(kept_groups), len(keep) // len(kept_groups)
+    each = keys // groups
+    heads = torch.arange(len(keep))
+    read = (heads if each > 1 else heads // shared) if key_of_head is None else key_of_head
+    position = (kept_groups.cumsum(0) - 1)[read // each] * each + read % each
+    position = position[keep]
     sizes = keep.view(groups, shared).sum(1)[kept_groups]
-    if len(sizes.unique()) == 1 and (not expanded or int(sizes[0]) == shared):
+    is_even = len(sizes.unique()) == 1 and (each == 1 or int(sizes[0]) == shared)
+    if is_even and key_of_head is None:
         return []
-    if expanded:  # keys of all heads of the kept groups are there: leave out those whose query is gone
-        position = keep.view(groups, shared)[kept_groups].flatten().nonzero().flatten()
-    else:
-        order = torch.arange(groups)[kept_groups].repeat_interleave(sizes)
-        position = torch.searchsorted(kept_groups.nonzero().flatten(), order)
     index = _index(gm, f"{site.replace('.', '_')}_key_of_head", position, sdpa)
     args: list[Any] = list(sdpa.args)
     for place in (1, 2):

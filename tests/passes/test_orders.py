@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -29,9 +30,16 @@ from tests.support import families
 MAKE = {"bert": families._bert, "opt": families._opt, "llama": families._llama}
 
 
+def _grouped() -> families.Family:
+    """A Llama with 8 heads on 2 key heads."""
+    sizes = families._decoder_sizes() | {"num_attention_heads": 8}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, num_hidden_layers=2)
+    return families.Family(families._seeded(transformers.LlamaForCausalLM, config), families.causal_lm_batch)
+
+
 @functools.cache
 def _family(name: str) -> families.Family:
-    family = MAKE[name]()
+    family = _grouped() if name == "grouped" else MAKE[name]()
     for module in family.model.modules():
         for option in ("p", "dropout", "attention_dropout"):
             if isinstance(getattr(module, option, None), float):
@@ -185,6 +193,19 @@ def test_masks_after_a_dense_branch_leave_the_branch_dense(start: float) -> None
         torch.testing.assert_close(dense[name], expected)
 
 
+def test_a_multiplexed_student_takes_a_multiplexed_teacher_or_logits_alone() -> None:
+    """Hidden states of a group and of its members have different batch sizes, which broadcast where there is one."""
+    teacher = _traced("bert")
+    for weights in ((0.0, 0.1, 0.9), (0.0, 0.0, 1.0)):
+        with pytest.raises(RewriteError, match="multiplex the other alike, or distil logits alone"):
+            _rewritten("bert", ["multiplex", DistillLayers(teacher, weights=weights)])
+    multiplexed = DistillLayers(fxsparse.rewrite(teacher, "multiplex"))
+    for distill in (multiplexed, DistillLayers(teacher, weights=(0.0, 1.0, 0.0))):
+        gm = _rewritten("bert", ["multiplex", distill])
+        for batch in (2, 4):
+            assert gm(**_batch("bert", batch=batch)).loss.isfinite()
+
+
 # --- orders -----------------------------------------------------------------------------------------------------------
 
 WRITTEN = {"low-rank": 'low-rank{layers=["*fc1"]}', "select-tensors": 'select-tensors{tensors=["*bias"]}'}
@@ -237,3 +258,22 @@ def test_gates_close_by_the_smallest_step_above_the_target(target: float) -> Non
     head = close(gm, 1e-6, scores)
     assert 0.04 < head < 0.05
     assert close(gm, target, scores) == pytest.approx(math.ceil(target / head) * head, abs=1e-6)
+
+
+def test_heads_of_grouped_queries_are_taken_out_twice() -> None:
+    """The keys that the first cut chose for each head are numbered anew by the second."""
+    name = "grouped"
+    gates = "gates{units=[heads],target=0.25,score=random}"
+    gm = _rewritten(name, [gates])
+    _close_heads(gm, [3, 7])
+    gm = fxsparse.rewrite(gm, ["materialize", gates])
+    assert len(live.sites(gm, Gated)) == 2
+    for closed in ([0, 1, 2], [0, 4], [1, 3], [3, 4, 5]):
+        _close_heads(gm, closed)
+        small = fxsparse.rewrite(gm, "materialize")
+        assert float((_logits(small, name) - _logits(gm, name)).abs().max()) < 1e-5
+
+
+def _close_heads(gm: GraphModule, closed: list[int]) -> None:
+    for gate in gate_names(gm):
+        gm.get_buffer(mask_name(gate)).fill_(1)[closed] = 0
