@@ -102,7 +102,8 @@ class AddLowRankBranches(Pass):
         if self.start == 0:
             insert_branches(graph)
         waits = {linear.name for linear in waiting_branches(graph)}
-        names = sorted({linear.name for linear in [*sparse_linears(graph), *fx.linears(graph)] if _has(graph, linear)})
+        every: list[Linear | SparseLinear] = [*sparse_linears(graph), *fx.linears(graph)]
+        names = sorted({linear.name for linear in every if _has(graph, linear)})
         register_state(graph, STARTED, names, set(names) - waits, _start)
 
     def _candidates(self, gm: GraphModule) -> list[Linear | SparseLinear]:
