@@ -35,13 +35,13 @@ class OptionError(RewriteError, ValueError):
 
 
 class InternalError(FxsparseError):
-    """A pass of fxsparse broke: a bug of fxsparse, to report, and nothing the caller did. Nothing was changed.
+    """A bug of fxsparse, to report, and nothing the caller did. Nothing was changed.
 
     The message has all that a report needs; the original exception is the ``__cause__``.
 
     Args:
         message: what broke, where, and what to report.
-        pass_name: the pass's textual name.
+        pass_name: the textual name of the pass that broke; None while a model is traced.
         node: name of the node that the pass was looking at, where that is known.
         place: file, line and function that raised.
     """

@@ -7,7 +7,6 @@ line. Every other one is a bug of fxsparse: the error says so, where it arose an
 from __future__ import annotations
 
 import inspect
-import platform
 import traceback
 from types import FrameType
 
@@ -18,7 +17,7 @@ from fxsparse import graph as fx
 from fxsparse.errors import FxsparseError, InternalError, RewriteError
 from fxsparse.passes.base import Pass
 from fxsparse.tracing.export import model_frames
-from fxsparse.version import __version__
+from fxsparse.version import environment
 
 _LONGEST_PASS = 300
 
@@ -41,8 +40,8 @@ def failure(item: Pass, error: Exception) -> FxsparseError:
     return InternalError(
         f"{item.name} broke in {place},{at} with {reason}\n"
         "This is a bug in fxsparse, not in your model or your call. Nothing was changed. Please report it with this "
-        f"message and the traceback above it: fxsparse {__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {text[:_LONGEST_PASS]}{' ...' if len(text) > _LONGEST_PASS else ''}",
+        f"message and the traceback above it: {environment()}, "
+        f"{text[:_LONGEST_PASS]}{' ...' if len(text) > _LONGEST_PASS else ''}",
         pass_name=item.name,
         node=node.name if node is not None else None,
         place=place,

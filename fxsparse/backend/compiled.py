@@ -61,17 +61,15 @@ class CompiledGraph:
         inputs = [node.name for node in graph.find_nodes(op="placeholder")]
         which = "backward" if any(name.startswith("tangents_") for name in inputs) else "forward"
         try:
-            self.sources.append((which, readable(graph, which, self._named(inputs))))
+            self.sources.append((which, readable(graph, which, self._named(inputs, which))))
         except Exception as error:
             self.note(f"the {which} graph cannot be shown: {type(error).__name__}: {error}")
 
-    def _named(self, inputs: list[str]) -> dict[str, str]:
+    def _named(self, inputs: list[str], which: str) -> dict[str, str]:
         """Names of state by the names of a graph's inputs: AOTAutograd numbers Dynamo's, other graphs take them all."""
-        numbers = {name: _AOT_INPUT.fullmatch(name) for name in inputs}
-        places = {
-            name: int(found["number"]) - (found["kind"] == "primals_") for name, found in numbers.items() if found
-        }
-        if not places:
+        matches = {name: _AOT_INPUT.fullmatch(name) for name in inputs}
+        places = {name: int(m["number"]) - (m["kind"] == "primals_") for name, m in matches.items() if m is not None}
+        if not places and which == "forward":
             places = {name: place for place, name in enumerate(inputs)}
         return {name: self.inputs[place] for name, place in places.items() if place in self.inputs}
 

@@ -7,6 +7,7 @@ is written in place but what outlives the call, and attention that is causal say
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
@@ -21,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
-from fxsparse.errors import TraceError
+from fxsparse.errors import FxsparseError, InternalError, TraceError
 from fxsparse.graph import traits
 from fxsparse.graph.graph_state import follow, state_buffers
 from fxsparse.graph.training_form import keep_forward, renew_form
@@ -49,6 +50,7 @@ from fxsparse.tracing.input_sizes import (
 )
 from fxsparse.tracing.modes import ModesDiffer, bind_training_flags, is_random
 from fxsparse.tracing.no_grad import inline_no_grad
+from fxsparse.version import environment
 
 META_KEY = "fxsparse_trace"
 
@@ -128,6 +130,7 @@ def trace(
     Raises:
         TraceError: the model cannot be captured, or not with a free batch size; the message quotes the line that
             stopped it.
+        InternalError: tracing has a bug.
     """
     if isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod
@@ -225,8 +228,18 @@ def _modes_differ(model: nn.Module, path: str, difference: ModesDiffer) -> Trace
     )
 
 
-def _cannot_capture(model: nn.Module, error: Exception) -> TraceError:
+def _cannot_capture(model: nn.Module, error: Exception) -> FxsparseError:
     name, where = type(model).__name__, quote(model_frames(error))
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not any(frame.f_code is export.__code__ for frame, _ in frames):  # the model ran, what followed is ours
+        ours = [(frame, line) for frame, line in frames if str(frame.f_globals.get("__name__")).startswith("fxsparse.")]
+        place = f"{ours[-1][0].f_code.co_filename}:{ours[-1][1]}, in {ours[-1][0].f_code.co_name}"
+        return InternalError(
+            f"tracing {name} broke in {place} with {type(error).__name__}: {error}\n"
+            "This is a bug in fxsparse, not in your model or your call. Please report it with this message and the "
+            f"traceback above it: {environment()}",
+            place=place,
+        )
     if depends_on_data(error):
         return TraceError(
             f"{name} cannot be captured: Python needs the value of a tensor here, and a graph has none{where}\n"

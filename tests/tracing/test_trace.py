@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from fxsparse.errors import TraceError
+from fxsparse.errors import InternalError, TraceError
 from fxsparse.tracing.trace import META_KEY, trace
 from tests.support.families import CORE_FAMILIES, FAMILIES, causal_lm_batch, draws_alike, padding_mask, token_ids
 from tests.support.traced import traced
@@ -718,6 +718,15 @@ def test_what_a_model_asserts_of_values_stays() -> None:
     gm(torch.ones(2, 5))
     with pytest.raises(RuntimeError):
         gm(torch.ones(2, 5) * 1000)
+
+
+def test_a_bug_in_tracing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxsparse.tracing.trace.inline_no_grad", None)
+    with pytest.raises(
+        InternalError, match=r"(?s)tracing Linear broke in .*trace\.py:\d+, in _flat_module.*report it"
+    ) as error:
+        trace(nn.Linear(16, 16), (torch.randn(4, 16),))
+    assert isinstance(error.value.__cause__, TypeError) and not isinstance(error.value, TraceError)
 
 
 def test_wrong_arguments_are_refused() -> None:
