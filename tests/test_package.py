@@ -127,8 +127,9 @@ def test_an_sdist_and_its_wheel_hold_every_file(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for folder in ("tests", "examples", "benchmarks", "docs", ".ci", *FOLDERS):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "out"))
-    for file in ("pyproject.toml", "MANIFEST.in", "README.md", "CONTRIBUTING.md", "LICENSE", "constraints.txt"):
-        shutil.copy(ROOT / file, source)
+    for pattern in ("*.md", "*.txt", "*.toml", "MANIFEST.in", "LICENSE"):
+        for file in ROOT.glob(pattern):
+            shutil.copy(file, source)
     files = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
     with tarfile.open(build("sdist", source, tmp_path)) as archive:
         archive.extractall(tmp_path, filter="data")

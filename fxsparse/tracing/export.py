@@ -120,6 +120,29 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             vars(config).update(settings)
 
 
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Turns ``use_cache`` off in every configuration of ``model``: a graph cannot return a cache of keys."""
+    configs: dict[int, Any] = {}
+
+    def visit(config: Any) -> None:
+        if hasattr(config, "to_diff_dict") and id(config) not in configs:  # a configuration of transformers
+            configs[id(config)] = config
+            for part in vars(config).values():
+                visit(part)
+
+    for module in model.modules():
+        visit(vars(module).get("config"))
+    cached = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", False)]
+    try:
+        for config, _ in cached:
+            config.use_cache = False
+        yield
+    finally:
+        for config, before in cached:
+            config.use_cache = before
+
+
 # --- where in the model -----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,7 @@ from fxsparse.tracing.export import (
     model_frames,
     quote,
     quote_node,
+    without_cache,
 )
 from fxsparse.tracing.functional import functionalise
 from fxsparse.tracing.input_sizes import (
@@ -99,6 +100,29 @@ class TracedModule(GraphModule):
         return copy
 
 
+class TracedPreTrained(TracedModule):
+    """The graph module of a transformers model, which says of itself what trainers ask the model."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first parameter of floating point."""
+        return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """The number of parameter elements, of those that require a gradient, or without embeddings."""
+        lookups = self.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
+        embeddings = {
+            id(fx.attribute(self, str(node.args[0].target))) for node in lookups if node.args[0].op == "get_attr"
+        }
+        counted = (p for p in self.parameters() if p.requires_grad or not only_trainable)
+        return sum(p.numel() for p in counted if not exclude_embeddings or id(p) not in embeddings)
+
+
 def trace(
     model: nn.Module,
     args: tuple[Any, ...] = (),
@@ -138,24 +162,37 @@ def trace(
         return model
     with torch.inference_mode(False):
         given: Inputs = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), dict(kwargs or {})))
-    example = with_two_rows(model, given) if dynamic_batch else given
-    notes: list[str] = []
+    notes: list[str] = list(_lost_hooks(model))
     free = [dimension for dimension, wanted in enumerate((dynamic_batch, dynamic_sequence)) if wanted]
-    gm = _capture(model, example, free, notes)
-    if dynamic_batch:
-        notes += check_batch_is_free(model, gm, example)
-    if dynamic_sequence:
-        notes += fixed_dimensions(gm, 1)
-    gm.meta[CONDITIONS_KEY] = size_conditions(gm)
-    notes += map(str, gm.meta[CONDITIONS_KEY])
-    if example is not given:
-        check_one_row(model, gm, given)
-        notes.append("captured with two rows, the example's one row repeated")
+    with without_cache(model):
+        example = with_two_rows(model, given) if dynamic_batch else given
+        gm = _capture(model, example, free, notes)
+        if dynamic_batch:
+            notes += check_batch_is_free(model, gm, example)
+        if dynamic_sequence:
+            notes += fixed_dimensions(gm, 1)
+        gm.meta[CONDITIONS_KEY] = size_conditions(gm)
+        notes += map(str, gm.meta[CONDITIONS_KEY])
+        if example is not given:
+            check_one_row(model, gm, given)
+            notes.append("captured with two rows, the example's one row repeated")
     notes += _simplify_masks(gm)
     gm.graph.lint()
     gm.recompile()
     gm.meta[META_KEY] = Trace(tuple((node.name, _example_sizes(node)) for node in tensor_inputs(gm)), tuple(notes))
     return gm
+
+
+def _lost_hooks(model: nn.Module) -> Iterator[str]:
+    """A note on the hooks of the model's modules, which the graph does not call."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    paths = [path or "the model" for path, module in model.named_modules() if any(getattr(module, k) for k in kinds)]
+    if paths:
+        shown = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
+        yield (
+            f"hooks of {shown} are not called by the graph: capture ran forward hooks once, and what they compute is "
+            "part of it; backward hooks and side effects are lost"
+        )
 
 
 def _simplify_masks(gm: GraphModule) -> list[str]:
@@ -252,7 +289,11 @@ def _cannot_capture(model: nn.Module, error: Exception) -> FxsparseError:
 def _assemble(model: nn.Module, program: ExportedProgram) -> GraphModule:
     """The exported graph over a tree of modules with the names, the flags and the very tensors of ``model``."""
     exported = _flat_module(program)
-    gm = TracedModule(nn.Module(), Graph(), type(model).__name__)
+    is_pretrained = hasattr(model, "config") and hasattr(model, "main_input_name")
+    kind = TracedPreTrained if is_pretrained else TracedModule
+    gm = kind(nn.Module(), Graph(), type(model).__name__)
+    if is_pretrained:
+        gm.config, gm.main_input_name = model.config, model.main_input_name
     tree = _mirror(model, {})
     gm.training = tree.training
     for held in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):

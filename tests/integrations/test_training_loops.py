@@ -271,3 +271,34 @@ def test_the_optimizer_of_accelerate_drives_a_schedule(accelerator: Any) -> None
     optimizer.step()
     schedule.step()
     torch.testing.assert_close(weight.detach(), before - 0.5 * before * ~mask)
+
+
+# --- models of transformers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_decoder_is_rewritten_as_from_pretrained_gives_it(name: str) -> None:
+    family = FAMILIES[name]()
+    model, batch = family.model, family.make_batch()
+    expected = model.eval()(**batch).logits
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    for config in configs.values():
+        config.use_cache = True
+    gm = fxsparse.rewrite(model, "nm-masks", kwargs=batch)
+    assert all(config.use_cache is True for config in configs.values()), "restored"
+    assert torch.equal(fxsparse.trace(model, kwargs=batch)(**batch).logits, expected)
+    assert gm.config.use_cache and gm.config.model_type == model.config.model_type
+    assert (gm.device, gm.dtype, gm.main_input_name) == (model.device, model.dtype, model.main_input_name)
+    traced = fxsparse.trace(model, kwargs=batch)
+    for options in ({}, {"only_trainable": True}, {"exclude_embeddings": True}):
+        assert traced.num_parameters(**options) == model.num_parameters(**options)
+    with pytest.raises(fxsparse.TraceError):
+        fxsparse.trace(model, kwargs={"input_ids": "text"})
+    assert all(config.use_cache is True for config in configs.values()), "restored when capture fails"
+
+
+def test_hooks_that_tracing_loses_are_noted() -> None:
+    model = net()
+    assert not record_of(fxsparse.trace(model, (torch.randn(3, 8),))).notes
+    model[2].register_forward_hook(lambda *_: None)
+    assert "hooks of 2 are not called" in fxsparse.explain(fxsparse.trace(model, (torch.randn(3, 8),)))
