@@ -20,11 +20,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
-# What differs between two runs: times, the folder of generated sources, names of symbols.
+# What differs between two runs: times, the folder of generated sources, names of symbols, numbers of frames.
 VARYING = (
     (re.compile(r"\d+(\.\d+)? ms"), "N ms"),
     (re.compile(r"\S*/kernels/"), ".../kernels/"),
     (re.compile(r"\bs\d+\b"), "s0"),
+    (re.compile(r"(Dynamo's|graph) \d+/0"), r"\1 0/0"),
 )
 
 

@@ -24,6 +24,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from fxsparse.errors import RewriteError
+from fxsparse.graph import traits
 from fxsparse.graph.values import arguments, set_argument, value
 
 _DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
@@ -157,6 +158,8 @@ def _bind(graph: Graph, without: Graph, flag: Flag, site: str) -> None:
         without_flag = _arguments(other)
         for name, with_flag in _arguments(node).items():
             if repr(map_arg(with_flag, twins.__getitem__)) == repr(without_flag[name]):
+                continue
+            if name == traits.of(node.target).shaped_like:  # torch 2.15 reads sizes from any tensor of the shape
                 continue
             if with_flag is True and without_flag[name] is False:
                 set_argument(node, name, read())
