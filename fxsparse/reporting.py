@@ -1,4 +1,8 @@
-"""Readable reports of a rewrite: the changes of every pass, and the costs of the model before and after."""
+"""Readable reports of a rewrite: the changes of every pass, and the costs of the model before and after.
+
+`explain` takes a rewritten graph module, a record or a compiled model. Changes that differ in one number of their site
+are drawn together, ``layers.{0-31}.fc1``, so that a report of a deep model stays short.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The schedule of a rewritten model makes all changes during training, with one call per optimizer step."""
+"""The schedule of a rewritten model makes all changes during training, with one call per optimizer step.
+
+Each pass says what varies as an `Event`. The schedule builds the events of all passes that still have a part in the
+model, shows them the batches, calls them before and after every optimizer step, and saves and restores their state.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Running passes in order: all of them or none, on a copy that shares the model's parameters, with a record of each."""
+"""Running passes in order: all of them or none, on a copy that shares the model's parameters, with a record of each.
+
+For each pass: check that its order makes sense, let it rewrite the copy, lint the graph, remove dead nodes and unused
+state, derive the training form anew, and append an entry to the record. A failure drops the copy.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""What the backend did, graph by graph, and which compiled model or function each graph belongs to."""
+"""The graphs that the backend compiled, and the compiled model or function that each belongs to.
+
+A backend is told neither the module that is compiled nor its name, so `Origin` reads both from the stack of the
+compilation. The graphs are kept by a weak reference to that module or function; a module whose graphs Dynamo reuses
+for another of the same class finds them by the names and shapes of its state. Launches of generated kernels are
+counted around every call, forward and backward.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Applies implementation choices to a copy of Dynamo's graph, and adds the inputs they need."""
+"""Applies implementation choices to a copy of Dynamo's graph, and adds the inputs they need.
+
+The copy is made at the first edit. Each group of products becomes one call: a product alone, a gate with what it
+gates, or several products of one input. Weights in another form (compressed, expanded, packed for a library) come in as
+extra inputs that follow the weights at run time, see `graph.runtime_state`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The implementations of one product, on random operands: what measuring compares (`fxsparse.lowering.measure`)."""
+"""The implementations of one product, on random operands: what measuring compares (`fxsparse.lowering.measure`).
+
+The operator's record gives the operands, the dense baseline and the reference. A candidate is a function without
+arguments that runs the product once; an implementation with variants (cuSPARSELt's algorithms) gives one for each.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Running ``torch.export`` on a model, leaving the model as it was, and saying where in the model it failed."""
+"""Running ``torch.export`` on a model, leaving the model unchanged, and saying where in the model it failed.
+
+`export` is the only call of ``torch.export``. Around it stand context managers that put back what a capture changes
+(state, random numbers, configuration, caches of keys), and functions that find the line of the user's model in the
+traceback of a failure.
+"""
 
 from __future__ import annotations
 

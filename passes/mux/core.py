@@ -1,4 +1,8 @@
-"""The parts of a graph that multiplexing works on: the core, the tokens, attention and its masks, the head's inputs."""
+"""The parts of a graph that multiplexing works on: the core, the tokens, attention and its masks, the head's inputs.
+
+The core is the stack of layers between the embeddings and the head. Everything here only reads the graph, except
+`move_up`, which puts a node and what it needs before another one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Where gates go: the heads, channels, sublayers and hidden dimensions of a model, and the parameters they hold."""
+"""Where gates go: the heads, channels, sublayers and hidden dimensions of a model, and the parameters they hold.
+
+`find_sites` asks `analysis` for structures and residual streams; `gate_sites` makes a gate for each unit and counts the
+parameters that closing it removes, alone and together with the layer or stream it belongs to. `Scorer` gives units a
+magnitude or an activation to close them by.
+"""
 
 from __future__ import annotations
 
