@@ -190,6 +190,7 @@ def _head_rows(node: Node, linears: dict[Node, Linear]) -> tuple[Linear, list[fr
         raise _NotSeparable(f"{node.name} comes from {len(sources)} linears, not one")
     (source,) = sources
     path = between({source}, [node])
+    _refuse_products(path)
     drawn = torch.randn(shape_of(source), requires_grad=True)
     # In-place operators may write into a copy, not into what gradients are taken of.
     result = evaluate(path, {source: drawn.clone()}, {})[node] if path else drawn
@@ -225,6 +226,7 @@ def _head_columns(sdpa: Node, heads: int, linears: dict[Node, Linear]) -> Column
         raise _NotSeparable(f"its result is read by {len(readers)} linears, not one")
     linear = linears[readers[0]]
     path, stand_ins = between({sdpa}, [linear.input]), dict[Node, object]()
+    _refuse_products(path)
 
     def columns(drawn: Tensor) -> Tensor:
         return evaluate(path, {sdpa: drawn}, stand_ins)[linear.input] if path else drawn
@@ -240,6 +242,13 @@ def _head_columns(sdpa: Node, heads: int, linears: dict[Node, Linear]) -> Column
     if len({len(own) for own in index}) != 1 or sum(map(len, index)) != len({at for own in index for at in own}):
         raise _NotSeparable("heads are mixed before the output linear")
     return Columns(linear, torch.tensor(index))
+
+
+def _refuse_products(path: list[Node]) -> None:
+    """Refuses a way between heads and a dense linear that leads through a sparse linear: it mixes the heads."""
+    for node in path:
+        if str(node.target).startswith("fxsparse."):
+            raise _NotSeparable(f"its heads are read through {fx.stack_path(node) or node.name}, which is not dense")
 
 
 def _readers(node: Node, linears: dict[Node, Linear]) -> list[Node]:
