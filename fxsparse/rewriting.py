@@ -33,8 +33,9 @@ def rewrite(
         dynamic_batch, dynamic_sequence: whether the graph must also run at other batch sizes and sequence lengths.
 
     Returns:
-        a graph module with the same arguments. It shares with ``model`` all parameters that no pass replaced. ``model``
-        itself is unchanged; as long as it is referenced, its dense weights stay in memory.
+        a graph module with the same arguments. It shares with ``model`` all parameters that no pass replaced, such as
+        embeddings and norms, so training it changes those of ``model`` too; rewriting itself changes nothing there.
+        The dense weights of ``model`` stay in memory as long as it is referenced.
 
     Raises:
         TraceError: the model cannot be traced.
