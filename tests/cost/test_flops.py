@@ -228,7 +228,7 @@ def test_expressions_are_the_numbers_at_every_size() -> None:
     names = [name for name, _ in gm.named_parameters()]
     for expression, count in [(graph.expression(), graph.forward), (graph.expression(names), graph.full)]:
         batch, tokens = sorted(expression.free_symbols, key=str)
-        if gm.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0].node.expr is tokens:
+        if gm.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0].node.expr == tokens:
             batch, tokens = tokens, batch
         assert expression.subs({batch: 3, tokens: 11}) == count(x=(3, 11, 16))
 
