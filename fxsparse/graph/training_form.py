@@ -20,7 +20,6 @@ from typing import Any
 from torch.fx import Graph, GraphModule
 
 from fxsparse import graph as fx
-from fxsparse.graph.graph_state import STATES, follow
 
 FORM_KEY = "fxsparse_training_form"
 
@@ -68,8 +67,6 @@ def keep_forward(gm: GraphModule) -> None:
 
 def _lasting_forward() -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if STATES in self.meta:
-            follow(self)
         form = self.meta.get(FORM_KEY)
         # Without a form the mode is not read: a compiled graph must not depend on it.
         code = type(self).graph_code if form is None or not self.training else form.forward

@@ -75,6 +75,7 @@ class TracedModule(GraphModule):
     @torch._dynamo.disable(recursive=False)  # the check is Python's; what it calls is compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         check_inputs(self, args, kwargs)
+        follow(self)  # here and not in forward, which Dynamo and export trace whole
         return super().__call__(*args, **kwargs)
 
     def recompile(self) -> Any:

@@ -174,6 +174,35 @@ def test_started_branches_are_part_of_the_state() -> None:
     torch.testing.assert_close(merged(x), gm(x))
 
 
+@pytest.mark.parametrize("start", [0, 0.5])
+def test_a_graph_with_state_is_compiled_and_exported_whole(start: float) -> None:
+    """What follows the buffers is no part of the graph; a write in place reaches compiled code all the same."""
+    passes = f"nm-masks{{keep_first=false,keep_head=false}},low-rank{{rank=2,start={start}}}"
+    gm, x = rewritten(passes), torch.randn(5, 8)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = gm
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) * 2
+
+    compiled = torch.compile(gm, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), gm(x))
+    torch.testing.assert_close(torch.compile(Outer(), backend="aot_eager", fullgraph=True)(x), gm(x) * 2)
+    torch.testing.assert_close(torch.export.export(Outer(), (x,), strict=True).module()(x), gm(x) * 2)
+    with torch.no_grad():
+        for name, parameter in gm.named_parameters():
+            if name.endswith("_up"):
+                parameter.normal_()
+        waiting = compiled(x)
+        gm.get_buffer("low_rank_started").fill_(True)
+        started = compiled(x)
+    torch.testing.assert_close(started, gm(x))
+    assert torch.equal(started, waiting) == (start == 0)
+
+
 def test_an_earlier_state_takes_branches_back() -> None:
     gm, twin = (rewritten(RECIPES["branches"], model) for model in itertools.repeat(net(), 2))
     twin.load_state_dict(gm.state_dict())
