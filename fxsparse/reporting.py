@@ -18,7 +18,7 @@ from fxsparse import graph as fx
 from fxsparse.backend.compiled import CompiledGraph, compiled_graphs
 from fxsparse.graph.record import Change, Costs, Entry, Record, record_of
 from fxsparse.lowering.choice import Choice
-from fxsparse.text import quantity, ranges, table
+from fxsparse.text import quantity, ranges, shortened, table
 
 _COSTS = (
     ("forward FLOPs", "forward_flops", 1000),
@@ -28,6 +28,9 @@ _COSTS = (
     ("mask and index bytes", "buffer_bytes", 1024),
     ("optimizer bytes (two moments)", "optimizer_bytes", 1024),
 )
+
+
+_LONGEST_PASS = 160  # characters
 
 
 def explain(subject: Any) -> str:
@@ -108,16 +111,11 @@ def costs_table(before: Costs, after: Costs) -> list[str]:
     return table(rows, right=(1, 2, 3))
 
 
-def _shortened(text: str, length: int = 160) -> str:
-    """The text of a pass, cut short: options recorded for a replay may list every unit of a model."""
-    return text if len(text) <= length else f"{text[:length]} ..."
-
-
 def heading(position: int, entry: Entry) -> str:
     """The pass, how many sites it rewrote and skipped, and its time, in a line."""
     return (
-        f"{position}. {_shortened(entry.text)}: {len(entry.rewritten)} rewritten, {len(entry.skipped)} skipped, "
-        f"{entry.milliseconds:.0f} ms"
+        f"{position}. {shortened(entry.text, _LONGEST_PASS)}: {len(entry.rewritten)} rewritten, "
+        f"{len(entry.skipped)} skipped, {entry.milliseconds:.0f} ms"
     )
 
 

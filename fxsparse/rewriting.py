@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxsparse.errors import CheckpointError
-from fxsparse.graph.record import TRACE_KEY, Record
+from fxsparse.graph.record import Record
 from fxsparse.passes import Pass, Pipeline
 from fxsparse.tracing.trace import trace
 
@@ -43,7 +43,7 @@ def rewrite(
         InternalError: a pass of fxsparse has a bug; nothing was changed.
     """
     pipeline = passes if isinstance(passes, Pipeline) else Pipeline(passes)
-    return pipeline(_traced(model, args, kwargs, dynamic_batch=dynamic_batch, dynamic_sequence=dynamic_sequence))
+    return pipeline(trace(model, args, kwargs, dynamic_batch=dynamic_batch, dynamic_sequence=dynamic_sequence))
 
 
 def replay(
@@ -69,7 +69,7 @@ def replay(
     Raises:
         CheckpointError: a pass changed other sites than in the record, so ``model`` differs from the original model.
     """
-    rewritten = Pipeline.parse(record.text)(_traced(model, args, kwargs), structure_only=structure_only)
+    rewritten = Pipeline.parse(record.text)(trace(model, args, kwargs), structure_only=structure_only)
     again = rewritten.meta["fxsparse"]
     for then, now in zip(record.entries, again.entries[-len(record.entries) :], strict=True):
         different = {change.site for change in then.rewritten} ^ {change.site for change in now.rewritten}
@@ -78,9 +78,3 @@ def replay(
                 f"{then.text} does not fit this model: it differs at {', '.join(sorted(different)[:4])}"
             )
     return rewritten
-
-
-def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, **free: bool) -> GraphModule:
-    if isinstance(model, GraphModule) and TRACE_KEY in model.meta:
-        return model
-    return trace(model, args, dict(kwargs or {}), **free)

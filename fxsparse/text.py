@@ -39,3 +39,8 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]
         for row in rows
     ]
     return ["  ".join(line).rstrip() for line in cells]
+
+
+def shortened(text: str, length: int) -> str:
+    """``text``, cut after ``length`` characters: options recorded for a replay may list every unit of a model."""
+    return text if len(text) <= length else f"{text[:length]} ..."

@@ -23,6 +23,7 @@ from fxsparse.analysis.blocks import stacks
 from fxsparse.analysis.probing import between, evaluate, nearest, shape_of
 from fxsparse.graph import Linear, traits
 from fxsparse.graph.record import Change, skipped
+from fxsparse.ops.operator import operator_name
 
 aten = torch.ops.aten
 
@@ -247,7 +248,7 @@ def _head_columns(sdpa: Node, heads: int, linears: dict[Node, Linear]) -> Column
 def _refuse_products(path: list[Node]) -> None:
     """Refuses a way between heads and a dense linear that leads through a sparse linear: it mixes the heads."""
     for node in path:
-        if str(node.target).startswith("fxsparse."):
+        if operator_name(node.target) is not None:
             raise _NotSeparable(f"its heads are read through {fx.stack_path(node) or node.name}, which is not dense")
 
 

@@ -165,6 +165,21 @@ def model_frames(error: BaseException) -> list[Frame]:
     return _of_the_model(traceback.walk_tb(error.__traceback__))
 
 
+def package_frames(error: BaseException, package: str) -> list[Frame]:
+    """The frames of ``error`` that run code of a package, outermost first."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return [(frame, line) for frame, line in frames if _package(frame) == package]
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
+
+
+def place(frame: FrameType, line: int) -> str:
+    """``file:line, in function``."""
+    return f"{frame.f_code.co_filename}:{line}, in {frame.f_code.co_name}"
+
+
 def innermost_module(frames: Sequence[Frame], model: nn.Module) -> nn.Module | None:
     """The module of ``model`` whose method is the deepest in ``frames``."""
     modules = {id(module) for module in model.modules()}

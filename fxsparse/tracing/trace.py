@@ -7,7 +7,6 @@ is written in place but what outlives the call, and attention that is causal say
 
 from __future__ import annotations
 
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -25,6 +24,7 @@ from fxsparse import graph as fx
 from fxsparse.errors import FxsparseError, InternalError, TraceError
 from fxsparse.graph import traits
 from fxsparse.graph.graph_state import follow, state_buffers
+from fxsparse.graph.record import TRACE_KEY
 from fxsparse.graph.training_form import keep_forward, renew_form
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
 from fxsparse.tracing.export import (
@@ -34,6 +34,8 @@ from fxsparse.tracing.export import (
     innermost_module,
     left_as_it_was,
     model_frames,
+    package_frames,
+    place,
     quote,
     quote_node,
     without_cache,
@@ -51,9 +53,7 @@ from fxsparse.tracing.input_sizes import (
 )
 from fxsparse.tracing.modes import ModesDiffer, bind_training_flags, is_random
 from fxsparse.tracing.no_grad import inline_no_grad
-from fxsparse.version import environment
-
-META_KEY = "fxsparse_trace"
+from fxsparse.version import how_to_report
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def trace(
     """
     if isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod
-    if isinstance(model, GraphModule) and META_KEY in model.meta:
+    if isinstance(model, GraphModule) and TRACE_KEY in model.meta:
         return model
     with torch.inference_mode(False):
         given: Inputs = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), dict(kwargs or {})))
@@ -180,7 +180,7 @@ def trace(
     notes += _simplify_masks(gm)
     gm.graph.lint()
     gm.recompile()
-    gm.meta[META_KEY] = Trace(tuple((node.name, _example_sizes(node)) for node in tensor_inputs(gm)), tuple(notes))
+    gm.meta[TRACE_KEY] = Trace(tuple((node.name, _example_sizes(node)) for node in tensor_inputs(gm)), tuple(notes))
     return gm
 
 
@@ -268,15 +268,12 @@ def _modes_differ(model: nn.Module, path: str, difference: ModesDiffer) -> Trace
 
 def _cannot_capture(model: nn.Module, error: Exception) -> FxsparseError:
     name, where = type(model).__name__, quote(model_frames(error))
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if not any(frame.f_code is export.__code__ for frame, _ in frames):  # the model ran, what followed is ours
-        ours = [(frame, line) for frame, line in frames if str(frame.f_globals.get("__name__")).startswith("fxsparse.")]
-        place = f"{ours[-1][0].f_code.co_filename}:{ours[-1][1]}, in {ours[-1][0].f_code.co_name}"
+    ours = package_frames(error, "fxsparse")
+    if not any(frame.f_code is export.__code__ for frame, _ in ours):  # the model ran, what followed is ours
+        where_ours = place(*ours[-1])
         return InternalError(
-            f"tracing {name} broke in {place} with {type(error).__name__}: {error}\n"
-            "This is a bug in fxsparse, not in your model or your call. Please report it with this message and the "
-            f"traceback above it: {environment()}",
-            place=place,
+            f"tracing {name} broke in {where_ours} with {type(error).__name__}: {error}\n{how_to_report()}",
+            place=where_ours,
         )
     if depends_on_data(error):
         return TraceError(

@@ -102,8 +102,7 @@ class AddLowRankBranches(Pass):
         if self.start == 0:
             insert_branches(graph)
         waits = {linear.name for linear in waiting_branches(graph)}
-        every: list[Linear | SparseLinear] = [*sparse_linears(graph), *fx.linears(graph)]
-        names = sorted({linear.name for linear in every if _has(graph, linear)})
+        names = sorted(branch.weight for branch in live.sites(graph, Branch))
         register_state(graph, STARTED, names, set(names) - waits, _start)
 
     def _candidates(self, gm: GraphModule) -> list[Linear | SparseLinear]:
@@ -140,11 +139,6 @@ class AddLowRankBranches(Pass):
 
 def _holder(linear: Linear | SparseLinear) -> str:
     return linear.parameter_name if isinstance(linear, SparseLinear) else linear.name
-
-
-def _has(gm: GraphModule, linear: Linear | SparseLinear) -> bool:
-    owner, _, leaf = f"{linear.name}_down".rpartition(".")
-    return leaf in gm.get_submodule(owner)._parameters
 
 
 class _Start(Event):

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fxsparse.errors import InternalError, TraceError
-from fxsparse.tracing.trace import META_KEY, trace
+from fxsparse.graph.record import TRACE_KEY
+from fxsparse.tracing.trace import trace
 from tests.support.families import CORE_FAMILIES, FAMILIES, causal_lm_batch, draws_alike, padding_mask, token_ids
 from tests.support.traced import traced
 
@@ -147,7 +148,7 @@ def test_outputs_equal_eager_at_other_lengths(name: str) -> None:
 def test_a_length_that_the_model_fixes_is_noted() -> None:
     family = FAMILIES["vit"]()
     gm = trace(family.model, kwargs=family.make_batch(batch=2), dynamic_sequence=True)
-    assert "pixel_values: dimension 1 stays 3" in gm.meta[META_KEY].notes
+    assert "pixel_values: dimension 1 stays 3" in gm.meta[TRACE_KEY].notes
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -425,7 +426,7 @@ def test_random_training_is_held_in_evaluation(kind: type[nn.Module], line: str)
     model = nn.Sequential(kind(), nn.Dropout(0.5), kind())
     with pytest.warns(UserWarning, match=f"{kind.__name__} is captured as it evaluates"):
         gm = trace(model, (torch.randn(4, 16),))
-    (note,) = gm.meta[META_KEY].notes
+    (note,) = gm.meta[TRACE_KEY].notes
     assert line in note and re.search(rf"{re.escape(__file__)}:\d+, in forward", note)
     x = torch.randn(3, 16)
     assert all(module.training for module in model.modules())
@@ -483,7 +484,7 @@ class SameInBothModes(nn.Module):
 def test_what_is_the_same_in_both_modes_is_one_graph() -> None:
     model = SameInBothModes()
     gm = trace(model, (torch.randn(8, 16),))
-    assert gm.meta[META_KEY].notes == ()
+    assert gm.meta[TRACE_KEY].notes == ()
     x = torch.randn(12, 16)
     for training in (True, False):
         model.train(training)
@@ -601,7 +602,7 @@ def test_another_length_is_refused() -> None:
 def test_batch_of_one_is_captured_with_two_rows(name: str) -> None:
     family = FAMILIES[name]()
     gm = trace(family.model, kwargs=family.make_batch(batch=1))
-    assert any("one row repeated" in note for note in gm.meta[META_KEY].notes)
+    assert any("one row repeated" in note for note in gm.meta[TRACE_KEY].notes)
     family.model.eval()
     gm.eval()
     for batch in (1, 3):
@@ -632,7 +633,7 @@ def test_an_input_that_is_broadcast_over_the_batch() -> None:
     family = FAMILIES["bert"]()
     positions = torch.arange(16)[None]
     gm = trace(family.model, kwargs=family.make_batch(batch=4, labels=False) | {"position_ids": positions})
-    assert "position_ids: dimension 0 stays 1" in gm.meta[META_KEY].notes
+    assert "position_ids: dimension 0 stays 1" in gm.meta[TRACE_KEY].notes
     inputs = family.make_batch(batch=3, labels=False) | {"position_ids": positions.flip(1)}
     family.model.eval()
     gm.eval()
@@ -744,7 +745,7 @@ def test_causal_masks_are_restored(name: str) -> None:
     family, gm = traced(name)
     found = attentions(gm)
     assert family.causal and found == [(None, True)] * len(found) and len(found) >= 2
-    assert f"causal mask turned into is_causal in {len(found)} attentions" in gm.meta[META_KEY].notes
+    assert f"causal mask turned into is_causal in {len(found)} attentions" in gm.meta[TRACE_KEY].notes
     assert not any(node.target is torch.ops.aten.le.Tensor for node in gm.graph.nodes)
 
 
