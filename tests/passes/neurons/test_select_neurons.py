@@ -22,6 +22,7 @@ from fxsparse.graph.training_form import FORM_KEY, training_graph
 from fxsparse.passes.neurons.choice import choose, kept_units, omission_at
 from fxsparse.passes.neurons.select_neurons import SelectNeurons
 from fxsparse.passes.pipeline import Pipeline
+from tests.support.ranks import on_ranks
 from tests.support.traced import traced
 
 TEXT = "select-neurons{omission=0.5,multiple=8}"
@@ -568,17 +569,13 @@ def test_a_shared_weight_is_left_alone() -> None:
 
 
 def test_ranks_choose_alike(tmp_path: Path) -> None:
-    results = tmp_path / "chosen"
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(results)), nprocs=2)
-    ours, theirs = (torch.load(f"{results}{rank}") for rank in range(2))
+    ours, theirs = on_ranks(tmp_path, _choices_of_a_rank)
     assert len(ours) == 6
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[key].nan_to_num(-1), b[key].nan_to_num(-1)) for key in a)
 
 
-def _rank(rank: int, store: str, results: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _choices_of_a_rank(rank: int) -> list[dict[str, Tensor]]:
     torch.manual_seed(0)
     _, gm = tiny("select-neurons{omission=0.5,multiple=4,choice=top,decay=0.0}")
     optimizer = torch.optim.SGD(gm.parameters(), 0.1)
@@ -594,5 +591,4 @@ def _rank(rank: int, store: str, results: str) -> None:
         optimizer.zero_grad()
         chosen.append({**event.kept, **{f"{key}.mean": mean for key, mean in event.means.items()}})
         chosen[-1] = {key: value.clone() for key, value in chosen[-1].items()}
-    torch.save(chosen, f"{results}{rank}")
-    torch.distributed.destroy_process_group()
+    return chosen
