@@ -6,7 +6,7 @@ model, shows them the batches, calls them before and after every optimizer step,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError, OptionError
-from fxsparse.graph.record import record_of
+from fxsparse.graph.record import Entry, record_of
 from fxsparse.passes.base import parse_passes
 from fxsparse.passes.event import Event
 from fxsparse.passes.order import acting
@@ -70,7 +70,7 @@ class Schedule:
         self.events: dict[str, Event] = {}
         signals = dict(signals or {})
         read: set[str] = set()
-        passes = [item for entry in record_of(gm).entries for item in parse_passes(entry.text)]
+        passes = [item for entry in _acting_entries(record_of(gm).entries) for item in parse_passes(entry.text)]
         for item in (passes[position] for position in acting([item.name for item in passes])):
             for event in item.schedule(gm, optimizer, total_steps):
                 keys = {name: f"{item.name}.{name}" for name in event.varying}
@@ -154,3 +154,12 @@ class Schedule:
                 states = [renamed.pop(key) for key in before]
                 renamed.update(zip(now, states, strict=True))
         return renamed
+
+
+def _acting_entries(entries: Iterable[Entry]) -> list[Entry]:
+    """The entries without repetitions that changed nothing, whose events would act twice on the sites of the first."""
+    acting_entries: list[Entry] = []
+    for entry in entries:
+        if entry.rewritten or all(entry.text != other.text for other in acting_entries):
+            acting_entries.append(entry)
+    return acting_entries

@@ -29,7 +29,7 @@ from fxsparse.cost.flops import costs
 from fxsparse.cost.importance import METRICS, tensor_importance
 from fxsparse.errors import OptionError, RewriteError, nearest
 from fxsparse.graph.derived_buffers import weights_borrowed
-from fxsparse.graph.graph_state import note, register_state
+from fxsparse.graph.graph_state import end_state, note, register_state
 from fxsparse.graph.record import META_KEY, Change, Entry, record_of, rewrote, skipped
 from fxsparse.graph.trainable import fully_trained, own_parameter, set_trained, trainable, trained
 from fxsparse.passes.base import Pass, parse_passes
@@ -48,7 +48,7 @@ class SelectTensors(Pass):
     choice all of them are trained. Every new choice is a new graph for a running compile.
 
     A frozen tensor keeps its optimizer state (moments, step count) and is neither updated nor decayed. When it is
-    trained again, it starts from that state.
+    trained again, it starts from that state. A later choice of tensors takes the place of an earlier one.
 
     Attributes:
         tensors: names or globs of the tensors to train, or to choose from; by default all trainable tensors.
@@ -69,6 +69,9 @@ class SelectTensors(Pass):
     """
 
     name: ClassVar[str] = "select-tensors"
+    # Gates that do not train never close, and dimensions are scored by the gradients of all weights.
+    cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
+    ends: ClassVar[tuple[str, ...]] = ("select-tensors",)
     tensors: tuple[str, ...] | None = None
     rho: float | None = None
     last_layers: int | None = None
@@ -117,6 +120,7 @@ class SelectTensors(Pass):
         for name in candidates:
             if not weights_borrowed(graph) and (self.rho is not None or name not in names):
                 own_parameter(graph, name, requires_grad=name in names)
+        end_state(graph, CHOSEN)
         if self.rho is not None:
             every = [aliases[0] for aliases in fx.parameter_names(graph).values()]
             register_state(graph, CHOSEN, every, set(every) - set(candidates) | names, _enter)

@@ -207,6 +207,8 @@ def _head_rows(node: Node, linears: dict[Node, Linear]) -> tuple[Linear, list[fr
 def _groups(rows_of_heads: list[frozenset[int]]) -> list[frozenset[int]]:
     """The different sets of rows, in order: heads that share one are a group, whose members must be consecutive."""
     groups = list(dict.fromkeys(rows_of_heads))
+    if len({rows_of_heads.count(group) for group in groups}) != 1:
+        raise _NotSeparable("groups of heads that share rows have different numbers of heads")
     size = len(rows_of_heads) // len(groups)
     if any(rows != groups[head // size] for head, rows in enumerate(rows_of_heads)):
         raise _NotSeparable("heads that share rows are not consecutive")

@@ -62,6 +62,13 @@ def register_state(
     gm.meta[STATES] = {**gm.meta.get(STATES, {}), buffer: state}
 
 
+def end_state(gm: GraphModule, buffer: str) -> None:
+    """Takes flags away whose pass has no part in the graph any more; nothing if there are none."""
+    if buffer in gm.meta.get(STATES, {}):
+        gm.meta[STATES] = {name: state for name, state in gm.meta[STATES].items() if name != buffer}
+        delattr(gm, buffer)
+
+
 def state_buffers(gm: GraphModule) -> frozenset[str]:
     """The names of the buffers that hold flags."""
     return frozenset(gm.meta.get(STATES, ()))

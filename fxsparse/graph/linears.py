@@ -112,11 +112,12 @@ def is_transpose(node: Node) -> bool:
 
 
 def applies_parameter(gm: GraphModule, node: Node) -> bool:
-    """Whether ``node`` is a dense product of its input with a weight: a linear or a convolution."""
+    """Whether ``node`` is a product of its input with a weight: a linear, dense or sparse, or a convolution."""
     axes = traits.of(node.target).axes
     if axes == "product":
         return _as_linear(gm, node, {}) is not None
-    return axes == "convolution" or str(node.target).startswith("fxsparse.")
+    namespace, _, operator = str(node.target).partition(".")
+    return axes == "convolution" or (namespace == "fxsparse" and "linear" in operator)
 
 
 def is_embedding(node: Node) -> bool:

@@ -36,6 +36,25 @@ class Live(ABC):
         """The site without the parameters that are gone; None where it has ended."""
 
 
+@dataclass(frozen=True)
+class Added(Live):
+    """A module that a pass added, whose linears are not the model's.
+
+    Attributes:
+        path: where it stands.
+        whose: what it is, for messages.
+    """
+
+    path: str
+    whose: str
+
+    def moved(self, old: str, new: str, rows: int) -> Added:
+        return self
+
+    def without(self, gone: Callable[[str], bool]) -> Added:
+        return self
+
+
 _L = TypeVar("_L", bound=Live)
 
 

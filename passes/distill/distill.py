@@ -26,12 +26,14 @@ from fxsparse.passes.base import Pass, parse_passes
 from fxsparse.passes.distill.losses import Distillation, Losses
 from fxsparse.passes.distill.teacher import frozen_teacher, logits_of, loss_of, tapped
 from fxsparse.passes.pipeline import structure_only
+from fxsparse.passes.structured.hard_concrete import mask_name
+from fxsparse.passes.structured.nodes import GATE_MARK
 from fxsparse.passes.text import FrozenMapping
 
 PATH = "distillation"
 """The module of a student graph that holds the teacher and the projections."""
 
-_GATE_MARK = "fxsparse_gate"  # in the meta of a product with a gate: (unit, path, name)
+_ATTENTION_UNITS, _MLP_UNITS = {"heads", "attention"}, {"intermediate", "ffn"}
 MATCHINGS = ("dynamic", "plain")
 PROJECTIONS = ("none", "shared", "per-layer")
 
@@ -121,7 +123,7 @@ class DistillLayers(Pass):
         module.to(next(graph.parameters()))
         graph.add_submodule(PATH, module)
         streams = [[block.stream_out for block in stack.blocks] for stack in students]
-        gates = [[_gates(block) for block in stack.blocks] for stack in students]
+        gates = [[_gates(graph, block) for block in stack.blocks] for stack in students]
         with graph.graph.inserting_before(graph.graph.output_node()):
             node = graph.graph.call_module(PATH, (loss, logits, streams, gates, _tensor_inputs(graph)))
         node.meta["val"] = fx.value(loss)
@@ -290,17 +292,24 @@ def attach_teacher(gm: GraphModule, teacher: nn.Module) -> None:
     gm.recompile()
 
 
-def _gates(block: Block) -> list[list[Node]]:
+def _gates(gm: GraphModule, block: Block) -> list[list[Node]]:
     """The gates of each sublayer of a block; no gates if an attention or an MLP of the block has none."""
-    sublayers: dict[str, list[Node]] = {}
+    sublayers: dict[str, dict[str, Node]] = {}
     units: set[str] = set()
-    for node in block.nodes:
-        if _GATE_MARK in node.meta:
-            unit, path, _ = node.meta[_GATE_MARK]
+    for node in gm.graph.nodes:
+        unit, path, name = node.meta.get(GATE_MARK, ("", "", ""))
+        if node in block.nodes and unit in _ATTENTION_UNITS | _MLP_UNITS:
             units.add(unit)
-            sublayers.setdefault(path, []).append(node.args[1])  # type: ignore[arg-type]
-    both = units & {"heads", "attention"} and units & {"intermediate", "ffn"}
-    return list(sublayers.values()) if both else []
+            sublayers.setdefault(path, {})[name] = _gate(gm, name, node)
+    both = units & _ATTENTION_UNITS and units & _MLP_UNITS
+    return [[*gates.values()] for gates in sublayers.values()] if both else []
+
+
+def _gate(gm: GraphModule, name: str, product: Node) -> Node:
+    """The value of a gate that a marked product multiplies by."""
+    if any(known == name for known, _ in gm.named_parameters()):
+        return product.args[1]  # type: ignore[return-value]  # drawn anew in training
+    return fx.insert_attribute(gm, mask_name(name), before=gm.graph.output_node())
 
 
 def _tensor_inputs(gm: GraphModule) -> list[Node]:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from fxsparse import graph as fx
 from fxsparse.analysis.blocks import stacks
 from fxsparse.errors import RewriteError
+from fxsparse.graph import live
 from fxsparse.graph.record import Change, rewrote
 from fxsparse.passes.mux.batch_region import Region, batch_symbols, refresh, region_between, run_at, symbols
 from fxsparse.passes.mux.core import (
@@ -71,6 +72,7 @@ class Rewrite:
         dim = int(fx.value(self.source).shape[-1])
         parts = self._build(dim)
         fx.adopt(self.gm, PATH, parts)
+        live.enter(self.gm, live.Added(PATH, "the multiplexer"))
         first = self.core.first
         self.rows, self.total, self.groups = fx.insert_function(self.gm, self._sizes, self.source, before=first)
         self._check_example()

@@ -102,13 +102,10 @@ class InsertNMMasks(Pass):
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         sites = _sites(graph)
         self._check_globs([site[0].path for site in sites])
-        adapters = {name: branch for branch in live.sites(graph, Branch) for name in (branch.down, branch.up)}
         reasons = _DenseByDefault(graph, self.keep_first, self.keep_head)
         chosen: list[tuple[list[Linear], Pattern]] = []
         for site in sites:
             pattern, reason = self._pattern_for(site[0])
-            if site[0].name in adapters:
-                reason = f"it is of the low-rank branch of {fx.module_path(adapters[site[0].name].weight)}"
             reason = reason or reasons(site)
             if reason is None and pattern is not None:
                 reason = self._misfit(site[0], pattern)
@@ -248,8 +245,14 @@ class _DenseByDefault:
         self.reads = fx.reads(gm)
         self.first: set[Node] = fx.first_linears(gm) if keep_first else set()
         self.heads: set[Node] = fx.head_linears(gm) if keep_head else set()
+        self.branches = {name: branch for branch in live.sites(gm, Branch) for name in (branch.down, branch.up)}
+        self.added = live.sites(gm, live.Added)
 
     def __call__(self, site: list[Linear]) -> str | None:
+        if branch := self.branches.get(site[0].name):
+            return f"it is of the low-rank branch of {fx.module_path(branch.weight)}"
+        if whose := [item.whose for item in self.added if site[0].name.startswith(f"{item.path}.")]:
+            return f"it is of {whose[0]}, which a pass added"
         reads = self.reads[id(fx.attribute(self.gm, site[0].name))]
         for read in reads:
             for user in read.users:

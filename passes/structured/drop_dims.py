@@ -119,7 +119,7 @@ class DropDimensions(Gating):
         items: list[Gated] = [
             item for _, item in gate_sites(graph, sites, self.units, register, straight=self.score == "platon")
         ]
-        live.enter(graph, *items, *(group for group, _ in groups))
+        live.enter(graph, *items, *(() if scores else (group for group, _ in groups)))
         for group, _ in groups:
             left = self.left(group, self.fraction)
             if scores:
@@ -148,13 +148,13 @@ class DropDimensions(Gating):
         return self.fraction * (1 - (1 - x) ** 3) if self.ramp == "cubic" else 1 - (1 - self.fraction) ** x
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
-        if self.score == "platon" and live.sites(graph, Dimensions):
+        if live.sites(graph, Dimensions):
             yield _Chop(self, graph, total_steps)
 
 
 @dataclass(frozen=True)
 class Dimensions(live.Live):
-    """Dimensions that compete: of the stream, of an MLP, of an attention.
+    """Dimensions that compete while training goes on: of the stream, of an MLP, of an attention.
 
     Attributes:
         unit: hidden, intermediate or heads.

@@ -31,7 +31,7 @@ from fxsparse.passes.structured.nodes import gate_stream, multiply, multiply_inp
 
 UNITS = ("heads", "attention", "intermediate", "ffn", "hidden")
 SCORES = ("magnitude", "activation", "random")
-CLASHES = ("gates", "drop-dims", "nm-masks", "low-rank", "select-neurons", "select-tensors")
+CLASHES = ("gates", "drop-dims", "nm-masks", "low-rank", "select-neurons", "select-tensors", "distill")
 """The passes that a pass with gates cannot follow."""
 
 Site = Attention | MLP

@@ -4,13 +4,11 @@ works. Models are tiny, without dropout, and traced once."""
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Iterable
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -18,6 +16,7 @@ import fxsparse
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.record import record_of
+from fxsparse.graph.trainable import trained
 from fxsparse.graph.training_form import training_graph
 from fxsparse.passes import DistillLayers, Pass
 from fxsparse.passes.base import pass_classes
@@ -26,40 +25,14 @@ from fxsparse.passes.order import misplaced, working_order, works
 from fxsparse.passes.structured.drop_dims import Dimensions
 from fxsparse.passes.structured.hard_concrete import Gated, close, gate_names, mask_name
 from tests.support import families
+from tests.support.orders import batch_of, traced
 
-MAKE = {"bert": families._bert, "opt": families._opt, "llama": families._llama}
-
-
-def _grouped() -> families.Family:
-    """A Llama with 8 heads on 2 key heads."""
-    sizes = families._decoder_sizes() | {"num_attention_heads": 8}
-    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, num_hidden_layers=2)
-    return families.Family(families._seeded(transformers.LlamaForCausalLM, config), families.causal_lm_batch)
-
-
-@functools.cache
-def _family(name: str) -> families.Family:
-    family = _grouped() if name == "grouped" else MAKE[name]()
-    for module in family.model.modules():
-        for option in ("p", "dropout", "attention_dropout"):
-            if isinstance(getattr(module, option, None), float):
-                setattr(module, option, 0.0)
-    return family
-
-
-@functools.cache
-def _traced(name: str) -> GraphModule:
-    return fxsparse.trace(_family(name).model, kwargs=_batch(name))
-
-
-def _batch(name: str, seed: int = 0, batch: int = 4) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
-    return dict(_family(name).make_batch(batch, 8))
+MAKE = ("bert", "opt", "llama")
 
 
 def _rewritten(name: str, passes: Iterable[Pass | str] | str) -> GraphModule:
     """A rewritten copy with parameters of its own."""
-    return fxsparse.rewrite(copy.deepcopy(_traced(name)), passes)
+    return fxsparse.rewrite(copy.deepcopy(traced(name)), passes)
 
 
 def _train(gm: GraphModule, name: str, steps: int = 4) -> list[float]:
@@ -67,7 +40,7 @@ def _train(gm: GraphModule, name: str, steps: int = 4) -> list[float]:
     schedule = fxsparse.Schedule(gm, optimizer, total_steps=steps)
     losses = []
     for step in range(steps):
-        batch = _batch(name, seed=step)
+        batch = batch_of(name, seed=step)
         schedule.observe(batch)
         optimizer.zero_grad()
         loss = gm(**batch).loss
@@ -87,7 +60,7 @@ def _masks(gm: GraphModule) -> dict[str, list[bool]]:
 @torch.no_grad()
 def _logits(gm: GraphModule, name: str) -> Tensor:
     gm.eval()
-    logits: Tensor = gm(**_batch(name, seed=9)).logits
+    logits: Tensor = gm(**batch_of(name, seed=9)).logits
     gm.train()
     return logits
 
@@ -123,6 +96,8 @@ def test_gates_of_dropped_layers_end_with_them(passes: str) -> None:
     assert float((_logits(small, "opt") - expected).abs().max()) < 1e-5
 
 
+_LAYERS = {"bert": "bert.encoder.layer", "opt": "model.decoder.layers"}
+_DOWN = {"bert": "output.dense", "opt": "fc2"}
 NEURONS = "select-neurons{omission=0.5,multiple=1}"
 
 
@@ -193,9 +168,85 @@ def test_masks_after_a_dense_branch_leave_the_branch_dense(start: float) -> None
         torch.testing.assert_close(dense[name], expected)
 
 
+@pytest.mark.parametrize("name", ["bert", "opt"])
+@pytest.mark.parametrize("earlier", [DIMS, "gates{score=magnitude,target=0.01}"])
+def test_layers_with_open_gates_exist_for_distillation(name: str, earlier: str) -> None:
+    """Where nothing is closed, gates change no loss: hidden states of every layer count."""
+    distill = DistillLayers(traced(name), weights=(0.0, 0.0, 1.0))
+    gm, plain = _rewritten(name, [earlier, distill]), _rewritten(name, [distill])
+    for mask in (gm.get_buffer(mask_name(gate)) for gate in gate_names(gm)):
+        mask.fill_(1)
+    with torch.no_grad():
+        for module in (gm, plain):
+            module.get_parameter(f"{_LAYERS[name]}.1.{_DOWN[name]}.weight").mul_(4)
+        expected = plain(**batch_of(name)).loss
+        assert float(expected) > 1e-3
+        assert torch.equal(gm(**batch_of(name)).loss, expected)
+
+
+@pytest.mark.parametrize("units", ["heads,attention,intermediate,ffn", "hidden,attention,ffn"])
+def test_closed_layers_do_not_exist_for_distillation(units: str) -> None:
+    """Hidden dimensions of the stream are no part of a layer that could keep it."""
+    distill = DistillLayers(traced("opt"), weights=(0.0, 0.0, 1.0))
+    gm = _rewritten("opt", [f"gates{{units=[{units}],score=magnitude,target=0.01}}", distill])
+    with torch.no_grad():
+        gm.get_parameter("model.decoder.embed_tokens.weight").add_(1)
+        assert float(gm(**batch_of("opt")).loss) > 0.01
+        for gate in gate_names(gm):
+            if not gate.endswith("hidden_gate"):
+                gm.get_buffer(mask_name(gate)).zero_()
+        assert float(gm(**batch_of("opt")).loss) == 0
+
+
+def test_a_repeated_pass_acts_once() -> None:
+    text = "nm-masks{storage=masked,dynamic=true,decay=0.5}"
+    with pytest.warns(UserWarning, match="rewrote nothing"):
+        twice = _rewritten("opt", [text, text])
+    once = _rewritten("opt", [text])
+    assert _train(twice, "opt") == _train(once, "opt")
+
+
+def test_the_multiplexer_stays_dense() -> None:
+    """Masks mean the model's linears, in either order."""
+    later, earlier = _rewritten("opt", ["multiplex", "nm-masks"]), _rewritten("opt", ["nm-masks", "multiplex"])
+    names = {weight.name for weight in record_of(later).weights}
+    assert names and names == {weight.name for weight in record_of(earlier).weights}
+    skipped = [change for change in record_of(later).entries[-1].skipped if change.site.startswith("multiplex.")]
+    assert skipped and all("of the multiplexer, which a pass added" in change.detail for change in skipped)
+
+
+@pytest.mark.parametrize("earlier", ["gates", DIMS])
+@pytest.mark.parametrize("later", ["select-tensors{last_layers=1}", "select-tensors{rho=0.8}"])
+def test_structures_in_training_refuse_frozen_tensors(earlier: str, later: str) -> None:
+    """Gates that do not train never close, and frozen weights have no scores."""
+    works = f"{earlier.partition('{')[0]},materialize,select-tensors"
+    with pytest.raises(RewriteError, match=f"the order that works is {works}"):
+        _rewritten("opt", [earlier, later])
+    _train(_rewritten("opt", [earlier, "materialize", later]), "opt")
+
+
+def test_a_later_choice_of_tensors_replaces_the_earlier_one() -> None:
+    """Nothing of a budget is left, neither its schedule nor the state that would bring its choice back."""
+    last = "select-tensors{last_layers=1}"
+    gm, expected = _rewritten("opt", ["select-tensors{rho=0.8,every=1}", last]), _rewritten("opt", [last])
+    chosen = set(trained(expected))
+    assert set(gm.state_dict()) == set(expected.state_dict())
+    assert _train(gm, "opt") == _train(expected, "opt")
+    assert set(trained(gm)) == chosen == set(trained(expected))
+
+
+def test_groups_of_different_sizes_are_left_alone() -> None:
+    """Three heads on one key head and four on the other cannot be selected group by group."""
+    gm = _rewritten("grouped", ["gates{units=[heads],target=0.01,score=random}"])
+    _close_heads(gm, [3])
+    gm = fxsparse.rewrite(gm, ["materialize", NEURONS])
+    details = [change.detail for change in record_of(gm).entries[-1].skipped]
+    assert sum("have different numbers of heads" in detail for detail in details) == 2
+
+
 def test_a_multiplexed_student_takes_a_multiplexed_teacher_or_logits_alone() -> None:
     """Hidden states of a group and of its members have different batch sizes, which broadcast where there is one."""
-    teacher = _traced("bert")
+    teacher = traced("bert")
     for weights in ((0.0, 0.1, 0.9), (0.0, 0.0, 1.0)):
         with pytest.raises(RewriteError, match="multiplex the other alike, or distil logits alone"):
             _rewritten("bert", ["multiplex", DistillLayers(teacher, weights=weights)])
@@ -203,7 +254,7 @@ def test_a_multiplexed_student_takes_a_multiplexed_teacher_or_logits_alone() -> 
     for distill in (multiplexed, DistillLayers(teacher, weights=(0.0, 1.0, 0.0))):
         gm = _rewritten("bert", ["multiplex", distill])
         for batch in (2, 4):
-            assert gm(**_batch("bert", batch=batch)).loss.isfinite()
+            assert gm(**batch_of("bert", batch=batch)).loss.isfinite()
 
 
 # --- orders -----------------------------------------------------------------------------------------------------------
@@ -213,7 +264,7 @@ WRITTEN = {"low-rank": 'low-rank{layers=["*fc1"]}', "select-tensors": 'select-te
 
 def _passes(names: Iterable[str]) -> list[Pass | str]:
     def written(name: str) -> Pass | str:
-        return DistillLayers(_traced("opt")) if name == "distill" else WRITTEN.get(name, name)
+        return DistillLayers(traced("opt")) if name == "distill" else WRITTEN.get(name, name)
 
     return [written(name) for name in names]
 

@@ -1,0 +1,316 @@
+"""Ordered pairs of passes on tiny models: what is tried of each pair, and the result.
+
+A cell of the matrix is a family, and two variants of passes in their order. It is
+
+    =     rewritten, and four training steps, evaluation and every parameter equal those of an oracle in plain torch
+    ~     rewritten, without an oracle: the same in one step and in two, and after saving and loading
+    R     refused before anything happened, and the order that the refusal recommends is rewritten and trains
+
+and anything else is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import fxsparse
+from fxsparse.analysis.structures import structures
+from fxsparse.errors import RewriteError
+from fxsparse.passes import DistillLayers, Pass, Pipeline
+from fxsparse.passes.distill.distill import attach_teacher
+from tests.support import composed, families
+from tests.support.composed import STEPS, EqualDraws, Oracle, differences, oracle_of
+
+FAMILIES = ("bert", "opt", "gpt2", "grouped", "t5")
+LR = 0.05
+
+_UNITS = "units=[intermediate,heads]"
+_WIDENS = {"bert": "*intermediate.dense", "opt": "*fc1", "gpt2": "*c_fc", "grouped": "*up_proj", "t5": "*wi"}
+"""The linears into the channels of an MLP."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A pass as the matrix tries it.
+
+    Attributes:
+        text: the pass; ``distill`` stands for one with a teacher.
+        needs: the variant that must have run before.
+    """
+
+    text: str
+    needs: str | None = None
+
+
+VARIANTS: dict[str, Variant] = {
+    "static": Variant("nm-masks"),
+    "sr-ste": Variant("nm-masks{storage=masked,dynamic=true,decay=0.5}"),
+    "double-prune": Variant("double-prune{every=1}", "static"),
+    "branches": Variant("low-rank{rank=2,start=0.5}", "static"),
+    "adapters": Variant('low-rank{rank=2,start=0.0,layers=["WIDENS"]}'),
+    "tensors": Variant('select-tensors{tensors=["*.0.*"]}'),
+    "rho": Variant("select-tensors{rho=0.8,every=2}"),
+    "neurons": Variant("select-neurons{omission=0.5,multiple=1}"),
+    "layers": Variant("drop-layers{indices=[1]}"),
+    "distill": Variant("distill"),
+    "end-distill": Variant("end-distill", "distill"),
+    "gates": Variant("gates"),
+    "scored gates": Variant("gates{target=0.4,score=magnitude}"),
+    "dims": Variant(f"drop-dims{{{_UNITS},begin=0.0,end=1.0,every=2}}"),
+    "scored dims": Variant(f"drop-dims{{{_UNITS},score=magnitude}}"),
+    "materialize": Variant("materialize", "scored gates"),
+    "mux": Variant("multiplex"),
+}
+"""The seventeen variants."""
+
+RECIPES = {
+    "slope": ("static", "double-prune", "branches"),
+    "greentrainer": ("rho",),
+    "cofi": ("scored gates", "distill", "materialize"),
+    "chop": ("layers", "distill", "end-distill"),
+    "sat": ("neurons",),
+    "prumux": ("mux", "scored gates"),
+}
+"""What each method does, for orders of whole methods."""
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def _grouped() -> families.Family:
+    """A Llama with 8 heads on 2 key heads."""
+    sizes = families._decoder_sizes() | {"num_attention_heads": 8}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, num_hidden_layers=2)
+    return families.Family(families._seeded(transformers.LlamaForCausalLM, config), families.causal_lm_batch)
+
+
+@functools.cache
+def family(name: str) -> families.Family:
+    """A model without dropout."""
+    made = _grouped() if name == "grouped" else families.FAMILIES[name]()
+    for module in made.model.modules():
+        for option in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, option, None), float):
+                setattr(module, option, 0.0)
+    return made
+
+
+@functools.cache
+def traced(name: str) -> GraphModule:
+    return fxsparse.trace(family(name).model, kwargs=batch_of(name))
+
+
+@functools.cache
+def teacher(name: str) -> GraphModule:
+    """The family's model with other weights, traced, and in plain torch for the oracle."""
+    model = copy.deepcopy(family(name).model)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(7)
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    composed.TEACHERS[name] = copy.deepcopy(model).eval()
+    return fxsparse.trace(model, kwargs=batch_of(name))
+
+
+@functools.cache
+def sites(name: str) -> dict[str, composed.Site]:
+    """The attentions and MLPs of the original."""
+    every = structures(traced(name))
+    return {site.path: site for site in (*every.attentions, *every.mlps)}
+
+
+def batch_of(name: str, seed: int = 0, batch: int = 4) -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return dict(family(name).make_batch(batch, 8))
+
+
+# --- passes -----------------------------------------------------------------------------------------------------------
+
+
+def passes_of(name: str, variants: Sequence[str]) -> list[Pass | str]:
+    """The passes of variants, each behind what it needs where that has not run."""
+    made: list[Pass | str] = []
+    done: list[str] = []
+    for variant in variants:
+        needs = VARIANTS[variant].needs
+        if needs is not None and not _satisfied(needs, done):
+            done.append(needs)
+        done.append(variant)
+    for variant in done:
+        text = VARIANTS[variant].text.replace("WIDENS", _WIDENS[name])
+        hidden = 0.0 if "mux" in done else 0.3
+        made.append(DistillLayers(teacher(name), weights=(0.5, 0.2, hidden)) if text == "distill" else text)
+    return made
+
+
+def _satisfied(needs: str, done: Sequence[str]) -> bool:
+    by = {"static": ("static", "sr-ste"), "scored gates": ("gates", "scored gates", "dims", "scored dims")}
+    return any(variant in by.get(needs, (needs,)) for variant in done)
+
+
+def _by_name(name: str, order: Sequence[str], tried: Sequence[Pass | str]) -> list[Pass | str]:
+    """The passes of a recommended order, with the options of those that were tried."""
+    with_options = {str(item).partition("{")[0]: item for item in tried}
+    plain: dict[str, Pass | str] = {
+        "low-rank": passes_of(name, ["adapters"])[0],
+        "distill": DistillLayers(teacher(name)),
+    }
+    return [with_options.get(item, plain.get(item, item)) for item in order]
+
+
+# --- a cell -----------------------------------------------------------------------------------------------------------
+
+
+def cell(name: str, variants: Sequence[str], *, backend: str | None = None) -> str:
+    """The result of an order of variants on a family: ``=``, ``~`` or ``R``; an AssertionError says what is wrong.
+
+    Args:
+        name: of the family.
+        variants: in their order.
+        backend: also trains the model under ``torch.compile`` with this backend.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tried = passes_of(name, variants)
+        try:
+            gm = fxsparse.rewrite(copy.deepcopy(traced(name)), tried)
+        except RewriteError as refusal:
+            return _refused(name, tried, str(refusal))
+        _same_in_two_steps(name, tried, gm)
+        _survives_saving(name, gm)
+        has_oracle = "mux" not in variants or name in ("bert", "opt")
+        oracle = oracle_of(name, family(name).model, sites(name), gm) if has_oracle else None
+        if backend is not None:
+            _same_compiled(name, copy.deepcopy(gm), copy.deepcopy(gm), backend)
+        _trains(name, gm, oracle)
+        return "=" if has_oracle else "~"
+
+
+def _refused(name: str, tried: Sequence[Pass | str], message: str) -> str:
+    order = re.search(r"the order that works is ([\w,-]+)", message)
+    assert order or re.search(
+        r"leave one of them out|keep the later pass off|with weights=|layers=|selected already|"
+        r"no heads|cannot be|gates already|has no layer",
+        message,
+    ), f"refused without advice: {message}"
+    if order:
+        gm = fxsparse.rewrite(copy.deepcopy(traced(name)), _by_name(name, order[1].split(","), tried))
+        losses, _ = _train(name, gm, None)
+        assert torch.tensor(losses).isfinite().all()
+    return "R"
+
+
+def _same_in_two_steps(name: str, tried: Sequence[Pass | str], gm: GraphModule) -> None:
+    twice = copy.deepcopy(traced(name))
+    for item in tried:
+        twice = fxsparse.rewrite(twice, [item])
+    assert _shape(twice) == _shape(gm), "another graph in two steps"
+    mine, theirs = gm.state_dict(), twice.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    assert str(Pipeline.parse(fxsparse.record_of(gm).text)) == fxsparse.record_of(twice).text
+
+
+def _shape(gm: GraphModule) -> list[str]:
+    """The nodes of a graph, numbered in their order: what it computes, whatever the nodes are called."""
+    number = {node: at for at, node in enumerate(gm.graph.nodes)}
+    target = {node: node.target if node.op in ("get_attr", "call_module") else "" for node in number}
+    text = {node: f"{node.op} {target[node] or getattr(node.target, '__name__', '')}" for node in number}
+    return [
+        f"{text[node]} {torch.fx.map_arg((node.args, node.kwargs), lambda read: f'%{number[read]}')}" for node in number
+    ]
+
+
+def _survives_saving(name: str, gm: GraphModule) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        fxsparse.save(gm, path)
+        # Loading traces the original anew, to the same graph at every cell of the matrix.
+        with mock.patch("fxsparse.rewriting.trace", lambda *_: copy.deepcopy(traced(name))):
+            loaded = fxsparse.load(path, family(name).model, kwargs=batch_of(name))
+    if hasattr(gm, "distillation"):
+        attach_teacher(loaded, teacher(name))
+    batch = batch_of(name, seed=5, batch=6)
+    for mode in (True, False):
+        with EqualDraws(), torch.no_grad():
+            mine, theirs = (module.train(mode)(**batch) for module in (gm, loaded))
+        assert torch.equal(mine.logits, theirs.logits) and torch.equal(mine.loss, theirs.loss), "lost by saving"
+    gm.train()
+
+
+def _same_compiled(name: str, eager: GraphModule, gm: GraphModule, backend: str) -> None:
+    losses, _ = _train(name, eager, None)
+    compiled, _ = _train(name, gm, None, torch.compile(gm, backend=backend))
+    torch.testing.assert_close(torch.tensor(compiled), torch.tensor(losses), rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
+def _trains(name: str, gm: GraphModule, oracle: Oracle | None) -> None:
+    losses, expected = _train(name, gm, oracle)
+    assert torch.tensor(losses).isfinite().all()
+    if oracle is None:
+        return
+    torch.testing.assert_close(
+        torch.tensor(losses), torch.tensor(expected), rtol=2e-5, atol=2e-6, msg=lambda m: f"losses: {m}"
+    )
+    off = differences(gm, oracle)
+    assert len(off) > 4 and max(off.values()) < 2e-5, f"parameters: { {n: v for n, v in off.items() if v >= 2e-5} }"
+    oracle.read(gm, None)
+    gm.eval(), oracle.model.eval()
+    batch = batch_of(name, seed=9, batch=5)
+    with torch.no_grad():
+        logits, theirs = gm(**batch).logits, oracle.run(batch)[1]
+    torch.testing.assert_close(logits, theirs, rtol=1e-4, atol=2e-5, msg=lambda m: f"evaluation: {m}")
+
+
+def _train(
+    name: str, gm: GraphModule, oracle: Oracle | None, model: nn.Module | None = None
+) -> tuple[list[float], list[float]]:
+    """Trains a graph, and its oracle beside it: the losses of both."""
+    optimizer = torch.optim.SGD(gm.parameters(), lr=LR)
+    schedule = fxsparse.Schedule(gm, optimizer, total_steps=STEPS)
+    model = gm if model is None else model
+    losses: list[float] = []
+    expected: list[float] = []
+    for step in range(1, STEPS + 1):
+        batch = batch_of(name, seed=step)
+        with EqualDraws():
+            schedule.observe(batch)
+        if oracle is not None:
+            oracle.read(gm, schedule)
+            with EqualDraws():
+                expected.append(oracle.backward(batch))
+        optimizer.zero_grad()
+        with EqualDraws():
+            loss = model(**batch).loss
+            losses.append(float(loss.detach()))
+            loss.backward()
+        if oracle is not None:
+            _gates_agree(gm, oracle)
+            oracle.step(step, LR)
+        optimizer.step()
+        schedule.step()
+    schedule.remove()
+    return losses, expected
+
+
+def _gates_agree(gm: GraphModule, oracle: Oracle) -> None:
+    for gate in oracle.gates.values():
+        if gate.trained:
+            mine, theirs = gm.get_parameter(gate.name).grad, gate.log_alpha.grad  # type: ignore[union-attr]
+            assert mine is not None and theirs is not None, f"{gate.name} has no gradient"
+            off = float((mine - theirs).abs().max())
+            assert off < 1e-6 + 1e-4 * float(theirs.abs().max()), f"the gradient of {gate.name} is off by {off}"
