@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
+from fxsparse.analysis.calibration import call, does_not_run
 from fxsparse.errors import RewriteError
 from fxsparse.graph import Linear
 
@@ -61,22 +62,10 @@ def activation_norms(
     with torch.no_grad():
         for batch in batches:
             try:
-                _call(observed, batch)
+                call(observed, batch)
             except Exception as error:
-                raise RewriteError(
-                    f"calibration batch {count} does not run through the model: {type(error).__name__}: {error}",
-                    pass_name=pass_name,
-                ) from error
+                raise does_not_run(count, error, pass_name) from error
             count += 1
     if not count:
         raise RewriteError("the calibration holds no batch", pass_name=pass_name)
     return {name: observer.total.sqrt() for name, observer in sums.items() if observer.total is not None}
-
-
-def _call(gm: GraphModule, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        gm(**batch)
-    elif isinstance(batch, (tuple, list)):
-        gm(*batch)
-    else:
-        gm(batch)

@@ -50,6 +50,15 @@ def set_parameter(gm: nn.Module, name: str, tensor: Tensor, *, requires_grad: bo
     return parameter
 
 
+def replace_parameter(gm: nn.Module, names: Collection[str], tensor: Tensor) -> nn.Parameter:
+    """Registers ``tensor`` in the place of the parameter that has all these names."""
+    parameter = nn.Parameter(tensor, requires_grad=attribute(gm, next(iter(names))).requires_grad)
+    for name in names:
+        owner, leaf = _owner(gm, name)
+        owner.register_parameter(leaf, parameter)
+    return parameter
+
+
 def set_buffer(gm: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """Registers ``tensor`` as the persistent buffer called ``name``, on the submodule that owns the name."""
     owner, leaf = _owner(gm, name)

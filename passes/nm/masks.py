@@ -35,6 +35,7 @@ from fxsparse.passes.event import Event
 from fxsparse.passes.nm.branch import Branch
 from fxsparse.passes.nm.rules import CRITERIA, NMMask
 from fxsparse.passes.nm.sparse_linear import sparse_linears
+from fxsparse.passes.nm.sparsegpt import Pruned, sparsegpt
 from fxsparse.passes.nm.sr_ste import DynamicMasks
 from fxsparse.passes.pipeline import structure_only
 from fxsparse.passes.text import FrozenMapping
@@ -50,8 +51,9 @@ class InsertNMMasks(Pass):
         pattern: ``"2:4"`` for all linears, or a mapping from globs over module paths to patterns,
             ``{"*.layers.[0-5].*": "2:4", "*.layers.[6-9].*": "2:8"}``; the first glob that matches a path counts,
             and a path without a match stays dense.
-        criterion: which weights stay: ``magnitude``, ``random``, or ``wanda`` (|weight| times the norm of its input
-            over the calibration batches; Sun et al., arXiv 2306.11695).
+        criterion: which weights stay: ``magnitude``, ``random``, ``wanda`` (|weight| times the norm of its input over
+            the calibration batches; Sun et al., arXiv 2306.11695), or ``sparsegpt``, which also changes those that stay
+            so that outputs change little (Frantar and Alistarh, arXiv 2301.00774; `fxsparse.passes.nm.sparsegpt`).
         storage: ``compressed`` keeps the surviving values as the parameter ``<weight>_values [out, in*n/m]`` and
             ``<weight>_indices`` as a buffer; ``masked`` keeps the dense weight and a boolean buffer ``<weight>_mask``.
         transposable: keep n of m along the output dimension too.
@@ -62,7 +64,8 @@ class InsertNMMasks(Pass):
         keep_first: leave the first linears after the input dense.
         keep_head: leave the heads dense.
         seed: of ``random``.
-        calibration: batches for ``wanda``: mappings of keyword arguments, tuples of arguments, or single tensors.
+        calibration: batches for ``wanda`` and ``sparsegpt``: mappings of keyword arguments, tuples of arguments, or
+            single tensors.
 
     Raises:
         OptionError: an option is out of range.
@@ -94,6 +97,11 @@ class InsertNMMasks(Pass):
                 )
         if self.dynamic and self.storage != "masked":
             raise OptionError('dynamic masks need the pruned weights: use storage="masked"', pass_name=self.name)
+        if self.dynamic and self.criterion == "sparsegpt":
+            raise OptionError(
+                "sparsegpt chooses masks once and changes the weights for them; dynamic masks follow magnitudes",
+                pass_name=self.name,
+            )
         if self.every < 1:
             raise OptionError(f"every={self.every} must be at least 1 step", pass_name=self.name)
         if self.decay < 0:
@@ -116,11 +124,12 @@ class InsertNMMasks(Pass):
         for linear in sparse_linears(graph):
             yield skipped(linear.path, f"is already {linear.pattern}")
         norms = self._norms(graph, [site for site, _ in chosen])
+        pruned = self._pruned(graph, chosen)
         names = fx.parameter_names(graph)
         for site, pattern in chosen:
             name = site[0].name
             all_names = tuple(names[id(fx.attribute(graph, name))])
-            yield self._sparsify(graph, site, pattern, norms.get(name), all_names)
+            yield self._sparsify(graph, site, pattern, pruned.get(name) or norms.get(name), all_names)
 
     # --- which weights ---
 
@@ -156,44 +165,57 @@ class InsertNMMasks(Pass):
 
     # --- how ---
 
-    def _norms(self, graph: GraphModule, sites: list[list[Linear]]) -> dict[str, Tensor]:
-        if self.criterion != "wanda" or structure_only(graph):
-            return {}
+    def _batches(self, graph: GraphModule) -> Iterable[Any]:
         if graph.meta.get(BORROWED):
             raise RewriteError(
-                "wanda needs to run the model on calibration batches, which the one-line call cannot do; "
+                f"{self.criterion} needs to run the model on calibration batches, which the one-line call cannot do; "
                 "call fxsparse.rewrite and compile its result",
                 pass_name=self.name,
             )
         if self.calibration is None:
-            raise RewriteError("wanda needs calibration=[batch, ...]", pass_name=self.name)
-        return activation_norms(graph, [linear for site in sites for linear in site], self.calibration)
+            raise RewriteError(f"{self.criterion} needs calibration=[batch, ...]", pass_name=self.name)
+        return self.calibration
+
+    def _norms(self, graph: GraphModule, sites: list[list[Linear]]) -> dict[str, Tensor]:
+        if self.criterion != "wanda" or structure_only(graph):
+            return {}
+        return activation_norms(graph, [linear for site in sites for linear in site], self._batches(graph))
+
+    def _pruned(self, graph: GraphModule, chosen: list[tuple[list[Linear], Pattern]]) -> dict[str, Pruned]:
+        if self.criterion != "sparsegpt" or structure_only(graph):
+            return {}
+        return sparsegpt(graph, chosen, self._batches(graph), self.transposable)
 
     def _sparsify(
-        self, gm: GraphModule, site: list[Linear], pattern: Pattern, norms: Tensor | None, names: tuple[str, ...]
+        self, gm: GraphModule, site: list[Linear], pattern: Pattern, by: Pruned | Tensor | None, names: tuple[str, ...]
     ) -> Change:
         borrowed = bool(gm.meta.get(BORROWED))
         storage = "masked" if borrowed else self.storage
         name, transposed = site[0].name, site[0].transposed
         weight = fx.attribute(gm, name)
+        dense = weight.detach().t() if transposed else weight.detach()
         criterion = "magnitude" if structure_only(gm) else self.criterion
         rule = NMMask(str(pattern), criterion, self.transposable, self.seed, "" if borrowed else name, transposed)
-        mask = rule.with_norms(weight.detach(), norms)
+        if isinstance(by, Pruned):
+            dense, mask, error = by.weight, by.mask, f", {by}"
+        else:
+            mask, error = rule.with_norms(weight.detach(), by), ""
         if storage == "compressed":
-            dense = weight.detach().t() if transposed else weight.detach()
             values, indices = pack(dense, mask, pattern)
             fx.set_parameter(gm, f"{name}_values", values, requires_grad=weight.requires_grad)
             fx.set_buffer(gm, f"{name}_indices", indices)
             live.moved(gm, names, f"{name}_values")
         else:
             fx.set_buffer(gm, f"{name}_mask", mask)
+            if isinstance(by, Pruned):
+                fx.replace_parameter(gm, names, dense.t().contiguous() if transposed else dense)
             if borrowed:
                 derive(gm, f"{name}_mask", Derived(rule, (name,)))
         for linear in site:
             _call_compressed(gm, linear, pattern) if storage == "compressed" else self._call_masked(gm, linear)
         hold(gm, [HeldWeight(name, storage, str(pattern), transposed, site[0].in_features, names)])
         kind = "transposable " if self.transposable else ""
-        return rewrote(site[0].path, f"{kind}{pattern}, {self.criterion}, {storage}")
+        return rewrote(site[0].path, f"{kind}{pattern}, {self.criterion}, {storage}{error}")
 
     def _call_masked(self, gm: GraphModule, linear: Linear) -> None:
         def masked(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:

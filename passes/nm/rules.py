@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxsparse.ops.nm import Pattern, double_prune_mask, nm_mask, transposable_mask
 
-CRITERIA = ("magnitude", "random", "wanda")
+CRITERIA = ("magnitude", "random", "wanda", "sparsegpt")
 
 
 @dataclass(frozen=True)
