@@ -9,6 +9,8 @@ RECIPES: dict[str, str] = {
     # SLoPe (arXiv 2405.16325). Without branches it also works in the one-line call, whose optimizer holds no branches.
     "slope": "nm-masks{pattern=2:4},double-prune",
     "slope-low-rank": "nm-masks{pattern=2:4},double-prune,low-rank{ratio=0.015625}",
+    # Bi-Mask (arXiv 2302.06058): SR-STE's masks, and W^R pruned once more in a searched order of its rows.
+    "bi-mask": "nm-masks{pattern=2:4,storage=masked,dynamic=true},double-prune{every=1,permutations=100}",
     # GreenTrainer (arXiv 2309.13192) at half the FLOPs; a Schedule chooses tensors on the batches it observes.
     "greentrainer": "select-tensors{rho=0.5,times=3}",
     # SAT (arXiv 2406.01392): half the heads and channels take part in a step. A Schedule chooses them and the rung.

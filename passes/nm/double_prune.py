@@ -7,15 +7,26 @@
 BWD-2 sums over the output dimension, so N:M hardware can multiply by W^{R,C}. It is never stored: one bit per kept
 value says whether it survives. The extra zeros are 9.4 % at 2:4 and 5.84 % at 2:8
 (``fxsparse.ops.nm.extra_zeros``).
+
+Bi-Mask (Zhang et al., arXiv 2302.06058) prunes W^R the same way, in an order of the rows that was searched for, on top
+of SR-STE's masks, which move in every step; dW is dense:
+
+    nm-masks{storage=masked,dynamic=true},double-prune{every=1,permutations=100}
+
+The order is the one of 100 random ones that lets most weights survive, searched for anew every 100 steps. In its code
+the count that should reach 100 is not raised for convolutions, so their order is searched for in every step; for
+linears it is as said here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
@@ -33,6 +44,7 @@ from fxsparse.passes.nm.sparse_linear import (
     sparse_linears,
     store_column_mask,
 )
+from fxsparse.passes.pipeline import structure_only
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,9 @@ class DoublePruneBackward(Pass):
         pattern: of the second pruning; by default that of each weight.
         every: optimizer steps after which a Schedule chooses the surviving columns anew; 1 is every step, as in SLoPe's
             accuracy experiments, 100 the period of its accelerated code, 0 keeps the first choice.
+        permutations: Bi-Mask: orders of the rows to try; needs masked weights, dynamic or not. A kernel for n:m then
+            multiplies by the rows in that order. 0 leaves the rows as they are.
+        permute_every: optimizer steps after which a Schedule searches for a new order.
 
     Raises:
         OptionError: an option is out of range.
@@ -52,12 +67,19 @@ class DoublePruneBackward(Pass):
     must_follow: ClassVar[tuple[str, ...]] = ("nm-masks",)
     pattern: str | None = None
     every: int = 100
+    permutations: int = 0
+    permute_every: int = 100
 
     def __post_init__(self) -> None:
         if self.pattern is not None:
             object.__setattr__(self, "pattern", str(Pattern.parse(str(self.pattern))))
         if self.every < 0:
             raise OptionError(f"every={self.every} must be 0 (static) or a number of steps", pass_name=self.name)
+        if self.permutations < 0 or self.permute_every < 1:
+            raise OptionError(
+                f"permutations={self.permutations} must not be negative, permute_every={self.permute_every} at least 1",
+                pass_name=self.name,
+            )
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         done: set[str] = set()
@@ -68,7 +90,10 @@ class DoublePruneBackward(Pass):
                 continue
             if linear.name not in done:
                 self._add_column_mask(graph, linear)
-                yield rewrote(linear.path, f"backward {self.pattern_of(linear)} along {linear.out_features} rows")
+                order = f" in the best of {self.permutations} orders" if self.permutations else ""
+                yield rewrote(
+                    linear.path, f"backward {self.pattern_of(linear)} along {linear.out_features} rows{order}"
+                )
             done.add(linear.name)
             column_mask = fx.insert_attribute(graph, f"{linear.name}_column_mask", before=linear.node)
             replace_call(graph, linear.node, linear.node.target, column_mask=column_mask)
@@ -80,22 +105,29 @@ class DoublePruneBackward(Pass):
         pattern = self.pattern_of(linear)
         if linear["column_mask"] is not None:
             return "is already double-pruned"
-        if linear["straight_through"]:
-            return "its mask is dynamic and its gradient dense, so there is no W^R to prune once more"
+        if self.permutations and linear.compressed:
+            return "backward stays exact, kernels of compressed weights group rows in their order; use storage=masked"
+        if linear["straight_through"] and not self.permutations:
+            return (
+                "its mask is dynamic and its gradient dense, so there is no W^R to prune once more; "
+                "Bi-Mask does so with permutations=100"
+            )
         if linear.out_features % pattern.m:
             return f"backward stays exact, {linear.out_features} rows are not a multiple of {pattern.m}"
         return None
 
-    def _add_column_mask(self, gm: GraphModule, linear: SparseLinear) -> None:
-        fx.set_buffer(gm, f"{linear.name}_column_mask", self._column_mask(gm, linear))
-        if gm.meta.get(BORROWED):
-            rule = ColumnMask(str(self.pattern_of(linear)), linear.held.transposed)
-            derive(gm, f"{linear.name}_column_mask", Derived(rule, (linear.name, f"{linear.name}_mask")))
+    def rule(self, linear: SparseLinear, step: int = 0) -> ColumnMask:
+        """The rule for W^R ``[out, in]`` at an optimizer step."""
+        seed = zlib.crc32(f"{linear.name} {step}".encode()) if self.permutations else 0
+        return ColumnMask(str(self.pattern_of(linear)), permutations=self.permutations, seed=seed)
 
-    def _column_mask(self, gm: GraphModule, linear: SparseLinear) -> torch.Tensor:
+    def _add_column_mask(self, gm: GraphModule, linear: SparseLinear) -> None:
         dense, mask = dense_and_mask(gm, linear)
-        column_mask = ColumnMask(str(self.pattern_of(linear)))(dense, mask)
-        return store_column_mask(gm, linear, column_mask, mask)
+        column_mask = mask.clone() if structure_only(gm) else self.rule(linear)(dense, mask)
+        fx.set_buffer(gm, f"{linear.name}_column_mask", store_column_mask(gm, linear, column_mask, mask))
+        if gm.meta.get(BORROWED):
+            rule = replace(self.rule(linear), transposed=linear.held.transposed)
+            derive(gm, f"{linear.name}_column_mask", Derived(rule, (linear.name, f"{linear.name}_mask")))
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if self.every:
@@ -103,19 +135,50 @@ class DoublePruneBackward(Pass):
 
 
 class _Refresh(Event):
-    """Chooses the surviving columns anew every few optimizer steps, in place."""
+    """Chooses the surviving columns anew every few optimizer steps, in place, and less often the order of the rows.
+
+    Attributes:
+        orders: of the rows, by weight; at first those that the rewrite found.
+    """
 
     def __init__(self, owner: DoublePruneBackward, gm: GraphModule):
         self.owner, self.gm = owner, gm
+        self.orders: dict[str, Tensor] = {}
+        if owner.permutations:
+            self._search(0)
+
+    def _weights(self) -> Iterator[tuple[SparseLinear, Tensor, Tensor]]:
+        """The linears that are pruned twice, each with W^R and its mask."""
+        for linear in {linear.name: linear for linear in sparse_linears(self.gm)}.values():
+            if linear["column_mask"] is not None:
+                yield linear, *dense_and_mask(self.gm, linear)
+
+    @torch.no_grad()
+    def _search(self, step: int) -> None:
+        for linear, dense, mask in self._weights():
+            order = self.owner.rule(linear, step).order(dense, mask)
+            if order is not None:
+                self.orders[linear.name] = order
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        if step % self.owner.every:
+        searches = bool(self.owner.permutations) and step % self.owner.permute_every == 0
+        if searches:
+            self._search(step)
+        if step % self.owner.every and not searches:
             return
-        for linear in _once_per_weight(self.gm):
-            if linear["column_mask"] is not None:
-                fx.attribute(self.gm, f"{linear.name}_column_mask").copy_(self.owner._column_mask(self.gm, linear))
+        for linear, dense, mask in self._weights():
+            if linear["straight_through"] and bool(mask.all()):
+                continue  # its training goes on dense
+            order = self.orders.get(linear.name)
+            column_mask = self.owner.rule(linear).in_order(
+                dense, mask, None if order is None else order.to(mask.device)
+            )
+            stored = store_column_mask(self.gm, linear, column_mask, mask)
+            fx.attribute(self.gm, f"{linear.name}_column_mask").copy_(stored)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"orders": {name: order.cpu() for name, order in self.orders.items()}} if self.orders else {}
 
-def _once_per_weight(gm: GraphModule) -> Iterable[SparseLinear]:
-    return {linear.name: linear for linear in sparse_linears(gm)}.values()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.orders = dict(state["orders"])

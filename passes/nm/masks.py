@@ -60,6 +60,8 @@ class InsertNMMasks(Pass):
         dynamic: SR-STE: recompute the mask from the magnitudes while training (needs ``masked`` and a Schedule).
         every: optimizer steps between two masks of a dynamic pass.
         decay: SR-STE's pull on pruned weights, added to their gradient; 2e-4 is the original's.
+        dense_after: fraction of the training steps after which a dynamic pass goes on dense, with pruned weights at the
+            values they have reached, as FST does (Hu et al., arXiv 2404.01847); 0.83 leaves it a sixth. 1 is never.
         exclude: globs over module paths that stay dense.
         keep_first: leave the first linears after the input dense.
         keep_head: leave the heads dense.
@@ -81,6 +83,7 @@ class InsertNMMasks(Pass):
     dynamic: bool = False
     every: int = 1
     decay: float = 2e-4
+    dense_after: float = 1.0
     exclude: tuple[str, ...] = ()
     keep_first: bool = True
     keep_head: bool = True
@@ -106,6 +109,15 @@ class InsertNMMasks(Pass):
             raise OptionError(f"every={self.every} must be at least 1 step", pass_name=self.name)
         if self.decay < 0:
             raise OptionError(f"decay={self.decay} must not be negative", pass_name=self.name)
+        if isinstance(self.dense_after, bool) or not 0 < self.dense_after <= 1:
+            raise OptionError(
+                f"dense_after={self.dense_after} is a fraction of the training steps, in (0, 1]", pass_name=self.name
+            )
+        if self.dense_after < 1 and not self.dynamic:
+            raise OptionError(
+                'dense_after needs the pruned weights alive: use dynamic=True and storage="masked"',
+                pass_name=self.name,
+            )
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         sites = _sites(graph)
@@ -200,6 +212,7 @@ class InsertNMMasks(Pass):
             dense, mask, error = by.weight, by.mask, f", {by}"
         else:
             mask, error = rule.with_norms(weight.detach(), by), ""
+        dense_part = "" if self.dense_after == 1 else f", dense from {self.dense_after:.0%} of the steps on"
         if storage == "compressed":
             values, indices = pack(dense, mask, pattern)
             fx.set_parameter(gm, f"{name}_values", values, requires_grad=weight.requires_grad)
@@ -215,7 +228,7 @@ class InsertNMMasks(Pass):
             _call_compressed(gm, linear, pattern) if storage == "compressed" else self._call_masked(gm, linear)
         hold(gm, [HeldWeight(name, storage, str(pattern), transposed, site[0].in_features, names)])
         kind = "transposable " if self.transposable else ""
-        return rewrote(site[0].path, f"{kind}{pattern}, {self.criterion}, {storage}{error}")
+        return rewrote(site[0].path, f"{kind}{pattern}, {self.criterion}, {storage}{error}{dense_part}")
 
     def _call_masked(self, gm: GraphModule, linear: Linear) -> None:
         def masked(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
@@ -227,7 +240,14 @@ class InsertNMMasks(Pass):
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if self.dynamic:
-            yield DynamicMasks(graph, decay=self.decay, every=self.every, transposable=self.transposable)
+            sparse_steps = round(self.dense_after * total_steps)
+            yield DynamicMasks(
+                graph,
+                decay=self.decay,
+                every=self.every,
+                transposable=self.transposable,
+                dense_from=sparse_steps if sparse_steps < total_steps else None,
+            )
 
 
 def _call_compressed(gm: GraphModule, linear: Linear, pattern: Pattern) -> None:

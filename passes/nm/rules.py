@@ -62,12 +62,40 @@ class ColumnMask:
     Attributes:
         pattern: ``n:m``.
         transposed: whether the weight is stored ``[in, out]``.
+        permutations: orders of the rows to try (Bi-Mask, arXiv 2302.06058); the m rows of a group are consecutive in
+            the best one. 0 leaves the rows in their order.
+        seed: of the orders, the same on every rank.
     """
 
     pattern: str
     transposed: bool = False
+    permutations: int = 0
+    seed: int = 0
 
     def __call__(self, weight: Tensor, mask: Tensor) -> Tensor:
         """The mask, bool ``[out, in]``, of a weight and the mask ``[out, in]`` of its W^R."""
-        dense = weight.t() if self.transposed else weight
-        return double_prune_mask(dense, mask, Pattern.parse(self.pattern))
+        return self.in_order(weight, mask, self.order(weight, mask))
+
+    def in_order(self, weight: Tensor, mask: Tensor, order: Tensor | None) -> Tensor:
+        """The mask for an order of the rows, int64 ``[out]``, as `order` gives it."""
+        dense, pattern = weight.t() if self.transposed else weight, Pattern.parse(self.pattern)
+        if order is None:
+            return double_prune_mask(dense, mask, pattern)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return double_prune_mask(dense[order], mask[order], pattern)[back]
+
+    def order(self, weight: Tensor, mask: Tensor) -> Tensor | None:
+        """The random order of which most weights of W^R survive, the first of several; None without orders to try.
+
+        As Bi-Mask's code does, which counts survivors and tries no order but random ones.
+        """
+        if not self.permutations or mask.is_meta:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        best, most = None, -1
+        for _ in range(self.permutations):
+            order = torch.randperm(len(mask), generator=generator).to(mask.device)
+            survivors = int(self.in_order(weight, mask, order).sum())
+            if survivors > most:
+                best, most = order, survivors
+        return best

@@ -5,6 +5,10 @@
 
 Zhou et al., arXiv 2102.04010, eq. 9. The pull enters the gradient, so every optimizer treats it as part of the
 gradient.
+
+FST (Hu et al., arXiv 2404.01847) ends with dense training, a sixth of all steps: once the last sparse step is done,
+masks keep everything and stay so, nothing is pulled any more, and pruned weights take part with the values they have
+reached. The masks are the state, so a checkpoint of the model carries it.
 """
 
 from __future__ import annotations
@@ -26,16 +30,21 @@ class DynamicMasks(Event):
         decay: the pull on pruned weights.
         every: optimizer steps between two masks.
         transposable: n of m along both dimensions.
+        dense_from: the number of sparse steps; all later ones are dense. None if all are sparse.
     """
 
-    def __init__(self, gm: GraphModule, *, decay: float, every: int, transposable: bool):
+    def __init__(self, gm: GraphModule, *, decay: float, every: int, transposable: bool, dense_from: int | None = None):
         self.gm, self.decay, self.every, self.transposable = gm, decay, every, transposable
+        self.dense_from = dense_from
+        self.is_open = False
 
     def _weights(self) -> list[SparseLinear]:
         return list({linear.name: linear for linear in sparse_linears(self.gm) if linear["straight_through"]}.values())
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
+        if self.dense_from is not None and step > self.dense_from:
+            return
         for linear in self._weights():
             weight, mask = fx.attribute(self.gm, linear.name), fx.attribute(self.gm, f"{linear.name}_mask")
             if weight.grad is not None and self.decay:
@@ -44,8 +53,20 @@ class DynamicMasks(Event):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
+        if self.dense_from is not None and step >= self.dense_from:
+            self._open()
+            return
+        self.is_open = False  # after an earlier step was loaded
         if step % self.every:
             return
         for linear in self._weights():
             rule = NMMask(linear.held.pattern, transposable=self.transposable, transposed=linear.held.transposed)
             fx.attribute(self.gm, f"{linear.name}_mask").copy_(rule(fx.attribute(self.gm, linear.name)))
+
+    def _open(self) -> None:
+        """Lets every weight take part, in both passes."""
+        for linear in () if self.is_open else self._weights():
+            fx.attribute(self.gm, f"{linear.name}_mask").fill_(True)
+            if linear["column_mask"] is not None:
+                fx.attribute(self.gm, f"{linear.name}_column_mask").fill_(True)
+        self.is_open = True
