@@ -10,6 +10,7 @@ from fxsparse.passes.neurons.select_neurons import SelectNeurons
 from fxsparse.passes.nm.double_prune import DoublePruneBackward
 from fxsparse.passes.nm.low_rank import AddLowRankBranches
 from fxsparse.passes.nm.masks import InsertNMMasks
+from fxsparse.passes.nm.prune_operands import PruneOperands
 from fxsparse.passes.pipeline import Pipeline
 from fxsparse.passes.select_tensors import SelectTensors
 from fxsparse.passes.structured.drop_dims import DropDimensions
@@ -31,6 +32,7 @@ __all__ = [
     "Multiplex",
     "Pass",
     "Pipeline",
+    "PruneOperands",
     "SelectNeurons",
     "SelectTensors",
     "rewrote",
