@@ -23,6 +23,7 @@ from fxsparse.text import quantity, ranges, shortened, table
 _COSTS = (
     ("forward FLOPs", "forward_flops", 1000),
     ("training step FLOPs", "step_flops", 1000),
+    ("step FLOPs on n:m hardware", "nm_step_flops", 1000),
     ("parameters", "parameters", 1000),
     ("parameter bytes", "parameter_bytes", 1024),
     ("mask and index bytes", "buffer_bytes", 1024),
@@ -107,8 +108,17 @@ def costs_table(before: Costs, after: Costs) -> list[str]:
     rows = [("", "before", "after", "ratio")]
     for label, field, base in _COSTS:
         was, now = getattr(before, field), getattr(after, field)
+        if field == "nm_step_flops" and _tells_nothing(before, after):
+            continue
         rows.append((label, quantity(was, base), quantity(now, base), f"{now / was:.3f}" if was else "-"))
     return table(rows, right=(1, 2, 3))
+
+
+def _tells_nothing(*costs: Costs) -> bool:
+    """Whether no n:m product makes a difference, or an earlier version did not count it."""
+    return any(cost.nm_step_flops is None for cost in costs) or all(
+        cost.nm_step_flops == cost.step_flops for cost in costs
+    )
 
 
 def heading(position: int, entry: Entry) -> str:
@@ -124,6 +134,7 @@ def _entry(position: int, entry: Entry) -> list[str]:
         f"{label} {quantity(getattr(entry.before, field), base)} -> {quantity(getattr(entry.after, field), base)}"
         for label, field, base in _COSTS
         if getattr(entry.before, field) != getattr(entry.after, field)
+        and not (field == "nm_step_flops" and _tells_nothing(entry.before, entry.after))
     ]
     rows = [
         ("  rewritten" if rewritten else "  skipped", site, detail)

@@ -4,7 +4,7 @@ FLOPs are those of matrix products, as ``torch.utils.flop_counter.FlopCounterMod
 (`formulas`). The backward pass computes the gradients of the trained tensors only (`backprop`). Bytes are the reads and
 writes of operators that run one by one; a device moves fewer bytes where operators are fused.
 
-`count_flops` gives the full table at any sizes, `costs` the six totals that the record stores for every pass.
+`count_flops` gives the full table at any sizes, `costs` the totals that the record stores for every pass.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from fxsparse import graph as fx
 from fxsparse.cost.backprop import BackpropGraph
 from fxsparse.cost.dataflow import Operation, tensors_of
+from fxsparse.cost.nm_hardware import nm_step_flops
 from fxsparse.cost.sizes import Sizes
 from fxsparse.graph.record import Costs
 from fxsparse.graph.training_form import training_graph
@@ -139,7 +140,10 @@ def count_flops(gm: nn.Module, *, trained: Iterable[str] | None = None, **sizes:
 
 def step_flops(gm: GraphModule) -> tuple[int, int]:
     """FLOPs at the traced sizes: of the forward pass, and of a training step of all tensors that require a gradient."""
-    graph = BackpropGraph(gm)
+    return _step_flops(BackpropGraph(gm))
+
+
+def _step_flops(graph: BackpropGraph) -> tuple[int, int]:
     costs = graph.costs()
     forward = sum(costs.forward)
     return forward, forward + sum(sum(flops) for _, flops in graph.paid(graph.trainable, costs))
@@ -180,7 +184,9 @@ def _is_floating(node: Node) -> bool:
 
 def costs(gm: GraphModule) -> Costs:
     """The costs of a training-IR graph at the sizes it was traced with; tied parameters count once."""
-    forward, step = step_flops(training_graph(gm))
+    trained = training_graph(gm)
+    graph = BackpropGraph(trained)
+    forward, step = _step_flops(graph)
     parameters = list(gm.parameters())
     return Costs(
         forward_flops=forward,
@@ -189,4 +195,5 @@ def costs(gm: GraphModule) -> Costs:
         parameter_bytes=sum(parameter.nbytes for parameter in parameters),
         buffer_bytes=sum(buffer.nbytes for buffer in gm.buffers()),
         optimizer_bytes=sum(2 * parameter.nbytes for parameter in parameters if parameter.requires_grad),
+        nm_step_flops=nm_step_flops(trained, graph),
     )

@@ -63,6 +63,8 @@ class Costs:
         parameter_bytes: bytes of the parameters.
         buffer_bytes: bytes of the buffers (masks, indices).
         optimizer_bytes: bytes of two moments for every trainable parameter, as in torch's AdamW.
+        nm_step_flops: FLOPs of the forward and the backward pass on hardware that skips what is pruned n:m along the
+            dimension it sums over (`fxsparse.cost.nm_hardware`); None in records of earlier versions.
     """
 
     forward_flops: int
@@ -71,6 +73,7 @@ class Costs:
     parameter_bytes: int
     buffer_bytes: int
     optimizer_bytes: int
+    nm_step_flops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class HeldWeight:
         transposed: whether the original is stored ``[in, out]``.
         in_features: length of the input dimension.
         names: all names of the original, ``name`` included; several if it was tied.
+        backward: ``n:m`` along the output dimension, of the weight in the gradient of the input; empty if not n:m.
     """
 
     name: str
@@ -118,6 +122,7 @@ class HeldWeight:
     transposed: bool
     in_features: int
     names: tuple[str, ...]
+    backward: str = ""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import unsupported_sparse
+from fxsparse.codegen.launching import unsupported
 from fxsparse.graph import arguments
 from fxsparse.lowering import estimates, timings
 from fxsparse.lowering.pins import Pin, Pins
@@ -58,13 +59,20 @@ def obstacles(site: Site) -> dict[str, str | None]:
     if site.in_memory:
         every = {COMPRESSED: None, DENSE: None}  # where there is no kernel, its reference can be pinned
     else:
-        kernel, operator = has_kernel(site.op, site.device), OPERATORS.get(site.op)
-        every = {OPERATOR: None if kernel else f"there is no kernel for {site.device}", REFERENCE: None}
+        operator = OPERATORS.get(site.op)
+        every = {OPERATOR: no_kernel(site), REFERENCE: None}
         if operator is not None and DENSE in operator.implementations:
             every[DENSE] = None if site.inference and site.frozen else "its weight is trained or the graph is"
     every[SPARSE_TENSOR_CORES] = no_sparse_tensor_cores(site)
     every[CUSPARSELT] = no_cusparselt(site)
     return every
+
+
+def no_kernel(site: Site) -> str | None:
+    """Why a site has no generated kernel; None if it has one."""
+    if not has_kernel(site.op, site.device):
+        return f"there is no kernel for {site.device}"
+    return unsupported(site.dtype, *(() if site.pattern is None else (site.pattern.n, site.pattern.m)))
 
 
 def choose(site: Site, pin: Pin | str = "auto") -> tuple[str, str]:
@@ -78,7 +86,8 @@ def choose(site: Site, pin: Pin | str = "auto") -> tuple[str, str]:
         if pinned is not None:
             return pinned
         note = f"not {pin.name} as pinned, because {every.get(_spelled(pin.name, every))}; "
-    possible = [name for name, obstacle in every.items() if obstacle is None and name not in pin.excluded]
+    excluded = pin.excluded | ({COMPRESSED} if no_kernel(site) is not None else set())
+    possible = [name for name, obstacle in every.items() if obstacle is None and name not in excluded]
     if not possible:
         fallback = DENSE if site.in_memory else REFERENCE
         return fallback, f"{note}every other implementation is excluded or impossible"
@@ -89,7 +98,7 @@ def choose(site: Site, pin: Pin | str = "auto") -> tuple[str, str]:
 def undecided(site: Site) -> bool:
     """Whether measuring could tell more about a site than is known."""
     possible = {name for name, obstacle in obstacles(site).items() if obstacle is None}
-    if site.problem is None or len(possible) < 2 or not has_kernel(site.op, site.device):
+    if site.problem is None or len(possible) < 2 or no_kernel(site) is not None:
         return False
     return not BASELINES.intersection(possible) <= timings.times(site.problem, site.device).keys()
 
@@ -147,12 +156,13 @@ def _by_rules(site: Site, possible: list[str]) -> tuple[str, str]:
         else:
             why = "frozen: expanded once, because on a CPU decompressing every call costs more than it saves"
         return DENSE, why
-    if site.in_memory and not has_kernel(site.op, site.device):
-        return DENSE, f"the dense weight is in memory anyway, and there is no kernel for {site.device}"
+    missing = no_kernel(site)
+    if site.in_memory and missing is not None:
+        return DENSE, f"the dense weight is in memory anyway, and {missing}"
     for name, why in (
         (COMPRESSED, f"it reads fewer bytes on {site.device}"),
         (OPERATOR, f"the operator's own kernel on {site.device}"),
-        (REFERENCE, f"inlined as ATen for the compiler to fuse; there is no kernel for {site.device}"),
+        (REFERENCE, f"inlined as ATen for the compiler to fuse; {missing}"),
     ):
         if name in possible:
             return name, why

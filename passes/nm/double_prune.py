@@ -32,7 +32,7 @@ from torch.fx import GraphModule
 from fxsparse import graph as fx
 from fxsparse.errors import OptionError
 from fxsparse.graph.derived_buffers import BORROWED, Derived, derive
-from fxsparse.graph.record import Change, rewrote, skipped
+from fxsparse.graph.record import Change, hold, rewrote, skipped
 from fxsparse.ops.nm import Pattern
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
@@ -90,6 +90,7 @@ class DoublePruneBackward(Pass):
                 continue
             if linear.name not in done:
                 self._add_column_mask(graph, linear)
+                hold(graph, [replace(linear.held, backward=str(self.pattern_of(linear)))])
                 order = f" in the best of {self.permutations} orders" if self.permutations else ""
                 yield rewrote(
                     linear.path, f"backward {self.pattern_of(linear)} along {linear.out_features} rows{order}"

@@ -226,7 +226,8 @@ class InsertNMMasks(Pass):
                 derive(gm, f"{name}_mask", Derived(rule, (name,)))
         for linear in site:
             _call_compressed(gm, linear, pattern) if storage == "compressed" else self._call_masked(gm, linear)
-        hold(gm, [HeldWeight(name, storage, str(pattern), transposed, site[0].in_features, names)])
+        along_out = str(pattern) if self.transposable else ""
+        hold(gm, [HeldWeight(name, storage, str(pattern), transposed, site[0].in_features, names, along_out)])
         kind = "transposable " if self.transposable else ""
         return rewrote(site[0].path, f"{kind}{pattern}, {self.criterion}, {storage}{error}{dense_part}")
 

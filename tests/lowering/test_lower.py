@@ -158,6 +158,25 @@ def test_pins_that_cannot_be_kept_say_why() -> None:
     assert "they take 2:4, not 1:2" in reason
 
 
+@pytest.mark.parametrize("pattern", [Pattern(2, 16), Pattern(2, 32), Pattern(3, 5)], ids=str)
+def test_patterns_without_a_kernel_say_what_runs_and_why(pattern: Pattern) -> None:
+    why = f"there are kernels for 1:2, 2:4, 1:4, 2:8, 4:8, not for {pattern}"
+    shape = (pattern.m * 64, pattern.m * 64)
+    trained = replace(TRAINED, pattern=pattern, shape=shape)
+    assert choose(trained) == ("reference", f"inlined as ATen for the compiler to fuse; {why}")
+    found, reason = choose(trained, "operator")
+    assert found == "reference" and f"not operator as pinned, because {why}" in reason
+    memory = replace(FROZEN, pattern=pattern, shape=shape)
+    assert choose(memory) == ("dense", f"the dense weight is in memory anyway, and {why}")
+    assert choose(memory, "compressed")[0] == "compressed"  # its reference, because it was asked for
+    assert not undecided(trained) and not undecided(memory)
+    assert choose(replace(trained, pattern=Pattern(2, 8)))[0] == "operator"
+
+
+def test_a_dtype_without_a_kernel_says_so_too() -> None:
+    assert "not for float64" in choose(replace(TRAINED, dtype=torch.float64))[1]
+
+
 # --- the cost model ---------------------------------------------------------------------------------------------------
 
 
