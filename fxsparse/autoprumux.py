@@ -167,6 +167,11 @@ class Surface:
         return Estimate(float(solution[0]), tuple(points), extrapolated=True)
 
 
+def _multiples(step: float) -> list[float]:
+    """Those below 1."""
+    return [round(step * count, 10) for count in range(math.ceil(round(1 / step, 10)))]
+
+
 def _around(at: float, known: Iterable[Any]) -> list[tuple[Any, Any]]:
     """Pairs (low, high) of known coordinates that enclose ``at``; low and high may be equal."""
     return [(low, high) for low, high in combinations_with_replacement(sorted(known), 2) if low <= at <= high]
@@ -239,12 +244,37 @@ class AutoPruMUX:
         estimate = self._log_throughput(members, sparsity)
         return Estimate(math.exp(estimate.value), estimate.basis, estimate.extrapolated)
 
-    def candidates(self) -> list[Point]:
-        """The measured points and, for every measured N, each s in steps of 0.05 that needs no extrapolation."""
+    def candidates(self, *, step: float | None = None, members: Iterable[int] | None = None) -> list[Point]:
+        """The points (N, s) to choose from; none but measured ones needs extrapolation.
+
+        By default those of the paper: every measured point, and between the measured s > 0 of every measured N > 1 each
+        multiple of 0.05. Its 24 measurements, N in {1, 2, 5, 10} times s in {0, .6, .7, .8, .9, .95}, give 33: the 24,
+        and s in {.65, .75, .85} for three N.
+
+        Args:
+            step: a denser grid: the measured points and every multiple of this, also for N = 1 and below the least
+                measured s > 0.
+            members: the N of a denser grid, which need not be measured; with a step of 0.05 unless given.
+
+        Raises:
+            OptionError: the step is not in (0, 1).
+        """
         measured = set(self.accuracies) & set(self.throughputs)
-        steps = [round(_STEP * step, 10) for step in range(round(1 / _STEP))]
-        interpolated = {(n, s) for n, _ in self.accuracies for s in steps if not self._extrapolates(n, s)}
-        return sorted(measured | interpolated)
+        if step is None and members is None:
+            return sorted(measured | self._paper_grid())
+        step = _STEP if step is None else step
+        if isinstance(step, bool) or not 0 < step < 1:
+            raise OptionError(f"step={step} is the spacing of sparsities, in (0, 1)", site="autoprumux")
+        chosen = {n for n, _ in self.accuracies} if members is None else set(members)
+        points = {_point(n, s, f"members={n}") for n in chosen for s in _multiples(step)}
+        return sorted(measured | {point for point in points if not self._extrapolates(*point)})
+
+    def _paper_grid(self) -> set[Point]:
+        points: set[Point] = set()
+        for members in {n for n, _ in self.accuracies if n > 1}:
+            pruned = [s for n, s in self.accuracies if n == members and s > 0]
+            points.update((members, s) for s in _multiples(_STEP) if pruned and min(pruned) <= s <= max(pruned))
+        return {point for point in points if not self._extrapolates(*point)}
 
     def _extrapolates(self, members: int, sparsity: float) -> bool:
         return self.accuracy(members, sparsity).extrapolated or self.throughput(members, sparsity).extrapolated
@@ -262,7 +292,7 @@ class AutoPruMUX:
         Args:
             threshold: the lowest acceptable accuracy.
             loss_budget: instead of a threshold, the acceptable loss against the baseline, in points of accuracy.
-            candidates: the points (N, s) to choose from; :meth:`candidates` by default.
+            candidates: the points (N, s) to choose from; by default the paper's (`candidates` gives denser ones).
             top: the largest number of predictions to return.
 
         Raises:
@@ -340,7 +370,7 @@ class AutoPruMUX:
                     f"{point[0]}, {point[1]:g}", (self.throughputs[point], self.accuracies[point]), fontsize=7,
                     xytext=(4, 3), textcoords="offset points",
                 )  # fmt: skip
-        between = [point for point in self.candidates() if point not in measured]
+        between = [point for point in self.candidates(step=_STEP) if point not in measured]
         if between:
             speeds = [self.throughput(*point).value for point in between]
             axes.plot(speeds, [self.accuracy(*p).value for p in between], ".", color="0.7", label="predicted")

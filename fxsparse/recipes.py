@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from torch import nn
+
 from fxsparse.errors import OptionError, nearest
-from fxsparse.passes import Pipeline
+from fxsparse.passes import DistillLayers, Pipeline
 
 RECIPES: dict[str, str] = {
     # SLoPe (arXiv 2405.16325). Without branches it also works in the one-line call, whose optimizer holds no branches.
@@ -19,19 +23,45 @@ RECIPES: dict[str, str] = {
     "layerchop": "drop-layers{configuration=max-gap,fraction=0.5}",
     # DimCHOP (the same paper): half of the hidden dimensions are masked during training; materialize removes them.
     "dimchop": "drop-dims{fraction=0.5}",
-    # PruMUX (Findings of ACL 2023): afterwards train, distil from the multiplexed model, and materialize.
+    # DataMUX (arXiv 2202.09318): two inputs share one pass; train it before it is pruned further.
+    "datamux": "multiplex{n=2}",
+    # PruMUX (Findings of ACL 2023) at once, without distillation: afterwards train and materialize.
     "prumux": "multiplex{n=2},gates{target=0.6}",
 }
 
+TAUGHT: dict[str, str] = {
+    # CoFi (arXiv 2204.00408): all its gates, its losses, and one projection for all layers that starts as the identity.
+    "cofi": "gates{units=[heads,attention,intermediate,ffn,hidden],target=0.6},distill{projection=shared}",
+    # PruMUX as published: CoFi on a trained multiplexed model, with that model as the teacher.
+    "prumux": "gates{units=[heads,attention,intermediate,ffn,hidden],target=0.6},distill{projection=shared}",
+}
+"""Recipes with a teacher; `recipe` gives it to their distillation."""
 
-def recipe(name: str) -> Pipeline:
+
+def recipe(name: str, *, teacher: nn.Module | None = None) -> Pipeline:
     """The pipeline called ``name``.
 
+    Args:
+        name: one of `RECIPES`, or with a teacher of `TAUGHT`.
+        teacher: the model to distil from, traced or not: for ``cofi`` the trained model, for ``prumux`` the trained
+            multiplexed one, which is also what the pipeline rewrites::
+
+                mux = fxsparse.rewrite(model, fxsparse.recipe("datamux"), kwargs=batch)  # then train it
+                gm = fxsparse.rewrite(mux, fxsparse.recipe("prumux", teacher=mux))
+
     Raises:
-        OptionError: there is no such recipe.
+        OptionError: there is no such recipe, it needs a teacher, or it has no use for one.
     """
-    if name not in RECIPES:
+    known = TAUGHT if teacher is not None else RECIPES
+    if name not in {**RECIPES, **TAUGHT}:
         raise OptionError(
-            f"unknown recipe {name!r}; {nearest(name, RECIPES)}known recipes: {', '.join(sorted(RECIPES))}"
+            f"unknown recipe {name!r}; {nearest(name, {**RECIPES, **TAUGHT})}known recipes: "
+            f"{', '.join(sorted({**RECIPES, **TAUGHT}))}"
         )
-    return Pipeline.parse(RECIPES[name])
+    if name not in known:
+        if teacher is None:
+            raise OptionError(f"the recipe {name} distils: give it the trained model, recipe({name!r}, teacher=model)")
+        raise OptionError(f"the recipe {name} has no teacher; those with one are {', '.join(sorted(TAUGHT))}")
+    passes = Pipeline.parse(known[name]).passes
+    taught = (replace(item, teacher=teacher) if isinstance(item, DistillLayers) else item for item in passes)
+    return Pipeline(taught)

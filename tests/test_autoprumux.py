@@ -193,3 +193,34 @@ def test_frontier_and_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     model.plot(tmp_path / "plots" / "frontier.png")
     assert (tmp_path / "plots" / "frontier.png").stat().st_size > 1000
+
+
+def paper_model() -> AutoPruMUX:
+    points = [(n, s) for n in (1, *MEMBERS) for s in (0.0, *SPARSITIES)]
+    return AutoPruMUX.fit({(n, s): (90 - n - 10 * s, n**0.9 * (1 + s)) for n, s in points})
+
+
+def test_by_default_the_candidates_are_the_papers() -> None:
+    candidates = paper_model().candidates()
+    single = [(1, s) for s in (0.0, *SPARSITIES)] + [(n, 0.0) for n in MEMBERS]
+    assert candidates == sorted([*((n, s) for n in MEMBERS for s in FINE), *single]) and len(candidates) == 33
+    chosen = {prediction.point for prediction in paper_model().predict(threshold=0.0, top=100)}
+    assert chosen == set(candidates)
+
+
+def test_denser_grids_on_request() -> None:
+    model = paper_model()
+    fine = model.candidates(step=0.05)
+    assert set(fine) == {(n, round(0.05 * k, 2)) for n in (1, *MEMBERS) for k in range(20)}
+    finest = model.candidates(step=0.01)
+    assert len(finest) == 4 * 96 and set(fine) < set(finest)  # 0 to 0.95
+    between = model.candidates(members=(3, 4, 20))
+    assert {n for n, _ in between} == {1, 2, 3, 4, 5, 10}, "N = 20 lies outside of what was measured"
+    assert sum(n == 3 for n, _ in between) == 20
+    best = model.predict(loss_budget=8.0, candidates=finest)[0]
+    assert best.throughput.value >= model.predict(loss_budget=8.0)[0].throughput.value
+    for step in (0.0, 1.0, -0.1, True):
+        with pytest.raises(OptionError, match="spacing of sparsities"):
+            model.candidates(step=step)
+    with pytest.raises(OptionError, match="N is 0"):
+        model.candidates(members=(0,))
