@@ -1,5 +1,11 @@
 """Distilling a student's hidden states and logits from a frozen teacher (CoFi, arXiv 2204.00408; CHOP, 2305.14864).
 
+CHOP's variant has attention matrices and embeddings in its loss as well, with one projection a layer::
+
+    DistillLayers(teacher, matching="plain", weights=(1, 1, 1), projection="per-layer", attention=1, embedding=1)
+
+Its weights are not published, nor whether attention is compared before or after the softmax; here it is after it.
+
 In training the graph's ``loss`` becomes the weighted sum of `losses`; in evaluation it stays the task's loss and the
 teacher does not run. A training step stays a single call, compiled or not::
 
@@ -19,11 +25,12 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.analysis.blocks import Block, Stack, stacks
+from fxsparse.analysis.structures import SDPA
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import Change, record_of, rewrote
 from fxsparse.passes.base import Pass, parse_passes
-from fxsparse.passes.distill.losses import Distillation, Losses
+from fxsparse.passes.distill.losses import Distillation, Losses, attention_matrix
 from fxsparse.passes.distill.teacher import frozen_teacher, logits_of, loss_of, tapped
 from fxsparse.passes.pipeline import structure_only
 from fxsparse.passes.structured.hard_concrete import mask_name
@@ -55,6 +62,10 @@ class DistillLayers(Pass):
         projection: of student states to the teacher's width: ``none``, ``shared`` (one for all layers, CoFi) or
             ``per-layer`` (CHOP). They start as the identity.
         width: the teacher's hidden size, if it differs; only loading a checkpoint without the teacher needs it.
+        attention: weight of the attention matrices, of layers that go together (plain matching). They are computed in
+            training beside the fused attention, which never has them: one more product and ``[batch, heads, queries,
+            keys]`` in memory for each layer and model. CHOP finds that they do not pay.
+        embedding: weight of what enters the first layer, through the shared projection or, ``per-layer``, its own.
 
     Raises:
         OptionError: an option is out of range.
@@ -71,6 +82,8 @@ class DistillLayers(Pass):
     teacher_layers: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
     projection: str = "none"
     width: int | None = None
+    attention: float = 0.0
+    embedding: float = 0.0
 
     def __post_init__(self) -> None:
         for option, known in (("matching", MATCHINGS), ("projection", PROJECTIONS)):
@@ -83,11 +96,18 @@ class DistillLayers(Pass):
         if isinstance(self.temperature, bool) or not self.temperature > 0:
             raise OptionError(f"temperature={self.temperature} must be positive", pass_name=self.name)
         weights = tuple(self.weights)
-        if len(weights) != 3 or min(weights) < 0 or not any(weights[1:]):
+        if len(weights) != 3 or min(weights) < 0 or not any((*weights[1:], self.attention, self.embedding)):
             raise OptionError(
                 f"weights={self.weights} are those of task, logits and hidden states: three numbers of at least 0, and "
-                "one of the last two above it",
+                "one of the last two, or attention or embedding, above it",
                 pass_name=self.name,
+            )
+        for option in ("attention", "embedding"):
+            if isinstance(getattr(self, option), bool) or not getattr(self, option) >= 0:
+                raise OptionError(f"{option}={getattr(self, option)} must be at least 0", pass_name=self.name)
+        if self.attention and self.matching != "plain":
+            raise OptionError(
+                'attention matrices belong to layers that go together: use matching="plain"', pass_name=self.name
             )
         object.__setattr__(self, "weights", weights)
         layers = self.teacher_layers
@@ -106,8 +126,8 @@ class DistillLayers(Pass):
         if self.teacher is None and not structure_only(graph):
             raise RewriteError("needs a teacher: DistillLayers(teacher)", pass_name=self.name)
         loss, logits = loss_of(graph), logits_of(graph) if self.weights[1] else None
-        students = stacks(graph) if self.weights[2] else []
-        if self.weights[2] and not students:
+        students = stacks(graph) if self._compares_layers else []
+        if self._compares_layers and not students:
             raise RewriteError(
                 "the model has no stack of layers whose hidden states could be compared; distil its logits alone with "
                 "weights=(0, 1, 0)",
@@ -118,14 +138,17 @@ class DistillLayers(Pass):
         teacher = None if self.teacher is None else self._frozen(graph, self.teacher, students)
         widths = [self.width] * len(students) if teacher is None else [_width(stack) for stack in teacher.stacks]
         projections = [self._projection(*pair) for pair in zip(students, widths, strict=True)]
-        module = Distillation(Losses(*self.weights, self.temperature, self.matching == "dynamic"), None, projections)
+        losses = Losses(*self.weights, self.temperature, self.matching == "dynamic", self.attention, self.embedding)
+        module = Distillation(losses, None, projections)
         module.train(graph.training)
         module.to(next(graph.parameters()))
         graph.add_submodule(PATH, module)
-        streams = [[block.stream_out for block in stack.blocks] for stack in students]
+        streams = [[block.stream_out for block in stack.blocks] for stack in students] if self.weights[2] else []
         gates = [[_gates(graph, block) for block in stack.blocks] for stack in students]
         with graph.graph.inserting_before(graph.graph.output_node()):
-            node = graph.graph.call_module(PATH, (loss, logits, streams, gates, _tensor_inputs(graph)))
+            node = graph.graph.call_module(
+                PATH, (loss, logits, streams, gates, _tensor_inputs(graph), *self._more(students))
+            )
         node.meta["val"] = fx.value(loss)
         graph.graph.output_node().replace_input_with(loss, node)
         yield from self._changes(students)
@@ -135,16 +158,32 @@ class DistillLayers(Pass):
         note = ", the teacher is a copy, for it shares parameters" if teacher is not None and teacher.copied else ""
         yield rewrote("loss", f"task x {task}, logits x {of_logits} at T = {self.temperature}{note}")
 
+    @property
+    def _compares_layers(self) -> bool:
+        return bool(self.weights[2] or self.attention or self.embedding)
+
+    def _more(self, students: list[Stack]) -> tuple[list[Any], ...]:
+        """The further arguments of the loss."""
+        blocks = [stack.blocks for stack in students] if self.attention else []
+        calls = [[[_operands(call) for call in _attentions(block)] for block in row] for row in blocks]
+        if self.embedding:
+            return calls, [stack.blocks[0].stream_in for stack in students]
+        return (calls,) if calls else ()
+
     def _changes(self, students: list[Stack]) -> Iterable[Change]:
         for stack in students:
             how = f"{self.matching} matching" + ("" if self.projection == "none" else f", {self.projection} projection")
-            yield rewrote(stack.path, f"hidden states of {len(stack.blocks)} layers x {self.weights[2]}, {how}")
+            more = f", attention matrices x {self.attention}" if self.attention else ""
+            more += f", embeddings x {self.embedding}" if self.embedding else ""
+            yield rewrote(stack.path, f"hidden states of {len(stack.blocks)} layers x {self.weights[2]}, {how}{more}")
 
     def _projection(self, stack: Stack, width: int | None) -> list[nn.Linear]:
-        if self.projection == "none":
+        if self.projection == "none" or not (self.weights[2] or self.embedding):
             return []
-        inner = _width(stack)
-        linears = [nn.Linear(inner, width or inner) for _ in (stack.blocks if self.projection == "per-layer" else [0])]
+        inner, count = _width(stack), 1
+        if self.projection == "per-layer":
+            count = (len(stack.blocks) if self.weights[2] else 0) + bool(self.embedding)
+        linears = [nn.Linear(inner, width or inner) for _ in range(count)]
         for linear in linears:
             nn.init.eye_(linear.weight), nn.init.zeros_(linear.bias)
         return linears
@@ -162,10 +201,17 @@ class DistillLayers(Pass):
         self, gm: GraphModule, node: Node, teacher: _Teacher, students: list[Stack], logits: Node | None
     ) -> None:
         """Gives the student's graph its teacher."""
-        taps: list[Any] = [self._teacher_logits(teacher.graph, logits) if logits is not None else None]
-        for mine, other in zip(students, teacher.stacks, strict=True):
-            taps.append([other.blocks[position].stream_out for position in self._layers(mine, other)])
-        function = tapped(teacher.graph, taps)
+        wanted_logits = self._teacher_logits(teacher.graph, logits) if logits is not None else None
+        pairs = list(zip(students, teacher.stacks, strict=True))
+        states, matrices = [], []
+        for mine, other in pairs:
+            blocks = [other.blocks[position] for position in self._layers(mine, other)]
+            if self.weights[2]:
+                states.append([block.stream_out for block in blocks])
+            if self.attention:
+                matrices.append([_matrices(teacher.graph, *pair) for pair in zip(mine.blocks, blocks, strict=True)])
+        embedded = [other.blocks[0].stream_in for _, other in pairs] if self.embedding else []
+        function = tapped(teacher.graph, [wanted_logits, states, matrices, embedded])
         inputs = {str(read.target): read for read in _tensor_inputs(gm)}
         wanted = [str(read.target) for read in function.graph.find_nodes(op="placeholder")]
         if missing := [name for name in wanted if name not in inputs]:
@@ -173,7 +219,7 @@ class DistillLayers(Pass):
                 f"the teacher reads {', '.join(missing)}, which the student is not given; it takes {', '.join(inputs)}",
                 pass_name=self.name,
             )
-        node.args = (*node.args[:4], [inputs[name] for name in wanted])
+        node.args = (*node.args[:4], [inputs[name] for name in wanted], *node.args[5:])
         gm.get_submodule(PATH).held.module = function  # type: ignore[union-attr]
 
     def _paired(self, mine: list[Stack], theirs: list[Stack]) -> list[Stack]:
@@ -286,7 +332,7 @@ def attach_teacher(gm: GraphModule, teacher: nn.Module) -> None:
         )
     (item,) = parse_passes(texts[-1])
     assert isinstance(item, DistillLayers)
-    students = stacks(gm) if item.weights[2] else []
+    students = stacks(gm) if item._compares_layers else []
     logits: Any = node.args[1]
     item._attach(gm, node, item._frozen(gm, teacher, students), students, logits)
     gm.recompile()
@@ -310,6 +356,44 @@ def _gate(gm: GraphModule, name: str, product: Node) -> Node:
     if any(known == name for known, _ in gm.named_parameters()):
         return product.args[1]  # type: ignore[return-value]  # drawn anew in training
     return fx.insert_attribute(gm, mask_name(name), before=gm.graph.output_node())
+
+
+def _attentions(block: Block) -> list[Node]:
+    """The attentions of a block, in order of execution."""
+    calls = [node for node in block.stream_in.graph.nodes if node in block.nodes and node.target is SDPA]
+    if not calls:
+        raise RewriteError(
+            "it calls no scaled_dot_product_attention whose matrix could be compared; load the model with "
+            'attn_implementation="sdpa", or leave attention=0',
+            pass_name=DistillLayers.name,
+            site=block.path,
+        )
+    return calls
+
+
+def _operands(call: Node) -> tuple[Any, ...]:
+    """The arguments of `attention_matrix` for an attention."""
+    named = fx.arguments(call)
+    return tuple(named.get(name) for name in ("query", "key", "attn_mask", "is_causal", "scale"))
+
+
+def _matrices(teacher: GraphModule, mine: Block, other: Block) -> list[Node]:
+    """The nodes of the attention matrices of a teacher's block, inserted, to compare with a student's."""
+    ours, theirs = _attentions(mine), _attentions(other)
+    sizes = [[_matrix_sizes(call) for call in calls] for calls in (ours, theirs)]
+    if len(ours) != len(theirs) or not all(all(map(_agree, *pair)) for pair in zip(*sizes, strict=True)):
+        raise RewriteError(
+            f"its attention matrices have sizes {sizes[0]}, those of the teacher's {other.path} {sizes[1]}; they are "
+            "compared head by head, so leave attention=0",
+            pass_name=DistillLayers.name,
+            site=mine.path,
+        )
+    return [fx.insert_function(teacher, attention_matrix, *_operands(call), before=call) for call in theirs]
+
+
+def _matrix_sizes(call: Node) -> tuple[Any, ...]:
+    query, key = (fx.value(operand).shape for operand in _operands(call)[:2])
+    return (*query[:-1], key[-2])
 
 
 def _tensor_inputs(gm: GraphModule) -> list[Node]:

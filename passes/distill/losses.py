@@ -1,6 +1,10 @@
 """The losses of distillation, and the layers they compare.
 
     loss = a task + b T^2 KL(softmax(teacher / T) || softmax(student / T)) + c sum over pairs (s, t) of MSE(P h_s, h_t)
+           + d sum over pairs (s, t) of MSE(A_s, A_t) + e MSE(P e_s, e_t)
+
+h are the hidden states after a layer, A its attention matrices ``[batch, heads, queries, keys]`` after the softmax and
+before dropout, e the hidden states before the first layer, P a projection or nothing.
 
 CoFi (arXiv 2204.00408) pairs dynamically: from the last teacher layer down, each takes the student layer with the
 least MSE among those that exist and lie below the one taken before. If there is none, it takes that one again.
@@ -27,6 +31,7 @@ class Losses:
         task, logits, hidden: weights of the model's own loss, the KL divergence and the summed MSE.
         temperature: T.
         dynamic: pair layers by CoFi's matching; else student layer i and the i-th of the teacher's states go together.
+        attention, embedding: weights of the summed MSE of attention matrices, and of the MSE of embeddings.
     """
 
     task: float
@@ -34,6 +39,8 @@ class Losses:
     hidden: float
     temperature: float
     dynamic: bool
+    attention: float = 0.0
+    embedding: float = 0.0
 
 
 class Held:
@@ -54,9 +61,10 @@ class Distillation(nn.Module):
 
     Args:
         losses: their weights.
-        teacher: called with its input tensors, returns ``(logits, hidden states of stack 0, ...)``; None for a
-            checkpoint that is not restored for training.
-        projections: for every stack one for all student layers, or one each, or none.
+        teacher: called with its input tensors, returns the logits and three lists with an entry for each stack: hidden
+            states, attention matrices of every layer, embeddings; None for a checkpoint that is not restored for
+            training.
+        projections: for every stack one for all student layers, or one each and then one for embeddings, or none.
     """
 
     def __init__(self, losses: Losses, teacher: nn.Module | None, projections: Sequence[Sequence[nn.Linear]]):
@@ -76,6 +84,8 @@ class Distillation(nn.Module):
         stacks: Sequence[Sequence[Tensor]],
         gates: Sequence[Sequence[Sequence[Sequence[Tensor]]]],
         inputs: Sequence[Tensor],
+        attentions: Sequence[Sequence[Sequence[tuple[Any, ...]]]] = (),
+        embeddings: Sequence[Tensor] = (),
     ) -> Tensor:
         """The loss to train on.
 
@@ -85,19 +95,26 @@ class Distillation(nn.Module):
             stacks: for every stack the stream out of every block, ``[..., dim]``.
             gates: for every stack and block the gates, as `layers_exist` takes them.
             inputs: the input tensors of the teacher.
+            attentions: for every stack and block the arguments of `attention_matrix` for each of its attentions.
+            embeddings: for every stack the stream into its first block.
         """
         if not self.training:
             return loss
         if self.held.module is None:
             raise RewriteError("the teacher is not part of a checkpoint; give it back with attach_teacher(gm, teacher)")
         with torch.no_grad():
-            expected, *states = self.held.module(*inputs)
+            expected, states, matrices, embedded = self.held.module(*inputs)
         total = self.losses.task * loss
         if logits is not None:
             total = total + self.losses.logits * divergence(logits, expected, self.losses.temperature)
-        for streams, closing, wanted, projections in zip(stacks, gates, states, self.projections, strict=True):
-            exists = layers_exist(closing, wanted[0].device) if any(closing) else None
+        exist = [layers_exist(closing, loss.device) if any(closing) else None for closing in gates]
+        for streams, exists, wanted, projections in zip(stacks, exist, states, self.projections, strict=False):
             total = total + self.losses.hidden * self._hidden(streams, wanted, [*projections.children()], exists)
+        for calls, exists, wanted in zip(attentions, exist, matrices, strict=True) if attentions else ():
+            total = total + self.losses.attention * attention_loss(calls, wanted, exists)
+        for stream, wanted, projections in zip(embeddings, embedded, self.projections, strict=False):
+            (*_, project) = [nn.Identity(), *projections.children()]
+            total = total + self.losses.embedding * F.mse_loss(project(stream), wanted)
         return total
 
     def _hidden(
@@ -105,7 +122,7 @@ class Distillation(nn.Module):
     ) -> Tensor:
         states = list(streams)
         if projections:
-            each = projections if len(projections) == len(states) else projections * len(states)
+            each = projections[: len(states)] if len(projections) >= len(states) else projections[:1] * len(states)
             states = [project(state) for project, state in zip(each, states, strict=True)]
         return layer_loss(states, wanted, exists) if self.losses.dynamic else paired_loss(states, wanted, exists)
 
@@ -115,6 +132,42 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     mine = F.log_softmax(student.flatten(0, -2).float() / temperature, -1)
     theirs = F.log_softmax(teacher.flatten(0, -2).float() / temperature, -1)
     return F.kl_div(mine, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+def attention_matrix(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    """The attention that ``scaled_dot_product_attention`` gives its values, ``[..., heads, queries, keys]``.
+
+    Args:
+        query: ``[..., heads, queries, dim]``.
+        key: ``[..., key heads, keys, dim]``; a key head serves consecutive query heads.
+        mask: bool, True where attended, or added; broadcast.
+        causal: query i attends keys up to i.
+        scale: of the products; by default that of the dimension.
+
+    A query that attends nothing has a row of zeros.
+    """
+    query, key = query.float(), key.float()
+    if key.shape[-3] != query.shape[-3]:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return torch.ops.aten._safe_softmax(scores, -1)
+
+
+def attention_loss(
+    calls: Sequence[Sequence[tuple[Any, ...]]], wanted: Sequence[Sequence[Tensor]], exists: Tensor | None = None
+) -> Tensor:
+    """Summed MSE of attention matrices; those of a layer that does not exist count nothing."""
+    layers = [
+        torch.stack([F.mse_loss(attention_matrix(*mine), theirs) for mine, theirs in zip(*layer, strict=True)]).sum()
+        for layer in zip(calls, wanted, strict=True)
+    ]
+    errors = torch.stack(layers)
+    return (errors if exists is None else errors * exists).sum()
 
 
 def layers_exist(gates: Sequence[Sequence[Sequence[Tensor]]], device: torch.device) -> Tensor:

@@ -191,6 +191,7 @@ def _gather_rows(gm: GraphModule, found: Attention | MLP, site: Site, linears: S
     source = found.output.linear.input
     path = between({linear.node for linear in linears}, [source])
     patches = _patches(linears, site, source, omitted)
+    sizes = {node: _sizes(node) for node in path}
     changed = []
     for part, linear in zip(site.projections, linears, strict=True):
         rows = fx.insert_attribute(gm, rows_name(part), before=linear.node)
@@ -198,6 +199,16 @@ def _gather_rows(gm: GraphModule, found: Attention | MLP, site: Site, linears: S
     if isinstance(found, Attention):
         changed += _select_mask(gm, found, site)
     resize(gm, patches, changed, nodes=path)
+    inside = {*path, *changed, found.output.linear.node}
+    for node in path:
+        outside = [user for user in node.users if user not in inside and isinstance(user.meta.get("val"), Tensor)]
+        if outside and node in sizes and _sizes(node) != sizes[node]:
+            raise CannotShrink(f"{node.name} is also read by {outside[0].name}, which would lack what is left out")
+
+
+def _sizes(node: Node) -> tuple[str, ...]:
+    value = node.meta.get("val")
+    return tuple(map(str, value.shape)) if isinstance(value, Tensor) else ()
 
 
 def _gather(gm: GraphModule, linear: Linear, source: Node, rows: Node | None, columns: Node | None) -> Node:

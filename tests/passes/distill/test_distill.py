@@ -24,7 +24,7 @@ from fxsparse.passes import (
     Pipeline,
 )
 from fxsparse.passes.distill.distill import attach_teacher
-from fxsparse.passes.distill.losses import layer_loss, layers_exist, match_layers
+from fxsparse.passes.distill.losses import attention_matrix, layer_loss, layers_exist, match_layers
 from tests.support.dropped import built_without
 from tests.support.families import HIDDEN, draws_alike
 from tests.support.traced import traced
@@ -299,3 +299,137 @@ def test_refusals() -> None:
 def test_text_form() -> None:
     item = DistillLayers(matching="plain", weights=(1.0, 0.5, 0.0), teacher_layers={"encoder.*": (1,)})
     assert Pipeline.parse(str(Pipeline(item))).passes == (item,)
+
+
+# --- attention matrices and embeddings --------------------------------------------------------------------------------
+
+CHOP = {"matching": "plain", "weights": (0.3, 0.0, 0.7), "attention": 0.5, "embedding": 0.4}
+
+
+def shown(model: nn.Module, batch: dict[str, Any]) -> Any:
+    """The outputs with attention matrices as Hugging Face gives them; in evaluation mode, so without dropout."""
+    model = copy.deepcopy(model).eval()
+    model.set_attn_implementation("eager")
+    return model(**batch, output_attentions=True, output_hidden_states=True)
+
+
+def attended(output: Any) -> list[list[Tensor]]:
+    """By stack the attention matrices, in the order of execution."""
+    if "encoder_attentions" not in output:
+        return [list(output.attentions)]
+    pairs = zip(output.decoder_attentions, output.cross_attentions, strict=True)
+    return [list(output.encoder_attentions), [matrix for pair in pairs for matrix in pair]]
+
+
+def embedded(output: Any) -> list[Tensor]:
+    if "encoder_hidden_states" in output:
+        return [output.encoder_hidden_states[0], output.decoder_hidden_states[0]]
+    return [output.hidden_states[0]]
+
+
+@pytest.mark.parametrize("name", ["bert", "opt", "gpt2", "llama", "t5"])
+def test_attention_matrices_and_embeddings_are_those_of_the_models(name: str) -> None:
+    """Padding masks, causal masks, grouped queries, added positions without a scale, and attention to an encoder."""
+    family, base = traced(name)
+    _, graph = traced(name)
+    with torch.no_grad():
+        for parameter in graph.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    teacher = copy.deepcopy(family.model)
+    teacher.load_state_dict(graph.state_dict(), strict=False)
+    gm = fxsparse.rewrite(base, [DistillLayers(graph, **{**CHOP, "weights": (0.3, 0.0, 0.0)})])
+    assert "attention matrices x 0.5, embeddings x 0.4" in record_of(gm).entries[0].rewritten[0].detail
+    batch = family.make_batch(batch=3)
+    student = shown(family.model, batch)
+    with torch.no_grad():
+        wanted = shown(teacher, batch)
+    matrices = sum(
+        F.mse_loss(mine, theirs)
+        for ours, others in zip(attended(student), attended(wanted), strict=True)
+        for mine, theirs in zip(ours, others, strict=True)
+    )
+    stems = sum(F.mse_loss(mine, theirs) for mine, theirs in zip(embedded(student), embedded(wanted), strict=True))
+    assert matrices.item() > 1e-7 and stems.item() > 1e-4
+    expected = 0.3 * student.loss + 0.5 * matrices + 0.4 * stems
+    gm.eval(), gm.distillation.train()
+    for call in (gm, torch.compile(gm, backend="aot_eager")) if name == "bert" else (gm,):
+        torch.testing.assert_close(call(**batch).loss, expected, rtol=1e-5, atol=1e-7)
+    parameters = dict(gm.named_parameters())
+    grads = dict(zip(parameters, torch.autograd.grad(gm(**batch).loss, parameters.values()), strict=True))
+    assert sum(grad.abs().sum() > 0 for grad in grads.values()) > len(grads) // 2
+
+
+def test_gradients_of_attention_matrices_are_those_of_autograd() -> None:
+    query, key = torch.randn(2, 4, 5, 8, requires_grad=True), torch.randn(2, 2, 6, 8, requires_grad=True)
+    mask = torch.rand(2, 1, 5, 6) < 0.7
+    mask[0, 0, 2] = False  # a query that attends nothing
+    matrix = attention_matrix(query, key, mask, False, 0.3)
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key.repeat_interleave(2, 1)) * 0.3
+    weights = scores.exp() * mask
+    expected = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30)
+    torch.testing.assert_close(matrix, expected)
+    assert not matrix[0, :, 2].any()
+    dy = torch.randn_like(matrix)
+    torch.testing.assert_close(
+        torch.autograd.grad(matrix, (query, key), dy), torch.autograd.grad(expected, (query, key), dy)
+    )
+    causal = attention_matrix(query, key[..., :5, :], None, True, None)
+    assert (causal.triu(1) == 0).all()
+    torch.testing.assert_close(causal.sum(-1), torch.ones(2, 4, 5))
+
+
+def test_chops_projections_and_the_way_back_from_a_checkpoint(tmp_path: Any) -> None:
+    family, base = traced("opt")
+    fresh = copy.deepcopy(family.model)
+    item = DistillLayers(base, projection="per-layer", **CHOP)
+    assert Pipeline.parse(str(item)) == Pipeline(item)
+    gm = fxsparse.rewrite(base, [DropLayers(indices=(1,)), item])
+    assert len(gm.distillation.projections[0]) == 2 + 1
+    nn.init.normal_(gm.get_parameter("distillation.projections.0.2.weight"))
+    batch = family.make_batch()
+    gm.train()(**batch).loss.backward()
+    assert all(parameter.grad.any() for parameter in gm.distillation.parameters())
+    fxsparse.save(gm, tmp_path / "student.safetensors")
+    loaded = fxsparse.load(tmp_path / "student.safetensors", fresh, kwargs=batch)
+    attach_teacher(loaded, family.model)
+    gm.eval(), gm.distillation.train(), loaded.eval(), loaded.distillation.train()
+    torch.testing.assert_close(loaded(**batch).loss, gm(**batch).loss)
+    ended = fxsparse.rewrite(gm, [EndDistillation()])
+    plain = fxsparse.rewrite(traced("opt")[1], [DropLayers(indices=(1,))])
+    assert [node.target for node in ended.graph.nodes] == [node.target for node in plain.graph.nodes]
+
+
+def test_a_shared_projection_serves_embeddings_too() -> None:
+    family, base = traced("bert")
+    gm = fxsparse.rewrite(base, [DistillLayers(base, projection="shared", weights=(0, 0, 0), embedding=1.0)])
+    (projection,) = gm.distillation.projections[0]
+    gm.train()(**family.make_batch()).loss.backward()
+    assert projection.bias.grad.any()
+
+
+def test_what_attention_distillation_refuses() -> None:
+    family, base = traced("bert")
+    with pytest.raises(OptionError, match='use matching="plain"'):
+        DistillLayers(attention=1.0)
+    for option in ("attention", "embedding"):
+        with pytest.raises(OptionError, match=f"{option}=-1.0 must be at least 0"):
+            DistillLayers(matching="plain", **{option: -1.0})
+    narrow = fxsparse.rewrite(base, "gates{units=[heads],target=0.3,score=magnitude},materialize")
+    with pytest.raises(RewriteError, match="compared head by head"):
+        fxsparse.rewrite(narrow, [DistillLayers(base, **CHOP)])
+    config = copy.deepcopy(family.model.config)
+    config._attn_implementation = "eager"
+    eager = fxsparse.trace(type(family.model)(config), kwargs=family.make_batch())
+    with pytest.raises(RewriteError, match=r"bert.encoder.layer.0.*no scaled_dot_product_attention"):
+        fxsparse.rewrite(eager, [DistillLayers(base, **CHOP)])
+
+
+def test_attention_is_not_compared_where_heads_are_left_out() -> None:
+    family, base = traced("opt")
+    item = DistillLayers(traced("opt")[1], **CHOP)
+    gm = fxsparse.rewrite(base, [item, "select-neurons{omission=0.5}"])
+    skipped = {change.site: change.detail for change in record_of(gm).entries[-1].skipped}
+    assert sum("is also read by distillation" in detail for detail in skipped.values()) == 3
+    gm.train()(**family.make_batch()).loss.backward()
+    with pytest.raises(RewriteError, match=r"distill: does not go with an earlier pass.*also read by distillation"):
+        fxsparse.rewrite(traced("opt")[1], ["select-neurons{omission=0.5}", item])
