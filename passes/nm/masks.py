@@ -32,7 +32,7 @@ from fxsparse.graph.record import Change, HeldWeight, hold, rewrote, skipped
 from fxsparse.ops.nm import Pattern, pack
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
-from fxsparse.passes.nm.branch import Branch
+from fxsparse.passes.nm.branch import Additions
 from fxsparse.passes.nm.rules import CRITERIA, NMMask
 from fxsparse.passes.nm.sparse_linear import sparse_linears
 from fxsparse.passes.nm.sparsegpt import Pruned, sparsegpt
@@ -288,14 +288,11 @@ class _DenseByDefault:
         self.reads = fx.reads(gm)
         self.first: set[Node] = fx.first_linears(gm) if keep_first else set()
         self.heads: set[Node] = fx.head_linears(gm) if keep_head else set()
-        self.branches = {name: branch for branch in live.sites(gm, Branch) for name in (branch.down, branch.up)}
-        self.added = live.sites(gm, live.Added)
+        self.additions = Additions(gm)
 
     def __call__(self, site: list[Linear]) -> str | None:
-        if branch := self.branches.get(site[0].name):
-            return f"it is of the low-rank branch of {fx.module_path(branch.weight)}"
-        if whose := [item.whose for item in self.added if site[0].name.startswith(f"{item.path}.")]:
-            return f"it is of {whose[0]}, which a pass added"
+        if reason := self.additions.reason(site[0].name):
+            return reason
         reads = self.reads[id(fx.attribute(self.gm, site[0].name))]
         for read in reads:
             for user in read.users:

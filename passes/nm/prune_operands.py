@@ -25,6 +25,7 @@ from fxsparse.graph.record import Change, rewrote, skipped
 from fxsparse.ops.nm import Pattern
 from fxsparse.ops.pruned_operands import MATRICES
 from fxsparse.passes.base import Pass
+from fxsparse.passes.nm.branch import Additions
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ class PruneOperands(Pass):
                 )
         first = fx.first_linears(graph) if self.keep_first else set()
         heads = fx.head_linears(graph) if self.keep_head else set()
+        additions = Additions(graph)
         for linear in linears:
-            reason = self._misfit(linear)
+            reason = additions.reason(linear.name) or self._misfit(linear)
             if linear.node in heads:
                 reason = reason or "it is a head (keep_head=False prunes there)"
             if linear.node in first:

@@ -144,3 +144,12 @@ def test_what_is_left_alone_and_refused() -> None:
         fxsparse.rewrite(model, [PruneOperands(exclude="nothing")], (x,))
     again = fxsparse.replay(record_of(gm), copy.deepcopy(model), (x,))
     torch.testing.assert_close(again(x), gm(x))
+
+
+def test_what_other_passes_added_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    passes = 'low-rank{rank=4,start=0.0,layers=["2"]},prune-operands{keep_first=false,keep_head=false}'
+    gm = fxsparse.rewrite(model, passes, (torch.randn(3, 8),))
+    entry = record_of(gm).entries[1]
+    assert {change.site for change in entry.rewritten} == {"0", "2", "4"} and len(entry.rewritten) == 3
+    assert all("of the low-rank branch of 2" in change.detail for change in entry.skipped) and len(entry.skipped) == 2
