@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxsparse.analysis.probing import between, evaluate, shape_of
 from fxsparse.analysis.residual_streams import Stream
+from fxsparse.analysis.sections import Section
 from fxsparse.analysis.ties import sizes
 from fxsparse.graph.resize import Losses, Lost
+
+_POSITIONS = 4  # examples or tokens at which axes are probed, where they are apart
 
 Removed = Mapping[Node, Tensor]
 """Positions, int64, that go along an axis of nodes."""
@@ -85,19 +87,22 @@ def lost_of(keep: Tensor, size: int) -> Tensor:
 def _changes(removed: Removed, targets: Sequence[Node], axis: int) -> dict[Node, list[Tensor]]:
     """For each result of each node, which of its elements change; bool."""
     removed = {source: index for source, index in removed.items() if len(index)}
-    path = between(set(removed), targets)
-    if not path:
+    others = {
+        source: [at for at in range(len(sizes(source)) - 1) if at != axis % len(sizes(source))] for source in removed
+    }
+    section = Section(others, targets, _POSITIONS)
+    if not section.nodes:
         return {}
     stand_ins: dict[Node, Any] = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         # Above zero, so that what is clipped there shows as well.
-        drawn = {source: torch.rand(shape_of(source)) + 0.5 for source in removed}
+        drawn = {source: torch.rand(section.shape(source)) + 0.5 for source in removed}
         holes = {source: drawn[source].index_fill(axis, index, torch.nan) for source, index in removed.items()}
-        whole, broken = (evaluate(path, values, stand_ins) for values in (drawn, holes))
+        whole, broken = (section.run(values, stand_ins) for values in (drawn, holes))
     return {
         node: [_changed(a, b) for a, b in zip(_results(whole[node]), _results(broken[node]), strict=True)]
-        for node in (*removed, *path)
+        for node in (*removed, *section.nodes)
     }
 
 

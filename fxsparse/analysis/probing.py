@@ -6,7 +6,7 @@ Only the nodes between some inputs and some outputs run. What they read from els
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,16 +51,25 @@ def between(sources: Collection[Node], targets: Iterable[Node]) -> list[Node]:
 
 def shape_of(node: Node) -> tuple[int, ...]:
     """The sizes of a tensor in the traced example."""
-    return tuple(map(_number, fx.value(node).shape))
+    return tuple(map(number, fx.value(node).shape))
 
 
-def evaluate(path: Sequence[Node], given: Mapping[Node, Tensor], stand_ins: dict[Node, Any]) -> dict[Node, Any]:
+def evaluate(
+    path: Sequence[Node],
+    given: Mapping[Node, Tensor],
+    stand_ins: dict[Node, Any],
+    *,
+    arguments: Mapping[Node, Mapping[str, Any]] | None = None,
+    make: Callable[[Node], Any] | None = None,
+) -> dict[Node, Any]:
     """Runs nodes in order.
 
     Args:
         path: of :func:`between`.
         given: values of the sources.
         stand_ins: of what else is read; filled in, so that further runs see the same.
+        arguments: those of some nodes that differ from the ones they are called with, by name.
+        make: makes a stand-in; by default :func:`stand_in` at the traced sizes.
     """
     values: dict[Node, Any] = dict(given)
 
@@ -68,33 +77,50 @@ def evaluate(path: Sequence[Node], given: Mapping[Node, Tensor], stand_ins: dict
         if node in values:
             return values[node]
         if node not in stand_ins:
-            stand_ins[node] = _stand_in(node)
+            stand_ins[node] = (make or stand_in)(node)
         return stand_ins[node]
 
     for node in path:
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), read)
+        written = arguments.get(node) if arguments is not None else None
+        call = (node.args, node.kwargs) if not written else ((), {**fx.arguments(node), **written})
+        args, kwargs = torch.fx.map_arg(call, read)
         values[node] = node.target(*args, **_on_cpu(kwargs))  # type: ignore[operator]
     return values
 
 
-def _stand_in(node: Node) -> Any:
-    if node.op == "get_attr" and node.graph.owning_module is not None:
-        held = fx.attribute(node.graph.owning_module, str(node.target))
-        if isinstance(held, Tensor) and not held.is_floating_point() and not held.is_meta:
-            return held.detach().cpu()  # which positions are read is structure
+def stand_in(node: Node, lengths: Mapping[int, int] | None = None) -> Any:
+    """What stands for a node that the nodes to run read from elsewhere.
+
+    Args:
+        node: the node.
+        lengths: sizes of axes that differ from the traced ones.
+    """
+    held = held_integers(node)
+    if held is not None:
+        return held
     example = fx.value(node) if "val" in node.meta else None
     if isinstance(example, Tensor):
-        shape = tuple(map(_number, example.shape))
+        shape = tuple((lengths or {}).get(axis, size) for axis, size in enumerate(map(number, example.shape)))
         if example.is_floating_point():
             return torch.rand(shape) + 0.5
         if example.dtype == torch.bool:
             return torch.ones(shape, dtype=torch.bool)
         return torch.zeros(shape, dtype=example.dtype)
     if isinstance(example, (torch.SymInt, int)) and not isinstance(example, bool):
-        return _number(example)
+        return number(example)
     if isinstance(example, (float, torch.SymFloat)):
         return 0.0 if any(map(_is_flag, node.all_input_nodes)) else float(example)
     return False  # a training flag: probing is evaluation
+
+
+def held_integers(node: Node) -> Tensor | None:
+    """The parameter or buffer that a node reads, if it holds numbers: which positions are read is structure."""
+    if node.op != "get_attr" or node.graph.owning_module is None:
+        return None
+    held = fx.attribute(node.graph.owning_module, str(node.target))
+    if not isinstance(held, Tensor) or held.is_floating_point() or held.is_meta:
+        return None
+    return held.detach().cpu()
 
 
 def _is_flag(node: Node) -> bool:
@@ -105,5 +131,6 @@ def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: "cpu" if name == "device" and item is not None else item for name, item in kwargs.items()}
 
 
-def _number(size: Any) -> int:
+def number(size: Any) -> int:
+    """A size in the traced example."""
     return int(size) if isinstance(size, int) else int(size.node.hint)

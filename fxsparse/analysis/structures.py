@@ -20,7 +20,9 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.analysis.blocks import stacks
-from fxsparse.analysis.probing import between, evaluate, nearest, shape_of
+from fxsparse.analysis.probing import between, nearest, shape_of
+from fxsparse.analysis.reach import changed, reached
+from fxsparse.analysis.sections import Section, remembered
 from fxsparse.graph import Linear, traits
 from fxsparse.graph.record import Change, skipped
 from fxsparse.ops.operator import operator_name
@@ -28,7 +30,8 @@ from fxsparse.ops.operator import operator_name
 aten = torch.ops.aten
 
 SDPA = aten.scaled_dot_product_attention.default
-_DRAWS = 8
+_DRAWS = 32
+_POSITIONS = 2  # at which every unit is probed in a draw
 _T = TypeVar("_T")
 
 
@@ -140,7 +143,10 @@ def mlps(gm: GraphModule) -> list[MLP]:
 
 
 def structures(gm: GraphModule) -> Structures:
-    """All structures of a training-IR graph, and what was left alone."""
+    """All structures of a training-IR graph, and what was left alone.
+
+    What was probed is kept with the graph and its copies (`sections.remembered`), so that asking again costs little.
+    """
     heads, no_heads = _found(_attention_sites(gm))
     channels, no_channels = _found(_mlp_sites(gm))
     return Structures(tuple(heads), tuple(channels), (*no_heads, *no_channels))
@@ -149,13 +155,11 @@ def structures(gm: GraphModule) -> Structures:
 def _found(sites: Iterable[tuple[str, Callable[[], _T]]]) -> tuple[list[_T], list[Change]]:
     found: list[_T] = []
     left: list[Change] = []
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
-        for path, probe in sites:
-            try:
-                found.append(probe())
-            except _NotSeparable as reason:
-                left.append(skipped(path, str(reason)))
+    for path, probe in sites:
+        try:
+            found.append(probe())
+        except _NotSeparable as reason:
+            left.append(skipped(path, str(reason)))
     return found, left
 
 
@@ -165,86 +169,109 @@ def _found(sites: Iterable[tuple[str, Callable[[], _T]]]) -> tuple[list[_T], lis
 def _attention_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], Attention]]]:
     linears = {linear.node: linear for linear in fx.linears(gm)}
     for sdpa in gm.graph.find_nodes(op="call_function", target=SDPA):
-        yield fx.stack_path(sdpa) or sdpa.name, partial(_attention, sdpa, linears)
+        yield fx.stack_path(sdpa) or sdpa.name, partial(_attention, gm, sdpa, linears)
 
 
-def _attention(sdpa: Node, linears: dict[Node, Linear]) -> Attention:
+def _attention(gm: GraphModule, sdpa: Node, linears: dict[Node, Linear]) -> Attention:
     operands = dict(zip(("query", "key", "value"), fx.arguments(sdpa).values(), strict=False))
     heads = shape_of(operands["query"])[1]
-    rows = {kind: _head_rows(node, linears) for kind, node in operands.items()}
-    groups = {kind: _groups(index) for kind, (_, index) in rows.items()}
+    rows = {kind: _head_rows(gm, node, linears) for kind, node in operands.items()}
+    groups = {kind: of_heads.group() for kind, (_, of_heads) in rows.items()}
     kv_heads = len(groups["key"])
     if len(groups["query"]) != heads:
         raise _NotSeparable("query heads share rows of their projection")
     if len(groups["value"]) != kv_heads or heads % kv_heads:
         raise _NotSeparable(f"{heads} query heads, {kv_heads} key heads, {len(groups['value'])} value heads")
     projections = tuple(Rows(rows[kind][0], _stacked(groups[kind], kind), kind) for kind in groups)
-    output = _head_columns(sdpa, heads, linears)
+    output = _head_columns(gm, sdpa, heads, linears)
     paths = [projection.linear.path for projection in projections] + [output.linear.path]
     return Attention(_common(paths) or fx.stack_path(sdpa), sdpa, heads, kv_heads, projections, output)
 
 
-def _head_rows(node: Node, linears: dict[Node, Linear]) -> tuple[Linear, list[frozenset[int]]]:
+@dataclass(frozen=True)
+class _OfHeads:
+    """The rows or columns of each head, ascending, as numbers side by side.
+
+    Attributes:
+        counts: how many each head has, int64 ``[heads]``.
+        numbers: int64 ``[their sum]``.
+    """
+
+    counts: Tensor
+    numbers: Tensor
+
+    @classmethod
+    def of(cls, touched: Tensor) -> _OfHeads:
+        """Of ``touched``, bool ``[heads, rows]``."""
+        return cls(touched.sum(1), touched.nonzero()[:, 1])
+
+    def each(self) -> list[Tensor]:
+        return list(self.numbers.split(self.counts.tolist()))
+
+    def group(self) -> list[Tensor]:
+        """The different sets of rows, in order: heads that share one are a group, whose members must be consecutive."""
+        each = self.each()
+        numbers = [tuple(rows.tolist()) for rows in each]
+        firsts = {rows: head for head, rows in reversed(list(enumerate(numbers)))}
+        groups = sorted(firsts.values())
+        if len({numbers.count(numbers[head]) for head in groups}) != 1:
+            raise _NotSeparable("groups of heads that share rows have different numbers of heads")
+        size = len(each) // len(groups)
+        if any(rows != numbers[groups[head // size]] for head, rows in enumerate(numbers)):
+            raise _NotSeparable("heads that share rows are not consecutive")
+        return [each[head] for head in groups]
+
+
+def _head_rows(gm: GraphModule, node: Node, linears: dict[Node, Linear]) -> tuple[Linear, _OfHeads]:
     """The linear that a query, key or value comes from, and the rows that each head reads."""
     sources = nearest(node, linears)
     if len(sources) != 1:
         raise _NotSeparable(f"{node.name} comes from {len(sources)} linears, not one")
     (source,) = sources
-    path = between({source}, [node])
-    _refuse_products(path)
-    drawn = torch.randn(shape_of(source), requires_grad=True)
-    # In-place operators may write into a copy, not into what gradients are taken of.
-    result = evaluate(path, {source: drawn.clone()}, {})[node] if path else drawn
-    used: list[frozenset[int]] = []
-    for head in range(result.shape[1]):
-        part = result[:, head]
-        (gradient,) = torch.autograd.grad((part * torch.randn_like(part)).sum(), drawn, retain_graph=True)
-        touched = gradient.flatten(0, -2).ne(0).any(0)
-        used.append(frozenset(touched.nonzero().flatten().tolist()))
-    return linears[source], used
+    heads = shape_of(node)[1]
+    section = Section({source: _but_last(source)}, [node], _POSITIONS * heads)
+    _refuse_products(section.nodes)
+
+    def probe() -> _OfHeads:
+        touched = torch.zeros(heads, shape_of(source)[-1], dtype=torch.bool)
+        for _ in range(_DRAWS):
+            (drawn,) = reached(section, node, 1, torch.eye(heads, dtype=torch.bool))
+            before, touched = touched, touched | drawn
+            if torch.equal(before, touched) and len(touched.sum(1).unique()) == 1:
+                break
+        return _OfHeads.of(touched)
+
+    return linears[source], remembered(gm, ("rows of heads", heads, section.key), probe)
 
 
-def _groups(rows_of_heads: list[frozenset[int]]) -> list[frozenset[int]]:
-    """The different sets of rows, in order: heads that share one are a group, whose members must be consecutive."""
-    groups = list(dict.fromkeys(rows_of_heads))
-    if len({rows_of_heads.count(group) for group in groups}) != 1:
-        raise _NotSeparable("groups of heads that share rows have different numbers of heads")
-    size = len(rows_of_heads) // len(groups)
-    if any(rows != groups[head // size] for head, rows in enumerate(rows_of_heads)):
-        raise _NotSeparable("heads that share rows are not consecutive")
-    return groups
-
-
-def _stacked(groups: list[frozenset[int]], kind: str) -> Tensor:
+def _stacked(groups: list[Tensor], kind: str) -> Tensor:
     sizes = {len(group) for group in groups}
-    if len(sizes) != 1 or len(frozenset.union(*groups)) != sum(map(len, groups)):
+    if len(sizes) != 1 or len(torch.cat(groups).unique()) != sum(map(len, groups)):
         raise _NotSeparable(f"{kind} heads overlap or differ in size: one part of the projection serves several heads")
-    return torch.tensor([sorted(group) for group in groups])
+    return torch.stack(groups)
 
 
-def _head_columns(sdpa: Node, heads: int, linears: dict[Node, Linear]) -> Columns:
+def _head_columns(gm: GraphModule, sdpa: Node, heads: int, linears: dict[Node, Linear]) -> Columns:
     """The linear that reads an attention's result, and the columns that each head feeds."""
     readers = _readers(sdpa, linears)
     if len(readers) != 1:
         raise _NotSeparable(f"its result is read by {len(readers)} linears, not one")
     linear = linears[readers[0]]
-    path, stand_ins = between({sdpa}, [linear.input]), dict[Node, object]()
-    _refuse_products(path)
-
-    def columns(drawn: Tensor) -> Tensor:
-        return evaluate(path, {sdpa: drawn}, stand_ins)[linear.input] if path else drawn
-
-    with torch.no_grad():
-        first = torch.randn(shape_of(sdpa))
-        base, index = columns(first), []
-        for head in range(heads):
-            other = first.clone()
-            other[:, head] = torch.randn_like(other[:, head])
-            changed = columns(other).ne(base).flatten(0, -2).any(0)
-            index.append(changed.nonzero().flatten().tolist())
-    if len({len(own) for own in index}) != 1 or sum(map(len, index)) != len({at for own in index for at in own}):
+    axes = [axis for axis in _but_last(sdpa) if axis != 1]
+    section = Section({sdpa: axes}, [linear.input], _POSITIONS * heads)
+    _refuse_products(section.nodes)
+    index = remembered(
+        gm,
+        ("columns of heads", heads, section.key),
+        lambda: _OfHeads.of(changed(section, sdpa, linear.input, 1, heads)),
+    )
+    if len(index.counts.unique()) != 1 or len(index.numbers.unique()) != len(index.numbers):
         raise _NotSeparable("heads are mixed before the output linear")
-    return Columns(linear, torch.tensor(index))
+    return Columns(linear, index.numbers.view(heads, -1))
+
+
+def _but_last(node: Node) -> range:
+    return range(len(shape_of(node)) - 1)
 
 
 def _refuse_products(path: list[Node]) -> None:
@@ -289,7 +316,7 @@ def _mlp_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], MLP]]]:
         beside = {source for node in path for source in node.all_input_nodes} - {*sources, *path}
         if any(source in computed and not _is_size(source) for source in beside):
             continue  # a stream joins in
-        yield linear.path, partial(_mlp, linear, sources, path, linears)
+        yield linear.path, partial(_mlp, gm, linear, sources, linears)
 
 
 def _keeps_channels(node: Node) -> bool:
@@ -300,39 +327,52 @@ def _is_size(node: Node) -> bool:
     return not isinstance(node.meta.get("val"), (Tensor, tuple, list))
 
 
-def _mlp(linear: Linear, sources: list[Node], path: list[Node], linears: dict[Node, Linear]) -> MLP:
+def _mlp(gm: GraphModule, linear: Linear, sources: list[Node], linears: dict[Node, Linear]) -> MLP:
     channels = linear.in_features
     bits = max(1, (channels - 1).bit_length())
-    numbers = torch.arange(channels)
-    hits: list[Tensor] = [torch.zeros(2, bits, shape_of(source)[-1], dtype=torch.bool) for source in sources]
-    for _ in range(_DRAWS):
-        given = {source: torch.randn(shape_of(source), requires_grad=True) for source in sources}
-        result = evaluate(path, {source: values.clone() for source, values in given.items()}, {})[linear.input]
-        weights = torch.randn_like(result)
-        for bit in range(bits):
-            for one in (0, 1):
-                chosen = weights * (numbers >> bit & 1).eq(one)
-                gradients = torch.autograd.grad(
-                    (result * chosen).sum(), list(given.values()), retain_graph=True, allow_unused=True
-                )
-                for seen, gradient in zip(hits, gradients, strict=True):
-                    if gradient is not None:
-                        seen[one, bit] |= gradient.flatten(0, -2).ne(0).any(0)
-        if all(bool(seen.any(0).all()) for seen in hits):
-            break
+    section = Section({source: _but_last(source) for source in sources}, [linear.input], _POSITIONS * 2 * bits)
+    key = ("channels of rows", channels, section.key)
     projections = []
-    for source, seen in zip(sources, hits, strict=True):
-        if bool((seen[0] & seen[1]).any()):
-            raise _NotSeparable(f"a row of {linears[source].path} feeds several channels")
-        if not bool(seen.any(0).all()):
-            raise _NotSeparable(f"some rows of {linears[source].path} feed no channel")
-        number = (seen[1] * (1 << torch.arange(bits))[:, None]).sum(0)
-        counts = torch.bincount(number, minlength=channels)
-        if len(counts) != channels or len(counts.unique()) != 1:
-            raise _NotSeparable(f"channels have different numbers of rows of {linears[source].path}")
-        projections.append(Rows(linears[source], number.argsort(stable=True).view(channels, -1), "channel"))
+    for source, answer in zip(
+        sources, remembered(gm, key, lambda: _channels(section, linear.input, channels, bits)), strict=True
+    ):
+        if isinstance(answer, str):
+            raise _NotSeparable(answer.format(row=linears[source].path))
+        projections.append(Rows(linears[source], answer, "channel"))
     path_of = _common([linear.path, *(projection.linear.path for projection in projections)])
-    return MLP(path_of or linear.path, channels, tuple(projections), Columns(linear, numbers[:, None]))
+    numbers = torch.arange(channels)[:, None]
+    return MLP(path_of or linear.path, channels, tuple(projections), Columns(linear, numbers))
+
+
+def _channels(section: Section, target: Node, channels: int, bits: int) -> list[Tensor | str]:
+    """For every source the rows of each channel, int64 ``[channels, rows of each]``, or why there are none.
+
+    The number of a row's channel is read bit by bit: from which of the channels with the bit, and which of those
+    without it, depend on the row.
+    """
+    has_bit = (torch.arange(channels) >> torch.arange(bits)[:, None] & 1).bool()
+    hits = [torch.zeros(2 * bits, shape_of(source)[-1], dtype=torch.bool) for source in section.sources]
+    for _ in range(_DRAWS):
+        hits = [
+            seen | drawn
+            for seen, drawn in zip(hits, reached(section, target, -1, torch.cat([~has_bit, has_bit])), strict=True)
+        ]
+        if all(bool((seen[:bits] | seen[bits:]).all()) for seen in hits):
+            break
+    return [_rows_of_channels(seen[:bits], seen[bits:], channels) for seen in hits]
+
+
+def _rows_of_channels(without: Tensor, with_bit: Tensor, channels: int) -> Tensor | str:
+    """From bool ``[bits, rows]``: whether channels without a bit, and with it, depend on a row."""
+    if bool((without & with_bit).any()):
+        return "a row of {row} feeds several channels"
+    if not bool((without | with_bit).all()):
+        return "some rows of {row} feed no channel"
+    number = (with_bit * (1 << torch.arange(len(with_bit)))[:, None]).sum(0)
+    counts = torch.bincount(number, minlength=channels)
+    if len(counts) != channels or len(counts.unique()) != 1:
+        return "channels have different numbers of rows of {row}"
+    return number.argsort(stable=True).view(channels, -1)
 
 
 def _common(paths: list[str]) -> str:

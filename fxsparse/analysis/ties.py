@@ -105,6 +105,14 @@ def _along(node: Node) -> list[list[Axis]]:
     return [[(source, axis), (node, axis)] for axis in range(len(sizes(source))) if axis not in changed]
 
 
+def _sliced(node: Node) -> list[list[Axis]]:
+    """As :func:`_along`; a slice of all positions, as ``x[:, :, None]`` takes, changes nothing."""
+    source: Any = node.args[0]
+    old, new = sizes(source), sizes(node)
+    whole = [axis for axis in traits.dims(node) if _expression(old[axis]) == _expression(new[axis])]
+    return [*_along(node), *([(source, axis), (node, axis)] for axis in whole)]
+
+
 def _selected(node: Node) -> list[list[Axis]]:
     source: Any = node.args[0]
     left = [axis for axis in range(len(sizes(source))) if axis not in traits.dims(node)]
@@ -211,7 +219,7 @@ _BY_AXES: dict[traits.Axes | None, _Tie] = {
     "reshape": _reshaped,
     "permute": _permuted,
     "item": _item,
-    "slices": _along,
+    "slices": _sliced,
     "along": _along,
     "select": _selected,
     "join": _joined,

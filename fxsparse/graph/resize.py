@@ -82,7 +82,7 @@ def _patch(node: Node, losses: Losses) -> dict[str, Any]:
         return {}
     written = arguments(node)
     if known.sizes:
-        patch = {known.sizes: _shorter(written[known.sizes], losses[node][0], _first_axis(node, written))}
+        patch = {known.sizes: _shorter(written[known.sizes], losses[node][0], first_axis(node, written))}
     else:
         source = node.args[0]
         lost = losses[source][0] if isinstance(source, Node) and losses.get(source) else {}
@@ -96,8 +96,8 @@ def _patch(node: Node, losses: Losses) -> dict[str, Any]:
     return {name: item for name, item in patch.items() if item != written[name]}
 
 
-def _first_axis(node: Node, written: Mapping[str, Any]) -> int:
-    """The axis of the result whose size comes first among the sizes that are written."""
+def first_axis(node: Node, written: Mapping[str, Any]) -> int:
+    """The axis of a call's result whose size comes first among the sizes that its arguments, ``written``, list."""
     known = traits.of(node.target)
     rank, count = value(node).dim(), len(written[known.sizes])
     return int(written[known.dim]) % (rank - count + 1) if known.dim else rank - count

@@ -1,0 +1,88 @@
+"""Which rows of linears reach which units of a section, and which columns its units reach.
+
+Found by running a section on random values. Where its positions are apart, each of them asks for one set of units, so
+that a single pass answers for all sets; elsewhere every set takes a pass.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxsparse.analysis.sections import Section
+
+
+def reached(section: Section, target: Node, axis: int, units: Tensor) -> list[Tensor]:
+    """For every source, a linear, which of its rows reach some sets of units of a target.
+
+    Where positions are apart, a position asks for one of the sets, and one backward pass answers for all.
+
+    Args:
+        section: has ``target`` among its targets.
+        axis: of the target, that of units.
+        units: bool ``[sets, units]``.
+
+    Returns:
+        bool ``[sets, rows]``, from gradients at random values: what a rectifier happens to close is missed.
+    """
+    drawn = {source: torch.randn(section.shape(source), requires_grad=True) for source in section.sources}
+    # In-place operators may write into a copy, not into what gradients are taken of.
+    values = {source: value.clone() for source, value in drawn.items()}
+    result = section.run(values, {})[target]
+    weights = torch.rand_like(result) + 0.5
+    hits = [torch.zeros(len(units), value.shape[-1], dtype=torch.bool) for value in drawn.values()]
+    for place, asked in enumerate(_asked(section, target, axis, units, result)):
+        gradients = torch.autograd.grad(
+            (result * weights.mul(asked)).sum(), list(drawn.values()), retain_graph=True, allow_unused=True
+        )
+        for seen, (source, gradient) in zip(hits, zip(drawn, gradients, strict=True), strict=True):
+            if gradient is not None:
+                _note(seen, section.positions.get(source), gradient.ne(0), place)
+    return hits
+
+
+def changed(section: Section, source: Node, target: Node, axis: int, count: int) -> Tensor:
+    """Which columns of a target change when a unit of the source does, bool ``[count, columns]``.
+
+    Args:
+        axis: of the source, that of its ``count`` units.
+    """
+    units, stand_ins = torch.eye(count, dtype=torch.bool), dict[Node, Any]()
+    with torch.no_grad():
+        first = torch.randn(section.shape(source))
+        other = torch.randn_like(first)
+        base = section.run({source: first}, stand_ins)[target]
+        seen = torch.zeros(count, base.shape[-1], dtype=torch.bool)
+        for place, asked in enumerate(_asked(section, source, axis, units, first)):
+            mixed = section.run({source: torch.where(asked, other, first)}, stand_ins)[target]
+            _note(seen, section.positions.get(target), mixed.ne(base), place)
+    return seen
+
+
+def _asked(section: Section, node: Node, axis: int, units: Tensor, like: Tensor) -> list[Tensor]:
+    """Masks that broadcast with a node's value: one in which every position has a set of units, or one for each set."""
+    axes = section.positions.get(node)
+    axis %= like.dim()
+    if axes is None or axis in axes:
+        return [row.view([-1 if at == axis else 1 for at in range(like.dim())]) for row in units]
+    lengths = [like.shape[at] for at in axes]
+    masks = units[torch.arange(math.prod(lengths)) % len(units)].view(*lengths, -1)
+    shape = [1] * (like.dim() - len(lengths) - 1)
+    order = [*axes, axis, *(at for at in range(like.dim()) if at != axis and at not in axes)]
+    return [masks.view(*lengths, units.shape[1], *shape).permute([order.index(at) for at in range(like.dim())])]
+
+
+def _note(seen: Tensor, axes: tuple[int, ...] | None, marks: Tensor, place: int) -> None:
+    """Adds what is marked, ``[..., columns]``, to ``seen``, ``[sets, columns]``: by position, or to one set."""
+    if axes is None or marks.dim() - 1 in axes:
+        seen[place] |= marks.flatten(0, -2).any(0)
+        return
+    by_position = marks.movedim(axes, tuple(range(len(axes)))).flatten(0, len(axes) - 1)
+    by_position = by_position.reshape(len(by_position), -1, marks.shape[-1]).any(1)
+    for begin in range(0, len(by_position), len(seen)):
+        part = by_position[begin : begin + len(seen)]
+        seen[: len(part)] |= part
