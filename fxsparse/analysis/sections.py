@@ -34,6 +34,7 @@ from fxsparse.analysis.probing import between, evaluate, held_integers, number, 
 from fxsparse.analysis.ties import sizes, ties
 from fxsparse.graph import traits
 from fxsparse.graph.resize import first_axis
+from fxsparse.graph.state import SharedByCopies
 
 KEY = "fxsparse_sections"
 _T = TypeVar("_T")
@@ -161,23 +162,13 @@ def remembered(gm: GraphModule, key: tuple[Any, ...], answer: Callable[[], _T]) 
         key: what the answer depends on, made of `Section.key`.
         answer: called with a random state of its own.
     """
-    answers = gm.meta.setdefault(KEY, _Answers())
+    answers = gm.meta.setdefault(KEY, SharedByCopies())
     if key not in answers:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(0)
             answers[key] = answer()
     result: _T = answers[key]
     return result
-
-
-class _Answers(dict[Any, Any]):
-    """Answers by the key of their sections. Copies of a graph share them; a saved graph has none."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Answers:
-        return self
-
-    def __reduce__(self) -> Any:
-        return _Answers, ()
 
 
 # --- following positions ----------------------------------------------------------------------------------------------

@@ -25,10 +25,14 @@ from torch.func import functional_call
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from fxsparse.graph.function import Flag, function_graph
-from fxsparse.graph.state import attribute
+from fxsparse.graph.function import function_graph
+from fxsparse.graph.function_key import Flag
+from fxsparse.graph.state import SharedByCopies, attribute
 from fxsparse.graph.traits import switches_mode
 from fxsparse.graph.values import example_of, fake_mode, stack_path
+
+TRACED = "fxsparse_traced"
+"""In ``gm.meta``: graphs of functions that were inserted, so that equal ones are traced once."""
 
 
 def insert_attribute(gm: GraphModule, name: str, *, before: Node) -> Node:
@@ -140,7 +144,8 @@ def _insert(
     operands = pytree.tree_map(operand, tuple(inputs))
     results: list[Any] = []
     try:
-        graph, structure = function_graph(fake_mode(gm), fn, operands, site=site)
+        known = gm.meta.setdefault(TRACED, SharedByCopies())
+        graph, structure = function_graph(fake_mode(gm), fn, operands, site=site, known=known)
         graph.eliminate_dead_code(is_impure_node=_acts_beyond_its_result)
         nodes = [leaf for leaf in pytree.tree_leaves(operands) if isinstance(leaf, Node)]
         twins = dict(zip(graph.find_nodes(op="placeholder"), nodes, strict=True))

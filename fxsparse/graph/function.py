@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx import Graph, Node
@@ -25,20 +25,22 @@ from torch.utils import _pytree as pytree
 
 from fxsparse.errors import RewriteError
 from fxsparse.graph import traits
+from fxsparse.graph.function_key import Flag, key_of
 from fxsparse.graph.values import arguments, set_argument, value
+
+Traced = dict[tuple[Any, ...], tuple[Graph, pytree.TreeSpec, tuple[Flag, ...]]]
+"""Graphs of functions, how to unflatten their results, and their flags, by `function_key.key_of`."""
 
 _DATA_DEPENDENT = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 
-@dataclass(frozen=True)
-class Flag:
-    """A training flag among the inputs of a function, by its full name, such as ``encoder.training``."""
-
-    name: str
-
-
 def function_graph(
-    mode: FakeTensorMode, fn: Callable[..., Any], inputs: Sequence[Any], *, site: str
+    mode: FakeTensorMode,
+    fn: Callable[..., Any],
+    inputs: Sequence[Any],
+    *,
+    site: str,
+    known: Traced | None = None,
 ) -> tuple[Graph, pytree.TreeSpec]:
     """The graph of ``fn(*inputs)``.
 
@@ -47,6 +49,8 @@ def function_graph(
         fn: the function.
         inputs: nodes, flags and constants, in nested tuples, lists and dictionaries.
         site: module path that errors name.
+        known: graphs of earlier functions, and where this one is noted. A function that is the same as an earlier one
+            (`function_key`) is not traced again; of its flags, the names may differ.
 
     Returns:
         a graph with one placeholder for every node among the inputs, in their order, that returns a list; and how to
@@ -57,11 +61,31 @@ def function_graph(
             inputs, or runs other operators in training than in evaluation.
     """
     leaves, spec = pytree.tree_flatten(tuple(inputs))
+    flags = tuple(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Flag)))
+    key = key_of(fn, leaves) if known is not None else None
+    if known is not None and key is not None:
+        key = (mode, spec, *key)
+        if key in known:
+            graph, structure, names = known[key]
+            return _renamed(graph, dict(zip(names, flags, strict=True))), structure
     graph, structure = _trace(mode, fn, leaves, spec, off=None, site=site)
-    for flag in dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Flag)):
+    for flag in flags:
         without, _ = _trace(mode, fn, leaves, spec, off=flag, site=site)
         _bind(graph, without, flag, site)
+    if known is not None and key is not None:
+        known[key] = _renamed(graph, {}), structure, flags
     return graph, structure
+
+
+def _renamed(graph: Graph, flags: Mapping[Flag, Flag]) -> Graph:
+    """A copy of a graph that reads other training flags."""
+    names = {flag.name: other.name for flag, other in flags.items()}
+    copy = Graph()
+    result = copy.graph_copy(graph, {})
+    copy.output(result)
+    for node in copy.find_nodes(op="get_attr"):
+        node.target = names.get(str(node.target), node.target)
+    return copy
 
 
 def _trace(
@@ -86,7 +110,7 @@ def _trace(
         structures.append(structure)
         return results
 
-    examples = [value(leaf) for leaf in leaves if isinstance(leaf, Node)]
+    examples = _apart([leaf for leaf in leaves if isinstance(leaf, Node)])
     try:
         # Gradients are on, so that a no_grad inside fn switches back to them.
         with mode, enable_python_dispatcher(), torch.enable_grad(), _symbols_stay(mode, site):
@@ -103,6 +127,18 @@ def _trace(
             raise _reads_data(f"{node.target} does", site)
     traced.graph.owning_module = None  # its reads are of the graph module it is copied into
     return traced.graph, structures[-1]
+
+
+def _apart(nodes: Sequence[Node]) -> list[Any]:
+    """The fake values of nodes, each with a tensor of its own: nodes of a graph that was traced once share theirs."""
+    owners: dict[int, Node] = {}
+    examples = []
+    for node in nodes:
+        example = value(node)
+        if isinstance(example, Tensor) and owners.setdefault(id(example), node) is not node:
+            example = example.detach().requires_grad_(example.requires_grad)
+        examples.append(example)
+    return examples
 
 
 def _reads_data(reason: str, site: str) -> RewriteError:

@@ -98,6 +98,19 @@ def _owner(gm: nn.Module, name: str) -> tuple[nn.Module, str]:
     return (gm.get_submodule(path) if path else gm), leaf
 
 
+class SharedByCopies(dict[Any, Any]):
+    """Answers in a graph module's meta that hold for whatever they are asked by, not for the module as it is now.
+
+    Copies of the module share them, and a saved module has none.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedByCopies:
+        return self
+
+    def __reduce__(self) -> Any:
+        return SharedByCopies, ()
+
+
 def copy_sharing_state(gm: GraphModule) -> GraphModule:
     """A copy with a new graph and module tree, and the same parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*gm.parameters(), *gm.buffers())}
