@@ -66,6 +66,12 @@ def test_values_and_gradients(matrix: str, pattern: tuple[int, int], leading: tu
 def test_the_operator_is_a_good_citizen(matrix: str) -> None:
     args = (torch.randn(3, 5, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True), torch.randn(16), 2, 4)
     torch.library.opcheck(torch.ops.fxsparse.pruned_operand_linear.default, (*args, matrix))
+    x, weight, dy = args[0].detach(), args[1].detach(), torch.randn(3, 5, 16)
+    for op, operands in (
+        (torch.ops.fxsparse.pruned_operand_linear_grad_input.default, (dy, x, weight)),
+        (torch.ops.fxsparse.pruned_operand_linear_grad_weight.default, (dy, x)),
+    ):
+        torch.library.opcheck(op, (*operands, 2, 4, matrix))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(*args, matrix).dtype is torch.bfloat16
     with pytest.raises(RewriteError, match="none of inputs, gradients"):
