@@ -46,7 +46,12 @@ using bundle = $bundle;                         // their packed indices
 INLINE constexpr int64_t kept_of(int64_t columns) { return columns / M * N; }
 INLINE constexpr int64_t index_bytes(int64_t columns) { return (kept_of(columns) * INDEX_BITS + 7) / 8; }
 
-// the packed indices of a bundle, of which this many bytes exist
+INLINE bundle load_bundle(const uint8_t* p) {
+  bundle b;
+  memcpy(&b, p, sizeof b);
+  return b;
+}
+// the packed indices of a bundle at the end of a row, of which this many bytes exist
 INLINE bundle load_bundle(const uint8_t* p, int64_t bytes) {
   bundle b = 0;
   memcpy(&b, p, bytes < BUNDLE_BYTES ? size_t(bytes) : size_t(BUNDLE_BYTES));

@@ -124,7 +124,7 @@ struct Scatter {
           const int64_t kept = kept_of(column), byte = kept * INDEX_BITS / 8;
           const int64_t count = least(BUNDLE, rows.row_kept - kept);
           alignas(64) float own[BUNDLE];
-          const float* v = load_kept(rows.values + row * rows.row_kept + kept, count, own);
+          load_kept(rows.values + row * rows.row_kept + kept, count, own);
           const bundle b = load_bundle(indices + row * row_bytes + byte, row_bytes - byte);
           unsigned survive = 0xffff;
           if (rows.column_mask)
@@ -133,7 +133,7 @@ struct Scatter {
             if (!(survive >> k & 1)) continue;
             constexpr bundle INDEX = (bundle(1) << INDEX_BITS) - 1;
             float* at = sums + (column - first + k / N * M + int64_t(b >> (INDEX_BITS * k) & INDEX)) * WIDTH;
-            const vec value = splat(v[k]);
+            const vec value = splat(own[k]);
             for (int j = 0; j < VECTORS; ++j)
               store(at + j * LANES, multiply_add(value, dy[j], load(at + j * LANES)));
           }

@@ -26,7 +26,8 @@ INLINE void add_bundle(const Call& call, const float* x, const float* dy, int64_
   x += column * WIDTH;
   for (int64_t row = first; row < last; ++row) {
     const float* dy_row = dy + (row - first) * WIDTH;
-    bundle b = load_bundle(call.indices + row * row_bytes + byte, row_bytes - byte);
+    const uint8_t* at_indices = call.indices + row * row_bytes + byte;
+    bundle b = row_bytes - byte >= BUNDLE_BYTES ? load_bundle(at_indices) : load_bundle(at_indices, row_bytes - byte);
     float* out = to + (row - first) * row_kept + kept;
     for (int pass = 0; pass < BUNDLE; pass += LANES) {
       vec total[LANES];
@@ -34,14 +35,14 @@ INLINE void add_bundle(const Call& call, const float* x, const float* dy, int64_
       for (int64_t t = 0; t < used; t += VECTORS * LANES) {
         vec some[VECTORS];
         UNROLL for (int j = 0; j < VECTORS; ++j) some[j] = load(dy_row + t + j * LANES);
-        UNROLL for (int part = 0; part < LANES; part += 8) {
-          const float* at[8];
-          UNROLL for (int k = 0; k < 8; ++k) {
+        UNROLL for (int part = 0; part < LANES; part += 4) {
+          const float* at[4];
+          UNROLL for (int k = 0; k < 4; ++k) {
             const int place = part + k;
             at[k] = x + t + ((pass + place) / N * M + int64_t(b >> (INDEX_BITS * place) & INDEX)) * WIDTH;
           }
           UNROLL for (int j = 0; j < VECTORS; ++j)
-            UNROLL for (int k = 0; k < 8; ++k)
+            UNROLL for (int k = 0; k < 4; ++k)
               total[part + k] = multiply_add(some[j], load(at[k] + j * LANES), total[part + k]);
         }
       }
@@ -76,7 +77,7 @@ int make_rows(const Call& call, int64_t begin, int64_t end, float* to) {
                      here + padded * WIDTH);
       }
     });
-    constexpr int64_t PIECE = 128;  // rows whose sums stay in the cache while the panels pass
+    constexpr int64_t PIECE = 256;  // rows whose sums stay in the cache while the panels pass
     const int64_t grain = (1 << 14) / most(1, row_kept * now * WIDTH / LANES);
     parallel(call, (rows + 15) / 16, grain, [&](int64_t first, int64_t last) {
       const int64_t stop = least(last * 16, rows);

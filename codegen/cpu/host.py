@@ -1,6 +1,7 @@
-"""The door from torch to the kernels: three operators in C++ that allocate the result and call a kernel by its number.
+"""The door from torch to the kernels: operators in C++ that allocate the result and call a kernel by its number.
 
-    fxsparse_cpu::linear(x, values, indices, bias?, down?, up?, operand0?, operand1?, scale, kernel) -> y
+    fxsparse_cpu::linear(x, values, indices, bias?, kernel) -> y
+    fxsparse_cpu::linear_with(x, values, indices, bias?, down?, up?, operand0?, operand1?, scale, kernel) -> y
     fxsparse_cpu::grad_input(dy, values, indices, column_mask?, kernel) -> dx
     fxsparse_cpu::grad_values(dy, x, indices, kernel) -> dv
 
@@ -66,30 +67,47 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_
   torch_parallel_for(begin, end, grain, body, context);
 }
 
-// a tensor whose leading dimensions are rows of one stride, its last dimension dense
+// A tensor whose leading dimensions are rows of one stride, its last dimension dense; copied where it is not.
 struct Rows {
-  Tensor tensor;
-  int64_t rows, columns, stride;
+  std::optional<Tensor> copy;
+  const void* data;
+  int64_t rows = 1, columns, stride;
 
-  explicit Rows(const Tensor& given) : tensor(given), rows(1) {
-    const int64_t dims = given.dim();
-    columns = given.size(dims - 1);
-    for (int64_t d = 0; d + 1 < dims; ++d) rows *= given.size(d);
-    bool regular = given.stride(dims - 1) == 1 || columns <= 1;
-    for (int64_t d = 0; d + 2 < dims; ++d)
-      regular &= given.size(d) <= 1 || given.stride(d) == given.stride(d + 1) * given.size(d + 1);
-    if (!regular && rows && columns) tensor = torch::stable::contiguous(given);
-    stride = dims > 1 ? tensor.stride(dims - 2) : columns;
+  explicit Rows(const Tensor& given) {
+    const auto sizes = given.sizes();
+    const auto strides = given.strides();
+    const size_t last = sizes.size() - 1;
+    columns = sizes[last];
+    stride = last ? strides[last - 1] : columns;
+    bool regular = strides[last] == 1 || columns <= 1;
+    for (size_t d = 0; d < last; ++d) {
+      rows *= sizes[d];
+      regular &= d + 1 == last || sizes[d] <= 1 || strides[d] == strides[d + 1] * sizes[d + 1];
+    }
+    if (!regular && rows && columns) {
+      copy = torch::stable::contiguous(given);
+      stride = columns;
+    }
+    data = copy ? copy->data_ptr() : given.data_ptr();
   }
 };
 
-const Tensor dense(const Tensor& given) { return given.is_contiguous() ? given : torch::stable::contiguous(given); }
+// A dense tensor: the one that is given, or a copy of it.
+struct Dense {
+  std::optional<Tensor> copy;
+  const void* data = nullptr;
 
-const void* pointer(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
-
-std::optional<Tensor> dense(const std::optional<Tensor>& given) {
-  return given ? std::optional<Tensor>(dense(*given)) : given;
-}
+  explicit Dense(const Tensor& given) {
+    if (!given.is_contiguous()) copy = torch::stable::contiguous(given);
+    data = copy ? copy->data_ptr() : given.data_ptr();
+  }
+  explicit Dense(const std::optional<Tensor>& given) {
+    if (!given) return;
+    if (!given->is_contiguous()) copy = torch::stable::contiguous(*given);
+    data = copy ? copy->data_ptr() : given->data_ptr();
+  }
+  const uint8_t* bytes() const { return static_cast<const uint8_t*>(data); }
+};
 
 void check(const Kernel& kernel, const Tensor& x, int64_t kept, int64_t columns) {
   STD_TORCH_CHECK(int64_t(x.scalar_type()) == kernel.dtype, "fxsparse: the kernel is for another dtype");
@@ -98,7 +116,8 @@ void check(const Kernel& kernel, const Tensor& x, int64_t kept, int64_t columns)
 }
 
 Tensor result(const Tensor& like, int64_t columns) {
-  auto sizes = like.sizes();
+  const auto sizes = like.sizes();
+  if (sizes.size() == 2) return torch::stable::new_empty(like, {sizes[0], columns});
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
   shape.back() = columns;
   return torch::stable::new_empty(like, shape);
@@ -110,33 +129,46 @@ void run(Kernel& kernel, Call& call) {
   STD_TORCH_CHECK(kernel.run(&call) == 0, "fxsparse: out of memory");
 }
 
-Tensor linear(const Tensor& x, const Tensor& values, const Tensor& indices, const std::optional<Tensor>& bias,
-              const std::optional<Tensor>& down, const std::optional<Tensor>& up, const std::optional<Tensor>& operand0,
-              const std::optional<Tensor>& operand1, double scale, int64_t id) {
+Tensor multiply(Call& call, const Tensor& x, const Tensor& values, const Tensor& indices,
+                const std::optional<Tensor>& bias, int64_t id) {
   Kernel& kernel = find(id);
   const Rows rows(x);
-  check(kernel, x, values.size(1), rows.columns);
-  const Tensor v = dense(values), i = dense(indices);
-  const auto b = dense(bias), d = dense(down), u = dense(up), first = dense(operand0), second = dense(operand1);
-  Tensor y = result(x, values.size(0) / kernel.shrink);
-  Call call{};
-  call.x = rows.tensor.data_ptr();
-  call.values = v.data_ptr();
-  call.indices = static_cast<const uint8_t*>(i.data_ptr());
-  call.bias = pointer(b);
-  call.down = pointer(d);
-  call.up = pointer(u);
-  call.operands[0] = pointer(first);
-  call.operands[1] = pointer(second);
+  const auto sizes = values.sizes();
+  check(kernel, x, sizes[1], rows.columns);
+  const Dense v(values), i(indices), b(bias);
+  Tensor y = result(x, sizes[0] / kernel.shrink);
+  call.x = rows.data;
+  call.values = v.data;
+  call.indices = i.bytes();
+  call.bias = b.data;
   call.y = y.data_ptr();
   call.x_stride = rows.stride;
   call.tokens = rows.rows;
   call.in = rows.columns;
-  call.out = values.size(0);
-  call.rank = d ? d->size(0) : 0;
-  call.scale = scale;
+  call.out = sizes[0];
   run(kernel, call);
   return y;
+}
+
+Tensor linear(const Tensor& x, const Tensor& values, const Tensor& indices, const std::optional<Tensor>& bias,
+              int64_t id) {
+  Call call{};
+  return multiply(call, x, values, indices, bias, id);
+}
+
+Tensor linear_with(const Tensor& x, const Tensor& values, const Tensor& indices, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& down, const std::optional<Tensor>& up,
+                   const std::optional<Tensor>& operand0, const std::optional<Tensor>& operand1, double scale,
+                   int64_t id) {
+  const Dense d(down), u(up), first(operand0), second(operand1);
+  Call call{};
+  call.down = d.data;
+  call.up = u.data;
+  call.operands[0] = first.data;
+  call.operands[1] = second.data;
+  call.rank = down ? down->size(0) : 0;
+  call.scale = scale;
+  return multiply(call, x, values, indices, bias, id);
 }
 
 Tensor grad_input(const Tensor& dy, const Tensor& values, const Tensor& indices,
@@ -146,14 +178,13 @@ Tensor grad_input(const Tensor& dy, const Tensor& values, const Tensor& indices,
   const int64_t columns = values.size(1) / kernel.n * kernel.m;
   check(kernel, dy, values.size(1), columns);
   STD_TORCH_CHECK(values.size(0) == rows.columns, "fxsparse: dy does not fit the weight");
-  const Tensor v = dense(values), i = dense(indices);
-  const auto mask = dense(column_mask);
+  const Dense v(values), i(indices), mask(column_mask);
   Tensor dx = result(dy, columns);
   Call call{};
-  call.x = rows.tensor.data_ptr();
-  call.values = v.data_ptr();
-  call.indices = static_cast<const uint8_t*>(i.data_ptr());
-  call.column_mask = static_cast<const uint8_t*>(pointer(mask));
+  call.x = rows.data;
+  call.values = v.data;
+  call.indices = i.bytes();
+  call.column_mask = mask.bytes();
   call.y = dx.data_ptr();
   call.x_stride = rows.stride;
   call.tokens = rows.rows;
@@ -169,12 +200,12 @@ Tensor grad_values(const Tensor& dy, const Tensor& x, const Tensor& indices, int
   const int64_t kept = rows.columns / kernel.m * kernel.n;
   check(kernel, x, kept, rows.columns);
   STD_TORCH_CHECK(grads.rows == rows.rows && indices.size(0) == grads.columns, "fxsparse: dy does not fit x and the weight");
-  const Tensor i = dense(indices);
+  const Dense i(indices);
   Tensor dv = torch::stable::new_empty(dy, {grads.columns, kept});
   Call call{};
-  call.x = rows.tensor.data_ptr();
-  call.dy = grads.tensor.data_ptr();
-  call.indices = static_cast<const uint8_t*>(i.data_ptr());
+  call.x = rows.data;
+  call.dy = grads.data;
+  call.indices = i.bytes();
   call.y = dv.data_ptr();
   call.x_stride = rows.stride;
   call.dy_stride = grads.stride;
@@ -204,8 +235,9 @@ extern "C" __attribute__((visibility("default"))) int64_t fxsparse_launches(int6
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse_cpu, library) {
+  library.def("linear(Tensor x, Tensor values, Tensor indices, Tensor? bias, int kernel) -> Tensor");
   library.def(
-      "linear(Tensor x, Tensor values, Tensor indices, Tensor? bias, Tensor? down, Tensor? up, Tensor? operand0, "
+      "linear_with(Tensor x, Tensor values, Tensor indices, Tensor? bias, Tensor? down, Tensor? up, Tensor? operand0, "
       "Tensor? operand1, float scale, int kernel) -> Tensor");
   library.def("grad_input(Tensor dy, Tensor values, Tensor indices, Tensor? column_mask, int kernel) -> Tensor");
   library.def("grad_values(Tensor dy, Tensor x, Tensor indices, int kernel) -> Tensor");
@@ -213,6 +245,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse_cpu, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(fxsparse_cpu, CPU, library) {
   library.impl("linear", TORCH_BOX(&linear));
+  library.impl("linear_with", TORCH_BOX(&linear_with));
   library.impl("grad_input", TORCH_BOX(&grad_input));
   library.impl("grad_values", TORCH_BOX(&grad_values));
 }
@@ -239,11 +272,13 @@ def host() -> ctypes.CDLL:
 def _register_shapes() -> None:
     """What the operators return, for tracers."""
 
-    @torch.library.register_fake(f"{NAMESPACE}::linear")
-    def _(x: Tensor, values: Tensor, *args: Any) -> Tensor:
+    def product(x: Tensor, values: Tensor, *args: Any) -> Tensor:
         from fxsparse.codegen.cpu.loaded import by_id
 
         return x.new_empty(*x.shape[:-1], values.shape[0] // by_id(args[-1]).shrink)
+
+    torch.library.register_fake(f"{NAMESPACE}::linear", product)
+    torch.library.register_fake(f"{NAMESPACE}::linear_with", product)
 
     @torch.library.register_fake(f"{NAMESPACE}::grad_input")
     def _(dy: Tensor, values: Tensor, indices: Tensor, column_mask: Tensor | None, kernel: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxsparse.codegen.cpu import instruction_sets, loaded
 from fxsparse.codegen.cpu.instruction_sets import InstructionSet
-from fxsparse.codegen.cpu.spec import CPUSpec, NMGradInput, NMGradValues, NMLinear, Tile, unsupported
+from fxsparse.codegen.cpu.spec import CPUSpec, NMGradInput, NMGradValues, NMLinear, Tile, default_tile, unsupported
 from fxsparse.codegen.epilogue import Epilogue
 from fxsparse.errors import OptionError
 
@@ -82,7 +82,7 @@ def _spec(
     tile: Tile | None,
     instruction_set: InstructionSet,
 ) -> CPUSpec:
-    made = tile or Tile()
+    made = tile or default_tile(dtype, instruction_set)
     if kind == NMLinear.kind:
         return NMLinear(dtype, n, m, instruction_set, made, Epilogue(False, steps))
     return KINDS[kind](dtype, n, m, instruction_set, made)
@@ -121,8 +121,12 @@ def nm_linear(
         OptionError: there is no kernel, and why.
     """
     kernel = kernel_id(NMLinear.kind, x.dtype, n, m, steps, tile, instruction_set)
-    first, second = [*operands, None, None][:2]
-    result: Tensor = torch.ops.fxsparse_cpu.linear.default(
+    result: Tensor
+    if not operands:
+        result = torch.ops.fxsparse_cpu.linear.default(x, values, indices, bias, kernel)
+        return result
+    first, second = [*operands, None][:2]
+    result = torch.ops.fxsparse_cpu.linear_with.default(
         x, values, indices, bias, None, None, first, second, 1.0, kernel
     )
     return result
@@ -157,7 +161,7 @@ def nm_linear_low_rank(
     kernel = kernel_id(NMLinear.kind, x.dtype, n, m, steps, tile, instruction_set)
     factor = 1 / down.shape[0] if scale is None else float(scale)
     first, second = [*operands, None, None][:2]
-    result: Tensor = torch.ops.fxsparse_cpu.linear.default(
+    result: Tensor = torch.ops.fxsparse_cpu.linear_with.default(
         x, values, indices, bias, down, up, first, second, factor, kernel
     )
     return result

@@ -16,8 +16,8 @@ _MAKE_PANEL = """
 // from [tokens, columns] transposed: to [padded, width], zeros outside
 INLINE void make_panel(const element* from, int64_t stride, int64_t tokens, int64_t columns, int64_t begin, int64_t end,
                        int64_t width, float* to) {
-  for (int64_t c = begin; c < end; c += LANES)
-    for (int64_t t = 0; t < width; t += LANES) {
+  for (int64_t t = 0; t < width; t += LANES)
+    for (int64_t c = begin; c < end; c += LANES) {
       vec r[LANES];
       const int64_t left = columns - c;
       for (int i = 0; i < LANES; ++i) {
@@ -36,8 +36,14 @@ constexpr int64_t SCRATCH_FLOATS = 4 << 20;  // of the panels that are made befo
 constexpr int64_t ROWS = $rows, UNIT = 64;     // columns of the result whose sums a thread holds; taken in steps of this
 
 // 16 kept values in float; `own` is room for them
-INLINE const float* load_kept(const element* values, int64_t count, float* own) {
+INLINE const float* load_kept(const element* values, float* own) {
   $load_kept
+}
+// the last kept values of a row, zeros after them
+INLINE void load_kept(const element* values, int64_t count, float* own) {
+  element some[BUNDLE] = {};
+  memcpy(some, values, size_t(least(count, BUNDLE)) * sizeof(element));
+  for (int i = 0; i < BUNDLE; i += LANES) store(own + i, load(some + i));
 }
 
 // sums[chain] += value * the panel's row at its index, for four kept values
@@ -54,6 +60,15 @@ INLINE void add_four(vec (&sums)[CHAINS][VECTORS], const float* x, bundle indice
   one(pick<1>(values), 1);
   one(pick<2>(values), 2);
   one(pick<3>(values), 3);
+}
+
+template <int VECTORS, int CHAINS>
+INLINE void add_bundle(vec (&sums)[CHAINS][VECTORS], const float* x, bundle indices, const float* values) {
+  UNROLL for (int q = 0; q < BUNDLE / 4; ++q) {
+    add_four(sums, x, indices, load_quad(values + 4 * q));
+    indices >>= 4 * INDEX_BITS;
+    x += 4 / N * M * VECTORS * LANES;
+  }
 }
 
 // What a panel is multiplied with: `run` makes sums [rows, VECTORS * LANES] of the result's columns [first, last).
@@ -84,18 +99,19 @@ struct Gather {
           }
         const element* row_values = values + row * row_kept;
         const uint8_t* row_indices = indices + row * row_bytes;
-        for (int64_t column = block; column < end; column += BUNDLE_COLUMNS) {
+        int64_t column = block;
+        for (; column + BUNDLE_COLUMNS <= end; column += BUNDLE_COLUMNS) {
+          const element* from = row_values + kept_of(column);
+          alignas(64) float own[BUNDLE];
+          __builtin_prefetch(from + 2 * row_kept);
+          add_bundle(total, panel + column * WIDTH, load_bundle(row_indices + kept_of(column) * INDEX_BITS / 8),
+                     load_kept(from, own));
+        }
+        if (column < end) {
           const int64_t kept = kept_of(column), byte = kept * INDEX_BITS / 8;
           alignas(64) float own[BUNDLE];
-          __builtin_prefetch(row_values + kept + 2 * row_kept);
-          const float* v = load_kept(row_values + kept, row_kept - kept, own);
-          bundle b = load_bundle(row_indices + byte, row_bytes - byte);
-          const float* x = panel + column * WIDTH;
-          UNROLL for (int q = 0; q < BUNDLE / 4; ++q) {
-            add_four(total, x, b, load_quad(v + 4 * q));
-            b >>= 4 * INDEX_BITS;
-            x += 4 / N * M * WIDTH;
-          }
+          load_kept(row_values + kept, row_kept - kept, own);
+          add_bundle(total, panel + column * WIDTH, load_bundle(row_indices + byte, row_bytes - byte), own);
         }
         for (int j = 0; j < VECTORS; ++j) {
           vec all = total[0][j];
@@ -138,19 +154,19 @@ INLINE void finish_panel(const Call& call, const float* sums, int64_t token, int
 template <int VECTORS, class Weight>
 int multiply_tokens(const Call& call, const Weight& weight, const element* x, int64_t stride, int64_t depth,
                     int64_t columns, int64_t begin, int64_t tokens) {
-  constexpr int64_t WIDTH = VECTORS * LANES, GROUP = 64;
+  constexpr int64_t WIDTH = VECTORS * LANES, GROUP = 256;
   const int64_t padded = up_to(depth, 64), size = padded * WIDTH, rank = call.rank;
   const int64_t panels = (tokens + WIDTH - 1) / WIDTH, at_once = least(panels, most(1, SCRATCH_FLOATS / most(1, size)));
   Scratch panel(at_once * size), hidden(at_once * rank * WIDTH);
   if (!panel.get || !hidden.get) return 1;
   int failed = 0;
   for (int64_t from = 0; from < panels; from += at_once) {
-    const int64_t now = least(at_once, panels - from), groups = padded / GROUP, units = (columns + UNIT - 1) / UNIT;
+    const int64_t now = least(at_once, panels - from), groups = (padded + GROUP - 1) / GROUP, units = (columns + UNIT - 1) / UNIT;
     parallel(call, now * groups, (1 << 14) / (GROUP * WIDTH), [&](int64_t first, int64_t last) {
       for (int64_t job = first; job < last; ++job) {
         const int64_t p = job / groups, c = job % groups * GROUP, token = (from + p) * WIDTH;
-        make_panel(x + (begin + token) * stride, stride, least(WIDTH, tokens - token), depth, c, c + GROUP, WIDTH,
-                   panel.get + p * size);
+        make_panel(x + (begin + token) * stride, stride, least(WIDTH, tokens - token), depth, c,
+                   least(c + GROUP, padded), WIDTH, panel.get + p * size);
       }
     });
     parallel(call, now * rank, (1 << 14) / most(1, size), [&](int64_t first, int64_t last) {
@@ -192,17 +208,9 @@ int panel_product(const Call& call, const Weight& weight, const element* x, int6
 """
 
 _LOAD_KEPT = {
-    "float32": """
-if (count >= BUNDLE) return values;
-memset(own, 0, BUNDLE * sizeof(float));
-memcpy(own, values, size_t(count) * sizeof(float));
-return own;
-""",
-    "other": """
-for (int i = 0; i < BUNDLE; i += LANES) {
-  const int64_t left = count - i;
-  store(own + i, left >= LANES ? load(values + i) : left > 0 ? load_first(values + i, left) : vec{});
-}
+    True: "return values;",
+    False: """
+for (int i = 0; i < BUNDLE; i += LANES) store(own + i, load(values + i));
 return own;
 """,
 }
@@ -229,7 +237,7 @@ def panels(dtype: str, vectors: int, rows: int) -> str:
         _MAKE_PANEL
         + fill(
             _PANELS,
-            load_kept=_LOAD_KEPT.get(dtype, _LOAD_KEPT["other"]),
+            load_kept=_LOAD_KEPT[dtype == "float32"],
             rows=str(rows),
             vectors=str(vectors),
             narrower="\n".join(narrower),

@@ -51,6 +51,14 @@ class Tile:
             raise OptionError(f"{self} needs at least one expanded row, and no negative number of tokens")
 
 
+def default_tile(dtype: str, instruction_set: InstructionSet) -> Tile:
+    """The tile that is taken unless another is given: measured on Zen 5, 4096 x 4096.
+
+    One instruction that multiplies pairs of 16-bit numbers keeps expanding ahead of panels for more tokens.
+    """
+    return Tile(few=32) if expand.uses_dot(instruction_set, dtype) else Tile()
+
+
 @dataclass(frozen=True)
 class CPUSpec(ABC):
     """Everything a C++ kernel depends on; equal specs give the same source.
