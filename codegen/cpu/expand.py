@@ -56,7 +56,10 @@ constexpr int BLOCK = 512;  // columns whose masks are made at once
 struct NibbleTable {
   alignas(16) uint8_t of[16];
   constexpr NibbleTable() : of() {
-    for (int i = 0; i < 16; ++i) of[i] = uint8_t(INDEX_BITS == 4 ? 1 << (i & 7) : 1 << (i & 3) | 1 << ((i >> 2) + $second));
+    for (int i = 0; i < 16; ++i) {
+      const int two = 1 << (i & 3) | 1 << ((i >> 2) + $second), one = 1 << (i & 7);
+      of[i] = uint8_t(INDEX_BITS == 4 ? one : two);
+    }
   }
 };
 constexpr NibbleTable nibble_table;
@@ -154,9 +157,7 @@ _AVX512_LOADS = {
     ("float16", 8): (
         "_mm512_castps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values))))"
     ),
-    ("float16", 4): (
-        "_mm512_castps128_ps512(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values))))"
-    ),
+    ("float16", 4): ("_mm512_castps128_ps512(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values))))"),
 }
 
 _AVX2_STEP = """
@@ -298,7 +299,8 @@ void expand_chunk(const Call& call, const Inputs& inputs, int64_t token, int64_t
   alignas(64) float sums[TOKENS * STRIDE + 2 * LANES];
   if (call.out < ROWS) {
     for (int64_t r = row; r < end; ++r)
-      for (int t = 0; t < TOKENS; ++t) expand_rows<1, 1>(call, inputs, token + t, r, sums + t * STRIDE + BEFORE + r - row);
+      for (int t = 0; t < TOKENS; ++t)
+        expand_rows<1, 1>(call, inputs, token + t, r, sums + t * STRIDE + BEFORE + r - row);
   } else {
     for (int64_t r = row; r < end; r += ROWS) {
       const int64_t from = least(r, call.out - ROWS);
@@ -322,7 +324,8 @@ INLINE void make_hidden(const Call& call, const input* x, int64_t stride, float*
         vec total{};
         int64_t i = 0;
         for (; i + LANES <= call.in; i += LANES) total = multiply_add(load(down + i), load(row + i), total);
-        if (i < call.in) total = multiply_add(load_first(down + i, call.in - i), load_first(row + i, call.in - i), total);
+        const int64_t left = call.in - i;
+        if (left) total = multiply_add(load_first(down + i, left), load_first(row + i, left), total);
         hidden[t * width + k] = sum(total) * float(call.scale);
       }
     }
@@ -408,9 +411,8 @@ def steps(instruction_set: InstructionSet, dtype: str, n: int, m: int, *, dot: b
     else:
         step = _PORTABLE_STEP
     masks = _VECTOR_MASKS if instruction_set.lanes == 16 else _TABLE + _SCALAR_MASKS
-    return (
-        fill(masks, body=_BODIES[_WAYS[n, m]], second=str(_SECOND.get((n, m), 0)))
-        + step.replace("using input", "constexpr int KEPT = STEP / M * N;  // kept values of a step\nusing input", 1)
+    return fill(masks, body=_BODIES[_WAYS[n, m]], second=str(_SECOND.get((n, m), 0))) + step.replace(
+        "using input", "constexpr int KEPT = STEP / M * N;  // kept values of a step\nusing input", 1
     )
 
 
@@ -424,8 +426,9 @@ def expand(instruction_set: InstructionSet, dtype: str, n: int, m: int, rows: in
     step = 32 if dot else instruction_set.lanes
     size = 4 if dtype == "float32" else 2
     cases = [
-        f"case {count}: expand_chunk<{rows_of(count, instruction_set, rows)}, {count}>(call, inputs, t, row, last); break;"
-        for count in (1, 2, 4, 8)
+        f"case {tokens}: expand_chunk<{rows_of(tokens, instruction_set, rows)}, {tokens}>(call, inputs, t, row, last);\n"
+        "  break;"
+        for tokens in (1, 2, 4, 8)
     ]
     return (
         steps(instruction_set, dtype, n, m, dot=dot)

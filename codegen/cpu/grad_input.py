@@ -111,20 +111,19 @@ struct Scatter {
   int64_t out;
 
   template <int VECTORS>
-  void run(const float* panel, const float*, int64_t first, int64_t last, float* sums) const {
+  void run(const cell* panel, const float*, int64_t first, int64_t last, float* sums) const {
     constexpr int64_t WIDTH = VECTORS * LANES;
-    constexpr int64_t COLUMNS = most(1, PANEL_FLOATS / WIDTH / BUNDLE_COLUMNS) * BUNDLE_COLUMNS;
+    constexpr int64_t COLUMNS = most(1, (8 << 10) / WIDTH / BUNDLE_COLUMNS) * BUNDLE_COLUMNS;
     const int64_t row_bytes = index_bytes(rows.in);
     memset(sums, 0, size_t((last - first) * WIDTH) * sizeof(float));
     for (int64_t block = first; block < last; block += COLUMNS)
       for (int64_t row = 0; row < out; ++row) {
         vec dy[VECTORS];
-        for (int j = 0; j < VECTORS; ++j) dy[j] = load(panel + (row * VECTORS + j) * LANES);
+        for (int j = 0; j < VECTORS; ++j) dy[j] = load_part(panel + row * WIDTH, j);
         for (int64_t column = block; column < least(block + COLUMNS, last); column += BUNDLE_COLUMNS) {
           const int64_t kept = kept_of(column), byte = kept * INDEX_BITS / 8;
           const int64_t count = least(BUNDLE, rows.row_kept - kept);
-          alignas(64) float own[BUNDLE];
-          load_kept(rows.values + row * rows.row_kept + kept, count, own);
+          const element* from = rows.values + row * rows.row_kept + kept;
           const bundle b = load_bundle(indices + row * row_bytes + byte, row_bytes - byte);
           unsigned survive = 0xffff;
           if (rows.column_mask)
@@ -133,7 +132,7 @@ struct Scatter {
             if (!(survive >> k & 1)) continue;
             constexpr bundle INDEX = (bundle(1) << INDEX_BITS) - 1;
             float* at = sums + (column - first + k / N * M + int64_t(b >> (INDEX_BITS * k) & INDEX)) * WIDTH;
-            const vec value = splat(own[k]);
+            const vec value = splat(number(from[k]));
             for (int j = 0; j < VECTORS; ++j)
               store(at + j * LANES, multiply_add(value, dy[j], load(at + j * LANES)));
           }
@@ -153,7 +152,7 @@ int run(const Call& call) {
   bool whole = call.column_mask && call.out % M == 0;
   if (whole) {
     const int64_t kept = kept_of(call.out), bytes = index_bytes(call.out);
-    const int64_t slab = least(call.in, most(1, SCRATCH_FLOATS / most(1, kept) / 64) * 64);
+    const int64_t slab = least(call.in, most(1, (4 << 20) / most(1, kept) / 64) * 64);
     Scratch turned_values(slab * kept * int64_t(sizeof(element)) / 4 + 1), turned_indices(slab * bytes / 4 + 1);
     if (!turned_values.get || !turned_indices.get) return 1;
     element* turned = reinterpret_cast<element*>(turned_values.get);

@@ -13,37 +13,37 @@ from fxsparse.codegen.cpu.instruction_sets import InstructionSet
 from fxsparse.codegen.template import fill
 
 _GRAD_VALUES = """
-constexpr int VECTORS = $vectors;                                         // of dy in registers
-constexpr int64_t WIDTH = (8 << 10) / BUNDLE_COLUMNS;               // tokens of a panel: a bundle's columns fill 32 KB
-constexpr int64_t SCRATCH_FLOATS = 4 << 20;                         // of the panels that are made before they are used
+constexpr int VECTORS = $vectors;  // of dy in registers
+// tokens of a panel, so that a bundle's columns fill 32 KB; cells of the panels that are made before they are used
+constexpr int64_t WIDTH = (32 << 10) / sizeof(cell) / BUNDLE_COLUMNS, SCRATCH_CELLS = (16 << 20) / sizeof(cell);
 
 // sums of one bundle over one panel, for rows [first, last): to [.., row_kept]
-INLINE void add_bundle(const Call& call, const float* x, const float* dy, int64_t used, int64_t first, int64_t last,
+INLINE void add_bundle(const Call& call, const cell* x, const cell* dy, int64_t used, int64_t first, int64_t last,
                        int64_t column, bool add, float* to) {
   constexpr bundle INDEX = (bundle(1) << INDEX_BITS) - 1;
   const int64_t row_kept = kept_of(call.in), row_bytes = index_bytes(call.in);
   const int64_t kept = kept_of(column), byte = kept * INDEX_BITS / 8;
   x += column * WIDTH;
   for (int64_t row = first; row < last; ++row) {
-    const float* dy_row = dy + (row - first) * WIDTH;
+    const cell* dy_row = dy + (row - first) * WIDTH;
     const uint8_t* at_indices = call.indices + row * row_bytes + byte;
     bundle b = row_bytes - byte >= BUNDLE_BYTES ? load_bundle(at_indices) : load_bundle(at_indices, row_bytes - byte);
     float* out = to + (row - first) * row_kept + kept;
     for (int pass = 0; pass < BUNDLE; pass += LANES) {
       vec total[LANES];
       UNROLL for (int k = 0; k < LANES; ++k) total[k] = vec{};
-      for (int64_t t = 0; t < used; t += VECTORS * LANES) {
-        vec some[VECTORS];
-        UNROLL for (int j = 0; j < VECTORS; ++j) some[j] = load(dy_row + t + j * LANES);
+      for (int64_t t = 0; t < used; t += VECTORS * CELLS) {
+        cells some[VECTORS];
+        UNROLL for (int j = 0; j < VECTORS; ++j) some[j] = load_cells(dy_row + t + j * CELLS);
         UNROLL for (int part = 0; part < LANES; part += 4) {
-          const float* at[4];
+          const cell* at[4];
           UNROLL for (int k = 0; k < 4; ++k) {
             const int place = part + k;
             at[k] = x + t + ((pass + place) / N * M + int64_t(b >> (INDEX_BITS * place) & INDEX)) * WIDTH;
           }
           UNROLL for (int j = 0; j < VECTORS; ++j)
             UNROLL for (int k = 0; k < 4; ++k)
-              total[part + k] = multiply_add(some[j], load(at[k] + j * LANES), total[part + k]);
+              total[part + k] = multiply_cells(some[j], load_cells(at[k] + j * CELLS), total[part + k]);
         }
       }
       if constexpr (LANES < BUNDLE) b >>= INDEX_BITS * LANES % (8 * sizeof(bundle));
@@ -61,16 +61,17 @@ int make_rows(const Call& call, int64_t begin, int64_t end, float* to) {
   const element* dy = static_cast<const element*>(call.dy) + begin;
   const int64_t padded = up_to(call.in, 64), rows = end - begin, padded_rows = up_to(rows, 64);
   const int64_t panels = (call.tokens + WIDTH - 1) / WIDTH, size = (padded + padded_rows) * WIDTH;
-  const int64_t at_once = least(panels, most(1, SCRATCH_FLOATS / size)), row_kept = kept_of(call.in);
-  Scratch panel(at_once * size);
-  if (!panel.get) return 1;
+  const int64_t at_once = least(panels, most(1, SCRATCH_CELLS / size)), row_kept = kept_of(call.in);
+  Scratch scratch(at_once * size);
+  if (!scratch.get) return 1;
+  cell* panel = reinterpret_cast<cell*>(scratch.get);
   for (int64_t from = 0; from < panels; from += at_once) {
     const int64_t now = least(at_once, panels - from), groups = (padded + padded_rows) / 64;
     parallel(call, now * groups, (1 << 14) / (64 * WIDTH), [&](int64_t first, int64_t last) {
       for (int64_t job = first; job < last; ++job) {
         const int64_t p = job / groups, c = job % groups * 64, token = (from + p) * WIDTH;
         const int64_t some = least(WIDTH, call.tokens - token);
-        float* here = panel.get + p * size;
+        cell* here = panel + p * size;
         if (c < padded) make_panel(x + token * call.x_stride, call.x_stride, some, call.in, c, c + 64, WIDTH, here);
         else
           make_panel(dy + token * call.dy_stride, call.dy_stride, some, rows, c - padded, c - padded + 64, WIDTH,
@@ -84,8 +85,8 @@ int make_rows(const Call& call, int64_t begin, int64_t end, float* to) {
       for (int64_t row = first * 16; row < stop; row += PIECE)
         for (int64_t column = 0; column < call.in; column += BUNDLE_COLUMNS)
           for (int64_t p = 0; p < now; ++p) {
-            const float* here = panel.get + p * size;
-            const int64_t used = least(WIDTH, up_to(call.tokens - (from + p) * WIDTH, VECTORS * LANES));
+            const cell* here = panel + p * size;
+            const int64_t used = least(WIDTH, up_to(call.tokens - (from + p) * WIDTH, VECTORS * CELLS));
             add_bundle(call, here, here + (padded + row) * WIDTH, used, begin + row, begin + least(row + PIECE, stop),
                        column, from + p > 0, to + row * row_kept);
           }
@@ -109,7 +110,7 @@ int run(const Call& call) { return make_rows(call, 0, call.out, static_cast<floa
 
 _CONVERTED = """
 int run(const Call& call) {
-  const int64_t kept = kept_of(call.in), slab = least(call.out, most(1, SCRATCH_FLOATS / kept / 128) * 128);
+  const int64_t kept = kept_of(call.in), slab = least(call.out, most(1, (4 << 20) / kept / 128) * 128);
   Scratch sums(slab * kept);
   if (!sums.get) return 1;
   for (int64_t begin = 0; begin < call.out; begin += slab) {
@@ -128,7 +129,8 @@ int run(const Call& call) {
 """
 
 
-def grad_values(instruction_set: InstructionSet, dtype: str) -> str:
+def grad_values(instruction_set: InstructionSet, dtype: str, *, pairs: bool) -> str:
     """The gradient of kept values, after ``panels.make_panel``."""
     run = _DIRECT if dtype == "float32" else _CONVERTED
-    return fill(_GRAD_VALUES, vectors="8" if instruction_set.registers >= 32 else "4", run=run) + "\n"
+    vectors = 8 if instruction_set.registers >= 32 and not pairs else 4
+    return fill(_GRAD_VALUES, vectors=str(vectors), run=run) + "\n"

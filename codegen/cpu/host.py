@@ -199,7 +199,7 @@ Tensor grad_values(const Tensor& dy, const Tensor& x, const Tensor& indices, int
   const Rows grads(dy), rows(x);
   const int64_t kept = rows.columns / kernel.m * kernel.n;
   check(kernel, x, kept, rows.columns);
-  STD_TORCH_CHECK(grads.rows == rows.rows && indices.size(0) == grads.columns, "fxsparse: dy does not fit x and the weight");
+  STD_TORCH_CHECK(grads.rows == rows.rows && indices.size(0) == grads.columns, "fxsparse: dy does not fit");
   const Dense i(indices);
   Tensor dv = torch::stable::new_empty(dy, {grads.columns, kept});
   Call call{};

@@ -1,6 +1,6 @@
 """The instruction sets that kernels are made for, and which of them this processor has.
 
-    avx512_bf16   16 floats a vector, and the instructions that expand and multiply 16-bit numbers (Zen 4, Sapphire Rapids)
+    avx512_bf16   16 floats a vector, and instructions that expand and multiply 16-bit numbers (Zen 4, Sapphire Rapids)
     avx512        16 floats a vector (Skylake-X, Ice Lake)
     avx2          8 floats a vector and fused multiply-add (Haswell, Zen 1 and later)
     portable      8 floats a vector, as extensions of GCC and Clang write them: any processor, ARM among them

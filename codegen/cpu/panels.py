@@ -6,34 +6,81 @@
 A block of the panel (some columns, 32 KB) stays in the first cache while all rows of a task pass over it; sums of up to
 ROWS rows of the weight lie in the second. Values are spread to all lanes four at a time, because a load less is a
 product more: two loads a cycle are the limit (measured 1.4 of 2 products a cycle, against 1.0 with a load a value).
+
+Where one instruction multiplies pairs of bfloat16, panels are bfloat16, and the rows at two indices are interleaved in
+registers: two loads, two shuffles and two products for what takes four loads and four products in float.
 """
 
 from __future__ import annotations
 
 from fxsparse.codegen.template import fill
 
+_FLOAT_CELLS = """
+using cell = float;  // of a panel
+using cells = vec;
+constexpr int CELLS = LANES, PARTS = 1;
+
+INLINE cells load_cells(const cell* p) { return load(p); }
+INLINE void store_cells(cell* p, const vec (&tokens)[PARTS]) { store(p, tokens[0]); }
+// the part-th LANES tokens of a panel's row
+INLINE vec load_part(const cell* row, int64_t part) { return load(row + part * LANES); }
+INLINE vec multiply_cells(cells a, cells b, vec sum) { return multiply_add(a, b, sum); }
+"""
+
+# Half of a 128-bit lane each, so that interleaving two rows gives the first 16 tokens of both in one vector.
+_PAIR_CELLS = """
+using cell = element;  // of a panel: 32 tokens a vector, 4 of the first 16 and 4 of the second 16 in turn
+using cells = __m512i;
+constexpr int CELLS = 2 * LANES, PARTS = 2;
+
+INLINE cells load_cells(const cell* p) { return _mm512_loadu_si512(p); }
+INLINE __m256i halves_of(vec v) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16)); }
+INLINE void store_cells(cell* p, const vec (&tokens)[PARTS]) {
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(halves_of(tokens[0])), halves_of(tokens[1]), 1);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), both));
+}
+// the part-th LANES tokens of a panel's row
+INLINE vec load_part(const cell* row, int64_t part) {
+  const __m512i even = _mm512_setr_epi64(0, 2, 4, 6, 0, 2, 4, 6), odd = _mm512_setr_epi64(1, 3, 5, 7, 1, 3, 5, 7);
+  const __m512i mine = _mm512_permutexvar_epi64(part % 2 ? odd : even, load_cells(row + part / 2 * CELLS));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(mine)), 16));
+}
+INLINE vec multiply_cells(cells a, cells b, vec sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+"""
+
 _MAKE_PANEL = """
 // from [tokens, columns] transposed: to [padded, width], zeros outside
 INLINE void make_panel(const element* from, int64_t stride, int64_t tokens, int64_t columns, int64_t begin, int64_t end,
-                       int64_t width, float* to) {
-  for (int64_t t = 0; t < width; t += LANES)
+                       int64_t width, cell* to) {
+  for (int64_t t = 0; t < width; t += CELLS)
     for (int64_t c = begin; c < end; c += LANES) {
-      vec r[LANES];
+      vec r[PARTS][LANES];
       const int64_t left = columns - c;
-      for (int i = 0; i < LANES; ++i) {
-        const element* p = from + (t + i) * stride + c;
-        r[i] = t + i >= tokens || left <= 0 ? vec{} : left >= LANES ? load(p) : load_first(p, left);
+      for (int part = 0; part < PARTS; ++part) {
+        for (int i = 0; i < LANES; ++i) {
+          const int64_t token = t + part * LANES + i;
+          const element* p = from + token * stride + c;
+          r[part][i] = token >= tokens || left <= 0 ? vec{} : left >= LANES ? load(p) : load_first(p, left);
+        }
+        transpose(r[part]);
       }
-      transpose(r);
-      for (int i = 0; i < LANES; ++i) store(to + (c + i) * width + t, r[i]);
+      for (int i = 0; i < LANES; ++i) {
+        vec tokens_of[PARTS];
+        for (int part = 0; part < PARTS; ++part) tokens_of[part] = r[part][i];
+        store_cells(to + (c + i) * width + t, tokens_of);
+      }
     }
 }
 """
 
-_PANELS = """
-constexpr int64_t PANEL_FLOATS = 8 << 10;    // of a block of columns, in the first cache
-constexpr int64_t SCRATCH_FLOATS = 4 << 20;  // of the panels that are made before they are used
-constexpr int64_t ROWS = $rows, UNIT = 64;     // columns of the result whose sums a thread holds; taken in steps of this
+_SIZES = """
+constexpr int64_t PANEL_CELLS = (32 << 10) / sizeof(cell);    // of a block of columns, in the first cache
+constexpr int64_t SCRATCH_CELLS = (16 << 20) / sizeof(cell);  // of the panels that are made before they are used
+constexpr int64_t ROWS = $rows, UNIT = 64;  // columns of the result whose sums a thread holds, in steps of UNIT
+"""
+
+_ADD = """
+using kept_value = float;
 
 // 16 kept values in float; `own` is room for them
 INLINE const float* load_kept(const element* values, float* own) {
@@ -48,11 +95,11 @@ INLINE void load_kept(const element* values, int64_t count, float* own) {
 
 // sums[chain] += value * the panel's row at its index, for four kept values
 template <int VECTORS, int CHAINS>
-INLINE void add_four(vec (&sums)[CHAINS][VECTORS], const float* x, bundle indices, quad values) {
+INLINE void add_four(vec (&sums)[CHAINS][VECTORS], const cell* x, bundle indices, quad values) {
   constexpr int64_t WIDTH = VECTORS * LANES;
   constexpr bundle INDEX = (bundle(1) << INDEX_BITS) - 1;
   auto one = [&](vec value, int kept) INLINE_LAMBDA {
-    const float* at = x + (kept / N * M + int64_t(indices >> (INDEX_BITS * kept) & INDEX)) * WIDTH;
+    const cell* at = x + (kept / N * M + int64_t(indices >> (INDEX_BITS * kept) & INDEX)) * WIDTH;
     UNROLL for (int j = 0; j < VECTORS; ++j)
       sums[kept % CHAINS][j] = multiply_add(value, load(at + j * LANES), sums[kept % CHAINS][j]);
   };
@@ -63,14 +110,54 @@ INLINE void add_four(vec (&sums)[CHAINS][VECTORS], const float* x, bundle indice
 }
 
 template <int VECTORS, int CHAINS>
-INLINE void add_bundle(vec (&sums)[CHAINS][VECTORS], const float* x, bundle indices, const float* values) {
+INLINE void add_bundle(vec (&sums)[CHAINS][VECTORS], const cell* x, bundle indices, const kept_value* values) {
   UNROLL for (int q = 0; q < BUNDLE / 4; ++q) {
     add_four(sums, x, indices, load_quad(values + 4 * q));
     indices >>= 4 * INDEX_BITS;
     x += 4 / N * M * VECTORS * LANES;
   }
 }
+"""
 
+_ADD_PAIRS = """
+using kept_value = element;
+
+INLINE const element* load_kept(const element* values, element*) { return values; }
+// the last kept values of a row, zeros after them
+INLINE void load_kept(const element* values, int64_t count, element* own) {
+  memset(own, 0, BUNDLE * sizeof(element));
+  memcpy(own, values, size_t(least(count, BUNDLE)) * sizeof(element));
+}
+
+// sums[chain] += two values * the panel's rows at their indices, which are interleaved for it
+template <int VECTORS, int CHAINS>
+INLINE void add_pair(vec (&sums)[CHAINS][VECTORS], const cell* x, bundle indices, int pair, __m512i values) {
+  constexpr int64_t WIDTH = VECTORS * LANES;
+  constexpr bundle INDEX = (bundle(1) << INDEX_BITS) - 1;
+  const int kept = 2 * pair;
+  const cell* first = x + (kept / N * M + int64_t(indices >> (INDEX_BITS * kept) & INDEX)) * WIDTH;
+  const cell* second = x + ((kept + 1) / N * M + int64_t(indices >> (INDEX_BITS * (kept + 1)) & INDEX)) * WIDTH;
+  UNROLL for (int j = 0; j < VECTORS; j += 2) {
+    const __m512i a = load_cells(first + j * LANES), b = load_cells(second + j * LANES);
+    vec* to = sums[pair % CHAINS] + j;
+    to[0] = multiply_cells(_mm512_unpacklo_epi16(a, b), values, to[0]);
+    to[1] = multiply_cells(_mm512_unpackhi_epi16(a, b), values, to[1]);
+  }
+}
+
+template <int VECTORS, int CHAINS>
+INLINE void add_bundle(vec (&sums)[CHAINS][VECTORS], const cell* x, bundle indices, const kept_value* values) {
+  UNROLL for (int q = 0; q < BUNDLE / 8; ++q) {
+    const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 8 * q)));
+    add_pair(sums, x, indices, 4 * q, _mm512_shuffle_epi32(four, _MM_PERM_AAAA));
+    add_pair(sums, x, indices, 4 * q + 1, _mm512_shuffle_epi32(four, _MM_PERM_BBBB));
+    add_pair(sums, x, indices, 4 * q + 2, _mm512_shuffle_epi32(four, _MM_PERM_CCCC));
+    add_pair(sums, x, indices, 4 * q + 3, _mm512_shuffle_epi32(four, _MM_PERM_DDDD));
+  }
+}
+"""
+
+_PANELS = """
 // What a panel is multiplied with: `run` makes sums [rows, VECTORS * LANES] of the result's columns [first, last).
 struct Gather {
   const element* values;  // [columns of the result, kept_of(depth)]
@@ -79,10 +166,10 @@ struct Gather {
   int64_t depth, rank;
 
   template <int VECTORS>
-  void run(const float* panel, const float* hidden, int64_t first, int64_t last, float* sums) const {
+  void run(const cell* panel, const float* hidden, int64_t first, int64_t last, float* sums) const {
     constexpr int WIDTH = VECTORS * LANES;
     constexpr int CHAINS = VECTORS >= 8 ? 1 : VECTORS >= 4 ? 2 : 4;  // enough sums that none waits for the one before
-    constexpr int64_t COLUMNS = most(1, PANEL_FLOATS / WIDTH / BUNDLE_COLUMNS) * BUNDLE_COLUMNS;
+    constexpr int64_t COLUMNS = most(1, PANEL_CELLS / WIDTH / BUNDLE_COLUMNS) * BUNDLE_COLUMNS;
     const int64_t row_kept = kept_of(depth), row_bytes = index_bytes(depth);
     for (int64_t block = 0; block == 0 || block < depth; block += COLUMNS) {
       const int64_t end = least(block + COLUMNS, depth);
@@ -102,14 +189,14 @@ struct Gather {
         int64_t column = block;
         for (; column + BUNDLE_COLUMNS <= end; column += BUNDLE_COLUMNS) {
           const element* from = row_values + kept_of(column);
-          alignas(64) float own[BUNDLE];
+          alignas(64) kept_value own[BUNDLE];
           __builtin_prefetch(from + 2 * row_kept);
           add_bundle(total, panel + column * WIDTH, load_bundle(row_indices + kept_of(column) * INDEX_BITS / 8),
                      load_kept(from, own));
         }
         if (column < end) {
           const int64_t kept = kept_of(column), byte = kept * INDEX_BITS / 8;
-          alignas(64) float own[BUNDLE];
+          alignas(64) kept_value own[BUNDLE];
           load_kept(row_values + kept, row_kept - kept, own);
           add_bundle(total, panel + column * WIDTH, load_bundle(row_indices + byte, row_bytes - byte), own);
         }
@@ -125,19 +212,19 @@ struct Gather {
 
 // hidden [VECTORS * LANES] = scale x down^T, of one row of down and one panel
 template <int VECTORS>
-void hidden_row(const Call& call, const float* panel, const element* down, float* hidden) {
+void hidden_row(const Call& call, const cell* panel, const element* down, float* hidden) {
   vec total[VECTORS] = {};
   for (int64_t i = 0; i < call.in; ++i) {
     const vec weight = splat(number(down[i]));
     for (int j = 0; j < VECTORS; ++j)
-      total[j] = multiply_add(weight, load(panel + (i * VECTORS + j) * LANES), total[j]);
+      total[j] = multiply_add(weight, load_part(panel + i * VECTORS * LANES, j), total[j]);
   }
   for (int j = 0; j < VECTORS; ++j) store(hidden + j * LANES, total[j] * float(call.scale));
 }
 
 // sums [columns of the result, width] as rows of tokens, which `finish` stores
-INLINE void finish_panel(const Call& call, const float* sums, int64_t token, int64_t tokens, int64_t first, int64_t last,
-                         int64_t width) {
+INLINE void finish_panel(const Call& call, const float* sums, int64_t token, int64_t tokens, int64_t first,
+                         int64_t last, int64_t width) {
   alignas(64) float tile[LANES][ROWS + 2 * LANES];
   for (int64_t t = 0; t < least(width, tokens); t += LANES) {
     for (int64_t row = 0; row < last - first; row += LANES) {
@@ -156,22 +243,24 @@ int multiply_tokens(const Call& call, const Weight& weight, const element* x, in
                     int64_t columns, int64_t begin, int64_t tokens) {
   constexpr int64_t WIDTH = VECTORS * LANES, GROUP = 256;
   const int64_t padded = up_to(depth, 64), size = padded * WIDTH, rank = call.rank;
-  const int64_t panels = (tokens + WIDTH - 1) / WIDTH, at_once = least(panels, most(1, SCRATCH_FLOATS / most(1, size)));
-  Scratch panel(at_once * size), hidden(at_once * rank * WIDTH);
-  if (!panel.get || !hidden.get) return 1;
+  const int64_t panels = (tokens + WIDTH - 1) / WIDTH, at_once = least(panels, most(1, SCRATCH_CELLS / most(1, size)));
+  Scratch panel_scratch(at_once * size), hidden(at_once * rank * WIDTH);
+  if (!panel_scratch.get || !hidden.get) return 1;
+  cell* panel = reinterpret_cast<cell*>(panel_scratch.get);
+  const int64_t groups = (padded + GROUP - 1) / GROUP, units = (columns + UNIT - 1) / UNIT;
   int failed = 0;
   for (int64_t from = 0; from < panels; from += at_once) {
-    const int64_t now = least(at_once, panels - from), groups = (padded + GROUP - 1) / GROUP, units = (columns + UNIT - 1) / UNIT;
+    const int64_t now = least(at_once, panels - from);
     parallel(call, now * groups, (1 << 14) / (GROUP * WIDTH), [&](int64_t first, int64_t last) {
       for (int64_t job = first; job < last; ++job) {
         const int64_t p = job / groups, c = job % groups * GROUP, token = (from + p) * WIDTH;
         make_panel(x + (begin + token) * stride, stride, least(WIDTH, tokens - token), depth, c,
-                   least(c + GROUP, padded), WIDTH, panel.get + p * size);
+                   least(c + GROUP, padded), WIDTH, panel + p * size);
       }
     });
     parallel(call, now * rank, (1 << 14) / most(1, size), [&](int64_t first, int64_t last) {
       for (int64_t job = first; job < last; ++job)
-        hidden_row<VECTORS>(call, panel.get + job / rank * size,
+        hidden_row<VECTORS>(call, panel + job / rank * size,
                             static_cast<const element*>(call.down) + job % rank * depth, hidden.get + job * WIDTH);
     });
     const int64_t grain = (1 << 14) / most(1, UNIT * kept_of(depth) * VECTORS);
@@ -185,7 +274,7 @@ int multiply_tokens(const Call& call, const Weight& weight, const element* x, in
         const int64_t p = first / units, unit = first % units, token = (from + p) * WIDTH;
         const int64_t some = least(least(last - first, units - unit), ROWS / UNIT);
         const int64_t column = unit * UNIT, end = least(column + some * UNIT, columns);
-        weight.template run<VECTORS>(panel.get + p * size, hidden.get + p * rank * WIDTH, column, end, sums.get);
+        weight.template run<VECTORS>(panel + p * size, hidden.get + p * rank * WIDTH, column, end, sums.get);
         finish_panel(call, sums.get, begin + token, tokens - token, column, end, WIDTH);
         first += some;
       }
@@ -216,31 +305,35 @@ return own;
 }
 
 
-def make_panel() -> str:
-    """The function that transposes tokens into a panel."""
-    return _MAKE_PANEL
+def make_panel(*, pairs: bool) -> str:
+    """The function that transposes tokens into a panel.
+
+    Args:
+        pairs: of 16-bit numbers are multiplied by one instruction, so a panel holds those.
+    """
+    return (_PAIR_CELLS if pairs else _FLOAT_CELLS) + _MAKE_PANEL
 
 
-def panels(dtype: str, vectors: int, rows: int) -> str:
+def panels(dtype: str, vectors: int, rows: int, *, pairs: bool) -> str:
     """Everything of a product for many tokens; the last function is ``panel_product``.
 
     Args:
         vectors: of tokens in a panel.
         rows: of the weight whose sums a thread holds.
+        pairs: as for :func:`make_panel`.
     """
     narrower = [
-        f"if (rest <= {size} * LANES) return multiply_tokens<{size}>(call, weight, x, stride, depth, columns, whole, rest);"
+        f"if (rest <= {size} * LANES)\n"
+        f"  return multiply_tokens<{size}>(call, weight, x, stride, depth, columns, whole, rest);"
         for size in (1, 2, 4, 8)
-        if size < vectors
+        if (2 if pairs else 1) <= size < vectors
     ]
+    add = _ADD_PAIRS if pairs else fill(_ADD, load_kept=_LOAD_KEPT[dtype == "float32"])
     return (
-        _MAKE_PANEL
-        + fill(
-            _PANELS,
-            load_kept=_LOAD_KEPT[dtype == "float32"],
-            rows=str(rows),
-            vectors=str(vectors),
-            narrower="\n".join(narrower),
-        )
+        make_panel(pairs=pairs)
+        + fill(_SIZES, rows=str(rows))
+        + add
+        + "\n"
+        + fill(_PANELS, vectors=str(vectors), narrower="\n".join(narrower))
         + "\n"
     )

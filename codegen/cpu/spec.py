@@ -33,7 +33,7 @@ class Tile:
     Attributes:
         expanded_rows: of the weight, at most, expanded at once.
         few: most tokens that are not worth a transposition.
-        vectors: of tokens in a panel, a power of two up to 8.
+        vectors: of tokens in a panel, 2, 4 or 8.
         rows: of the weight whose sums over a panel a thread holds, a multiple of 64.
     """
 
@@ -43,8 +43,8 @@ class Tile:
     rows: int = 256
 
     def __post_init__(self) -> None:
-        if self.vectors not in (1, 2, 4, 8):
-            raise OptionError(f"vectors={self.vectors} of a tile must be 1, 2, 4 or 8")
+        if self.vectors not in (2, 4, 8):
+            raise OptionError(f"vectors={self.vectors} of a tile must be 2, 4 or 8")
         if self.rows < 64 or self.rows % 64:
             raise OptionError(f"rows={self.rows} of a tile must be a multiple of 64")
         if self.expanded_rows < 1 or self.few < 0:
@@ -92,6 +92,11 @@ class CPUSpec(ABC):
     def index_bits(self) -> int:
         """Bits of one packed index."""
         return 2 if self.m <= 4 else 4
+
+    @property
+    def pairs(self) -> bool:
+        """Whether pairs of 16-bit numbers are multiplied by one instruction."""
+        return expand.uses_dot(self.instruction_set, self.dtype)
 
     @abstractmethod
     def body(self) -> str:
@@ -151,7 +156,8 @@ class NMLinear(CPUSpec):
 
     @property
     def title(self) -> str:
-        return f"y = {Epilogue(True, self.epilogue.steps).formula('x W^T + scale (x down^T) up^T')}, W {self.n}:{self.m}."
+        product = Epilogue(True, self.epilogue.steps).formula("x W^T + scale (x down^T) up^T")
+        return f"y = {product}, W {self.n}:{self.m}."
 
     @property
     def shrink(self) -> int:
@@ -160,7 +166,7 @@ class NMLinear(CPUSpec):
 
     def body(self) -> str:
         few = expand.expand(self.instruction_set, self.dtype, self.n, self.m, self.tile.expanded_rows)
-        many = panels.panels(self.dtype, self.tile.vectors, self.tile.rows)
+        many = panels.panels(self.dtype, self.tile.vectors, self.tile.rows, pairs=self.pairs)
         return "\n".join((common.finish(self.epilogue, "sums"), few, many, _LINEAR.replace("$few", str(self.tile.few))))
 
 
@@ -179,7 +185,7 @@ class NMGradInput(CPUSpec):
         return "\n".join(
             (
                 common.finish(Epilogue(), "sums"),
-                panels.panels(self.dtype, self.tile.vectors, self.tile.rows),
+                panels.panels(self.dtype, self.tile.vectors, self.tile.rows, pairs=self.pairs),
                 expand.steps(self.instruction_set, self.dtype, self.n, self.m, dot=False),
                 grad_input.grad_input(self.instruction_set),
             )
@@ -198,7 +204,9 @@ class NMGradValues(CPUSpec):
         return f"dv = dy^T x where W, {self.n}:{self.m}, keeps its weights."
 
     def body(self) -> str:
-        return panels.make_panel() + grad_values.grad_values(self.instruction_set, self.dtype)
+        return panels.make_panel(pairs=self.pairs) + grad_values.grad_values(
+            self.instruction_set, self.dtype, pairs=self.pairs
+        )
 
 
 _LINEAR = """

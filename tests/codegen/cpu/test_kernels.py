@@ -105,9 +105,9 @@ def test_gradients(instruction_set, pattern, dtype):
     n, m = pattern
     for tokens, groups, rows in SHAPES:
         columns = groups * m
-        for rows in (rows, rows // m * m + m):  # the second can have a column mask
-            dense, pruned, values, indices, column_mask = weight(rows, columns, Pattern(n, m), dtype)
-            x, dy = torch.randn(tokens, columns).to(dtype), torch.randn(tokens, rows).to(dtype)
+        for height in (rows, rows // m * m + m):  # the second can have a column mask
+            dense, pruned, values, indices, column_mask = weight(height, columns, Pattern(n, m), dtype)
+            x, dy = torch.randn(tokens, columns).to(dtype), torch.randn(tokens, height).to(dtype)
             run = launch.nm_linear_grad_input
             same(run(dy, values, indices, None, n, m, instruction_set=instruction_set), dy.double() @ dense)
             same(run(dy, values, indices, column_mask, n, m, instruction_set=instruction_set), dy.double() @ pruned)
@@ -145,7 +145,7 @@ def test_columns_that_keep_too_many_are_exact():
 
 
 def test_threads_change_no_bit():
-    dense, _, values, indices, column_mask = weight(200, 180, Pattern(2, 4), torch.float32)
+    _, _, values, indices, column_mask = weight(200, 180, Pattern(2, 4), torch.float32)
     threads = torch.get_num_threads()
     try:
         results = []
