@@ -426,7 +426,8 @@ def expand(instruction_set: InstructionSet, dtype: str, n: int, m: int, rows: in
     step = 32 if dot else instruction_set.lanes
     size = 4 if dtype == "float32" else 2
     cases = [
-        f"case {tokens}: expand_chunk<{rows_of(tokens, instruction_set, rows)}, {tokens}>(call, inputs, t, row, last);\n"
+        f"case {tokens}:\n"
+        f"  expand_chunk<{rows_of(tokens, instruction_set, rows)}, {tokens}>(call, inputs, t, row, last);\n"
         "  break;"
         for tokens in (1, 2, 4, 8)
     ]
