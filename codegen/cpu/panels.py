@@ -138,7 +138,8 @@ INLINE void add_pair(vec (&sums)[CHAINS][VECTORS], const cell* x, bundle indices
   const cell* first = x + (kept / N * M + int64_t(indices >> (INDEX_BITS * kept) & INDEX)) * WIDTH;
   const cell* second = x + ((kept + 1) / N * M + int64_t(indices >> (INDEX_BITS * (kept + 1)) & INDEX)) * WIDTH;
   UNROLL for (int j = 0; j < VECTORS; j += 2) {
-    const __m512i a = load_cells(first + j * LANES), b = load_cells(second + j * LANES);
+    __m512i a = load_cells(first + j * LANES), b = load_cells(second + j * LANES);
+    asm("" : "+v"(a), "+v"(b));  // held in registers: GCC loads both again for the second shuffle
     vec* to = sums[pair % CHAINS] + j;
     to[0] = multiply_cells(_mm512_unpacklo_epi16(a, b), values, to[0]);
     to[1] = multiply_cells(_mm512_unpackhi_epi16(a, b), values, to[1]);
@@ -332,6 +333,7 @@ def panels(dtype: str, vectors: int, rows: int, *, pairs: bool) -> str:
     return (
         make_panel(pairs=pairs)
         + fill(_SIZES, rows=str(rows))
+        + "\n\n"
         + add
         + "\n"
         + fill(_PANELS, vectors=str(vectors), narrower="\n".join(narrower))
