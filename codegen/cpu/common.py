@@ -185,7 +185,8 @@ def finish(epilogue: Epilogue, product: str) -> str:
     """The function that turns sums into results: bias, gate, pointwise steps, conversion."""
     steps = epilogue.steps
     gated = bool(steps) and steps[0].startswith(GATED)
-    lines, operands = [_GATED.replace("$gate", _EXPRESSIONS[epilogue.gate]) if gated else _PLAIN], []
+    lines = [_GATED.replace("$gate", _EXPRESSIONS[epilogue.gate]) if gated else _PLAIN]
+    operands: list[str] = []
     for step in steps[gated:]:
         if step in _OPERATORS:
             name = f"operand{len(operands)}"
