@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fxsparse.codegen import source
+from fxsparse.codegen.cpu import loaded as cpu
 from fxsparse.codegen.spec import Spec
 
 
@@ -34,7 +35,7 @@ class Kernel:
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
         """Runs it on the current device and stream, without waiting for it."""
         self.launches += 1
-        for counts in _recordings:
+        for counts, _ in _recordings:
             counts[self.file] = counts.get(self.file, 0) + 1
         options: dict[str, int] = {"num_warps": self.spec.tile.warps}
         if not self.spec.gluon:
@@ -43,7 +44,7 @@ class Kernel:
 
 
 _kernels: dict[Path, Kernel] = {}
-_recordings: list[dict[Path, int]] = []
+_recordings: list[tuple[dict[Path, int], dict[Path, int]]] = []
 _lock = threading.Lock()
 
 
@@ -57,9 +58,10 @@ def kernel(spec: Spec) -> Kernel:
         return _kernels[file]
 
 
-def kernels() -> list[Kernel]:
-    """Every kernel this process has loaded, the most launched first."""
-    return sorted(_kernels.values(), key=lambda kernel: (-kernel.launches, kernel.file.name))
+def kernels() -> list[Kernel | cpu.Kernel]:
+    """Every kernel this process has loaded, Triton's and C++, the most launched first."""
+    every: list[Kernel | cpu.Kernel] = [*_kernels.values(), *cpu.kernels()]
+    return sorted(every, key=lambda kernel: (-kernel.launches, kernel.file.name))
 
 
 @contextmanager
@@ -75,9 +77,14 @@ def recording(counts: dict[Path, int] | None = None) -> Iterator[dict[Path, int]
 
 def start(counts: dict[Path, int]) -> None:
     """Adds every launch to ``counts`` from here on; at most once, however often it is started."""
-    if not any(other is counts for other in _recordings):
-        _recordings.append(counts)
+    if not any(other is counts for other, _ in _recordings):
+        _recordings.append((counts, cpu.launches()))
 
 
 def stop(counts: dict[Path, int]) -> None:
-    _recordings[:] = [other for other in _recordings if other is not counts]
+    # C++ kernels count their own launches.
+    for before in [before for other, before in _recordings if other is counts]:
+        for file, count in cpu.launches().items():
+            if count > before.get(file, 0):
+                counts[file] = counts.get(file, 0) + count - before.get(file, 0)
+    _recordings[:] = [pair for pair in _recordings if pair[0] is not counts]

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from fxsparse.codegen import source
+from fxsparse.codegen.cpu import instruction_sets
 
 FORMAT = 1
 PATIENCE = 5.0
@@ -33,7 +34,7 @@ PATIENCE = 5.0
 Rows = dict[str, dict[str, Any]]
 
 _lock = threading.RLock()
-_memory: dict[tuple[str, str, Path | None], Rows] = {}
+_memory: dict[tuple[str, str, int, Path | None], Rows] = {}
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,18 @@ class Table:
                     content = _read(place, device)
                     rows = self._of(content, place)
                     _add(rows, key, values)
-                    content = {**content, "format": FORMAT, **_identity(device), self.name: rows}
+                    content = {**content, "format": FORMAT, **_identity(device, threads_of(device)), self.name: rows}
                     source.replace(place, json.dumps(content, indent=1, sort_keys=True))
             except (OSError, TimeoutError) as error:
                 _warn(f"cannot keep what was measured in {place} ({error}); it serves this process only")
 
     def _rows(self, device: str, folder: Path | None) -> Rows:
         """Rows as this process knows them: read once, then with its own additions."""
-        rows = _memory.get((self.name, device, folder))
+        threads = threads_of(device)
+        rows = _memory.get((self.name, device, threads, folder))
         if rows is None:
             place = path(device) if folder is None else folder / path(device).name
-            rows = _memory[self.name, device, folder] = self._of(_read(place, device), place)
+            rows = _memory[self.name, device, threads, folder] = self._of(_read(place, device), place)
         return rows
 
     def _of(self, content: Mapping[str, Any], place: Path) -> Rows:
@@ -91,10 +93,19 @@ class Table:
         return rows
 
 
-@functools.cache
 def path(device: str) -> Path:
-    """The file of a device type."""
-    identity = _identity(device)
+    """The file of a device type; for a CPU also of the number of threads, which may change while a process runs."""
+    return _path(device, threads_of(device))
+
+
+def threads_of(device: str) -> int:
+    """Threads that a product runs on; 0 where that is not torch's to say."""
+    return torch.get_num_threads() if device == "cpu" else 0
+
+
+@functools.cache
+def _path(device: str, threads: int) -> Path:
+    identity = _identity(device, threads)
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     name = "".join(letter if letter.isalnum() else "-" for letter in identity["device"]).strip("-")
     return source.cache_dir() / "measured" / f"{name}-{digest}.json"
@@ -104,7 +115,7 @@ def forget() -> None:
     """Forgets what this process has read and measured; files stay."""
     with _lock:
         _memory.clear()
-        path.cache_clear()
+        _path.cache_clear()
         _identity.cache_clear()
 
 
@@ -121,7 +132,7 @@ def _read(place: Path, device: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         _warn(f"{place} cannot be read and is ignored: {error}")
         return {}
-    wanted = {"format": FORMAT, **_identity(device)}
+    wanted = {"format": FORMAT, **_identity(device, threads_of(device))}
     if not isinstance(content, dict) or any(content.get(name) != value for name, value in wanted.items()):
         _warn(f"{place} is of another device, version or format and is ignored")
         return {}
@@ -129,15 +140,18 @@ def _read(place: Path, device: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _identity(device: str) -> dict[str, str]:
-    """The device and the versions that results hold for, which do not change while a process runs."""
+def _identity(device: str, threads: int) -> dict[str, str]:
+    """The device and the versions that results hold for."""
     try:
         import triton
 
         triton_version = triton.__version__
     except ImportError:
         triton_version = "none"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{instruction_sets.processor()}, {instruction_sets.chosen()}, {threads} threads"
     kernels = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         kernels.update(file.read_bytes())

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
+from fxsparse.codegen.cpu import operators as _  # noqa: F401  what rewritten models run eagerly on a CPU
 from fxsparse.errors import CheckpointError
 from fxsparse.graph.record import Record
 from fxsparse.passes import Pass, Pipeline

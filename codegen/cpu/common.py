@@ -30,6 +30,7 @@ struct Call {
   void* y;
   int64_t x_stride, dy_stride;
   int64_t tokens, in, out, rank;
+  int64_t few, vectors, rows;  // of the tile
   double scale;
   void (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 };

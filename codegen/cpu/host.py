@@ -49,7 +49,7 @@ namespace {
 
 struct Kernel {
   int (*run)(const Call*);
-  int64_t n, m, shrink, dtype;
+  int64_t n, m, shrink, dtype, few, vectors, rows;
   std::atomic<int64_t> launches{0};
 };
 
@@ -125,6 +125,9 @@ Tensor result(const Tensor& like, int64_t columns) {
 
 void run(Kernel& kernel, Call& call) {
   call.parallel_for = parallel_for;
+  call.few = kernel.few;
+  call.vectors = kernel.vectors;
+  call.rows = kernel.rows;
   kernel.launches.fetch_add(1, std::memory_order_relaxed);
   STD_TORCH_CHECK(kernel.run(&call) == 0, "fxsparse: out of memory");
 }
@@ -218,20 +221,21 @@ Tensor grad_values(const Tensor& dy, const Tensor& x, const Tensor& indices, int
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void fxsparse_load(int64_t id, void* run, int64_t n, int64_t m,
-                                                                     int64_t shrink, int64_t dtype) {
+// adds a kernel and returns where its launches are counted
+extern "C" __attribute__((visibility("default"))) void* fxsparse_load(int64_t id, void* run, int64_t n, int64_t m,
+                                                                      int64_t shrink, int64_t dtype, int64_t few,
+                                                                      int64_t vectors, int64_t rows) {
   auto kernel = std::make_unique<Kernel>();
   kernel->run = reinterpret_cast<int (*)(const Call*)>(run);
   kernel->n = n;
   kernel->m = m;
   kernel->shrink = shrink;
   kernel->dtype = dtype;
+  kernel->few = few;
+  kernel->vectors = vectors;
+  kernel->rows = rows;
   std::unique_lock<std::shared_mutex> writing(lock);
-  kernels.emplace(id, std::move(kernel));
-}
-
-extern "C" __attribute__((visibility("default"))) int64_t fxsparse_launches(int64_t id) {
-  return find(id).launches.load(std::memory_order_relaxed);
+  return &kernels.emplace(id, std::move(kernel)).first->second->launches;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse_cpu, library) {
@@ -261,10 +265,8 @@ def host() -> ctypes.CDLL:
     """
     _, target = build.library("host", _HOST.replace("$call", CALL.strip()), torch_headers=True)
     loaded = build.load(target)
-    loaded.fxsparse_load.argtypes = [ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int64] * 4]
-    loaded.fxsparse_load.restype = None
-    loaded.fxsparse_launches.argtypes = [ctypes.c_int64]
-    loaded.fxsparse_launches.restype = ctypes.c_int64
+    loaded.fxsparse_load.argtypes = [ctypes.c_int64, ctypes.c_void_p, *[ctypes.c_int64] * 7]
+    loaded.fxsparse_load.restype = ctypes.c_void_p
     _register_shapes()
     return loaded
 

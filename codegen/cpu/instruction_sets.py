@@ -5,7 +5,8 @@
     avx2          8 floats a vector and fused multiply-add (Haswell, Zen 1 and later)
     portable      8 floats a vector, as extensions of GCC and Clang write them: any processor, ARM among them
 
-torch reports the processor's capabilities, as Inductor reads them too. ``FXSPARSE_CPU`` names one to be used instead.
+torch reports the processor's capabilities, as Inductor reads them too. ``FXSPARSE_CPU`` names one to be
+used instead, or ``none`` for no kernels at all.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ AVX512 = InstructionSet("avx512", 16, 32, _AVX512_FLAGS, _AVX512_NEEDS)
 AVX2 = InstructionSet("avx2", 8, 16, _AVX2_FLAGS, _AVX2_NEEDS)
 PORTABLE = InstructionSet("portable", 8, 16)
 
+NONE = "none"
+"""What ``FXSPARSE_CPU`` says where no kernels are wanted."""
+
 ALL = (AVX512_BF16, AVX512, AVX2, PORTABLE)
 """From the fastest on."""
 
@@ -81,13 +85,27 @@ def chosen() -> InstructionSet:
 @functools.cache
 def _chosen(name: str) -> InstructionSet:
     sets = available()
-    if not name:
+    if not name or name == NONE:
         return sets[0]
     for one in sets:
         if one.name == name:
             return one
     known = ", ".join(map(str, sets))
     raise OptionError(f"FXSPARSE_CPU={name!r} is not an instruction set of this processor; it has {known}")
+
+
+@functools.cache
+def processor() -> str:
+    """This machine's processor, as the system names it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            fields = [line.partition(":") for line in file.read().partition("\n\n")[0].splitlines()]
+    except OSError:
+        return platform.processor() or platform.machine()
+    known = {name.strip(): value.strip() for name, _, value in fields}
+    parts = [known.get("model name", platform.machine())]
+    parts += [f"{name} {known[name]}" for name in ("cpu family", "model") if name in known]
+    return " ".join(parts)
 
 
 @functools.cache

@@ -34,7 +34,7 @@ def unavailable(kind: str, dtype: torch.dtype, n: int, m: int, steps: Sequence[s
     if reason is None and Epilogue(False, tuple(steps)).operands > 2:
         reason = "kernels for a CPU take at most two tensors in their epilogue"
     if reason is None:
-        made = loaded.kernel(_spec(kind, name, n, m, tuple(steps), None, instruction_sets.chosen()))
+        made = loaded.kernel(spec_of(kind, name, n, m, tuple(steps)), Tile())
         reason = made if isinstance(made, str) else None
     return reason
 
@@ -66,26 +66,27 @@ def _id(
     tile: Tile | None,
     instruction_set: InstructionSet,
 ) -> int:
-    made = loaded.kernel(_spec(kind, str(dtype).removeprefix("torch."), n, m, steps, tile, instruction_set))
+    name = str(dtype).removeprefix("torch.")
+    made = loaded.kernel(spec_of(kind, name, n, m, steps, instruction_set), tile or default_tile(name, instruction_set))
     if isinstance(made, str):
         raise OptionError(made)
     return made.id
 
 
-@functools.cache
-def _spec(
-    kind: str,
-    dtype: str,
-    n: int,
-    m: int,
-    steps: tuple[str, ...],
-    tile: Tile | None,
-    instruction_set: InstructionSet,
+def spec_of(
+    kind: str, dtype: str, n: int, m: int, steps: tuple[str, ...] = (), instruction_set: InstructionSet | None = None
 ) -> CPUSpec:
-    made = tile or default_tile(dtype, instruction_set)
-    if kind == NMLinear.kind:
-        return NMLinear(dtype, n, m, instruction_set, made, Epilogue(False, steps))
-    return KINDS[kind](dtype, n, m, instruction_set, made)
+    """The spec of a kernel, for this processor unless told otherwise."""
+    one = instruction_set or instruction_sets.chosen()
+    return (
+        NMLinear(dtype, n, m, one, Epilogue(False, steps)) if kind == NMLinear.kind else KINDS[kind](dtype, n, m, one)
+    )
+
+
+def forget() -> None:
+    """Forgets what was built and what failed."""
+    loaded.forget()
+    _id.cache_clear()
 
 
 def nm_linear(

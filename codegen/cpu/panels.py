@@ -4,7 +4,7 @@
     row of W      every kept value times the panel's row at its index, added to VECTORS vectors of sums
 
 A block of the panel (some columns, 32 KB) stays in the first cache while all rows of a task pass over it; sums of up to
-ROWS rows of the weight lie in the second. Values are spread to all lanes four at a time, because a load less is a
+some rows of the weight lie in the second. Values are spread to all lanes four at a time, because a load less is a
 product more: two loads a cycle are the limit (measured 1.4 of 2 products a cycle, against 1.0 with a load a value).
 
 Where one instruction multiplies pairs of bfloat16, panels are bfloat16, and the rows at two indices are interleaved in
@@ -14,6 +14,9 @@ registers: two loads, two shuffles and two products for what takes four loads an
 from __future__ import annotations
 
 from fxsparse.codegen.template import fill
+
+MOST_ROWS = 512
+"""Rows of the weight whose sums a thread may hold."""
 
 _FLOAT_CELLS = """
 using cell = float;  // of a panel
@@ -76,7 +79,7 @@ INLINE void make_panel(const element* from, int64_t stride, int64_t tokens, int6
 _SIZES = """
 constexpr int64_t PANEL_CELLS = (32 << 10) / sizeof(cell);    // of a block of columns, in the first cache
 constexpr int64_t SCRATCH_CELLS = (16 << 20) / sizeof(cell);  // of the panels that are made before they are used
-constexpr int64_t ROWS = $rows, UNIT = 64;  // columns of the result whose sums a thread holds, in steps of UNIT
+constexpr int64_t MOST_ROWS = $rows, UNIT = 64;  // columns of the result whose sums a thread holds, in steps of UNIT
 """
 
 _ADD = """
@@ -226,7 +229,7 @@ void hidden_row(const Call& call, const cell* panel, const element* down, float*
 // sums [columns of the result, width] as rows of tokens, which `finish` stores
 INLINE void finish_panel(const Call& call, const float* sums, int64_t token, int64_t tokens, int64_t first,
                          int64_t last, int64_t width) {
-  alignas(64) float tile[LANES][ROWS + 2 * LANES];
+  alignas(64) float tile[LANES][MOST_ROWS + 2 * LANES];
   for (int64_t t = 0; t < least(width, tokens); t += LANES) {
     for (int64_t row = 0; row < last - first; row += LANES) {
       vec r[LANES];
@@ -266,14 +269,14 @@ int multiply_tokens(const Call& call, const Weight& weight, const element* x, in
     });
     const int64_t grain = (1 << 14) / most(1, UNIT * kept_of(depth) * VECTORS);
     parallel(call, now * units, grain, [&](int64_t first, int64_t last) {
-      Scratch sums(ROWS * WIDTH);
+      Scratch sums(call.rows * WIDTH);
       if (!sums.get) {
         __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
         return;
       }
       while (first < last) {  // some columns of one panel's result at a time
         const int64_t p = first / units, unit = first % units, token = (from + p) * WIDTH;
-        const int64_t some = least(least(last - first, units - unit), ROWS / UNIT);
+        const int64_t some = least(least(last - first, units - unit), call.rows / UNIT);
         const int64_t column = unit * UNIT, end = least(column + some * UNIT, columns);
         weight.template run<VECTORS>(panel + p * size, hidden.get + p * rank * WIDTH, column, end, sums.get);
         finish_panel(call, sums.get, begin + token, tokens - token, column, end, WIDTH);
@@ -284,18 +287,29 @@ int multiply_tokens(const Call& call, const Weight& weight, const element* x, in
   return failed;
 }
 
-// y [tokens, columns ..] = x [tokens, depth] times a weight, in panels of $vectors vectors, the last ones narrower
+// some tokens in panels of so many vectors
+template <class Weight>
+int multiply_some(int64_t vectors, const Call& call, const Weight& weight, const element* x, int64_t stride,
+                  int64_t depth, int64_t columns, int64_t begin, int64_t tokens) {
+  $one
+  if (vectors <= 2) return multiply_tokens<2>(call, weight, x, stride, depth, columns, begin, tokens);
+  if (vectors <= 4) return multiply_tokens<4>(call, weight, x, stride, depth, columns, begin, tokens);
+  return multiply_tokens<8>(call, weight, x, stride, depth, columns, begin, tokens);
+}
+
+// y [tokens, columns ..] = x [tokens, depth] times a weight, in panels of call.vectors vectors, the last ones narrower
 template <class Weight>
 int panel_product(const Call& call, const Weight& weight, const element* x, int64_t stride, int64_t depth,
                   int64_t columns) {
-  const int64_t whole = call.tokens / ($vectors * LANES) * ($vectors * LANES), rest = call.tokens - whole;
+  const int64_t width = call.vectors * LANES, whole = call.tokens / width * width, rest = call.tokens - whole;
   if (whole)
-    if (int failed = multiply_tokens<$vectors>(call, weight, x, stride, depth, columns, 0, whole)) return failed;
+    if (int failed = multiply_some(call.vectors, call, weight, x, stride, depth, columns, 0, whole)) return failed;
   if (!rest) return 0;
-  $narrower
-  return multiply_tokens<$vectors>(call, weight, x, stride, depth, columns, whole, rest);
+  return multiply_some((rest + LANES - 1) / LANES, call, weight, x, stride, depth, columns, whole, rest);
 }
 """
+
+_ONE_VECTOR = "if (vectors <= 1) return multiply_tokens<1>(call, weight, x, stride, depth, columns, begin, tokens);"
 
 _LOAD_KEPT = {
     True: "return values;",
@@ -315,27 +329,20 @@ def make_panel(*, pairs: bool) -> str:
     return (_PAIR_CELLS if pairs else _FLOAT_CELLS) + _MAKE_PANEL
 
 
-def panels(dtype: str, vectors: int, rows: int, *, pairs: bool) -> str:
+def panels(dtype: str, *, pairs: bool) -> str:
     """Everything of a product for many tokens; the last function is ``panel_product``.
 
     Args:
-        vectors: of tokens in a panel.
-        rows: of the weight whose sums a thread holds.
+        dtype: of the elements.
         pairs: as for :func:`make_panel`.
     """
-    narrower = [
-        f"if (rest <= {size} * LANES)\n"
-        f"  return multiply_tokens<{size}>(call, weight, x, stride, depth, columns, whole, rest);"
-        for size in (1, 2, 4, 8)
-        if (2 if pairs else 1) <= size < vectors
-    ]
     add = _ADD_PAIRS if pairs else fill(_ADD, load_kept=_LOAD_KEPT[dtype == "float32"])
     return (
         make_panel(pairs=pairs)
-        + fill(_SIZES, rows=str(rows))
+        + fill(_SIZES, rows=str(MOST_ROWS))
         + "\n\n"
         + add
         + "\n"
-        + fill(_PANELS, vectors=str(vectors), narrower="\n".join(narrower))
+        + fill(_PANELS, one="" if pairs else _ONE_VECTOR)
         + "\n"
     )

@@ -26,18 +26,20 @@ PATTERNS = ((1, 2), (2, 4), (1, 4), (2, 8), (4, 8))
 """Patterns n:m a kernel can be made for."""
 
 
+EXPANDED_ROWS = 4
+"""Rows of the weight, at most, expanded at once."""
+
+
 @dataclass(frozen=True)
 class Tile:
-    """How the work of a kernel is cut.
+    """How the work of a call is cut; one build serves all.
 
     Attributes:
-        expanded_rows: of the weight, at most, expanded at once.
         few: most tokens that are not worth a transposition.
         vectors: of tokens in a panel, 2, 4 or 8.
         rows: of the weight whose sums over a panel a thread holds, a multiple of 64.
     """
 
-    expanded_rows: int = 4
     few: int = 12
     vectors: int = 8
     rows: int = 256
@@ -45,10 +47,13 @@ class Tile:
     def __post_init__(self) -> None:
         if self.vectors not in (2, 4, 8):
             raise OptionError(f"vectors={self.vectors} of a tile must be 2, 4 or 8")
-        if self.rows < 64 or self.rows % 64:
-            raise OptionError(f"rows={self.rows} of a tile must be a multiple of 64")
-        if self.expanded_rows < 1 or self.few < 0:
-            raise OptionError(f"{self} needs at least one expanded row, and no negative number of tokens")
+        if not 64 <= self.rows <= panels.MOST_ROWS or self.rows % 64:
+            raise OptionError(f"rows={self.rows} of a tile must be a multiple of 64, at most {panels.MOST_ROWS}")
+        if self.few < 0:
+            raise OptionError(f"few={self.few} of a tile is a number of tokens")
+
+    def __str__(self) -> str:
+        return f"{self.few}/{self.vectors}/{self.rows}"
 
 
 def default_tile(dtype: str, instruction_set: InstructionSet) -> Tile:
@@ -67,7 +72,6 @@ class CPUSpec(ABC):
         dtype: element type of the operands and the result; sums are float32.
         n, m: n of every m consecutive weights of a row are kept.
         instruction_set: that the source is written for.
-        tile: how the work is cut.
     """
 
     kind: ClassVar[str]
@@ -77,7 +81,6 @@ class CPUSpec(ABC):
     n: int
     m: int
     instruction_set: InstructionSet
-    tile: Tile = field(default_factory=Tile)
 
     def __post_init__(self) -> None:
         if (reason := unsupported(self.dtype, self.n, self.m)) is not None:
@@ -91,7 +94,12 @@ class CPUSpec(ABC):
     @property
     def index_bits(self) -> int:
         """Bits of one packed index."""
-        return 2 if self.m <= 4 else 4
+        return index_bits(self.m)
+
+    @property
+    def shrink(self) -> int:
+        """Columns of the product for one of the result."""
+        return 1
 
     @property
     def pairs(self) -> bool:
@@ -131,10 +139,9 @@ class CPUSpec(ABC):
         """The spec as readable lines."""
         return "\n".join(f"    {one.name} = {getattr(self, one.name)}" for one in fields(self))
 
-    @property
-    def id(self) -> int:
-        """A number that stands for the spec, the same in every process."""
-        return int.from_bytes(hashlib.sha256(self.render().encode()).digest()[:7], "big")
+    def id(self, tile: Tile) -> int:
+        """A number that stands for the spec and a tile, the same in every process."""
+        return int.from_bytes(hashlib.sha256(f"{tile}\n{self.render()}".encode()).digest()[:7], "big")
 
 
 @dataclass(frozen=True)
@@ -165,9 +172,9 @@ class NMLinear(CPUSpec):
         return 2 if self.epilogue.steps and self.epilogue.steps[0].startswith(GATED) else 1
 
     def body(self) -> str:
-        few = expand.expand(self.instruction_set, self.dtype, self.n, self.m, self.tile.expanded_rows)
-        many = panels.panels(self.dtype, self.tile.vectors, self.tile.rows, pairs=self.pairs)
-        return "\n".join((common.finish(self.epilogue, "sums"), few, many, _LINEAR.replace("$few", str(self.tile.few))))
+        few = expand.expand(self.instruction_set, self.dtype, self.n, self.m, EXPANDED_ROWS)
+        many = panels.panels(self.dtype, pairs=self.pairs)
+        return "\n".join((common.finish(self.epilogue, "sums"), few, many, _LINEAR))
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ class NMGradInput(CPUSpec):
         return "\n".join(
             (
                 common.finish(Epilogue(), "sums"),
-                panels.panels(self.dtype, self.tile.vectors, self.tile.rows, pairs=self.pairs),
+                panels.panels(self.dtype, pairs=self.pairs),
                 expand.steps(self.instruction_set, self.dtype, self.n, self.m, dot=False),
                 grad_input.grad_input(self.instruction_set),
             )
@@ -211,7 +218,7 @@ class NMGradValues(CPUSpec):
 
 _LINEAR = """
 int run(const Call& call) {
-  if (call.tokens <= $few) return expand_product(call);
+  if (call.tokens <= call.few) return expand_product(call);
   const Gather weight{static_cast<const element*>(call.values), call.indices, static_cast<const element*>(call.up),
                       call.in, call.rank};
   return panel_product(call, weight, static_cast<const element*>(call.x), call.x_stride, call.in, call.out);
@@ -220,6 +227,11 @@ int run(const Call& call) {
 // the product of no columns is the epilogue of zeros
 int empty(const Call& call) { return call.tokens && call.out ? expand_product(call) : 0; }
 """
+
+
+def index_bits(m: int) -> int:
+    """Bits of one packed index inside a group of ``m``."""
+    return 2 if m <= 4 else 4
 
 
 def unsupported(dtype: str, n: int, m: int) -> str | None:

@@ -31,6 +31,7 @@ from fxsparse.backend.options import BackendOptions
 from fxsparse.errors import FxsparseError, LoweringError
 from fxsparse.graph.dynamo import copy_dynamo_graph, state_names
 from fxsparse.graph.runtime_state import Slot, invalidate
+from fxsparse.lowering.after_partition import call_kernels
 from fxsparse.lowering.choose import LAUNCHING
 from fxsparse.lowering.lower import lower_graph
 
@@ -47,8 +48,8 @@ def fxsparse(
         example_inputs: its real inputs.
         options: ``passes`` (text, Pass objects, a list of either, a Pipeline) or ``recipe`` (a name): what to rewrite
             in every graph, with the weights staying the model's own; ``lower`` (operator -> implementation): pins a
-            choice, or excludes some; ``tune`` (seconds): how long a graph may measure products nobody measured before,
-            on a GPU; ``fallback``: False makes a graph that cannot be lowered an error; ``compiler``: ``inductor``,
+            choice, or excludes some; ``tune`` (seconds): how long a graph may measure products nobody measured before;
+            ``fallback``: False makes a graph that cannot be lowered an error; ``compiler``: ``inductor``,
             ``aot_eager`` or ``eager``; any option of Inductor.
         mode: as for Inductor.
 
@@ -165,6 +166,8 @@ def _compile(gm: GraphModule, inputs: list[Any], report: CompiledGraph) -> Calla
 
         def shown(graph: GraphModule, args: list[Any]) -> Callable[..., Any]:
             report.show(graph.graph)
+            if call_kernels(graph.graph, report.overrides):
+                graph.recompile()
             return boxed_nop(graph, args)
 
         return aot_eager(gm, inputs, fw_compiler=shown, bw_compiler=shown)

@@ -157,7 +157,7 @@ class Launches:
 def kernels(compiled: Callable[..., Any]) -> list[Launches]:
     """The generated kernels that ran in what ``torch.compile(..., backend="fxsparse")`` returned, most launched first.
 
-    Empty where operators run as ATen that Inductor fuses, which is so on every CPU; ``explain`` says why.
+    Empty where operators run as ATen that Inductor fuses; ``explain`` says why.
     """
     total: dict[Path, int] = {}
     for graph in compiled_graphs(compiled):

@@ -25,14 +25,14 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxsparse.backend.options import BackendOptions
-from fxsparse.lowering.after_partition import keep_transposes, runs_reference
+from fxsparse.lowering.after_partition import call_kernels, keep_transposes, runs_reference
 from fxsparse.ops.operator import operator_of
 
 _SLOT = "post_grad_custom_pre_pass"
 
 
 class InlineReferences(CustomGraphPass):
-    """Inlines the references of the operators that were chosen to run so.
+    """Inlines the references of the operators that were chosen to run so, and lets others call C++ kernels.
 
     Args:
         options: of the backend.
@@ -54,6 +54,7 @@ class InlineReferences(CustomGraphPass):
         self.show(graph)
         pins = self.options.pins
         keep_transposes(graph, pins)
+        call_kernels(graph, self.overrides)
         inline_references(graph, lambda call: runs_reference(call, pins, self.overrides))
         for theirs in self.then:
             theirs(graph)

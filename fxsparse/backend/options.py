@@ -25,7 +25,7 @@ class BackendOptions:
     Attributes:
         pipeline: the passes to run on every graph, None for the bare call.
         lower: the implementation that is pinned, by operator.
-        tune: seconds that a graph may spend on measuring products nobody measured before, on a GPU.
+        tune: seconds that a graph may spend on measuring products nobody measured before.
         fallback: whether a graph that cannot be lowered runs as it was; otherwise that is an error.
         compiler: what compiles the lowered graph: ``inductor``, or ``aot_eager`` and ``eager`` to debug.
         inductor: Inductor's configuration, mode included.

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch.fx import Graph, Node
 
+from fxsparse.codegen.cpu.operators import KINDS, direct
 from fxsparse.codegen.kept_transpose import nm_linear_grad_input_kept
 from fxsparse.graph import arguments
 from fxsparse.lowering import timings
@@ -18,7 +19,7 @@ from fxsparse.lowering.choose import GRAD_INPUT, choose, choose_gradient
 from fxsparse.lowering.pins import Pins
 from fxsparse.lowering.sites import Site, site_of
 from fxsparse.ops.nm_linear import nm_linear_grad_input
-from fxsparse.ops.operator import REFERENCE, SPARSE_TENSOR_CORES, operator_name
+from fxsparse.ops.operator import OPERATOR, REFERENCE, SPARSE_TENSOR_CORES, operator_name
 
 
 def runs_reference(call: Node, pins: Pins, overrides: Mapping[str, str]) -> bool:
@@ -29,6 +30,45 @@ def runs_reference(call: Node, pins: Pins, overrides: Mapping[str, str]) -> bool
         return False
     known = None if site.problem is None else overrides.get(timings.key(site.problem))
     return (known or _without_times(site, pins)) == REFERENCE
+
+
+def kernel_number(override: str | None) -> int | None:
+    """The C++ kernel that an override names; None if it says something else."""
+    name, _, number = (override or "").partition(":")
+    return int(number) if name == OPERATOR and number else None
+
+
+def call_kernels(graph: Graph, overrides: Mapping[str, str]) -> int:
+    """Lets operators on a CPU call their C++ kernels, where those were chosen, without the way through Python.
+
+    Args:
+        graph: a forward or backward graph in ATen; it is edited.
+        overrides: with the kernels' numbers.
+
+    Returns:
+        how many do.
+    """
+    count = 0
+    for call in [node for node in graph.nodes if node.op == "call_function"]:
+        name = operator_name(call.target)
+        site = site_of(name, call) if name in KINDS else None
+        problem = None if site is None else site.problem
+        number = None if problem is None else kernel_number(overrides.get(timings.key(problem)))
+        named = {} if number is None else arguments(call)
+        if name is None or number is None or (name == GRAD_INPUT and named["column_mask"] is None):
+            continue
+        target, args = direct(name, named, number)
+        with graph.inserting_before(call):
+            _stand_in(graph, call, graph.call_function(target, args))
+        count += 1
+    return count
+
+
+def _stand_in(graph: Graph, call: Node, new: Node) -> None:
+    # Not all of its meta: Inductor notes arguments there.
+    new.meta = {key: call.meta[key] for key in ("val", "stack_trace") if key in call.meta}
+    call.replace_all_uses_with(new)
+    graph.erase_node(call)
 
 
 def deviates(site: Site, implementation: str, pins: Pins) -> bool:
@@ -61,10 +101,6 @@ def keep_transposes(graph: Graph, pins: Pins) -> int:
             continue
         args = tuple(named[name] for name in ("dy", "values", "indices", "column_mask"))
         with graph.inserting_before(call):
-            new = graph.call_function(nm_linear_grad_input_kept._opoverload, args)
-        # Not all of its meta: Inductor notes arguments there.
-        new.meta = {key: call.meta[key] for key in ("val", "stack_trace") if key in call.meta}
-        call.replace_all_uses_with(new)
-        graph.erase_node(call)
+            _stand_in(graph, call, graph.call_function(nm_linear_grad_input_kept._opoverload, args))
         count += 1
     return count

@@ -16,11 +16,12 @@ import torch
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
+from fxsparse.codegen.cpu.operators import direct
 from fxsparse.codegen.fused_ops import cusparselt_linear
 from fxsparse.graph import arguments
 from fxsparse.graph.dynamo import add_placeholder, copy_dynamo_graph, placeholders, static_fake
 from fxsparse.graph.runtime_state import FollowedStates, Slot
-from fxsparse.lowering.choose import library_algorithm
+from fxsparse.lowering.choose import cpp_kernel, library_algorithm
 from fxsparse.lowering.find import Product
 from fxsparse.lowering.fusion import (
     NM_LINEAR,
@@ -162,8 +163,21 @@ class LoweredGraph:
             if first.bias is not None:
                 rows = graph.call_function(torch.stack, ([twins[product.bias] for product in products], 1))
                 bias = graph.call_function(torch.flatten, (rows,))
-            args: tuple[Any, ...] = (twins[first.x], *weights, bias, first.pattern.n, first.pattern.m, pair.step, [])
-            call = graph.call_function(NM_LINEAR_EPILOGUE, args)
+            kernel = cpp_kernel(first.site, OPERATOR, (pair.step,))
+            if kernel is not None:
+                named = {"x": twins[first.x], "values": weights[0], "indices": weights[1], "bias": bias}
+                call = graph.call_function(*direct("nm_linear", named, kernel))
+            else:
+                args: tuple[Any, ...] = (
+                    twins[first.x],
+                    *weights,
+                    bias,
+                    first.pattern.n,
+                    first.pattern.m,
+                    pair.step,
+                    [],
+                )
+                call = graph.call_function(NM_LINEAR_EPILOGUE, args)
         call.meta = dict(twins[end].meta)
         self._stand_in(end, call)
         for node in (*reversed(pair.nodes[:-1]), pair.gate, pair.up):

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxsparse.codegen import autotune as tile_tuning
 from fxsparse.codegen import tiles
+from fxsparse.codegen.cpu import operators as cpu
 from fxsparse.codegen.fused_ops import cusparselt_linear, sparse_tensor_core_linear
 from fxsparse.codegen.metadata import pack_metadata
 from fxsparse.codegen.operators import launch_of
@@ -69,16 +70,6 @@ def candidates_for(
     """
     operands, reference = random_operands(problem, device), OPERATORS[problem.op].reference
     args, dense = operands.args, operands.dense
-    # On many GPUs float64 takes longer than all the rest.
-    wide = torch.float32 if problem.dtype.itemsize == 2 else torch.float64
-    exact = reference(*(arg.to(wide) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args))
-    makers: dict[str, Callable[[], dict[str, Run]]] = {}
-    if dense is not None:
-        makers[DENSE] = lambda: {DENSE: dense}
-    if compile_reference:
-        makers[REFERENCE] = lambda: {REFERENCE: as_inductor_compiles(reference, args)}
-    if has_kernel(problem.op, device):
-        makers[OPERATOR] = lambda: _operator(problem, args, until)
     shape, inference = (problem.out_features, problem.in_features), problem.op == "nm_linear"
     site = Site(
         problem.op,
@@ -90,11 +81,32 @@ def candidates_for(
         frozen=inference,
         inference=inference,
     )
+    is_cpp = choose.is_cpp(site) and choose.no_kernel(site) is None
+    makers: dict[str, Callable[[], dict[str, Run]]] = {}
+    if dense is not None:
+        makers[DENSE] = lambda: {DENSE: dense}
+    if compile_reference and not is_cpp:
+        makers[REFERENCE] = lambda: {REFERENCE: as_inductor_compiles(reference, args)}
+    if is_cpp:
+        makers[OPERATOR] = lambda: _cpp(problem, args)
+    elif has_kernel(problem.op, device):
+        makers[OPERATOR] = lambda: _operator(problem, args, until)
     if inference and choose.no_sparse_tensor_cores(site) is None:
         makers[SPARSE_TENSOR_CORES] = lambda: _sparse_tensor_cores(args)
     if inference and choose.no_cusparselt(site) is None:
         makers[CUSPARSELT] = lambda: _library(problem, args)
-    return Candidates(makers, exact, operands.result)
+    return Candidates(makers, _exact(problem, operands, is_cpp), operands.result)
+
+
+def _exact(problem: Problem, operands: Operands, is_cpp: bool) -> Tensor:
+    """The right result, in a wider type; on a CPU, where that takes long, in float by a dense product."""
+    if is_cpp and operands.dense is not None:
+        return operands.result(operands.dense()).float()
+    # On many GPUs float64 takes longer than all the rest.
+    wide = torch.float32 if problem.dtype.itemsize == 2 else torch.float64
+    args = (arg.to(wide) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in operands.args)
+    exact: Tensor = OPERATORS[problem.op].reference(*args)
+    return exact
 
 
 def random_operands(problem: Problem, device: str) -> Operands:
@@ -139,6 +151,14 @@ def _outside_of_compilation() -> Iterator[None]:
 def _operator(problem: Problem, args: tuple[Any, ...], until: float | None) -> dict[str, Run]:
     tune_tiles(problem, args, until)
     return {OPERATOR: lambda: OPERATORS[problem.op](*args)}
+
+
+def _cpp(problem: Problem, args: tuple[Any, ...]) -> dict[str, Run]:
+    """The C++ kernel, called as compiled graphs call it."""
+    names = [argument.name for argument in OPERATORS[problem.op].overload._schema.arguments]
+    kernel = cpu.kernel_of(problem.op, problem.dtype, (problem.nm.n, problem.nm.m))
+    call, direct = cpu.direct(problem.op, dict(zip(names, args, strict=False)), kernel)
+    return {OPERATOR: lambda: call(*direct)}
 
 
 def _sparse_tensor_cores(args: tuple[Any, ...]) -> dict[str, Run]:

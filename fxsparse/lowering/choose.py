@@ -9,19 +9,21 @@ in memory anyway?) and for the fxsparse operators that a graph holds.
     cusparselt            NVIDIA's library through torch, on its own compressed copy
     reference             plain ATen, inlined for the compiler to fuse
 
-A user's pin goes first. What was measured on the device decides then (`timings`), else an estimate from bytes and FLOPs
-where the device is known (`estimates`), else fixed rules.
+A user's pin goes first. What was measured on the device decides then (`timings`), else an estimate where the device is
+known (`estimates`), else fixed rules. On a CPU the generated kernel is C++ (`fxsparse.codegen.cpu`): fixed rules never
+take it, and choosing it builds it, so that another choice is made where that fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fxsparse.codegen.cpu import operators as cpu
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import unsupported_sparse
 from fxsparse.codegen.launching import unsupported
 from fxsparse.graph import arguments
@@ -49,6 +51,9 @@ LAUNCHING = {OPERATOR, COMPRESSED, SPARSE_TENSOR_CORES}
 BASELINES = {DENSE, REFERENCE}
 """What other implementations have to beat; always right."""
 
+MARGIN = 1.03
+"""What a C++ kernel has to be faster by than a dense product, to be taken: times on a CPU are noisy."""
+
 # Not estimated into use: what must be measured to be trusted, and what takes memory the user did not ask for.
 _ESTIMATED = {COMPRESSED, OPERATOR, REFERENCE, DENSE}
 
@@ -68,13 +73,6 @@ def obstacles(site: Site) -> dict[str, str | None]:
     return every
 
 
-def no_kernel(site: Site) -> str | None:
-    """Why a site has no generated kernel; None if it has one."""
-    if not has_kernel(site.op, site.device):
-        return f"there is no kernel for {site.device}"
-    return unsupported(site.dtype, *(() if site.pattern is None else (site.pattern.n, site.pattern.m)))
-
-
 def choose(site: Site, pin: Pin | str = "auto") -> tuple[str, str]:
     """An implementation and the reason for it."""
     if isinstance(pin, str):
@@ -92,7 +90,49 @@ def choose(site: Site, pin: Pin | str = "auto") -> tuple[str, str]:
         fallback = DENSE if site.in_memory else REFERENCE
         return fallback, f"{note}every other implementation is excluded or impossible"
     implementation, reason = _by_times(site, possible) or _by_estimates(site, possible) or _by_rules(site, possible)
+    if is_cpp(site) and implementation in (COMPRESSED, OPERATOR) and _build(site) is not None:
+        return choose(site, pin)
     return implementation, note + reason
+
+
+def is_cpp(site: Site) -> bool:
+    """Whether the kernel of a site, if there is one, is C++."""
+    return site.device == "cpu" and not has_kernel(site.op, site.device)
+
+
+def no_kernel(site: Site) -> str | None:
+    """Why a site has no generated kernel; None if it has one, which on a CPU may have to be built."""
+    if not is_cpp(site):
+        if not has_kernel(site.op, site.device):
+            return f"there is no kernel for {site.device}"
+        return unsupported(site.dtype, *(() if site.pattern is None else (site.pattern.n, site.pattern.m)))
+    return cpu.obstacle(site.op, site.dtype, _pattern(site), site.shape)
+
+
+def baselines(site: Site, possible: Collection[str]) -> set[str]:
+    """The implementations whose times others are compared with. On a CPU a dense product stands for every one of them:
+    a reference is that and more, and takes long to compile."""
+    return {DENSE} if is_cpp(site) and no_kernel(site) is None else BASELINES.intersection(possible)
+
+
+def cpp_kernel(site: Site, implementation: str, steps: Sequence[str] = ()) -> int | None:
+    """The number of the C++ kernel that runs a site; None if it runs something else."""
+    pattern = _pattern(site)
+    if pattern is None or implementation not in (COMPRESSED, OPERATOR) or not is_cpp(site):
+        return None
+    if no_kernel(site) is not None or cpu.prepare(site.op, site.dtype, pattern, steps) is not None:
+        return None
+    return cpu.kernel_of(site.op, site.dtype, pattern, None, steps)
+
+
+def _pattern(site: Site) -> tuple[int, int] | None:
+    return None if site.pattern is None else (site.pattern.n, site.pattern.m)
+
+
+def _build(site: Site) -> str | None:
+    """Builds the C++ kernel of a site; says why there is none."""
+    pattern = _pattern(site)
+    return None if pattern is None else cpu.prepare(site.op, site.dtype, pattern)
 
 
 def undecided(site: Site) -> bool:
@@ -100,7 +140,7 @@ def undecided(site: Site) -> bool:
     possible = {name for name, obstacle in obstacles(site).items() if obstacle is None}
     if site.problem is None or len(possible) < 2 or no_kernel(site) is not None:
         return False
-    return not BASELINES.intersection(possible) <= timings.times(site.problem, site.device).keys()
+    return not baselines(site, possible) <= timings.times(site.problem, site.device).keys()
 
 
 def _pinned(site: Site, pin: Pin, every: Mapping[str, str | None]) -> tuple[str, str] | None:
@@ -109,6 +149,11 @@ def _pinned(site: Site, pin: Pin, every: Mapping[str, str | None]) -> tuple[str,
     pinned = _spelled(pin.name, every)
     said = f'pinned by options={{"lower": {{"{pin.of or site.op}": "{pin.name}"}}}}'
     if every.get(pinned, "it is none of its implementations") is None:
+        if is_cpp(site) and pinned in (COMPRESSED, OPERATOR):
+            missing = no_kernel(site) or _build(site)
+            if missing is not None and pinned == OPERATOR:
+                return REFERENCE, f"{said}; but {missing}"
+            said += "" if missing is None else f"; its reference, for {missing}"
         return pinned, said
     if pin.name == DENSE and not site.in_memory:
         return REFERENCE, f"{said}; {every.get(DENSE, 'a gradient has no dense one')}"
@@ -124,10 +169,17 @@ def _spelled(name: str, every: Mapping[str, str | None]) -> str:
 
 def _by_times(site: Site, possible: list[str]) -> tuple[str, str] | None:
     times = {} if site.problem is None else timings.times(site.problem, site.device)
-    ranked = sorted((times[name], name) for name in possible if name in times)
-    if not ranked or not BASELINES.intersection(possible) <= times.keys():  # what else is not there has failed
+    if not baselines(site, possible) <= times.keys():  # what else is not there has failed
         return None
-    best, name = ranked[0]
+    margin = 1.0
+    if is_cpp(site):
+        times, margin = {REFERENCE: times.get(DENSE, 0.0), **times}, MARGIN
+    ranked = sorted((times[name] * (1.0 if name in BASELINES else margin), name) for name in possible if name in times)
+    if not ranked:
+        return None
+    name = ranked[0][1]
+    ranked = [(times[other], other) for _, other in ranked]
+    best = times[name]
     baseline = DENSE if DENSE in times else REFERENCE
     parts = [f"measured {best * 1e3:.0f} us"]
     if baseline in times and name != baseline:
@@ -138,6 +190,8 @@ def _by_times(site: Site, possible: list[str]) -> tuple[str, str] | None:
 
 
 def _by_estimates(site: Site, possible: list[str]) -> tuple[str, str] | None:
+    if is_cpp(site):
+        return _by_other_cpus(site, possible)
     device = estimates.device() if site.problem is not None and site.device == "cuda" else None
     if site.problem is None or device is None:
         return None
@@ -149,13 +203,20 @@ def _by_estimates(site: Site, possible: list[str]) -> tuple[str, str] | None:
     return ranked[0][1], f"estimated from bytes and FLOPs: {shown}; not measured"
 
 
+def _by_other_cpus(site: Site, possible: list[str]) -> tuple[str, str] | None:
+    name = next((name for name in (COMPRESSED, OPERATOR) if name in possible), None)
+    ratio = None if site.problem is None or name is None else estimates.ratio_on_cpu(site.problem)
+    if ratio is None or name is None:
+        return None
+    return name, f"dense took {ratio:g} times as long, or more, where this was measured; not measured here"
+
+
 def _by_rules(site: Site, possible: list[str]) -> tuple[str, str]:
-    if site.device == "cpu" and DENSE in possible:
-        if site.in_memory:
-            why = "the dense weight is in memory anyway, and on a CPU decompressing every call costs more than it saves"
-        else:
-            why = "frozen: expanded once, because on a CPU decompressing every call costs more than it saves"
-        return DENSE, why
+    if is_cpp(site):
+        why = no_kernel(site) or "its kernel was not measured here"
+        if DENSE not in possible:
+            return REFERENCE, f"inlined as ATen for the compiler to fuse; {why}"
+        return DENSE, f"the dense weight is in memory anyway; {why}" if site.in_memory else f"expanded once; {why}"
     missing = no_kernel(site)
     if site.in_memory and missing is not None:
         return DENSE, f"the dense weight is in memory anyway, and {missing}"
@@ -233,6 +294,9 @@ def choose_gradient(site: Site, doubly_pruned: bool, pins: Pins) -> tuple[str, s
     """The implementation of a gradient, and why. The one of a linear's input runs on sparse tensor cores only where
     they are pinned: they cost memory."""
     pin = pins.of_gradient(site.op)
+    if is_cpp(site) and site.op == GRAD_INPUT and not doubly_pruned and pin.name != OPERATOR:
+        other, why = choose(site, replace(pin, excluded=pin.excluded | {OPERATOR}))
+        return other, f"{why}; its kernel pays where columns are pruned too (double-prune)"
     if pin.name == SPARSE_TENSOR_CORES and not doubly_pruned:
         other, why = choose(site, Pin(excluded=frozenset({SPARSE_TENSOR_CORES})))
         reason = "only its rows are 2:4 (double-prune does columns)"

@@ -1,4 +1,4 @@
-"""What a product should take on a GPU nobody measured, from bytes, FLOPs and published rates.
+"""What a product should take on a device nobody measured, from bytes, FLOPs and published rates.
 
     time = launch + max(bytes / bandwidth, FLOPs / (rate * efficiency))
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fxsparse.codegen.cpu import instruction_sets
 from fxsparse.ops.operator import CUSPARSELT, DENSE, OPERATORS, REFERENCE, SPARSE_TENSOR_CORES, Problem
 
 
@@ -48,6 +49,27 @@ _DENSE_EFFICIENCY = 0.7
 _LIBRARY = 1.2  # what cuSPARSELt reaches, over a dense library product
 # A generated kernel of a plain product; one that decompresses in registers spends instructions a plain one does not.
 _GENERATED_EFFICIENCY, _DECOMPRESSING_EFFICIENCY = 0.55, 0.4
+
+
+_FEW = 64
+# What dense took at the least, over the C++ kernel, on an EPYC of the Zen 5 kind (`benchmarks/RESULTS.md`): by operator
+# and by whether rows are few.
+_RATIOS_ON_CPU = {
+    ("nm_linear", True): 1.4,
+    ("nm_linear", False): 1.4,
+    ("nm_linear_low_rank", True): 1.4,
+    ("nm_linear_low_rank", False): 1.4,
+    ("nm_linear_grad_input", False): 1.4,
+    ("nm_linear_grad_values", False): 1.4,
+}
+
+
+def ratio_on_cpu(problem: Problem) -> float | None:
+    """How many times as long a dense product takes as the C++ kernel, on processors with AVX-512; None where it was not
+    measured, or the kernel does not gain for sure."""
+    if instruction_sets.chosen().lanes < 16 or problem.dtype != torch.float32:
+        return None
+    return _RATIOS_ON_CPU.get((problem.op, problem.rows <= _FEW))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from typing import Any
 from torch.fx import Node
 
 from fxsparse.lowering import timings
+from fxsparse.lowering.choose import cpp_kernel, is_cpp
 from fxsparse.lowering.find import Product
 from fxsparse.lowering.first_use import FirstUse
 from fxsparse.lowering.fusion import GatedPair, following, gated_pair, has_epilogues
@@ -80,11 +81,15 @@ class Grouping:
                 continue
             products = tuple(able[node].products[0] for node in (pair.gate, pair.up))
             implementation = able[pair.gate].implementation
-            if self._has_room(products):
+            if self._can_gate_as(pair, products[0].site, implementation) and self._has_room(products):
                 decision = self._decide(products, implementation)
                 self.notes.append(f"{products[0].name} gates {products[1].name} and they run {decision}")
                 pairs += [Group(products, implementation, pair)] if decision.holds else []
         return pairs
+
+    def _can_gate_as(self, pair: GatedPair, site: Site, implementation: str) -> bool:
+        """Whether the kernel with the pair's step is there: a C++ one has to be built."""
+        return not is_cpp(site) or cpp_kernel(site, implementation, (pair.step,)) is not None
 
     def _side_by_side(self, chosen: Sequence[Group]) -> list[Group]:
         alike: dict[Any, list[Group]] = {}
@@ -109,10 +114,15 @@ class Grouping:
         return self.room.take(sum(2 * tensor.nbytes for tensor in values), values[0].device)
 
     def _decide(self, products: Sequence[Product], implementation: str) -> FusionDecision:
-        apart = [product.site for product in products]
-        joint = replace(apart[0], shape=(sum(site.shape[0] for site in apart), apart[0].shape[1]))
+        apart, joint = [product.site for product in products], joint_site(products)
         self.first_use.measure(joint)
         return faster_together(apart, joint, implementation)
+
+
+def joint_site(products: Sequence[Product]) -> Site:
+    """The product of linears on one input, their weights below each other."""
+    first = products[0].site
+    return replace(first, shape=(sum(product.site.shape[0] for product in products), first.shape[1]))
 
 
 def faster_together(apart: Sequence[Site], joint: Site, implementation: str) -> FusionDecision:
@@ -128,7 +138,9 @@ def faster_together(apart: Sequence[Site], joint: Site, implementation: str) -> 
 def _can_gate(single: Group) -> bool:
     """Whether a linear's kernel may compute it and another, and what follows them."""
     site = single.products[0].site
-    return _runs_frozen(single) and has_epilogues(site.device, site.dtype, single.products[0].pattern)
+    if not _runs_frozen(single):
+        return False
+    return is_cpp(site) or has_epilogues(site.device, site.dtype, single.products[0].pattern)
 
 
 def _can_stack(single: Group) -> bool:
@@ -138,7 +150,8 @@ def _can_stack(single: Group) -> bool:
     if not joins and not _runs_frozen(single):
         return False
     computes_bias = product.bias is not None and product.bias.op != "placeholder"
-    return not computes_bias and not following(product.node)
+    # A C++ kernel leaves what follows to Inductor, whose loops are as good.
+    return not computes_bias and (is_cpp(product.site) or not following(product.node))
 
 
 def _runs_frozen(single: Group) -> bool:

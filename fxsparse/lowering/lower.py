@@ -17,14 +17,14 @@ from fxsparse.lowering import timings
 from fxsparse.lowering.after_partition import deviates
 from fxsparse.lowering.apply import LoweredGraph
 from fxsparse.lowering.choice import Choice
-from fxsparse.lowering.choose import choose, choose_gradient, gradients_of
+from fxsparse.lowering.choose import choose, choose_gradient, cpp_kernel, gradients_of
 from fxsparse.lowering.find import Product, find_products
 from fxsparse.lowering.first_use import FirstUse
-from fxsparse.lowering.group import Group, Grouping
+from fxsparse.lowering.group import Group, Grouping, joint_site
 from fxsparse.lowering.memory import Room
 from fxsparse.lowering.pins import Pin, Pins
 from fxsparse.lowering.sites import Site, is_inference
-from fxsparse.ops.operator import CUSPARSELT, DENSE
+from fxsparse.ops.operator import CUSPARSELT, DENSE, OPERATOR
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ def lower_graph(
     lowered = LoweredGraph(gm, example_inputs, names)
     for group in groups:
         lowered.apply(group)
+        if len(group.products) > 1 and group.pair is None:
+            choosing.override(joint_site(group.products), group.implementation)
     if inference:
         lowered.fuse(pins)
     notes = dict.fromkeys([*first_use.failures, *grouping.notes])
@@ -95,7 +97,7 @@ class _Choosing:
         self.first_use.measure(site)
         if site.in_memory:
             implementation, reason = self._frozen(product)
-            self.choices.append(Choice(site.op, name, implementation, reason, site.problem))
+            self._note(site, name, implementation, reason)
             return implementation
         implementation, reason = self._operator(product)
         self._note(site, name, implementation, reason)
@@ -131,5 +133,14 @@ class _Choosing:
     def _note(self, site: Site, name: str, implementation: str, reason: str) -> None:
         """Notes the choice of an operator that stays in the graph, and tells what fixed rules would not say."""
         self.choices.append(Choice(site.op, name, implementation, reason, site.problem))
-        if site.problem is not None and deviates(site, implementation, self.pins):
-            self.overrides[timings.key(site.problem)] = implementation
+        self.override(site, implementation)
+
+    def override(self, site: Site, implementation: str) -> None:
+        """Tells what fixed rules would not say of an operator in the lowered graph, and which C++ kernel runs."""
+        if site.problem is None:
+            return
+        key, number = timings.key(site.problem), cpp_kernel(site, implementation)
+        if number is not None:
+            self.overrides[key] = f"{OPERATOR}:{number}"
+        elif not site.in_memory and deviates(site, implementation, self.pins):
+            self.overrides[key] = implementation

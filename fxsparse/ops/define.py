@@ -61,14 +61,18 @@ def decompositions() -> dict[OpOverload, Callable[..., Tensor]]:
     return {operator.overload: operator.reference for operator in OPERATORS.values()}
 
 
-def implement(op: Operator, device_type: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def implement(
+    op: Operator, device_type: str, *, declared: bool = True
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Decorates what an operator is to run on a device instead of its reference: ``@implement(nm_linear, "cuda")``.
 
-    The function takes the operator's arguments, checked, and returns a new contiguous tensor.
+    The function takes the operator's arguments, checked, and returns a new contiguous tensor. One that is not
+    ``declared`` is no kernel to :func:`has_kernel`: it may run the reference itself.
     """
 
     def register(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        declare_kernel(op.name, device_type)
+        if declared:
+            declare_kernel(op.name, device_type)
         _definitions[op.name].register_kernel(device_type)(_checked(op, kernel))
         return kernel
 

@@ -25,7 +25,16 @@ from torch.nn.functional import linear
 
 from fxsparse.ops import flops
 from fxsparse.ops.define import Check, define
-from fxsparse.ops.nm import Pattern, gather_kept, kept_columns, nm_mask, pack, unpack
+from fxsparse.ops.nm import (
+    Pattern,
+    double_prune_mask,
+    gather_kept,
+    kept_columns,
+    nm_mask,
+    pack,
+    pack_column_mask,
+    unpack,
+)
 from fxsparse.ops.operator import (
     COMPRESSED,
     CUSPARSELT,
@@ -160,11 +169,15 @@ def traffic(problem: Problem) -> Traffic:
 
 def random_weight(problem: Problem, random: Random) -> tuple[Tensor, Tensor, Tensor]:
     """A weight that is N:M: dense, and its values and indices."""
-    pattern = problem.nm
+    dense, mask = _random_pruned(problem, random)
+    return dense, *pack(dense, mask, problem.nm)
+
+
+def _random_pruned(problem: Problem, random: Random) -> tuple[Tensor, Tensor]:
+    """A dense weight that is N:M, and its mask."""
     dense = random.normal(problem.out_features, problem.in_features)
-    mask = nm_mask(dense.abs(), pattern)
-    dense = dense * mask
-    return dense, *pack(dense, mask, pattern)
+    mask = nm_mask(dense.abs(), problem.nm)
+    return dense * mask, mask
 
 
 def _operands(problem: Problem, random: Random) -> Operands:
@@ -177,8 +190,13 @@ def _operands(problem: Problem, random: Random) -> Operands:
 def _grad_input_operands(problem: Problem, random: Random) -> Operands:
     pattern = problem.nm
     dy = random.normal(problem.rows, problem.out_features)
-    dense, values, indices = random_weight(problem, random)
-    return Operands((dy, values, indices, None, pattern.n, pattern.m), lambda: dy @ dense)
+    dense, mask = _random_pruned(problem, random)
+    values, indices = pack(dense, mask, pattern)
+    column_mask = None
+    if problem.out_features % pattern.m == 0:  # doubly pruned, as in training
+        pruned = double_prune_mask(dense, mask, pattern)
+        column_mask, dense = pack_column_mask(pruned, mask, pattern), dense * pruned
+    return Operands((dy, values, indices, column_mask, pattern.n, pattern.m), lambda: dy @ dense)
 
 
 def _grad_values_operands(problem: Problem, random: Random) -> Operands:

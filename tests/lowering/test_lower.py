@@ -20,7 +20,7 @@ from fxsparse.codegen import source, store
 from fxsparse.graph.dynamo import state_names
 from fxsparse.lowering import estimates, timings
 from fxsparse.lowering.after_partition import deviates
-from fxsparse.lowering.choose import choose, obstacles, undecided
+from fxsparse.lowering.choose import choose, no_kernel, obstacles, undecided
 from fxsparse.lowering.estimates import DEVICES, microseconds
 from fxsparse.lowering.lower import Lowered, lower_graph
 from fxsparse.lowering.pins import LOWERINGS, Pins
@@ -78,7 +78,9 @@ def test_a_kernel_is_chosen_only_where_it_was_measured_beside_what_is_always_rig
     other = replace(TRAINED, rows=5000)
     timings.remember(other.problem, "cuda", {"dense": 0.1, "reference": 0.2})  # the kernel failed there
     assert choose(other)[0] == "reference"
-    assert not undecided(replace(other, device="cpu")), "there is nothing to choose between"
+    without = replace(other, device="cpu", dtype=torch.float64)
+    assert not undecided(without), "there is nothing to choose between"
+    assert undecided(replace(other, device="cpu")) == (no_kernel(replace(other, device="cpu")) is None)
 
 
 def test_gradients_of_inputs_and_weights_are_explained_where_they_are_taken() -> None:

@@ -14,7 +14,7 @@ struct Call {
   const uint8_t *indices, *column_mask;
   const void *bias, *down, *up, *operands[2];
   void* y;
-  int64_t x_stride, dy_stride, tokens, in, out, rank;
+  int64_t x_stride, dy_stride, tokens, in, out, rank, few, vectors, rows;
   double scale;
   void (*parallel_for)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 };
@@ -84,6 +84,9 @@ static void product(int64_t tokens, int64_t in, int64_t out, int64_t rank, bool 
   call.tokens = tokens;
   call.in = in;
   call.out = out;
+  call.few = 12;
+  call.vectors = 8;
+  call.rows = 256;
 
   auto y = make<float>(tokens * out);
   call.x = x.get();

@@ -167,7 +167,7 @@ def test_threads_change_no_bit():
 def test_tiles_change_only_rounding():
     dense, _, values, indices, _ = weight(140, 96, Pattern(2, 4), torch.float32)
     x = torch.randn(70, 96)
-    tile = Tile(expanded_rows=1, few=0, vectors=2, rows=64)
+    tile = Tile(few=0, vectors=2, rows=64)
     same(launch.nm_linear(x, values, indices, None, None, 2, 4, tile=tile), x.double() @ dense.t())
 
 
