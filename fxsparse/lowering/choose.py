@@ -155,6 +155,8 @@ def _pinned(site: Site, pin: Pin, every: Mapping[str, str | None]) -> tuple[str,
                 return REFERENCE, f"{said}; but {missing}"
             said += "" if missing is None else f"; its reference, for {missing}"
         return pinned, said
+    if pin.name == REFERENCE and site.in_memory:
+        return DENSE, f"{said}; the dense weight is in memory anyway"
     if pin.name == DENSE and not site.in_memory:
         return REFERENCE, f"{said}; {every.get(DENSE, 'a gradient has no dense one')}"
     return None
@@ -186,6 +188,8 @@ def _by_times(site: Site, possible: list[str]) -> tuple[str, str] | None:
         parts.append(f"{best / times[baseline]:.2f} of {baseline}")
     if len(ranked) > 1:
         parts.append(f"then {ranked[1][1]} at {ranked[1][0] / best:.2f} of it")
+    if is_cpp(site) and times.keys() & LAUNCHING and (missing := no_kernel(site)) is not None:
+        parts.append(missing)
     return name, ", ".join(parts)
 
 
