@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from fxsparse.codegen.cpu import build, instruction_sets, launch, loaded
-from fxsparse.codegen.cpu.spec import NMGradInput, NMGradValues, NMLinear, Tile, index_bits, unsupported
+from fxsparse.codegen.cpu.spec import NMGradInput, NMGradValues, NMLinear, Tile, default_tile, index_bits, unsupported
 from fxsparse.ops import low_rank, nm_linear
 from fxsparse.ops.define import implement
 from fxsparse.ops.operator import Operator
@@ -76,6 +77,14 @@ def kernel_of(
         OptionError: there is none, and why.
     """
     return launch.kernel_id(KINDS[op], dtype, *pattern, steps, tile)
+
+
+def tiles(op: str, dtype: torch.dtype, rows: int) -> tuple[Tile, ...]:
+    """Ways to cut a product of that many rows that are worth measuring; they share a build."""
+    default = default_tile(str(dtype).removeprefix("torch."), instruction_sets.chosen())
+    if KINDS[op] == NMLinear.kind and 8 < rows <= FEW:
+        return replace(default, few=8), replace(default, few=FEW)
+    return (default, replace(default, rows=default.rows // 2)) if rows > FEW and "values" not in op else (default,)
 
 
 def direct(op: str, named: Mapping[str, Any], kernel: int) -> tuple[OpOverload, tuple[Any, ...]]:

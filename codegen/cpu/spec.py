@@ -40,9 +40,9 @@ class Tile:
         rows: of the weight whose sums over a panel a thread holds, a multiple of 64.
     """
 
-    few: int = 12
+    few: int = 20
     vectors: int = 8
-    rows: int = 256
+    rows: int = 512
 
     def __post_init__(self) -> None:
         if self.vectors not in (2, 4, 8):
@@ -55,13 +55,18 @@ class Tile:
     def __str__(self) -> str:
         return f"{self.few}/{self.vectors}/{self.rows}"
 
+    @classmethod
+    def parse(cls, text: str) -> Tile:
+        """Reads what ``str`` wrote."""
+        return cls(*map(int, text.split("/")))
+
 
 def default_tile(dtype: str, instruction_set: InstructionSet) -> Tile:
-    """The tile that is taken unless another is given: measured on Zen 5, 4096 x 4096.
+    """The tile that is taken unless another is given: measured on Zen 5.
 
     One instruction that multiplies pairs of 16-bit numbers keeps expanding ahead of panels for more tokens.
     """
-    return Tile(few=32) if expand.uses_dot(instruction_set, dtype) else Tile()
+    return Tile(few=48) if expand.uses_dot(instruction_set, dtype) else Tile()
 
 
 @dataclass(frozen=True)

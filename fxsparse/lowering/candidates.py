@@ -7,6 +7,7 @@ arguments that runs the product once; an implementation with variants (cuSPARSEL
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -154,11 +155,15 @@ def _operator(problem: Problem, args: tuple[Any, ...], until: float | None) -> d
 
 
 def _cpp(problem: Problem, args: tuple[Any, ...]) -> dict[str, Run]:
-    """The C++ kernel, called as compiled graphs call it."""
+    """The C++ kernel, called as compiled graphs call it, with each tile that may be the best."""
     names = [argument.name for argument in OPERATORS[problem.op].overload._schema.arguments]
-    kernel = cpu.kernel_of(problem.op, problem.dtype, (problem.nm.n, problem.nm.m))
-    call, direct = cpu.direct(problem.op, dict(zip(names, args, strict=False)), kernel)
-    return {OPERATOR: lambda: call(*direct)}
+    named, runs = dict(zip(names, args, strict=False)), dict[str, Run]()
+    for tile in cpu.tiles(problem.op, problem.dtype, problem.rows):
+        call, direct = cpu.direct(
+            problem.op, named, cpu.kernel_of(problem.op, problem.dtype, (problem.nm.n, problem.nm.m), tile)
+        )
+        runs[f"{OPERATOR}:{tile}"] = functools.partial(call, *direct)
+    return runs
 
 
 def _sparse_tensor_cores(args: tuple[Any, ...]) -> dict[str, Run]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxsparse.codegen.cpu import operators as cpu
+from fxsparse.codegen.cpu.spec import Tile
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import unsupported_sparse
 from fxsparse.codegen.launching import unsupported
 from fxsparse.graph import arguments
@@ -122,7 +123,8 @@ def cpp_kernel(site: Site, implementation: str, steps: Sequence[str] = ()) -> in
         return None
     if no_kernel(site) is not None or cpu.prepare(site.op, site.dtype, pattern, steps) is not None:
         return None
-    return cpu.kernel_of(site.op, site.dtype, pattern, None, steps)
+    tile = None if site.problem is None else timings.variant(site.problem, site.device, OPERATOR)
+    return cpu.kernel_of(site.op, site.dtype, pattern, Tile.parse(tile) if tile else None, steps)
 
 
 def _pattern(site: Site) -> tuple[int, int] | None:

@@ -25,7 +25,7 @@ from fxsparse.backend.options import BackendOptions
 from fxsparse.codegen import store
 from fxsparse.codegen.cpu import build, instruction_sets, launch, loaded
 from fxsparse.lowering import measure, timings
-from fxsparse.lowering.choose import choose, choose_gradient, undecided
+from fxsparse.lowering.choose import choose, choose_gradient, cpp_kernel, undecided
 from fxsparse.lowering.pins import Pins
 from fxsparse.lowering.sites import Site
 from fxsparse.ops.nm import Pattern, nm_mask
@@ -211,9 +211,14 @@ def test_measuring_compares_with_dense_and_finds_out(monkeypatch: pytest.MonkeyP
         extra = (8,) if op == "nm_linear_low_rank" else ()
         problem = Problem(op, TWO_FOUR, torch.float32, 40, 512, 256, extra)
         result = measure.measure(problem, "cpu")
-        assert not result.failed and {"dense", "operator"} <= result.milliseconds.keys()
+        assert not result.failed and {"dense", "compressed"} <= result.milliseconds.keys()
         assert "reference" not in result.milliseconds
-        assert timings.times(problem, "cpu")["operator"] > 0
+        assert timings.times(problem, "cpu")["operator"] == result.milliseconds["compressed"]
+        tiles = {name for name in result.milliseconds if name.startswith("operator:")}
+        assert len(tiles) == (2 if op in OPS[:2] else 1)
+        best = min(tiles, key=result.milliseconds.__getitem__).partition(":")[2]
+        site = Site(op, "cpu", torch.float32, (512, 256), TWO_FOUR, 40, extra=extra)
+        assert str(loaded.by_id(cpp_kernel(site, "operator")).tile) == best
 
 
 def test_times_are_of_the_processor_its_instructions_and_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
