@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -87,11 +88,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=None, help="9, of a quick run 5")
     parser.add_argument("--only", nargs="*", default=list(KINDS), choices=tuple(KINDS))
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=tuple(MODELS))
+    parser.add_argument("--threads", nargs="*", type=int, default=None, help="one and all")
+    parser.add_argument("--tokens", nargs="*", type=int, default=[*FEW, *MANY], choices=(*FEW, *MANY))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--summary", action="store_true", help="only sum up what a table has")
     args = parser.parse_args(arguments)
     path = args.output or Path("cpu-quick.md" if args.quick else "cpu.md")
     minutes = args.minutes or (2 if args.quick else 60)
     rounds = args.rounds or (5 if args.quick else 9)
+    if args.summary:
+        print("\n".join(summary(path.read_text().splitlines())))
+        return 0
     begin = time.monotonic()
     torch.manual_seed(0)
     if (reason := launch.unavailable("nm_linear", torch.float32, 2, 4)) is not None:
@@ -100,7 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
     every = torch.get_num_threads()
     title = f"{environment()}, {processor()}, {instruction_sets.chosen()}"
     plan = [case for case in cases(quick=args.quick, every=every) if case.product in args.only]
-    plan = [case for case in plan if case.model in args.models]
+    plan = [case for case in plan if case.model in args.models and case.tokens in args.tokens]
+    plan = [case for case in plan if args.threads is None or case.threads in args.threads]
     try:
         return fill(path, title, plan, rounds, begin + 60 * minutes)
     finally:
@@ -159,6 +167,22 @@ def fill(path: Path, title: str, plan: list[Case], rounds: int, until: float) ->
             print(line, flush=True)
     print(f"written to {path}")
     return 0
+
+
+def summary(lines: list[str]) -> list[str]:
+    """Over all weights, for each product, pattern, dtype, number of tokens and of threads: the middle ratio, the worst
+    and the best, and the middle limit."""
+    ratios: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines):
+        if len(cells) == HEADER.count("|") - 1 and cells[0] in KINDS:
+            product, _, pattern, dtype, tokens, threads, *results = cells
+            ratios.setdefault((product, pattern, dtype, tokens, threads), []).append(tuple(results))
+    rows = [HEADER.replace(" weight |", ""), "|---" * (HEADER.count("|") - 2) + "|"]
+    for key, results in ratios.items():
+        columns = [[float(cell.split()[0]) for cell in column if cell] for column in zip(*results, strict=True)]
+        shown = [f"{statistics.median(c):.2f} ({min(c):.2f} - {max(c):.2f})" if c else "" for c in columns[:2]]
+        rows.append(f"| {' | '.join([*key, *shown, f'{statistics.median(columns[2]):.2f}'])} |")
+    return rows
 
 
 def row(case: Case, rounds: int, rates: Rates) -> str:

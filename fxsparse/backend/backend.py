@@ -219,7 +219,7 @@ class _Dense:
 
     def __call__(self, *args: Any) -> Any:
         if self.compiled is None:
-            self.report.note("a frozen weight no longer satisfies its pattern: the dense graph runs")
+            self.report.note("a frozen weight, or a mask, no longer satisfies its pattern: the dense graph runs")
             inner = torch.compile(self.gm.forward, backend=lambda gm, inputs: _compile(gm, inputs, self.report))
             self.compiled = _with_states(inner, self.slots, None, None)
         return self.compiled(*args)

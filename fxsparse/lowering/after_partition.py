@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch.fx import Graph, Node
 
 from fxsparse.codegen.cpu.operators import KINDS, direct
@@ -19,6 +20,7 @@ from fxsparse.lowering.choose import GRAD_INPUT, choose, choose_gradient
 from fxsparse.lowering.pins import Pins
 from fxsparse.lowering.sites import Site, site_of
 from fxsparse.ops.nm_linear import nm_linear_grad_input
+from fxsparse.ops.nm_values import nm_spread, nm_values
 from fxsparse.ops.operator import OPERATOR, REFERENCE, SPARSE_TENSOR_CORES, operator_name
 
 
@@ -48,7 +50,7 @@ def call_kernels(graph: Graph, overrides: Mapping[str, str]) -> int:
     Returns:
         how many do.
     """
-    count = 0
+    count = _call_conversions(graph) if any(map(kernel_number, overrides.values())) else 0
     for call in [node for node in graph.nodes if node.op == "call_function"]:
         name = operator_name(call.target)
         site = site_of(name, call) if name in KINDS else None
@@ -61,6 +63,20 @@ def call_kernels(graph: Graph, overrides: Mapping[str, str]) -> int:
         with graph.inserting_before(call):
             _stand_in(graph, call, graph.call_function(target, args))
         count += 1
+    return count
+
+
+def _call_conversions(graph: Graph) -> int:
+    """Lets values that follow a dense weight be taken and spread in C++, beside the kernels that read them."""
+    count = 0
+    for name, operator in (("values", nm_values), ("spread", nm_spread)):
+        for call in graph.find_nodes(op="call_function", target=operator.overload):
+            value = call.meta["val"]
+            if value.device.type == "cpu" and value.element_size() in (2, 4):
+                with graph.inserting_before(call):
+                    target = getattr(torch.ops.fxsparse_cpu, name).default
+                    _stand_in(graph, call, graph.call_function(target, tuple(arguments(call).values())))
+                count += 1
     return count
 
 

@@ -33,10 +33,12 @@ from fxsparse.lowering.fusion import (
     has_own_kernel,
 )
 from fxsparse.lowering.group import Group
+from fxsparse.lowering.masked import COMPRESSED_FORM, Masks
 from fxsparse.lowering.pins import Pins
 from fxsparse.lowering.sites import fake_of, operators
-from fxsparse.lowering.weights import Compress, Expand, Join, PackForLibrary, PackMetadata, Rule
-from fxsparse.ops.operator import CUSPARSELT, DENSE, OPERATOR, OPERATORS, REFERENCE, SPARSE_TENSOR_CORES
+from fxsparse.lowering.weights import Compress, Expand, Join, PackForLibrary, PackMask, PackMetadata, Rule
+from fxsparse.ops.nm_values import nm_values
+from fxsparse.ops.operator import COMPRESSED, CUSPARSELT, DENSE, OPERATOR, OPERATORS, REFERENCE, SPARSE_TENSOR_CORES
 
 
 class LoweredGraph:
@@ -81,6 +83,9 @@ class LoweredGraph:
         elif len(products) > 1:
             target, args = self._call(products, implementation, self._joined_bias(products))
             self._split([product.node for product in products], target, args)
+        elif first.masks is not None:
+            if implementation == COMPRESSED:
+                self._compress_masked(first, first.masks)
         elif implementation not in (DENSE, OPERATOR, REFERENCE) and first.site.op == "nm_linear":
             target, args = self._call(products, implementation, self.twins.get(first.bias))
             self._replace(first.node, target, *args)
@@ -151,6 +156,24 @@ class LoweredGraph:
         while node is not before:
             node.meta, node = dict(twin.meta), node.prev
         self._stand_in(product.node, result.node)
+
+    def _compress_masked(self, product: Product, masks: Masks) -> None:
+        """Lets an operator on a masked weight run on the kept values, at positions that follow the mask."""
+        n, m = masks.pattern.n, masks.pattern.m
+        kinds = ("indices", "packed_column_mask")[: len(masks.positions)]
+        indices, *column_mask = self._extra_inputs(masks.positions, PackMask(masks.pattern), kinds)
+        twin = self.twins[product.node]
+        named = {
+            name: self.twins[arg] if isinstance(arg, Node) else arg for name, arg in arguments(product.node).items()
+        }
+        with twin.graph.inserting_before(twin):
+            values = twin.graph.call_function(nm_values.overload, (named["weight"], indices, n, m))
+        args: tuple[Any, ...] = (named["x"], values, indices, column_mask[0] if column_mask else None)
+        if "down" in named:
+            args = (*args, named["down"], named["up"], named["bias"], n, m, named["scale"])
+        else:
+            args = (*args, named["bias"], n, m)
+        self._replace(product.node, OPERATORS[COMPRESSED_FORM[product.site.op]].overload, *args)
 
     # --- several products as one --------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from fxsparse.graph import arguments
 from fxsparse.graph.dynamo import placeholders
 from fxsparse.lowering.frozen import frozen_linears
+from fxsparse.lowering.masked import COMPRESSED_FORM, Masks, masks_of
 from fxsparse.lowering.sites import Site, fake_of, operators, rows_of, site_of
 from fxsparse.ops.nm import Pattern
 
@@ -28,6 +29,7 @@ class Product:
             where they are not inputs and of operators on other weights.
         bias: its bias.
         transposed: whether a dense weight is stored ``[in, out]``.
+        masks: of an operator on a masked weight that could run compressed.
     """
 
     node: Node
@@ -37,6 +39,7 @@ class Product:
     weights: tuple[int, ...] = ()
     bias: Node | None = None
     transposed: bool = False
+    masks: Masks | None = None
 
     @property
     def pattern(self) -> Pattern:
@@ -95,4 +98,5 @@ def _operators(
         frozen = bool(weights) and not any(tensor.requires_grad or tensor.is_inference() for tensor in tensors)
         site = replace(site, inference=inference and bool(weights), frozen=frozen)
         name = next((named[source] for source in node.all_input_nodes if source in named), node.name)
-        yield Product(node, site, name, node.all_input_nodes[0], weights, args.get("bias"))
+        masks = masks_of(node, positions, example_inputs) if op in COMPRESSED_FORM else None
+        yield Product(node, site, name, node.all_input_nodes[0], weights, args.get("bias"), masks=masks)

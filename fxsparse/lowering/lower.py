@@ -21,10 +21,11 @@ from fxsparse.lowering.choose import choose, choose_gradient, cpp_kernel, gradie
 from fxsparse.lowering.find import Product, find_products
 from fxsparse.lowering.first_use import FirstUse
 from fxsparse.lowering.group import Group, Grouping, joint_site
+from fxsparse.lowering.masked import Masks, compressed_site, pays, products
 from fxsparse.lowering.memory import Room
 from fxsparse.lowering.pins import Pin, Pins
 from fxsparse.lowering.sites import Site, is_inference
-from fxsparse.ops.operator import CUSPARSELT, DENSE, OPERATOR
+from fxsparse.ops.operator import COMPRESSED, CUSPARSELT, DENSE, OPERATOR, REFERENCE
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def lower_graph(
     inference = is_inference(gm)
     first_use, room = FirstUse(pins, seconds), Room()
     choosing, grouping = _Choosing(example_inputs, first_use, room), Grouping(example_inputs, first_use, room)
-    products = find_products(gm, example_inputs, names, inference)
-    groups = grouping.groups([Group((product,), choosing.choose(product, inference)) for product in products])
+    alone = find_products(gm, example_inputs, names, inference)
+    groups = grouping.groups([Group((product,), choosing.choose(product, inference)) for product in alone])
     lowered = LoweredGraph(gm, example_inputs, names)
     for group in groups:
         lowered.apply(group)
@@ -94,6 +95,8 @@ class _Choosing:
     def choose(self, product: Product, inference: bool) -> str:
         """The implementation of a product; notes it, and those of the gradients its backward pass takes."""
         site, name = product.site, product.name
+        if product.masks is not None:
+            return self._masked(product, product.masks, inference)
         self.first_use.measure(site)
         if site.in_memory:
             implementation, reason = self._frozen(product)
@@ -105,6 +108,24 @@ class _Choosing:
             self.first_use.measure(gradient)
             doubly_pruned = arguments(product.node).get("column_mask") is not None
             self._note(gradient, name, *choose_gradient(gradient, doubly_pruned, self.pins))
+        return implementation
+
+    def _masked(self, product: Product, masks: Masks, inference: bool) -> str:
+        """Of an operator on a dense weight whose mask is N:M."""
+        every = products(product.node, compressed_site(product.node, masks, inference))
+        pin = self.pins.of("nm_linear")
+        if pin.name in (REFERENCE, DENSE):
+            holds, why = False, f'pinned by options={{"lower": {{"nm_linear": "{pin.name}"}}}}'
+        else:
+            for site in every:
+                self.first_use.measure(site)
+            holds, why = pays(every)
+        if holds and any(cpp_kernel(site, OPERATOR) is None for site in every):
+            holds, why = pays(every)  # a build failed, which is known now
+        for site in every if holds else ():
+            self.override(site, OPERATOR)
+        implementation = COMPRESSED if holds else REFERENCE
+        self._note(product.site, product.name, implementation, f"its mask is {masks.pattern}; {why}")
         return implementation
 
     def _frozen(self, product: Product) -> tuple[str, str]:

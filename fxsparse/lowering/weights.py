@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxsparse.codegen.metadata import pack_metadata
-from fxsparse.ops.nm import Pattern, mask_of, pack, satisfies, unpack
+from fxsparse.ops.nm import Pattern, mask_of, pack, pack_column_mask, satisfies, unpack
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,30 @@ class PackForLibrary:
         return (torch._cslt_compress(dense),) if satisfies(dense, Pattern(2, 4)) else None
 
 
-Rule = Compress | Join | Expand | PackMetadata | PackForLibrary
+@dataclass(frozen=True)
+class PackMask:
+    """Packed indices of a mask, and the packed column mask if there is one; None if the mask is not N:M."""
+
+    pattern: Pattern
+
+    def __call__(self, mask: Tensor, column_mask: Tensor | None = None) -> tuple[Tensor, ...] | None:
+        if not keeps_exactly(mask, self.pattern):
+            return None
+        _, indices = pack(mask.to(torch.uint8), mask, self.pattern)
+        if column_mask is None:
+            return (indices,)
+        return indices, pack_column_mask(column_mask, mask, self.pattern)
+
+
+Rule = Compress | Join | Expand | PackMetadata | PackForLibrary | PackMask
+
+
+def keeps_exactly(mask: Tensor, pattern: Pattern) -> bool:
+    """Whether a mask ``[out, in]`` keeps n of every m columns, no more and no less."""
+    if mask.shape[1] % pattern.m:
+        return False
+    counts = mask.unflatten(1, (-1, pattern.m)).sum(-1, dtype=torch.uint8)
+    return bool((counts == pattern.n).all())
 
 
 def _joined(parts: Sequence[Tensor], alternating: bool) -> Tensor:

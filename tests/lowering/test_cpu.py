@@ -28,7 +28,7 @@ from fxsparse.lowering import measure, timings
 from fxsparse.lowering.choose import choose, choose_gradient, cpp_kernel, undecided
 from fxsparse.lowering.pins import Pins
 from fxsparse.lowering.sites import Site
-from fxsparse.ops.nm import Pattern, nm_mask
+from fxsparse.ops.nm import Pattern, nm_mask, pack
 from fxsparse.ops.operator import Problem
 from fxsparse.passes import AddLowRankBranches, DoublePruneBackward, InsertNMMasks
 
@@ -359,6 +359,84 @@ def test_eager_operators_take_kernels_where_these_always_gain() -> None:
     small = fxsparse.rewrite(nn.Linear(16, 16), PASSES, (torch.randn(4, 16),))
     run(small, torch.randn(4, 16))
     assert sum(loaded.launches().values()) == before + 9, "small weights are not worth one"
+
+
+# --- masked storage ---------------------------------------------------------------------------------------------------
+
+MASKED = [InsertNMMasks("2:4", storage="masked", keep_first=False, keep_head=False), DoublePruneBackward()]
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_a_masked_weight_is_packed_and_its_mask_followed(low_rank: bool) -> None:
+    remember(0.5, 40, extra=(4,))
+    extra = [AddLowRankBranches(rank=4, start=0.0)] if low_rank else []
+    gm = fxsparse.rewrite(Gated(), [*MASKED, *extra], (torch.randn(4, 256),))
+    with torch.no_grad():
+        for name, parameter in gm.named_parameters():
+            if name.endswith("up"):  # starts at zero
+                parameter.normal_()
+    compiled, x = torch.compile(gm, backend="fxsparse", options=EAGER), torch.randn(40, 256)
+    same(run(compiled, x), exact(gm, x))
+    assert launches(compiled) == {"nm_linear": 3, "nm_linear_grad_input": 3, "nm_linear_grad_values": 3}
+    (graph,) = compiled_graphs(compiled)
+    assert {(choice.op.partition("_low")[0], choice.implementation) for choice in graph.choices} == {
+        ("masked_linear", "compressed")
+    }
+    assert all("us on the packed weight" in choice.reason for choice in graph.choices)
+    with torch.no_grad():
+        gm.get_parameter("up.weight").neg_()  # values are read on every call
+    same(run(compiled, x), exact(gm, x))
+    mask, columns = gm.get_buffer("up.weight_mask"), gm.get_buffer("up.weight_column_mask")
+    mask.copy_(mask.roll(4, 1))
+    columns.copy_(columns.roll(4, 1))
+    same(run(compiled, x), exact(gm, x))
+    assert len(compiled_graphs(compiled)) == 1 and not graph.notes
+    mask[:, :2] = True  # no longer 2:4: the graph runs as it was
+    same(run(compiled, x), exact(gm, x))
+    assert "no longer satisfies" in fxsparse.explain(compiled)
+
+
+@pytest.mark.parametrize("why", ["slow", "pinned", "dynamic", "straight through"])
+def test_masks_that_stay(why: str) -> None:
+    remember(0.95 if why == "slow" else 0.5, 40)
+    passes = [InsertNMMasks("2:4", storage="masked", dynamic=True)] if why == "dynamic" else MASKED
+    gm = fxsparse.rewrite(Gated(), passes, (torch.randn(4, 256),))
+    if why == "straight through":
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.fxsparse.masked_linear.default):
+            node.args = (*node.args[:5], True)
+        gm.recompile()
+    options = {**EAGER, "lower": {"nm_linear": "reference"}} if why == "pinned" else EAGER
+    compiled, x = torch.compile(gm, backend="fxsparse", options=options), torch.randn(40, 256)
+    same(run(compiled, x), exact(gm, x))
+    assert launches(compiled) == {}
+
+
+def test_masked_training_under_autocast() -> None:
+    remember(0.5, 40, torch.bfloat16)
+    gm, x = fxsparse.rewrite(Gated(), MASKED, (torch.randn(4, 256),)), torch.randn(40, 256)
+    compiled = torch.compile(gm, backend="fxsparse", options=EAGER)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = run(compiled, x)
+    same(results, exact(gm, x), 0.05)
+    assert sum(launches(compiled).values()) == 9
+    assert all(result.dtype == torch.float32 for result in results[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", [Pattern(1, 2), Pattern(1, 4), TWO_FOUR, Pattern(2, 8), Pattern(4, 8)], ids=str)
+def test_values_are_taken_and_spread_in_cpp(pattern: Pattern, dtype: torch.dtype) -> None:
+    assert launch.unavailable("nm_linear", torch.float32, 2, 4) is None
+    n, m = pattern.n, pattern.m
+    for columns in (m, 3 * m, 17 * m):
+        weight = torch.randn(5, 2 * columns).to(dtype)[:, :columns]
+        mask = nm_mask(weight.float().abs(), pattern)
+        values, indices = pack(weight, mask, pattern)
+        assert torch.equal(torch.ops.fxsparse_cpu.values(weight, indices, n, m), values)
+        assert torch.equal(torch.ops.fxsparse_cpu.spread(values, indices, columns, n, m), weight * mask)
+        torch.library.opcheck(torch.ops.fxsparse_cpu.values.default, (weight, indices, n, m))
+        torch.library.opcheck(torch.ops.fxsparse_cpu.spread.default, (values, indices, columns, n, m))
+    with pytest.raises(RuntimeError, match="do not fit"):
+        torch.ops.fxsparse_cpu.values(torch.randn(3, 64), indices, n, m)
 
 
 # --- Inductor and its caches ------------------------------------------------------------------------------------------
