@@ -1,4 +1,4 @@
-"""N:M products on a CPU against dense ones, over the linears of GPT-2 small, Llama-3.2-1B and Llama-3-8B.
+"""N:M on a CPU against dense: the linears of GPT-2 small, Llama-3.2-1B and Llama-3-8B, and whole models.
 
     python -m benchmarks.cpu [--output cpu.md] [--minutes 60] [--only forward ...] [--models gpt2 ...]
     python -m benchmarks.cpu --quick          two minutes, the most telling cases
@@ -8,7 +8,8 @@ and than oneDNN with the weight packed before, which torch offers for forward pr
 turn, with the quartiles. Beside it the limit, the ratio of the times that bytes and FLOPs need at the rates measured at
 the start. Rivals take turns on random data; weights of few tokens rotate through copies that no cache holds. With one
 thread CPU time is counted, so that other processes disturb less. Cases are written as they are measured; a run that
-stops resumes after the last one.
+stops resumes after the last one; ``--summary`` sums the table up. ``step`` and ``generate`` are whole models
+(`benchmarks.cpu_models`), ``host`` what calling an operator costs under Inductor; they are lines below the table.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks import cpu_models
 from benchmarks.timing import Times, environment, interleaved
 from fxsparse.codegen.cpu import instruction_sets, launch
 from fxsparse.ops import nm
@@ -42,6 +44,7 @@ FEW, MANY = (1, 2, 4, 8, 16, 32, 64), (256, 1024, 4096)
 PATTERNS = (Pattern(2, 4), Pattern(2, 8))
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {"forward": "nm_linear", "grad input": "nm_linear_grad_input", "grad values": "nm_linear_grad_values"}
+MODELS_TOO = ("host", "step", "generate")
 ROTATED = 128 << 20
 """Bytes of dense weights that one turn passes over where tokens are few: more than a cache holds."""
 
@@ -86,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=None, help="cpu.md, or cpu-quick.md of a quick run")
     parser.add_argument("--minutes", type=float, default=None, help="60, of a quick run 2")
     parser.add_argument("--rounds", type=int, default=None, help="9, of a quick run 5")
-    parser.add_argument("--only", nargs="*", default=list(KINDS), choices=tuple(KINDS))
+    parser.add_argument("--only", nargs="*", default=[*KINDS, *MODELS_TOO], choices=(*KINDS, *MODELS_TOO))
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=tuple(MODELS))
     parser.add_argument("--threads", nargs="*", type=int, default=None, help="one and all")
     parser.add_argument("--tokens", nargs="*", type=int, default=[*FEW, *MANY], choices=(*FEW, *MANY))
@@ -105,12 +108,17 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"nothing was measured: {reason}", file=sys.stderr)
         return 1
     every = torch.get_num_threads()
-    title = f"{environment()}, {processor()}, {instruction_sets.chosen()}"
+    title = f"{environment()}, {instruction_sets.processor()}, {instruction_sets.chosen()}"
     plan = [case for case in cases(quick=args.quick, every=every) if case.product in args.only]
     plan = [case for case in plan if case.model in args.models and case.tokens in args.tokens]
     plan = [case for case in plan if args.threads is None or case.threads in args.threads]
     try:
-        return fill(path, title, plan, rounds, begin + 60 * minutes)
+        failed = fill(path, title, plan, rounds, begin + 60 * minutes)
+        wanted = [name for name in MODELS_TOO if name in args.only and not args.quick]
+        for threads in args.threads or sorted({1, every}) if wanted and not failed else ():
+            torch.set_num_threads(threads)
+            add_models(path, wanted, threads, rounds)
+        return failed
     finally:
         torch.set_num_threads(every)
 
@@ -167,6 +175,24 @@ def fill(path: Path, title: str, plan: list[Case], rounds: int, until: float) ->
             print(line, flush=True)
     print(f"written to {path}")
     return 0
+
+
+def add_models(path: Path, wanted: list[str], threads: int, rounds: int) -> None:
+    """Appends what whole models show, each part unless a report has it."""
+    tick = clock(threads)
+    parts: dict[str, list[Callable[[], Iterator[str]]]] = {
+        "host": [cpu_models.host_costs],
+        "step": [lambda: cpu_models.training_steps(rounds, tick)],
+        "generate": [lambda dtype=dtype: cpu_models.generation(dtype, rounds, tick) for dtype in DTYPES],  # type: ignore[misc]
+    }
+    for name in wanted:
+        head = f"{name}, {threads} threads:"
+        if head in path.read_text():
+            continue
+        lines = [line for part in parts[name] for line in part()]
+        with path.open("a") as file:
+            file.write("\n" + "\n".join([head, *(f"    {line}" for line in lines)]) + "\n")
+        print("\n".join([head, *lines]), flush=True)
 
 
 def summary(lines: list[str]) -> list[str]:
@@ -311,16 +337,6 @@ def measured_rates(threads: int) -> Rates:
 
 def best_time(run: Run, threads: int) -> float:
     return min(interleaved({"only": run}, rounds=7, warmup=2, clock=clock(threads))["only"].seconds)
-
-
-def processor() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown processor"
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "unknown processor")
 
 
 if __name__ == "__main__":

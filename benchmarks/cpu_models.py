@@ -8,7 +8,6 @@ eager and under Inductor. Memory is counted from the tensors that stay between s
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -137,5 +136,41 @@ def _faster(times: dict[str, Times], dense: str, ours: str) -> str:
     return f"{middle:.2f} ({low:.2f} - {high:.2f}) times as fast"
 
 
-def clock_of(threads: int) -> Clock:
-    return time.thread_time if threads == 1 else time.perf_counter
+def host_costs(calls: int = 500) -> Iterator[str]:
+    """Microseconds to call one small linear under Inductor, with a kernel and dense: products of next to no work.
+
+    Called often in one graph, so that entering the graph does not count.
+    """
+    from fxsparse.codegen.cpu import operators
+    from fxsparse.ops import nm
+
+    pattern = Pattern(2, 4)
+    weight = torch.randn(32, 32)
+    mask = nm_mask(weight.abs(), pattern)
+    values, indices = nm.pack(weight, mask, pattern)
+    kernel = operators.kernel_of("nm_linear", torch.float32, (2, 4))
+
+    def chain(one: Callable[[Tensor], Tensor], count: int) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            for _ in range(count):
+                x = one(x)
+            return x
+
+        return torch.compile(run, backend="inductor")
+
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "kernel": lambda x: torch.ops.fxsparse_cpu.linear.default(x, values, indices, None, kernel),
+        "aten.linear": lambda x: F.linear(x, weight),
+    }
+    x, taken = torch.randn(2, 32), {}
+    with torch.no_grad():
+        runs = {(name, count): chain(one, count) for name, one in ways.items() for count in (1, 41)}
+        timed = {key: (lambda run=run: [run(x) for _ in range(calls)]) for key, run in runs.items()}  # type: ignore[misc]
+        times = interleaved({str(key): run for key, run in timed.items()}, rounds=9)
+    for name in ways:
+        more = times[str((name, 41))].median - times[str((name, 1))].median
+        taken[name] = more / calls / 40 * 1e6
+    yield (
+        f"host cost of a linear of 2 x 32 x 32 under Inductor: kernel {taken['kernel']:.1f} us, aten.linear "
+        f"{taken['aten.linear']:.1f} us ({taken['kernel'] / taken['aten.linear']:.2f})"
+    )

@@ -1,6 +1,6 @@
 """Pretrains a small GPT on real text four ways: dense, Extended SR-STE, SLoPe, and SLoPe with lazy low-rank branches.
 
-    python examples/pretrain_slope.py                  # the standard library's source; a few minutes on two CPU cores
+    python examples/pretrain_slope.py                  # the standard library's source; two minutes on two CPU cores
     python examples/pretrain_slope.py --data my.txt    # your own text
 
 The model is GPT-2 from a Hugging Face configuration, on bytes. All four runs start from the same weights, see the same
@@ -61,7 +61,11 @@ def ways(args: argparse.Namespace) -> dict[str, list[Pass]]:
 def start(name: str, passes: list[Pass], model: torch.nn.Module, batch: torch.Tensor, args: argparse.Namespace) -> Run:
     """A run before its first step."""
     gm = fxsparse.rewrite(copy.deepcopy(model), passes, kwargs={"input_ids": batch, "labels": batch})
-    optimizer = torch.optim.AdamW(gm.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    # A branch counts 1 / rank of its product, so at the weights' own rate it would hardly move in so few steps.
+    branches = [p for n, p in gm.named_parameters() if n.endswith(("_down", "_up"))]
+    rest = [p for n, p in gm.named_parameters() if not n.endswith(("_down", "_up"))]
+    groups = [{"params": rest}] + [{"params": branches, "lr": args.lr * args.branch_lr}] * bool(branches)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.steps))
     schedule = fxsparse.Schedule(gm, optimizer, total_steps=args.steps)
     compiled = torch.compile(gm, backend="fxsparse", options={"compiler": args.compiler})
@@ -173,25 +177,32 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=192)
+    parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument(
         "--mask-every", type=int, default=100, help="steps between two column masks of SLoPe's backward"
     )
-    parser.add_argument("--ratio", type=float, default=1 / 16, help="rank of the branches over the hidden size")
+    parser.add_argument("--ratio", type=float, default=1 / 8, help="rank of the branches over the hidden size")
     parser.add_argument(
         "--low-rank-start",
         type=float,
-        default=0.9,
+        default=0.5,
         help="fraction of the steps before the branches start; SLoPe's 0.99 leaves too few steps in so short a run",
     )
+    parser.add_argument("--branch-lr", type=float, default=8.0, help="learning rate of the branches over the weights'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compiler", default="inductor", choices=("inductor", "aot_eager", "eager"))
+    parser.add_argument(
+        "--compiler",
+        choices=("inductor", "aot_eager", "eager"),
+        help="inductor on a GPU; on a CPU aot_eager, because four models take Inductor minutes there",
+    )
     parser.add_argument("--out", type=Path, default=Path("out"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.compiler = args.compiler or ("inductor" if args.device.startswith("cuda") else "aot_eager")
+    return args
 
 
 def main() -> None:
@@ -226,6 +237,8 @@ def main() -> None:
                     run.validation.append((step, validate(run, validation)))
             losses = " ".join(f"{run.losses[-1][1]:.2f}" for run in runs)
             progress.update(task, advance=1, description=f"loss {losses}")
+            if not sys.stdout.isatty() and (step % every == 0 or step == 1):  # where a bar shows nothing
+                print(f"step {step} of {args.steps}, loss {losses}", flush=True)
     console.print(result_table(runs, device))
     plot(runs, args.out / "pretrain_slope.png")
     console.print(f"loss curves: {args.out / 'pretrain_slope.png'}")
