@@ -1,4 +1,4 @@
-"""Generated Triton kernels: from a spec to a source on disk, a Triton function, a launch and an operator.
+"""Generated kernels, Triton on a GPU and C++ on a CPU: from a spec to a source on disk, a launch and an operator.
 
 making       spec      frozen description of a kernel, its tile and its arguments; ``render()`` gives the source
              template  pieces of source that the kernels share; ``epilogue`` the steps after a product
@@ -8,6 +8,7 @@ running      source    generated files on disk; ``loaded`` the kernels of this p
              launching helpers of the launches
              tiles     default tiles; ``autotune`` measures others and ``store`` keeps every measured result
              aot       compiling for a GPU that need not be there
+cpu          C++ kernels: instruction sets, specs and sources, building, and calls that compiled graphs hold
 operators    operators puts launches behind the ``fxsparse::`` operators
              fused_ops operators with an epilogue, or on sparse tensor cores
              kept_transpose  gradients of inputs on sparse tensor cores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -30,6 +31,10 @@ CASES = (
     (PORTABLE, (2, 8), torch.float16),
 )
 """Each instruction set with each dtype; over all of them every pattern."""
+
+EVERY = bool(os.environ.get("FXSPARSE_TEST_EVERY_KERNEL"))
+GRADIENT_CASES = CASES if EVERY else [CASES[case] for case in (0, 1, 3, 5, 6, 7, 9, 11)]
+"""Two for each instruction set, unless ``FXSPARSE_TEST_EVERY_KERNEL`` asks for all: each takes two builds."""
 
 SHAPES = ((1, 5, 3), (2, 16, 65), (3, 33, 9), (9, 3, 130), (13, 70, 52), (40, 20, 49), (130, 9, 70), (300, 17, 33))
 """Tokens, groups of 4 or 8 columns, rows."""
@@ -97,7 +102,7 @@ def test_products(instruction_set, pattern, dtype):
         same(result, expected + branch)
 
 
-@pytest.mark.parametrize(("instruction_set", "pattern", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(("instruction_set", "pattern", "dtype"), GRADIENT_CASES, ids=str)
 def test_gradients(instruction_set, pattern, dtype):
     needs(instruction_set)
     n, m = pattern
@@ -183,6 +188,30 @@ def test_empty_and_higher_dimensions():
     assert run(x[:0], values, indices, None, bias, 2, 4).shape == (0, 3, 5, 12)
     assert not launch.nm_linear_grad_values(torch.empty(0, 12), torch.empty(0, 16), indices, 2, 4).any()
     assert not launch.nm_linear_grad_input(torch.empty(3, 0), values[:0], indices[:0], None, 2, 4).any()
+
+
+@pytest.mark.parametrize("instruction_set", (ALL[0], AVX2, PORTABLE), ids=str)
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_what_is_not_finite_is_not_lost_and_does_not_spread(instruction_set, bad):
+    """It shows in everything that a kept weight or a gradient carries it to, and in no other token or row."""
+    needs(instruction_set)
+    pattern, dtype = {  # the cases above, whose builds are shared
+        PORTABLE: (Pattern(1, 2), torch.float32), AVX2: (Pattern(2, 4), torch.float32)
+    }.get(instruction_set, (Pattern(4, 8), torch.float32))  # fmt: skip
+    n, m = pattern.n, pattern.m
+    dense, pruned, values, indices, column_mask = weight(24, 40, pattern, dtype)
+    for tokens in (1, 5, 40):
+        x, dy = torch.randn(tokens, 40), torch.randn(tokens, 24)
+        x[0, 7], dy[0, 3] = bad, bad
+        y = launch.nm_linear(x, values, indices, None, None, n, m, instruction_set=instruction_set)
+        assert not y[0, dense[:, 7] != 0].isfinite().any()
+        same(y[1:], x[1:].double() @ dense.t()) if tokens > 1 else None
+        dx = launch.nm_linear_grad_input(dy, values, indices, column_mask, n, m, instruction_set=instruction_set)
+        assert not dx[0, pruned[3] != 0].isfinite().any()
+        same(dx[1:], dy[1:].double() @ pruned) if tokens > 1 else None
+        x[0, 7] = 1.0
+        dv = launch.nm_linear_grad_values(dy, x, indices, n, m, instruction_set=instruction_set)
+        assert not dv[3].isfinite().any() and dv[[r for r in range(24) if r != 3]].isfinite().all()
 
 
 def test_operators_pass_opcheck():

@@ -1,7 +1,11 @@
-"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a program of their own."""
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a program of their own.
+
+Only with ``FXSPARSE_TEST_EVERY_KERNEL``, because such builds take long.
+"""
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -25,6 +29,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.skipif(not os.environ.get("FXSPARSE_TEST_EVERY_KERNEL"), reason="FXSPARSE_TEST_EVERY_KERNEL is not set")
 def test_kernels_under_sanitizers(tmp_path):
     cxx = compiler()
     (tmp_path / "empty.cpp").write_text("int main() {}\n")
