@@ -218,8 +218,8 @@ def _by_other_cpus(site: Site, possible: list[str]) -> tuple[str, str] | None:
 
 
 def _by_rules(site: Site, possible: list[str]) -> tuple[str, str]:
-    if is_cpp(site):
-        why = no_kernel(site) or "its kernel was not measured here"
+    if is_cpp(site) or (site.device == "cpu" and DENSE in possible):
+        why = no_kernel(site) or "no times of its kernel are known here"
         if DENSE not in possible:
             return REFERENCE, f"inlined as ATen for the compiler to fuse; {why}"
         return DENSE, f"the dense weight is in memory anyway; {why}" if site.in_memory else f"expanded once; {why}"

@@ -322,7 +322,7 @@ def test_opcheck_covers_every_operator() -> None:
     modules = (nm_linear, masked_linear, low_rank)
     here = {op for op in decompositions() if any(op._opname in vars(module) for module in modules)}
     assert {op.default for op, _ in _calls(Case())} == here
-    elsewhere = {"mux", "demux_linear"} | {
+    elsewhere = {"mux", "demux_linear", "nm_values", "nm_spread"} | {
         f"{name}{gradient}"
         for name in ("gather_linear", "pruned_operand_linear")
         for gradient in ("", "_grad_input", "_grad_weight")
