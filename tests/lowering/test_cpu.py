@@ -144,7 +144,8 @@ def test_nothing_measured_is_estimated_or_said(monkeypatch: pytest.MonkeyPatch) 
         assert choose(SITE)[0] == "operator" and "not measured here" in choose(SITE)[1]
         assert choose(replace(SITE, dtype=torch.bfloat16))[0] == "reference"
     monkeypatch.setattr(instruction_sets, "chosen", lambda: instruction_sets.PORTABLE)
-    assert choose(SITE) == ("reference", "inlined as ATen for the compiler to fuse; no times of its kernel are known here")
+    reason = "inlined as ATen for the compiler to fuse; no times of its kernel are known here"
+    assert choose(SITE) == ("reference", reason)
 
 
 def test_where_there_is_no_kernel_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
