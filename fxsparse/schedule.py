@@ -15,6 +15,7 @@ from torch import nn
 from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError, OptionError
 from fxsparse.graph.record import Entry, record_of
+from fxsparse.graph.sharded import reshard
 from fxsparse.passes.base import parse_passes
 from fxsparse.passes.event import Event
 from fxsparse.passes.order import acting
@@ -56,7 +57,7 @@ class Schedule:
     ):
         if total_steps < 1:
             raise OptionError(f"total_steps={total_steps} must be at least 1")
-        gm = fx.graph_module_of(gm, "fxsparse.Schedule")
+        gm = self._gm = fx.graph_module_of(gm, "fxsparse.Schedule")
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner  # accelerate's steps the one inside, whose hooks are the ones that run
         parameters = {id(parameter) for parameter in gm.parameters()}
@@ -82,10 +83,7 @@ class Schedule:
                 f"no signal is called {', '.join(unknown)}; there are: {', '.join(sorted(read)) or 'none'}"
             )
         # Only inside optimizer.step() are the gradients unscaled and clipped.
-        self._hooks = (
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_load_state_dict_pre_hook(self._before_load),
-        )
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def observe(self, batch: Any, *, loss: Callable[[Any], torch.Tensor] | None = None) -> None:
         """Shows the schedule the batch of the next step; call it before the forward pass.
@@ -97,27 +95,26 @@ class Schedule:
             batch: the inputs of the graph: a mapping of keyword inputs, a tuple of positional ones, or a tensor.
             loss: computes the scalar loss from the graph's output; by default the output's ``loss``, or its one scalar.
         """
+        reshard(self._gm)
         for event in self.events.values():
             event.observe(self.steps_done + 1, batch, loss)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        reshard(self._gm)
+        only_creates_state = _only_creates_state(optimizer)
         for event in self.events.values():
-            event.before_step(self.steps_done + 1)
-
-    def _before_load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        for event in self.events.values():
-            event.before_load(state["param_groups"])
+            event.forget() if only_creates_state else event.before_step(self.steps_done + 1)
 
     def step(self) -> None:
         """Makes the changes that are due; call it after each optimizer step."""
         self.steps_done += 1
+        reshard(self._gm)
         for event in self.events.values():
             event.after_step(self.steps_done)
 
     def remove(self) -> None:
-        """Removes the schedule's hooks from the optimizer."""
-        for hook in self._hooks:
-            hook.remove()
+        """Removes the schedule's hook from the optimizer."""
+        self._hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training, to be saved beside the optimizer's state."""
@@ -144,6 +141,8 @@ class Schedule:
         self.steps_done = state["steps_done"]
         for key, part in saved.items():
             self.events[key].load_state_dict(part)
+        for event in self.events.values():
+            event.resume(self.steps_done)
 
     def _by_order(self, saved: Mapping[str, Any]) -> dict[str, Any]:
         """The states under the keys of here; earlier versions numbered the events without those that have no state."""
@@ -163,3 +162,12 @@ def _acting_entries(entries: Iterable[Entry]) -> list[Entry]:
         if entry.rewritten or all(entry.text != other.text for other in acting_entries):
             acting_entries.append(entry)
     return acting_entries
+
+
+def _only_creates_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is that of ``torch.distributed.checkpoint``, which lets an optimizer create its state by a step
+    with learning rate 0 and gradients 0, and not one of the training."""
+    if optimizer.state or any(group.get("lr", 1) != 0 for group in optimizer.param_groups):
+        return False
+    gradients = (parameter.grad for group in optimizer.param_groups for parameter in group["params"])
+    return not any(gradient is not None and bool(gradient.any()) for gradient in gradients)

@@ -25,15 +25,18 @@ class Event:
     def before_step(self, step: int) -> None:
         """Called when the gradients of optimizer step ``step`` are final, before the optimizer uses them."""
 
+    def forget(self) -> None:
+        """Drops the gradients that the optimizer must not use."""
+
     def after_step(self, step: int) -> None:
         """Called after optimizer step ``step``."""
 
-    def before_load(self, groups: list[dict[str, Any]]) -> None:
-        """Called before the optimizer loads a state with these parameter groups."""
-
     def state_dict(self) -> dict[str, Any]:
-        """What must survive a restart beyond the model's own state."""
+        """What must survive a restart beyond the model's own state; the same keys at every step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave."""
+
+    def resume(self, step: int) -> None:
+        """Called once the training goes on after optimizer step ``step``, when the state has been restored."""

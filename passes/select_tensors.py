@@ -31,6 +31,7 @@ from fxsparse.errors import OptionError, RewriteError, nearest
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.graph_state import end_state, note, register_state
 from fxsparse.graph.record import META_KEY, Change, Entry, record_of, rewrote, skipped
+from fxsparse.graph.sharded import in_process_group
 from fxsparse.graph.trainable import fully_trained, own_parameter, set_trained, trainable, trained
 from fxsparse.passes.base import Pass, parse_passes
 from fxsparse.passes.event import Event
@@ -110,7 +111,7 @@ class SelectTensors(Pass):
         if weights_borrowed(graph) and not trainable(graph):
             yield skipped("model", "this part of it reads no parameter that requires a gradient")
             return
-        names = self._pool(graph)
+        names = pool = self._pool(graph)
         if self.rho is not None:
             BackpropGraph(graph, trainable=trainable(graph)).budget(self.rho)
         if self.chosen is not None:
@@ -119,7 +120,7 @@ class SelectTensors(Pass):
         set_trained(graph, names)
         for name in candidates:
             if not weights_borrowed(graph) and (self.rho is not None or name not in names):
-                own_parameter(graph, name, requires_grad=name in names)
+                own_parameter(graph, name, requires_grad=name in (pool if in_process_group() else names))
         end_state(graph, CHOSEN)
         if self.rho is not None:
             every = [aliases[0] for aliases in fx.parameter_names(graph).values()]
@@ -235,7 +236,14 @@ class _Reselect(Event):
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         pool = [name for name in self.owner._pool(self.gm) if id(self.gm.get_parameter(name)) in held]
         importance = tensor_importance(
-            self.gm, self.optimizer, batch, metric=self.owner.metric, tensors=pool, rho=rho, loss=loss
+            self.gm,
+            self.optimizer,
+            batch,
+            metric=self.owner.metric,
+            tensors=pool,
+            rho=rho,
+            loss=loss,
+            all_ranks=in_process_group(),
         )
         chosen = graph.select(importance, rho) if importance else set()
         if not chosen:
@@ -275,10 +283,11 @@ class _Reselect(Event):
         self.code, self.trained = self.gm.code, set(chosen)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"chosen_at": self.chosen_at, "chosen": sorted(trained(self.gm))} if self.chosen_at else {}
+        return {"chosen_at": self.chosen_at, "chosen": sorted(trained(self.gm))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._train(state["chosen"])
+        if state["chosen_at"]:
+            self._train(state["chosen"])
         self.chosen_at = state["chosen_at"]
 
 
@@ -287,7 +296,8 @@ def _train(gm: GraphModule, chosen: Collection[str]) -> None:
     set_trained(gm, chosen)
     for name in candidates:
         parameter = gm.get_parameter(name)
-        parameter.requires_grad_(name in chosen)
+        # DistributedDataParallel reduces what requires a gradient when it is built; the graph computes none for others.
+        parameter.requires_grad_(name in chosen or (in_process_group() and parameter.requires_grad))
         if name not in chosen:
             parameter.grad = None  # an optimizer moves and decays every parameter that has a gradient, even an old one
     gm.recompile()

@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 
 from fxsparse.cost.backprop import BackpropGraph
 from fxsparse.errors import OptionError, nearest
-from fxsparse.graph import parameter_names
+from fxsparse.graph import parameter_names, unwrapped
+from fxsparse.graph.sharded import cut_like, is_sharded, whole
 from fxsparse.graph.trainable import fully_trained, trainable
 
 METRICS = ("importance", "delta", "gradient")
@@ -40,6 +41,7 @@ def tensor_importance(
     tensors: Iterable[str] | None = None,
     rho: float | None = None,
     loss: Callable[[Any], Tensor] | None = None,
+    all_ranks: bool = False,
 ) -> dict[str, float]:
     """The importance of every tensor that the optimizer trains, measured on one batch.
 
@@ -59,6 +61,8 @@ def tensor_importance(
             and neither their gradients nor the activations that only those need are kept. The measured step is then
             one of the other tensors.
         loss: computes the scalar loss from the outputs of the graph; by default its ``loss``, or its one scalar.
+        all_ranks: measure by the mean gradient of all ranks, each with a batch of its own. Every rank must call, as it
+            must if parameters are sharded by ``fully_shard``, which are gathered for it.
 
     Returns:
         The metric by tensor name, one name for a tied tensor.
@@ -67,7 +71,7 @@ def tensor_importance(
         OptionError: nothing to train, an unknown name or metric, rho out of range, no scalar loss, or a result that is
             not finite.
     """
-    gm = getattr(gm, "_orig_mod", gm)
+    gm = unwrapped(gm)
     if metric not in METRICS:
         raise OptionError(f"metric={metric!r} is none of {', '.join(METRICS)}")
     probe = fully_trained(gm)
@@ -79,9 +83,9 @@ def tensor_importance(
     parameters = [gm.get_parameter(name) for name in names]
     if not parameters:
         return {}
-    originals = [parameter.data for parameter in parameters]
-    with _left_as_it_was(gm, optimizer, parameters) as lent:
-        gradients = functools.partial(_gradients, probe, parameters, batch, loss)
+    originals = [parameter.detach().clone() if is_sharded(parameter) else parameter.data for parameter in parameters]
+    with _left_as_it_was(gm, optimizer, parameters, originals) as lent:
+        gradients = functools.partial(_gradients, probe, parameters, batch, loss, all_ranks)
         values = _measured(metric, lent, parameters, originals, gradients)
     result = dict(zip(names, values, strict=True))
     for name, value in result.items():
@@ -136,14 +140,15 @@ def _evaluated(gm: GraphModule, optimizer: Optimizer, tensors: Iterable[str] | N
 
 
 @contextmanager
-def _left_as_it_was(gm: GraphModule, optimizer: Optimizer, parameters: list[nn.Parameter]) -> Iterator[Optimizer]:
-    """Lends the optimizer and the parameters with copies of their state, and restores the originals."""
+def _left_as_it_was(
+    gm: GraphModule, optimizer: Optimizer, parameters: list[nn.Parameter], values: list[Tensor]
+) -> Iterator[Optimizer]:
+    """Lends the optimizer and the parameters, which have ``values``, with copies of their state, and restores them."""
     wrapped = getattr(optimizer, "optimizer", None)
     inner: Optimizer = wrapped if isinstance(wrapped, Optimizer) else optimizer
     every = {id(p): p for p in (*gm.parameters(), *(p for group in inner.param_groups for p in group["params"]))}
     evaluated = {id(parameter) for parameter in parameters}
     flags = [(parameter, parameter.requires_grad, parameter.grad) for parameter in every.values()]
-    values = [parameter.data for parameter in parameters]
     attributes = dict(vars(inner))
     devices = [p.device for p in parameters if p.device.type == "cuda"]
     try:
@@ -152,7 +157,8 @@ def _left_as_it_was(gm: GraphModule, optimizer: Optimizer, parameters: list[nn.P
                 parameter.grad = None
                 parameter.requires_grad_(id(parameter) in evaluated)
             for parameter in parameters:
-                parameter.data = parameter.data.clone()
+                if not is_sharded(parameter):
+                    parameter.data = parameter.data.clone()
             inner.state = defaultdict(dict)
             for key, state in attributes["state"].items():
                 inner.state[key] = (
@@ -169,7 +175,10 @@ def _left_as_it_was(gm: GraphModule, optimizer: Optimizer, parameters: list[nn.P
         vars(inner).clear()
         vars(inner).update(attributes)
         for parameter, value in zip(parameters, values, strict=True):
-            parameter.data = value
+            if is_sharded(parameter):  # has no memory of its own to exchange
+                parameter.detach().copy_(value)
+            else:
+                parameter.data = value
         for parameter, flag, gradient in flags:
             parameter.requires_grad_(flag)
             parameter.grad = gradient
@@ -180,18 +189,46 @@ def _copy(item: Any) -> Any:
 
 
 def _gradients(
-    probe: GraphModule, parameters: list[nn.Parameter], batch: Any, loss: Callable[[Any], Tensor] | None
+    probe: GraphModule,
+    parameters: list[nn.Parameter],
+    batch: Any,
+    loss: Callable[[Any], Tensor] | None,
+    all_ranks: bool,
 ) -> list[Tensor]:
     """The gradients of the loss; zero for a tensor it does not depend on. Leaves the random state as it was."""
     devices = {p.device.index for p in parameters if p.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(devices)), torch.enable_grad():
+    with torch.random.fork_rng(sorted(devices)), torch.enable_grad(), _gathered(probe) as leaves:
         output = call(probe, batch)
         scalar = loss(output) if loss is not None else _loss_of(output)
-        gradients = torch.autograd.grad(scalar, parameters, allow_unused=True)
-    return [
-        torch.zeros_like(parameter) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
-        for parameter, gradient in zip(parameters, gradients, strict=True)
+        wanted = [leaves.get(id(parameter), parameter) for parameter in parameters]
+        gradients = torch.autograd.grad(scalar, wanted, allow_unused=True)
+    dense = [
+        torch.zeros_like(leaf) if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
+        for leaf, gradient in zip(wanted, gradients, strict=True)
     ]
+    if all_ranks:
+        for gradient in dense:
+            torch.distributed.all_reduce(gradient)
+            gradient /= torch.distributed.get_world_size()
+    return [cut_like(gradient, parameter) for gradient, parameter in zip(dense, parameters, strict=True)]
+
+
+@contextmanager
+def _gathered(probe: GraphModule) -> Iterator[dict[int, nn.Parameter]]:
+    """Whole parameters in the places of sharded ones, for a call of the graph; gives them by the sharded one's id."""
+    sharded = {id(parameter): parameter for parameter in probe.parameters() if is_sharded(parameter)}
+    leaves = {key: nn.Parameter(whole(p.detach()), requires_grad=p.requires_grad) for key, p in sharded.items()}
+
+    def exchange(by_id: Mapping[int, nn.Parameter]) -> None:
+        for module in probe.modules():
+            for name, parameter in module._parameters.items():
+                module._parameters[name] = by_id.get(id(parameter), parameter) if parameter is not None else None
+
+    exchange(leaves)
+    try:
+        yield leaves
+    finally:
+        exchange({id(leaf): sharded[key] for key, leaf in leaves.items()})
 
 
 def call(gm: nn.Module, batch: Any) -> Any:
@@ -215,4 +252,4 @@ def _loss_of(output: Any) -> Tensor:
 
 
 def _sum(tensor: Tensor) -> float:
-    return float(tensor.sum(dtype=torch.float64))
+    return float(whole(tensor.sum(dtype=torch.float64)))

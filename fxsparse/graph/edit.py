@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxsparse.graph.function import function_graph
 from fxsparse.graph.function_key import Flag
+from fxsparse.graph.sharded import is_sharded
 from fxsparse.graph.state import SharedByCopies, attribute
 from fxsparse.graph.traits import switches_mode
 from fxsparse.graph.values import example_of, fake_mode, stack_path
@@ -40,8 +42,16 @@ def insert_attribute(gm: GraphModule, name: str, *, before: Node) -> Node:
     tensor = attribute(gm, name)
     with gm.graph.inserting_before(before):
         node = gm.graph.get_attr(name)
-    node.meta = {"val": fake_mode(gm).from_tensor(tensor.detach(), static_shapes=True), **_inherited(before)}
+    node.meta = {"val": _fake(fake_mode(gm), tensor.detach()), **_inherited(before)}
     return node
+
+
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """The fake value of a parameter or buffer; that of a sharded one is whole, as the graph reads it when it runs."""
+    if not is_sharded(tensor):
+        return mode.from_tensor(tensor, static_shapes=True)
+    with mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def insert_call(

@@ -10,7 +10,7 @@ that brings the graph into the state that the flags say. Whoever writes the buff
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 
 STATES = "fxsparse_graph_states"
 _SEEN = "_fxsparse_seen"
+Earlier = Callable[[Mapping[str, Tensor]], Collection[str] | None]
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,14 @@ class GraphState:
         names: of the flags, in the order of the buffer.
         on: the names of the flags with which the graph agrees now.
         enter: edits the graph so that it agrees with the names of the flags that are set.
+        earlier: reads the names of the set flags from a state dict of an earlier version, which holds no flags; None if
+            that does not tell.
     """
 
     names: tuple[str, ...]
     on: frozenset[str]
     enter: Callable[[GraphModule, frozenset[str]], None]
+    earlier: Earlier | None = None
 
 
 class _Seen(dict[str, tuple[Tensor, int]]):
@@ -53,9 +57,10 @@ def register_state(
     names: Iterable[str],
     on: Iterable[str],
     enter: Callable[[GraphModule, frozenset[str]], None],
+    earlier: Earlier | None = None,
 ) -> None:
     """Registers the flags called ``names`` as ``buffer``, those in ``on`` set, in the place of an earlier one."""
-    state = GraphState(tuple(names), frozenset(on), enter)
+    state = GraphState(tuple(names), frozenset(on), enter, earlier)
     device = next((parameter.device for parameter in gm.parameters()), None)
     flags = torch.tensor([name in state.on for name in state.names], dtype=torch.bool, device=device)
     gm.register_buffer(buffer, flags)
@@ -82,6 +87,15 @@ def note(gm: GraphModule, buffer: str, on: Collection[str]) -> None:
         with torch.no_grad():
             flags.copy_(torch.tensor([name in on for name in state.names]))
         gm.meta[STATES] = {**gm.meta[STATES], buffer: replace(state, on=frozenset(on) & frozenset(state.names))}
+
+
+def infer(gm: GraphModule, state_dict: Mapping[str, Tensor]) -> None:
+    """Writes the flags that a state dict of an earlier version lacks, as far as it tells them."""
+    for buffer, state in gm.meta.get(STATES, {}).items():
+        on = state.earlier(state_dict) if state.earlier is not None and buffer not in state_dict else None
+        if on is not None:
+            with torch.no_grad():
+                gm.get_buffer(buffer).copy_(torch.tensor([name in on for name in state.names]))
 
 
 @torch._dynamo.disable

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+
+from fxsparse.graph.sharded import is_fully_sharded, unsharded_class
 
 
 def module_path(name: str) -> str:
@@ -113,8 +116,12 @@ class SharedByCopies(dict[Any, Any]):
 
 def copy_sharing_state(gm: GraphModule) -> GraphModule:
     """A copy with a new graph and module tree, and the same parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in (*gm.parameters(), *gm.buffers())}
-    return copy.deepcopy(gm, shared)
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*gm.parameters(), *gm.buffers())}
+    if is_fully_sharded(gm):  # its hooks gather and shard the original, and hold what cannot be copied
+        for module in gm.modules():
+            shared |= {id(value): OrderedDict() for name, value in vars(module).items() if name.endswith("_hooks")}
+    with unsharded_class(gm):
+        return copy.deepcopy(gm, shared)
 
 
 def copy_tree(source: nn.Module, target: nn.Module, memo: dict[int, Any]) -> None:

@@ -17,9 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Proxy
 
 from fxsparse import graph as fx
+from fxsparse.errors import RewriteError
 
 FORM_KEY = "fxsparse_training_form"
 
@@ -67,6 +68,11 @@ def keep_forward(gm: GraphModule) -> None:
 
 def _lasting_forward() -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(args, Proxy):
+            raise RewriteError(
+                "torch.fx.symbolic_trace would make training mode a constant and lose the record of the passes; this "
+                "is a graph module already: read gm.graph, copy.deepcopy(gm) to edit it, or call torch.export.export"
+            )
         form = self.meta.get(FORM_KEY)
         # Without a form the mode is not read: a compiled graph must not depend on it.
         code = type(self).graph_code if form is None or not self.training else form.forward

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from fxsparse.errors import FxsparseError, OptionError
 from fxsparse.graph.graph_state import STATES, follow
+from fxsparse.graph.sharded import is_fully_sharded, reshard
 
 
 def unwrapped(model: Any) -> Any:
@@ -43,6 +44,8 @@ def graph_module_of(
             f"{function} takes a model that fxsparse.trace or fxsparse.rewrite returned, and this {name} is not one: "
             "call gm = fxsparse.rewrite(model, passes, kwargs=batch) first, and train and pass on gm"
         )
+    reshard(inner)
+    _refuse_flattened(inner, function, error)
     sharded = [name for name, tensor in inner.state_dict(keep_vars=True).items() if hasattr(tensor, "device_mesh")]
     if whole and sharded:
         raise error(
@@ -53,3 +56,18 @@ def graph_module_of(
     if STATES in inner.meta:
         follow(inner)
     return inner
+
+
+def _refuse_flattened(gm: GraphModule, function: str, error: type[FxsparseError]) -> None:
+    """Refuses what ``FullyShardedDataParallel`` and ``fully_shard`` make of a graph module that cannot work."""
+    if any(hasattr(parameter, "_fsdp_flattened") or "_flat_param" in name for name, parameter in gm.named_parameters()):
+        raise error(
+            f"{function}: FullyShardedDataParallel has flattened the parameters, and rows and columns can no longer be "
+            "told apart; call torch.distributed.fsdp.fully_shard(gm) instead"
+        )
+    layers = [name for name, module in gm.named_modules() if name and is_fully_sharded(module)]
+    if layers:
+        raise error(
+            f"{function}: {layers[0]} was sharded on its own, but a graph does not call its submodules, and they would "
+            "never be gathered; call fully_shard(gm) on the whole graph module alone"
+        )

@@ -21,10 +21,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
-from fxsparse.errors import FxsparseError, InternalError, TraceError
+from fxsparse.errors import CheckpointError, FxsparseError, InternalError, TraceError
 from fxsparse.graph import traits
-from fxsparse.graph.graph_state import follow, state_buffers
+from fxsparse.graph.graph_state import follow, infer, state_buffers
 from fxsparse.graph.record import TRACE_KEY
+from fxsparse.graph.sharded import unsharded_class
 from fxsparse.graph.training_form import keep_forward, renew_form
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
 from fxsparse.tracing.export import (
@@ -79,8 +80,9 @@ class TracedModule(GraphModule):
         return super().__call__(*args, **kwargs)
 
     def recompile(self) -> Any:
-        code = super().recompile()
-        keep_forward(self)
+        with unsharded_class(self):
+            code = super().recompile()
+            keep_forward(self)
         renew_form(self)
         return code
 
@@ -88,13 +90,29 @@ class TracedModule(GraphModule):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         missing = rest[2]  # checkpoints of earlier versions hold no flags
         missing[:] = [key for key in missing if key.removeprefix(prefix) not in state_buffers(self)]
+        infer(self, {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)})
         follow(self)
+
+    def __copy__(self) -> GraphModule:
+        return fx.copy_sharing_state(self)
+
+    def __reduce__(self) -> Any:
+        raise CheckpointError(
+            "a graph module of fxsparse cannot be pickled, nor saved whole by torch.save: sizes and the record "
+            "would be lost. Call fxsparse.save(gm, path) and fxsparse.load(path, model, ...); within a training, "
+            "torch.save(gm.state_dict(), path) and gm.load_state_dict are complete"
+        )
+
+    def __reduce_package__(self, exporter: Any) -> Any:
+        return self.__reduce__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphModule:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch copies its own tree specs in a deprecated way
             copy = super().__deepcopy__(memo)
         fx.copy_tree(self, copy, memo)  # torch copies what the graph reads, and forgets which buffers are persistent
+        for name in [name for name in vars(self) if "_hook" in name]:  # of these torch copies only some
+            copy.__dict__[name] = deepcopy(vars(self)[name], memo)
         # A forward that a library wrapped, and its other notes; nn.Module leaves what it compiled behind too.
         for name in set(vars(self)) - set(vars(copy)) - {"_compiled_call_impl"}:
             copy.__dict__[name] = deepcopy(vars(self)[name], memo)

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from fxsparse import graph as fx
 from fxsparse.errors import RewriteError
+from fxsparse.graph.sharded import local_index, whole
 from fxsparse.passes.neurons.gather_units import Part, Site
 
 SCORES = ("magnitude", "weighted", "uniform")
@@ -64,7 +65,7 @@ def scores_of(gm: GraphModule, site: Site, mean: Tensor, score: str) -> Tensor:
     if score == "uniform":
         return torch.ones(site.units, device=mean.device)
     if score == "weighted":
-        weight = fx.attribute(gm, site.output.name).detach()
+        weight = whole(fx.attribute(gm, site.output.name).detach())
         mean = mean * torch.linalg.vector_norm(weight.float(), dim=1 - site.output.dim)
     return mean[site.output.index.to(mean.device)].mean(1)
 
@@ -119,20 +120,25 @@ class Held:
                 continue
             tensors: dict[str | None, Tensor] = {None: parameter}
             tensors.update(self._state(name, parameter))
+            copies = {}
             with torch.no_grad():
-                copies = {key: tensor.index_select(dim, index) for key, tensor in tensors.items()}
+                for key, tensor in tensors.items():
+                    part, here = local_index(tensor, dim, index)
+                    copies[key] = part.index_select(dim, here)
             self.saved.append((name, parameter, dim, index, copies))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts everything back; state that the step created is zero there, as its optimizer had started it."""
         for name, parameter, dim, index, copies in self.saved:
-            parameter.index_copy_(dim, index, copies[None])
+            part, here = local_index(parameter.detach(), dim, index)
+            part.index_copy_(dim, here, copies[None])
             for key, tensor in self._state(name, parameter):
+                part, here = local_index(tensor, dim, index)
                 if key in copies:
-                    tensor.index_copy_(dim, index, copies[key])
+                    part.index_copy_(dim, here, copies[key])
                 elif not isinstance(self.optimizer, torch.optim.Rprop):  # its step sizes do not start at zero
-                    tensor.index_fill_(dim, index, 0)
+                    part.index_fill_(dim, here, 0)
 
     def _state(self, name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
         for key, tensor in self.optimizer.state.get(parameter, {}).items():

@@ -28,6 +28,7 @@ from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import META_KEY, Change, record_of, rewrote, skipped
+from fxsparse.graph.sharded import in_process_group, leave_to_ranks
 from fxsparse.graph.training_form import FORM_KEY, set_form
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
@@ -221,6 +222,7 @@ class SelectNeurons(Pass):
         device = fx.attribute(gm, site.output.name).device
         buffers = selection(site, units.to(device))
         if self.score != "uniform":
+            leave_to_ranks(gm, magnitudes_name(site), batches_name(site))
             columns = len(site.output.of(units))
             buffers[magnitudes_name(site)] = torch.zeros(columns, device=device)
             buffers[batches_name(site)] = torch.zeros((), device=device)
@@ -388,7 +390,7 @@ class _Selection(Event):
             return
         totals = [fx.attribute(self.gm, magnitudes_name(site)) for site in sites]
         counts = [fx.attribute(self.gm, batches_name(site)) for site in sites]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if in_process_group():
             together = torch.cat([tensor.flatten() for tensor in (*totals, *counts)])
             torch.distributed.all_reduce(together)
             pieces = together.split([tensor.numel() for tensor in (*totals, *counts)])
@@ -407,13 +409,21 @@ class _Selection(Event):
     def state_dict(self) -> dict[str, Any]:
         return {
             "now": self.owner.now,
-            "kept": {key: units.cpu().clone() for key, units in self.kept.items()},
+            "kept": {site.key: self._takes_part(site) for site in self.sites},
             "means": {key: mean.cpu().clone() for key, mean in self.means.items()},
         }
+
+    def _takes_part(self, site: Site) -> Tensor:
+        """Which units take part, bool ``[units]`` on the CPU: of the same size at every rate."""
+        units = self.kept.get(site.key)
+        mask = torch.full((site.units,), units is None)
+        return mask if units is None else mask.index_fill_(0, units.cpu(), True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._set_rate(self.owner.omission if state["now"] is None else state["now"])
         self.means = {key: mean.clone() for key, mean in state["means"].items()}
         self.kept = {}
         for site in self._active():
-            self._write(site, state["kept"][site.key].to(fx.attribute(self.gm, site.key).device))
+            units = state["kept"][site.key]
+            units = units.nonzero().flatten() if units.dtype is torch.bool else units  # earlier versions saved indices
+            self._write(site, units.to(fx.attribute(self.gm, site.key).device))

@@ -10,7 +10,7 @@ the step on that a ``Schedule`` reaches. The factor 1/r is that of SLoPe's code.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -103,7 +103,7 @@ class AddLowRankBranches(Pass):
             insert_branches(graph)
         waits = {linear.name for linear in waiting_branches(graph)}
         names = sorted(branch.weight for branch in live.sites(graph, Branch))
-        register_state(graph, STARTED, names, set(names) - waits, _start)
+        register_state(graph, STARTED, names, set(names) - waits, _start, _started_earlier)
 
     def _candidates(self, gm: GraphModule) -> list[Linear | SparseLinear]:
         sparse = list(sparse_linears(gm))
@@ -142,43 +142,49 @@ def _holder(linear: Linear | SparseLinear) -> str:
 
 
 class _Start(Event):
-    """Lets the branches take part once their step is reached, in the optimizer as well."""
+    """Lets the branches take part once their step is reached. The optimizer knows them from the beginning, so that its
+    state has the same parameters at every step; without a gradient it leaves them alone."""
 
     def __init__(self, gm: GraphModule, optimizer: torch.optim.Optimizer, at: int):
         self.gm, self.optimizer, self.at = gm, optimizer, at
-        self.branches = {linear.name: _holder(linear) for linear in waiting_branches(gm)}
+        self._join()
 
     def before_step(self, step: int) -> None:
-        if step > self.at:
-            self._join()
-            return
-        for name in self.branches:  # an earlier step was loaded into a graph whose branches had started
-            for part in ("down", "up"):
-                fx.attribute(self.gm, f"{name}_{part}").grad = None
+        started = self.gm.meta[STATES][STARTED].on
+        for branch in live.sites(self.gm, Branch):
+            if branch.weight not in started:  # an earlier step may have been loaded into a graph that uses them
+                for name in (branch.down, branch.up):
+                    fx.attribute(self.gm, name).grad = None
 
     def after_step(self, step: int) -> None:
-        if step >= self.at and self.branches:
-            started = self.gm.meta[STATES][STARTED]
-            if not self.branches.keys() <= started.on:
-                _start(self.gm, frozenset(started.names))
-                note(self.gm, STARTED, started.names)
-            self._join()
+        state = self.gm.meta[STATES][STARTED]
+        if step >= self.at and not state.on >= set(state.names):
+            _start(self.gm, frozenset(state.names))
+            note(self.gm, STARTED, state.names)
 
-    def before_load(self, groups: list[dict[str, Any]]) -> None:
-        """The state of an optimizer that the branches had joined."""
-        if sum(len(group["params"]) for group in groups) > sum(len(g["params"]) for g in self.optimizer.param_groups):
-            self._join()
+    def resume(self, step: int) -> None:
+        self.after_step(step)
 
     def _join(self) -> None:
         known = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
-        for name, holder in self.branches.items():
+        present = {name for name, _ in self.gm.named_parameters(remove_duplicate=False)}
+        for branch in live.sites(self.gm, Branch):
+            values = f"{branch.weight}_values"
+            holder = values if values in present else branch.weight
             group = known.get(id(fx.attribute(self.gm, holder)))
             if group is None:
                 continue  # a frozen weight: its branch is trained only if the caller gave it to the optimizer
-            for part in ("down", "up"):
-                parameter = fx.attribute(self.gm, f"{name}_{part}")
+            for name in (branch.down, branch.up):
+                parameter = fx.attribute(self.gm, name)
                 if id(parameter) not in known:
                     group["params"].append(parameter)
+
+
+def _started_earlier(state: Mapping[str, Tensor]) -> set[str] | None:
+    """The weights whose branches have been trained: ``up`` starts at zero."""
+    ups = {name.removesuffix("_up"): tensor for name, tensor in state.items() if name.endswith("_up")}
+    ups = {name: tensor for name, tensor in ups.items() if f"{name}_down" in state}
+    return {name for name, tensor in ups.items() if bool((tensor != 0).any())} if ups else None
 
 
 def _start(gm: GraphModule, on: frozenset[str]) -> None:

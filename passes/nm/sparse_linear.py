@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.graph.record import HeldWeight, record_of
+from fxsparse.graph.sharded import whole
 from fxsparse.ops.nm import Pattern, pack_column_mask, unpack, unpack_mask
 
 COMPRESSED = (torch.ops.fxsparse.nm_linear.default, torch.ops.fxsparse.nm_linear_low_rank.default)
@@ -96,13 +97,13 @@ def replace_call(gm: GraphModule, node: Node, target: Any, **changed: Any) -> No
 def dense_and_mask(gm: GraphModule, linear: SparseLinear) -> tuple[Tensor, Tensor]:
     """W^R and its mask, both ``[out, in]``, of the tensors as they are now."""
     if linear.compressed:
-        values = fx.attribute(gm, f"{linear.name}_values").detach()
+        values = whole(fx.attribute(gm, f"{linear.name}_values").detach())
         indices = fx.attribute(gm, f"{linear.name}_indices")
         return (
             unpack(values, indices, linear.pattern, linear.in_features),
             unpack_mask(indices, linear.pattern, linear.in_features),
         )
-    weight = fx.attribute(gm, linear.name).detach()
+    weight = whole(fx.attribute(gm, linear.name).detach())
     mask = fx.attribute(gm, f"{linear.name}_mask")
     return (weight.t() if linear.held.transposed else weight) * mask, mask
 

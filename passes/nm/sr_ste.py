@@ -17,6 +17,7 @@ import torch
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
+from fxsparse.graph.sharded import cut_like, whole
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.rules import NMMask
 from fxsparse.passes.nm.sparse_linear import SparseLinear, sparse_linears
@@ -49,7 +50,7 @@ class DynamicMasks(Event):
             weight, mask = fx.attribute(self.gm, linear.name), fx.attribute(self.gm, f"{linear.name}_mask")
             if weight.grad is not None and self.decay:
                 pruned = ~(mask.t() if linear.held.transposed else mask)
-                weight.grad.add_(weight * pruned, alpha=self.decay)
+                weight.grad.add_(weight * cut_like(pruned, weight), alpha=self.decay)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -61,7 +62,7 @@ class DynamicMasks(Event):
             return
         for linear in self._weights():
             rule = NMMask(linear.held.pattern, transposable=self.transposable, transposed=linear.held.transposed)
-            fx.attribute(self.gm, f"{linear.name}_mask").copy_(rule(fx.attribute(self.gm, linear.name)))
+            fx.attribute(self.gm, f"{linear.name}_mask").copy_(rule(whole(fx.attribute(self.gm, linear.name))))
 
     def _open(self) -> None:
         """Lets every weight take part, in both passes."""

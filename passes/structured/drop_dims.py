@@ -29,6 +29,7 @@ from fxsparse.analysis.units import parts_of
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.record import Change, rewrote, skipped
+from fxsparse.graph.sharded import cut_like, whole
 from fxsparse.passes.event import Event
 from fxsparse.passes.structured.hard_concrete import Gated, mask_name
 from fxsparse.passes.structured.sites import CLASHES, SCORES, Gating, Scorer, Sites, gate_sites, hidden_gate
@@ -243,7 +244,7 @@ class _Chop(Event):
         return step > math.ceil(self.owner.end * self.total_steps)
 
     def _scores(self, group: Dimensions) -> Tensor:
-        scores = [part.sums(self.importance[part.name] * self.uncertainty[part.name]) for part in group.rows]
+        scores = [part.sums(whole(self.importance[part.name] * self.uncertainty[part.name])) for part in group.rows]
         return torch.stack(scores).sum(0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -255,4 +256,4 @@ class _Chop(Event):
         self.steps = state["steps"]
         for key in ("summed", "importance", "uncertainty"):
             for name, value in getattr(self, key).items():
-                value.copy_(state[key][name])
+                value.copy_(cut_like(state[key][name], value))

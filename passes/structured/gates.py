@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.record import Change, rewrote
+from fxsparse.graph.sharded import cut_like, leave_to_ranks, whole
 from fxsparse.passes.event import Event
 from fxsparse.passes.structured import hard_concrete
 from fxsparse.passes.structured.hard_concrete import Gated, mask_name
@@ -111,6 +112,7 @@ class GateStructures(Gating):
         yield from sites.skipped
         if self.score is None:
             graph.add_module("sparsity", _sparsity(graph))
+            leave_to_ranks(graph, *hard_concrete.MULTIPLIERS)
         else:
             hard_concrete.close(graph, self.target, scores)
 
@@ -152,8 +154,8 @@ def _sparsity(gm: GraphModule) -> nn.Module:
     """The multipliers and the target of the step."""
     device = next(gm.parameters()).device
     module = nn.Module()
-    module.lambda_1 = nn.Parameter(torch.zeros((), device=device))
-    module.lambda_2 = nn.Parameter(torch.zeros((), device=device))
+    for name in hard_concrete.MULTIPLIERS:  # vectors of one, because FSDP shards no scalars
+        module.register_parameter(name.removeprefix("sparsity."), nn.Parameter(torch.zeros(1, device=device)))
     module.register_buffer("target", torch.zeros((), device=device))
     return module
 
@@ -166,14 +168,23 @@ class _Sparsify(Event):
     def __init__(self, owner: GateStructures, gm: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int):
         self.owner, self.gm, self.total_steps = owner, gm, total_steps
         self.gates = {name: gm.get_parameter(name) for name in hard_concrete.gate_names(gm)}
-        multipliers = [gm.get_parameter("sparsity.lambda_1"), gm.get_parameter("sparsity.lambda_2")]
-        own = {id(parameter) for parameter in (*self.gates.values(), *multipliers)}
-        for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+        self.multipliers = {name: gm.get_parameter(name) for name in hard_concrete.MULTIPLIERS}
         self.descent = torch.optim.AdamW(self.gates.values(), lr=owner.lr, weight_decay=0.0)
-        self.ascent = torch.optim.AdamW(multipliers, lr=owner.reg_lr, weight_decay=0.0, maximize=True)
+        self.ascent = torch.optim.AdamW(self.multipliers.values(), lr=owner.reg_lr, weight_decay=0.0, maximize=True)
+        for parameter, moments in self._moments().values():  # as AdamW would start them
+            moments["step"] = torch.tensor(0.0)
+            moments |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
         self.step = 0
         self._aim()
+
+    def _moments(self) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+        """Every parameter that is trained here and its optimizer's state, by its name."""
+        trained = {self.descent: self.gates, self.ascent: self.multipliers}
+        return {
+            name: (parameter, optimizer.state[parameter])
+            for optimizer, parameters in trained.items()
+            for name, parameter in parameters.items()
+        }
 
     def _aim(self) -> None:
         """Sets the target of the next step."""
@@ -186,24 +197,33 @@ class _Sparsify(Event):
     def before_step(self, step: int) -> None:
         self.descent.step()
         self.ascent.step()
-        for optimizer in (self.descent, self.ascent):
-            optimizer.zero_grad()
+        self.forget()
         with torch.no_grad():
             for gate in self.gates.values():
                 gate.clamp_(hard_concrete.LOWEST, hard_concrete.HIGHEST)
+
+    def forget(self) -> None:
+        for optimizer in (self.descent, self.ascent):
+            optimizer.zero_grad()
 
     def after_step(self, step: int) -> None:
         self.step = step
         self._aim()
         if step % self.owner.every == 0 or step >= self.total_steps:
             target = float(self.gm.get_buffer("sparsity.target"))
-            hard_concrete.close(self.gm, target, self.gates)
+            hard_concrete.close(self.gm, target, {name: whole(gate.detach()) for name, gate in self.gates.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "descent": self.descent.state_dict(), "ascent": self.ascent.state_dict()}
+        moments = {
+            name: {key: whole(value).clone() for key, value in moments.items()}
+            for name, (_, moments) in self._moments().items()
+        }
+        return {"step": self.step, "moments": moments}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        self.descent.load_state_dict(state["descent"])
-        self.ascent.load_state_dict(state["ascent"])
+        with torch.no_grad():
+            for name, (_, moments) in self._moments().items():
+                for key, value in moments.items():
+                    value.copy_(cut_like(state["moments"][name][key], value))
         self._aim()

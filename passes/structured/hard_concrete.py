@@ -23,10 +23,12 @@ from torch.fx import GraphModule
 from fxsparse import graph as fx
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
+from fxsparse.graph.sharded import whole
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 LOWEST, HIGHEST = math.log(0.01), math.log(100)
 """What `a` is kept within, as CoFi does."""
+MULTIPLIERS = ("sparsity.lambda_1", "sparsity.lambda_2")
 
 
 _Number = TypeVar("_Number", float, Tensor)
@@ -141,7 +143,7 @@ def draw(log_alpha: Tensor) -> Tensor:
 
 def expected_sparsity(gm: GraphModule) -> Tensor:
     """The share of the gated sublayers' parameters that is expected to go, differentiable in the gates."""
-    return sparsity_at(gm, lambda name: probability(gm.get_parameter(name)))
+    return sparsity_at(gm, lambda name: probability(whole(gm.get_parameter(name))))
 
 
 def mask_sparsity(gm: GraphModule) -> float:
@@ -162,7 +164,7 @@ def sparsity_loss(gm: nn.Module) -> Tensor:
     gm = fx.graph_module_of(gm, "fxsparse.sparsity_loss")
     gated(gm)
     try:
-        first, second = gm.get_parameter("sparsity.lambda_1"), gm.get_parameter("sparsity.lambda_2")
+        first, second = (whole(gm.get_parameter(name)).squeeze() for name in MULTIPLIERS)
     except AttributeError:
         raise RewriteError("its gates were set once by a score and are not trained", pass_name="gates") from None
     off = expected_sparsity(gm) - gm.get_buffer("sparsity.target")
