@@ -27,7 +27,7 @@ from torch.fx import GraphModule
 
 from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError
-from fxsparse.graph.graph_state import follow, state_buffers
+from fxsparse.graph.graph_state import follow, state_buffers, with_vectors
 from fxsparse.graph.record import HeldWeight, Record, record_of
 from fxsparse.ops.nm import Pattern, unpack, validate
 from fxsparse.passes.mux.multiplex import PATH as MULTIPLEXER
@@ -107,7 +107,7 @@ def _unique(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _fill(gm: GraphModule, tensors: Mapping[str, Tensor], path: str) -> None:
-    expected = _unique(gm.state_dict())
+    expected, tensors = _unique(gm.state_dict()), with_vectors(gm, tensors)
     expected = {name: tensor for name, tensor in expected.items() if name in tensors or name not in state_buffers(gm)}
     missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     misfits = [name for name in set(expected) & set(tensors) if expected[name].shape != tensors[name].shape]

@@ -82,8 +82,13 @@ class Schedule:
             raise OptionError(
                 f"no signal is called {', '.join(unknown)}; there are: {', '.join(sorted(read)) or 'none'}"
             )
+        self._creates_state = False
         # Only inside optimizer.step() are the gradients unscaled and clipped.
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_creation),
+            optimizer.register_load_state_dict_pre_hook(self._completed),
+        )
 
     def observe(self, batch: Any, *, loss: Callable[[Any], torch.Tensor] | None = None) -> None:
         """Shows the schedule the batch of the next step; call it before the forward pass.
@@ -101,9 +106,31 @@ class Schedule:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         reshard(self._gm)
-        only_creates_state = _only_creates_state(optimizer)
+        self._creates_state = _only_creates_state(optimizer)
         for event in self.events.values():
-            event.forget() if only_creates_state else event.before_step(self.steps_done + 1)
+            event.forget() if self._creates_state else event.before_step(self.steps_done + 1)
+
+    def _after_creation(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Takes the count of a step back that was none: a parameter that a checkpoint does not know starts anew."""
+        if self._creates_state:
+            for state in optimizer.state.values():
+                for key, first in (("step", 0), ("mu_product", 1)):
+                    if isinstance(state.get(key), torch.Tensor):
+                        state[key].fill_(first)
+                    elif key in state:
+                        state[key] = first
+
+    def _completed(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's state of version 0.1.0 with the parameters that it lacks, which then had no state."""
+        late = {id(parameter) for event in self.events.values() for parameter in event.late_parameters()}
+        groups = []
+        for here, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
+            held, params = [id(parameter) for parameter in here["params"]], saved["params"]
+            if len(params) < len(held) and len(params) == sum(key not in late for key in held):
+                others = iter(params)
+                params = [f"late {key}" if key in late else next(others) for key in held]
+            groups.append({**saved, "params": params})
+        return {**state, "param_groups": [*groups, *state["param_groups"][len(groups) :]]}
 
     def step(self) -> None:
         """Makes the changes that are due; call it after each optimizer step."""
@@ -113,8 +140,9 @@ class Schedule:
             event.after_step(self.steps_done)
 
     def remove(self) -> None:
-        """Removes the schedule's hook from the optimizer."""
-        self._hook.remove()
+        """Removes the schedule's hooks from the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training, to be saved beside the optimizer's state."""

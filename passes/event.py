@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 
@@ -30,6 +30,10 @@ class Event:
 
     def after_step(self, step: int) -> None:
         """Called after optimizer step ``step``."""
+
+    def late_parameters(self) -> Iterable[Any]:
+        """Parameters that the optimizers of version 0.1.0 held only at times, or not at all."""
+        return ()
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart beyond the model's own state; the same keys at every step."""

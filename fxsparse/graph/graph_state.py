@@ -89,6 +89,12 @@ def note(gm: GraphModule, buffer: str, on: Collection[str]) -> None:
         gm.meta[STATES] = {**gm.meta[STATES], buffer: replace(state, on=frozenset(on) & frozenset(state.names))}
 
 
+def with_vectors(gm: GraphModule, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict, those that version 0.1.0 held as scalars as vectors of one."""
+    ones = {name for name, parameter in gm.named_parameters() if parameter.shape == (1,)}
+    return {name: tensor.view(1) if name in ones and not tensor.dim() else tensor for name, tensor in tensors.items()}
+
+
 def infer(gm: GraphModule, state_dict: Mapping[str, Tensor]) -> None:
     """Writes the flags that a state dict of an earlier version lacks, as far as it tells them."""
     for buffer, state in gm.meta.get(STATES, {}).items():

@@ -30,15 +30,20 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every rank holds whole, sharded as ``like``, which has its shape."""
+    """A tensor that every rank holds whole, sharded as ``like``, which has its shape; or sharded in another way."""
     if is_sharded(tensor):
+        if is_sharded(like) and _layout(tensor) == _layout(like):
+            return tensor
         tensor = whole(tensor)
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
+    return distribute_tensor(tensor.to(like.device), *_layout(like), src_data_rank=None)
+
+
+def _layout(tensor: Any) -> tuple[Any, Any]:
+    return tensor.device_mesh, tensor.placements
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -47,8 +52,7 @@ def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         return tensor, (0,) * tensor.dim()
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, *_layout(tensor))
     return tensor.to_local(), tuple(offsets)  # type: ignore[attr-defined]
 
 

@@ -119,7 +119,7 @@ def copy_sharing_state(gm: GraphModule) -> GraphModule:
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*gm.parameters(), *gm.buffers())}
     if is_fully_sharded(gm):  # its hooks gather and shard the original, and hold what cannot be copied
         for module in gm.modules():
-            shared |= {id(value): OrderedDict() for name, value in vars(module).items() if name.endswith("_hooks")}
+            shared |= {id(item): OrderedDict() for item in vars(module).values() if isinstance(item, OrderedDict)}
     with unsharded_class(gm):
         return copy.deepcopy(gm, shared)
 

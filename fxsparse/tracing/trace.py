@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError, FxsparseError, InternalError, TraceError
 from fxsparse.graph import traits
-from fxsparse.graph.graph_state import follow, infer, state_buffers
+from fxsparse.graph.graph_state import follow, infer, state_buffers, with_vectors
 from fxsparse.graph.record import TRACE_KEY
 from fxsparse.graph.sharded import unsharded_class
 from fxsparse.graph.training_form import keep_forward, renew_form
@@ -87,10 +87,13 @@ class TracedModule(GraphModule):
         return code
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        own = with_vectors(self, own)
+        state_dict.update((f"{prefix}{name}", value) for name, value in own.items())  # the caller's copy
         super()._load_from_state_dict(state_dict, prefix, *rest)
         missing = rest[2]  # checkpoints of earlier versions hold no flags
         missing[:] = [key for key in missing if key.removeprefix(prefix) not in state_buffers(self)]
-        infer(self, {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)})
+        infer(self, own)
         follow(self)
 
     def __copy__(self) -> GraphModule:

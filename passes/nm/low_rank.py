@@ -165,6 +165,10 @@ class _Start(Event):
     def resume(self, step: int) -> None:
         self.after_step(step)
 
+    def late_parameters(self) -> Iterable[Any]:
+        branches = live.sites(self.gm, Branch)
+        return [fx.attribute(self.gm, name) for branch in branches for name in (branch.down, branch.up)]
+
     def _join(self) -> None:
         known = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
         present = {name for name, _ in self.gm.named_parameters(remove_duplicate=False)}

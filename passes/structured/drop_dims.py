@@ -210,7 +210,7 @@ class _Chop(Event):
         self.summed: dict[str, Tensor] = {}
         self.importance: dict[str, Tensor] = {}
         self.uncertainty: dict[str, Tensor] = {}
-        for name in {part.name for group in self.groups for part in group.rows}:
+        for name in dict.fromkeys(part.name for group in self.groups for part in group.rows):  # alike on all ranks
             weight = gm.get_parameter(name).detach()
             for state in (self.summed, self.importance, self.uncertainty):
                 state[name] = torch.zeros_like(weight, dtype=torch.float32)

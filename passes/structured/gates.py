@@ -213,6 +213,9 @@ class _Sparsify(Event):
             target = float(self.gm.get_buffer("sparsity.target"))
             hard_concrete.close(self.gm, target, {name: whole(gate.detach()) for name, gate in self.gates.items()})
 
+    def late_parameters(self) -> Iterable[Any]:
+        return [*self.gates.values(), *self.multipliers.values()]
+
     def state_dict(self) -> dict[str, Any]:
         moments = {
             name: {key: whole(value).clone() for key, value in moments.items()}
@@ -222,8 +225,13 @@ class _Sparsify(Event):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
+        if "moments" not in state:  # of version 0.1.0
+            each = {"descent": self.gates, "ascent": self.multipliers}
+            saved = {name: state[key]["state"].get(i) for key in each for i, name in enumerate(each[key])}
+            state = {"moments": {name: moments for name, moments in saved.items() if moments}}
         with torch.no_grad():
             for name, (_, moments) in self._moments().items():
                 for key, value in moments.items():
-                    value.copy_(cut_like(state["moments"][name][key], value))
+                    saved = state["moments"].get(name, {key: torch.zeros(value.shape)})
+                    value.copy_(cut_like(saved[key].view(value.shape), value))
         self._aim()

@@ -27,7 +27,8 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention_norm, self.mlp_norm = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
-        self.q, self.k, self.v, self.o = nn.Linear(DIM, DIM), nn.Linear(DIM, 8), nn.Linear(DIM, 8), nn.Linear(DIM, DIM)
+        self.q, self.v, self.o = nn.Linear(DIM, DIM), nn.Linear(DIM, 8), nn.Linear(DIM, DIM)
+        self.k = nn.Linear(DIM, 8, bias=False)  # a bias would have the gradient 0 but for rounding
         self.gate, self.up, self.down = nn.Linear(DIM, 32), nn.Linear(DIM, 32), nn.Linear(32, DIM)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,11 +84,13 @@ class Recipe:
         passes: made anew for every model.
         gated: whether its loss has the sparsity loss of gates.
         waits: whether parameters have no gradient in some steps, so that DistributedDataParallel must look for them.
+        by_batch: whether it draws or chooses for each batch, so that parts of a batch are not trained like the whole.
     """
 
     passes: Callable[[], list[Any]]
     gated: bool = False
     waits: bool = False
+    by_batch: bool = False
 
     def rewrite(self) -> GraphModule:
         return fxsparse.rewrite(copy.deepcopy(_traced()), self.passes())
@@ -113,8 +116,10 @@ RECIPES = {
     "neurons": _of("select-neurons{omission=0.5,multiple=4,score=weighted,rungs=2,rung_steps=4}"),
     "neurons-top": _of("select-neurons{omission=0.5,multiple=4,choice=top,every=2}"),
     "neurons-branches": _of('low-rank{rank=2,start=0.5,layers=["*.up"]},select-neurons{multiple=4}', waits=True),
-    "mux": _of("multiplex{n=2,stages=[[0.3,0,1],[1,0.9,0.1]]}"),
-    "distill": _of(lambda: "drop-layers{count=1}", _distill()),
+    "mux": _of("multiplex{n=2}"),
+    "mux-stages": _of("multiplex{n=2,stages=[[0.3,0,1],[1,0.9,0.1]]}", by_batch=True),
+    "distill": _of("drop-layers{count=1}", _distill(matching="plain", teacher_layers=(0, 2))),
+    "distill-dynamic": _of("drop-layers{count=1}", _distill(), by_batch=True),
     "gates-distill": _of("gates{target=0.4,every=4}", _distill(matching="plain", teacher_layers=(0, 1, 2)), gated=True),
 }
 
@@ -143,7 +148,7 @@ class Training:
     @classmethod
     def start(cls, recipe: Recipe, gm: GraphModule | None = None) -> Training:
         gm = recipe.rewrite() if gm is None else gm
-        optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-2, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.1)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 4))
         return cls(recipe, gm, optimizer, scheduler)
 
