@@ -300,7 +300,7 @@ def choose_gradient(site: Site, doubly_pruned: bool, pins: Pins) -> tuple[str, s
     """The implementation of a gradient, and why. The one of a linear's input runs on sparse tensor cores only where
     they are pinned: they cost memory."""
     pin = pins.of_gradient(site.op)
-    if is_cpp(site) and site.op == GRAD_INPUT and not doubly_pruned and pin.name != OPERATOR:
+    if is_cpp(site) and site.op == GRAD_INPUT and not doubly_pruned and pin.name not in {OPERATOR, SPARSE_TENSOR_CORES}:
         other, why = choose(site, replace(pin, excluded=pin.excluded | {OPERATOR}))
         return other, f"{why}; its kernel pays where columns are pruned too (double-prune)"
     if pin.name == SPARSE_TENSOR_CORES and not doubly_pruned:
