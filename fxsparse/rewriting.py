@@ -22,7 +22,7 @@ def rewrite(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool = True,
-    dynamic_sequence: bool = False,
+    dynamic_sequence: bool | None = None,
 ) -> GraphModule:
     """Traces ``model`` and runs passes on it.
 
@@ -31,7 +31,8 @@ def rewrite(
             ``args`` nor ``kwargs``.
         passes: passes, the text of passes, or a pipeline.
         args, kwargs: an example batch, as for :func:`fxsparse.trace`.
-        dynamic_batch, dynamic_sequence: whether the graph must also run at other batch sizes and sequence lengths.
+        dynamic_batch, dynamic_sequence: whether the graph must also run at other batch sizes and sequence lengths, see
+            :func:`fxsparse.trace`.
 
     Returns:
         a graph module with the same arguments. It shares with ``model`` all parameters that no pass replaced, such as

@@ -104,7 +104,24 @@ class Schedule:
         for event in self.events.values():
             event.observe(self.steps_done + 1, batch, loss)
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        """A hook of the optimizer; under a closure, as Lightning steps, gradients are final once that has run."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args begins with the optimizer
+        if closure is None:
+            self._use_gradients(optimizer)
+            return None
+        waits = [True]
+
+        def closure_first() -> Any:
+            loss = closure()
+            if waits:  # an optimizer may call it again
+                waits.clear()
+                self._use_gradients(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": closure_first}
+
+    def _use_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         reshard(self._gm)
         self._creates_state = _only_creates_state(optimizer)
         for event in self.events.values():
@@ -138,6 +155,14 @@ class Schedule:
         reshard(self._gm)
         for event in self.events.values():
             event.after_step(self.steps_done)
+
+    def values(self) -> dict[str, float]:
+        """Numbers for a log, named by pass: sparsity, omission, rho, whether branches have started."""
+        return {
+            f"{key.rpartition('.')[0]}.{name}": value
+            for key, event in self.events.items()
+            for name, value in event.values().items()
+        }
 
     def remove(self) -> None:
         """Removes the schedule's hooks from the optimizer."""

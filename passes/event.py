@@ -35,6 +35,10 @@ class Event:
         """Parameters that the optimizers of version 0.1.0 held only at times, or not at all."""
         return ()
 
+    def values(self) -> dict[str, float]:
+        """Numbers that tell how far the change has gone, by name, for a log."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart beyond the model's own state; the same keys at every step."""
         return {}

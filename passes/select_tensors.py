@@ -282,6 +282,10 @@ class _Reselect(Event):
         note(self.gm, CHOSEN, {names[0] for names in fx.parameter_names(self.gm).values()} - frozen)
         self.code, self.trained = self.gm.code, set(chosen)
 
+    def values(self) -> dict[str, float]:
+        rho = {} if self.owner.rho is None else {"rho": float(self._rho(max(1, self.chosen_at)))}
+        return {**rho, "trained_tensors": float(len(trained(self.gm)))}
+
     def state_dict(self) -> dict[str, Any]:
         return {"chosen_at": self.chosen_at, "chosen": sorted(trained(self.gm))}
 

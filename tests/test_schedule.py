@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -247,3 +248,30 @@ def test_double_prune_refuses_dynamic_masks_with_the_reason() -> None:
         fxsparse.rewrite(
             net(), [InsertNMMasks(storage="masked", dynamic=True), DoublePruneBackward()], (torch.randn(3, 8),)
         )
+
+
+def test_a_closure_computes_the_gradients_before_they_are_used() -> None:
+    """Lightning hands the backward pass to the optimizer; masks, gates and their kin act on the gradients after it."""
+    states = []
+    for by_closure in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 16), torch.nn.Linear(16, 4))
+        passes = "nm-masks{storage=masked,dynamic=true,decay=0.5}"
+        gm, x = fxsparse.rewrite(model, passes, (torch.randn(3, 8),)), torch.randn(3, 8)
+        optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
+        schedule = fxsparse.Schedule(gm, optimizer, total_steps=2)
+
+        def closure(gm: GraphModule = gm, x: torch.Tensor = x, optimizer: Any = optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = gm(x).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            if not by_closure:
+                closure()
+            loss = optimizer.step(closure) if by_closure else optimizer.step()
+            assert (loss is not None) == by_closure
+            schedule.step()
+        states.append(gm.state_dict())
+    assert all(torch.equal(one, other) for one, other in zip(*(state.values() for state in states), strict=True))

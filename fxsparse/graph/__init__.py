@@ -59,6 +59,7 @@ from fxsparse.graph.state import (
     replace_parameter,
     set_buffer,
     set_parameter,
+    shell,
     state_read,
 )
 from fxsparse.graph.values import arguments, example_of, fake_mode, stack_path, value
@@ -99,6 +100,7 @@ __all__ = [
     "replace_with_call",
     "set_buffer",
     "set_parameter",
+    "shell",
     "stack_path",
     "state_read",
     "transform",

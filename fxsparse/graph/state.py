@@ -96,6 +96,16 @@ def delete_state(gm: nn.Module, names: Collection[str]) -> None:
             delete(gm, name)
 
 
+def shell(module: nn.Module) -> nn.Module:
+    """An empty module for the tensors of ``module``. A LayerNorm stays one by its type, by which training loops know
+    that its weight does not decay."""
+    if not isinstance(module, nn.LayerNorm):
+        return nn.Module()
+    twin = nn.LayerNorm(module.normalized_shape, module.eps, elementwise_affine=False)
+    twin.elementwise_affine = module.elementwise_affine
+    return twin
+
+
 def _owner(gm: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return (gm.get_submodule(path) if path else gm), leaf
@@ -142,7 +152,8 @@ def copy_tree(source: nn.Module, target: nn.Module, memo: dict[int, Any]) -> Non
             if child is None or id(child) in done:
                 twin._modules[name] = None if child is None else done[id(child)]
             else:
-                twin._modules[name] = visit(child, present.get(name) or nn.Module())
+                made = present.get(name)
+                twin._modules[name] = visit(child, shell(child) if made is None or type(made) is nn.Module else made)
         return twin
 
     visit(source, target)

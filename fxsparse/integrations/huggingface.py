@@ -13,6 +13,7 @@ building the module and comparing it with the graph (`_build`, `_difference`).
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -355,8 +356,10 @@ def _difference(gm: GraphModule, model: Any) -> str | None:
     device = next(gm.parameters()).device
     outputs = []
     try:
-        for module in (gm.eval(), model.to(device)):
-            outputs.append([leaf for leaf in pytree.tree_leaves(_plain(module(*args, **kwargs))) if _is_float(leaf)])
+        gm.eval(), model.to(device)
+        # A library may have wrapped the graph's forward, for mixed precision; the class has it as it is.
+        for forward in (functools.partial(type(gm).forward, gm), model):
+            outputs.append([leaf for leaf in pytree.tree_leaves(_plain(forward(*args, **kwargs))) if _is_float(leaf)])
     except Exception as error:  # the class cannot run with these sizes
         return f"it cannot run: {error}"
     finally:

@@ -4,7 +4,8 @@ Capture writes a model's mask out: ``arange``, compare, expand, and the result g
 ``scaled_dot_product_attention`` as ``attn_mask``, which rules out the flash kernels on a GPU. Where such a mask depends
 on sizes only and is the lower triangle at every size, the attention gets ``is_causal=True`` instead; where it hides
 nothing, it goes. A mask that depends on an input's values (padding), on a parameter (a learnt bias) or that hides more
-(a sliding window) stays.
+(a sliding window) stays. A window that is longer than the example hides nothing more up to its own length: there the
+attention is causal, under the condition that no longer input comes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import sympy
 import torch
 from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
@@ -32,19 +34,22 @@ _CONSTANT = re.compile(r"(.*\.)?(lifted_tensor_|_tensor_constant)\d+")
 
 _LENGTHS = (2, 3, 5, 8, 17)
 _LONGEST_PROBE = 2048
+_LONGEST_WINDOW = 8192  # a mask of that length is made once, to see whether it is causal
 _UNBOUNDED = 2**31  # a slice to the end is written as a slice to the largest integer
 
 
-def restore_is_causal(gm: GraphModule) -> int:
+def restore_is_causal(gm: GraphModule, longest: dict[Any, int] | None = None) -> int:
     """Turns explicit causal masks into ``is_causal=True`` wherever they are provably the same; other masks stay.
 
     Args:
         gm: a training-IR graph; edited in place, nodes that only built such masks are erased. Call ``recompile`` after.
+        longest: if given, masks that are causal up to some length count as well, and it takes the longest sequence, by
+            its symbol, for which the graph is still right.
 
     Returns:
         the number of attentions changed.
     """
-    return _replace_masks(gm, _is_lower_triangle, is_causal=True)
+    return _replace_masks(gm, _is_lower_triangle, is_causal=True, longest=longest)
 
 
 def drop_open_masks(gm: GraphModule) -> int:
@@ -55,7 +60,9 @@ def drop_open_masks(gm: GraphModule) -> int:
     return _replace_masks(gm, _is_open, is_causal=False)
 
 
-def _replace_masks(gm: GraphModule, keeps: Callable[[Tensor], bool], *, is_causal: bool) -> int:
+def _replace_masks(
+    gm: GraphModule, keeps: Callable[[Tensor], bool], *, is_causal: bool, longest: dict[Any, int] | None = None
+) -> int:
     proved: dict[Node, bool] = {}
     changed = 0
     for node in gm.graph.find_nodes(op="call_function", target=_SDPA):
@@ -67,6 +74,11 @@ def _replace_masks(gm: GraphModule, keeps: Callable[[Tensor], bool], *, is_causa
             continue
         if mask not in proved:
             proved[mask] = _holds_at_every_size(gm, mask, keeps)
+            limit = None if proved[mask] or longest is None else _holds_up_to(gm, mask, keeps)
+            if limit is not None and longest is not None:
+                length = _expression(fx.value(mask).shape[-1])
+                longest[length] = min(limit, longest.get(length, limit))
+                proved[mask] = True
         if proved[mask]:
             arguments[3], arguments[5] = None, is_causal
             node.args = tuple(arguments)
@@ -90,8 +102,25 @@ def _expression(size: int | SymInt) -> Any:
 def _holds_at_every_size(gm: GraphModule, mask: Node, keeps: Callable[[Tensor], bool]) -> bool:
     cone = _cone(mask)
     probes = _probes(cone, mask) if cone else None
-    if cone is None or probes is None:
-        return False
+    return cone is not None and probes is not None and _holds_at(gm, mask, cone, probes, keeps)
+
+
+def _holds_up_to(gm: GraphModule, mask: Node, keeps: Callable[[Tensor], bool]) -> int | None:
+    """The largest constant of a mask up to which it holds at every length, if the example is no longer, else None."""
+    cone, length = _cone(mask), _expression(fx.value(mask).shape[-1])
+    if not cone or not isinstance(length, sympy.Symbol):
+        return None
+    example = fx.value(mask).shape[-1].node.hint
+    for limit in sorted({constant for constant in _constants(cone) if example <= constant <= _LONGEST_WINDOW})[::-1]:
+        lengths = sorted({*(short for short in _LENGTHS if short < limit), example, limit})
+        if _holds_at(gm, mask, cone, _sizes(cone, [length], lengths), keeps):
+            return limit
+    return None
+
+
+def _holds_at(
+    gm: GraphModule, mask: Node, cone: list[Node], probes: list[dict[Any, int]], keeps: Callable[[Tensor], bool]
+) -> bool:
     for sizes in probes:
         try:
             found = _evaluate(gm, cone, sizes)[mask]
@@ -165,7 +194,6 @@ def _probes(cone: list[Node], mask: Node) -> list[dict[Any, int]] | None:
     Where the sequence length is a symbol, lengths just beyond every constant in the cone are among them: a window of 4
     looks causal up to length 4. None where a constant is too large to look beyond.
     """
-    symbols = {symbol for node in cone for symbol in _symbols(node)}
     lasts = fx.value(mask).shape[-2:]
     in_length = sorted({s for size in lasts for s in getattr(_expression(size), "free_symbols", ())}, key=str)
     lengths = set(_LENGTHS)
@@ -174,9 +202,15 @@ def _probes(cone: list[Node], mask: Node) -> list[dict[Any, int]] | None:
         if any(constant > _LONGEST_PROBE for constant in constants):
             return None
         lengths |= {constant + 2 for constant in constants}
+    return _sizes(cone, in_length, sorted(lengths))
+
+
+def _sizes(cone: list[Node], in_length: list[Any], lengths: list[int]) -> list[dict[Any, int]]:
+    """Values for all symbols of a cone, for each of these lengths of those in ``in_length``."""
+    symbols = {symbol for node in cone for symbol in _symbols(node)}
     return [
         {symbol: length + in_length.index(symbol) if symbol in in_length else 1 + index % 3 for symbol in symbols}
-        for index, length in enumerate(sorted(lengths))
+        for index, length in enumerate(lengths)
     ]
 
 

@@ -158,6 +158,10 @@ def check_inputs(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def _fits(sizes: torch.Size, captured: torch.Size) -> bool:
+    """Whether a graph captured with the second sizes takes the first; a length of 1 may mean a broadcast."""
     if len(sizes) != len(captured):
         return False
-    return all(_is_free(expected) or given == expected for given, expected in zip(sizes, captured, strict=True))
+    return all(
+        given > 1 or not dimension if _is_free(expected) else given == expected  # comparing a symbol would fix it
+        for dimension, (given, expected) in enumerate(zip(sizes, captured, strict=True))
+    )

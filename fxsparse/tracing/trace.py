@@ -13,6 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -44,6 +45,7 @@ from fxsparse.tracing.export import (
 from fxsparse.tracing.functional import functionalise
 from fxsparse.tracing.input_sizes import (
     CONDITIONS_KEY,
+    SizeCondition,
     check_batch_is_free,
     check_inputs,
     check_one_row,
@@ -86,6 +88,17 @@ class TracedModule(GraphModule):
         renew_form(self)
         return code
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the graph takes ``num_items_in_batch``; the Trainer of transformers asks."""
+        return "num_items_in_batch" in self.graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of any module; a tied tensor may stand under one of its names only, as in a file of safetensors."""
+        names = [names for names in fx.parameter_names(self).values() if len(names) > 1]
+        alone = {twin: state_dict[name] for tied in names for name in tied if name in state_dict for twin in tied}
+        return super().load_state_dict({**alone, **state_dict} if alone else state_dict, *args, **kwargs)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         own = with_vectors(self, own)
@@ -125,6 +138,10 @@ class TracedModule(GraphModule):
 class TracedPreTrained(TracedModule):
     """The graph module of a transformers model, which says of itself what trainers ask the model."""
 
+    original_class: type[nn.Module]
+    loss_type: str | None
+    _keys_to_ignore_on_save = None
+
     @property
     def device(self) -> torch.device:
         """The device of the first parameter."""
@@ -151,7 +168,7 @@ def trace(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_batch: bool = True,
-    dynamic_sequence: bool = False,
+    dynamic_sequence: bool | None = None,
 ) -> GraphModule:
     """Captures ``model`` as a training-IR graph.
 
@@ -170,8 +187,9 @@ def trace(
         kwargs: example keyword inputs; what is not a tensor (None, flags) becomes part of the graph.
         dynamic_batch: let dimension 0 of every tensor input vary. An example of one row is repeated for capture,
             because a size of 1 cannot be told from a broadcast.
-        dynamic_sequence: let dimension 1 of every tensor input vary as well, where the model does. Every other size
-            stays that of the example.
+        dynamic_sequence: let dimension 1 of every tensor input, the sequence length, vary as well where the model
+            does; True notes the inputs whose dimension 1 stays fixed. By default it varies if that can be captured.
+            Every other size stays that of the example.
 
     Raises:
         TraceError: the model cannot be captured, or not with a free batch size; the message quotes the line that
@@ -184,25 +202,39 @@ def trace(
         return model
     with torch.inference_mode(False):
         given: Inputs = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), dict(kwargs or {})))
-    notes: list[str] = list(_lost_hooks(model))
-    free = [dimension for dimension, wanted in enumerate((dynamic_batch, dynamic_sequence)) if wanted]
     with without_cache(model):
-        example = with_two_rows(model, given) if dynamic_batch else given
-        gm = _capture(model, example, free, notes)
-        if dynamic_batch:
-            notes += check_batch_is_free(model, gm, example)
-        if dynamic_sequence:
-            notes += fixed_dimensions(gm, 1)
-        gm.meta[CONDITIONS_KEY] = size_conditions(gm)
-        notes += map(str, gm.meta[CONDITIONS_KEY])
-        if example is not given:
-            check_one_row(model, gm, given)
-            notes.append("captured with two rows, the example's one row repeated")
+        if dynamic_sequence is None:
+            try:
+                gm, notes = _with_free_sizes(model, given, dynamic_batch, True)
+            except TraceError:
+                gm, notes = _with_free_sizes(model, given, dynamic_batch, False)
+        else:
+            gm, notes = _with_free_sizes(model, given, dynamic_batch, dynamic_sequence)
+            notes += fixed_dimensions(gm, 1) if dynamic_sequence else []
+    notes += _lost_hooks(model)
     notes += _simplify_masks(gm)
     gm.graph.lint()
     gm.recompile()
     gm.meta[TRACE_KEY] = Trace(tuple((node.name, _example_sizes(node)) for node in tensor_inputs(gm)), tuple(notes))
     return gm
+
+
+def _with_free_sizes(
+    model: nn.Module, given: Inputs, dynamic_batch: bool, dynamic_sequence: bool
+) -> tuple[GraphModule, list[str]]:
+    """The captured graph with these sizes free, and notes on it."""
+    notes: list[str] = []
+    example = with_two_rows(model, given) if dynamic_batch else given
+    free = [dimension for dimension, wanted in enumerate((dynamic_batch, dynamic_sequence)) if wanted]
+    gm = _capture(model, example, free, notes)
+    if dynamic_batch:
+        notes += check_batch_is_free(model, gm, example)
+    gm.meta[CONDITIONS_KEY] = size_conditions(gm)
+    notes += map(str, gm.meta[CONDITIONS_KEY])
+    if example is not given:
+        check_one_row(model, gm, given)
+        notes.append("captured with two rows, the example's one row repeated")
+    return gm, notes
 
 
 def _lost_hooks(model: nn.Module) -> Iterator[str]:
@@ -219,11 +251,16 @@ def _lost_hooks(model: nn.Module) -> Iterator[str]:
 
 def _simplify_masks(gm: GraphModule) -> list[str]:
     """Lets attention go without masks where it can, and notes in how many."""
-    counts = {
-        "mask that hides nothing dropped": drop_open_masks(gm),
-        "causal mask turned into is_causal": restore_is_causal(gm),
-    }
-    return [f"{what} in {count} attention{'s' if count > 1 else ''}" for what, count in counts.items() if count]
+    longest: dict[Any, int] = {}
+    dropped, causal = drop_open_masks(gm), restore_is_causal(gm, longest)
+    windows = tuple(
+        SizeCondition(sympy.Le(length, most), ", the window of its attention; trace with a longer example to go beyond")
+        for length, most in longest.items()
+    )
+    gm.meta[CONDITIONS_KEY] += windows
+    counts = {"mask that hides nothing dropped": dropped, "causal mask turned into is_causal": causal}
+    changes = [f"{what} in {count} attention{'s' if count > 1 else ''}" for what, count in counts.items() if count]
+    return [*changes, *map(str, windows)]
 
 
 def _own_copy(tensor: Tensor) -> Tensor:
@@ -312,7 +349,8 @@ def _assemble(model: nn.Module, program: ExportedProgram) -> GraphModule:
     kind = TracedPreTrained if is_pretrained else TracedModule
     gm = kind(nn.Module(), Graph(), type(model).__name__)
     if is_pretrained:
-        gm.config, gm.main_input_name = model.config, model.main_input_name
+        gm.config, gm.main_input_name, gm.original_class = model.config, model.main_input_name, type(model)
+        gm.loss_type = getattr(model, "loss_type", None)  # the Trainer counts labels by it
     tree = _mirror(model, {})
     gm.training = tree.training
     for held in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -374,7 +412,7 @@ def _always_holds(node: Node) -> bool:
 def _mirror(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     """A bare tree of modules with the names, the flags, the parameters and the buffers of ``module``."""
     if id(module) not in done:
-        copy = done[id(module)] = nn.Module()
+        copy = done[id(module)] = fx.shell(module)
         copy.training = module.training
         copy._parameters.update(module._parameters)
         copy._buffers.update(module._buffers)

@@ -406,6 +406,9 @@ class _Selection(Event):
             total.zero_()
             count.zero_()
 
+    def values(self) -> dict[str, float]:
+        return {"omission": float(self.owner.rate)}
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "now": self.owner.now,

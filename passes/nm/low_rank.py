@@ -169,6 +169,10 @@ class _Start(Event):
         branches = live.sites(self.gm, Branch)
         return [fx.attribute(self.gm, name) for branch in branches for name in (branch.down, branch.up)]
 
+    def values(self) -> dict[str, float]:
+        state = self.gm.meta[STATES][STARTED]
+        return {"start": float(self.at), "started": float(state.on >= set(state.names))}
+
     def _join(self) -> None:
         known = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
         present = {name for name, _ in self.gm.named_parameters(remove_duplicate=False)}

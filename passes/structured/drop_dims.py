@@ -31,7 +31,7 @@ from fxsparse.graph import live
 from fxsparse.graph.record import Change, rewrote, skipped
 from fxsparse.graph.sharded import cut_like, whole
 from fxsparse.passes.event import Event
-from fxsparse.passes.structured.hard_concrete import Gated, mask_name
+from fxsparse.passes.structured.hard_concrete import Gated, mask_name, mask_sparsity
 from fxsparse.passes.structured.sites import CLASHES, SCORES, Gating, Scorer, Sites, gate_sites, hidden_gate
 
 UNITS = ("hidden", "intermediate", "heads")
@@ -246,6 +246,9 @@ class _Chop(Event):
     def _scores(self, group: Dimensions) -> Tensor:
         scores = [part.sums(whole(self.importance[part.name] * self.uncertainty[part.name])) for part in group.rows]
         return torch.stack(scores).sum(0)
+
+    def values(self) -> dict[str, float]:
+        return {"sparsity": mask_sparsity(self.gm)}
 
     def state_dict(self) -> dict[str, Any]:
         states = {"summed": self.summed, "importance": self.importance, "uncertainty": self.uncertainty}

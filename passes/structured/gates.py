@@ -216,6 +216,14 @@ class _Sparsify(Event):
     def late_parameters(self) -> Iterable[Any]:
         return [*self.gates.values(), *self.multipliers.values()]
 
+    @torch.no_grad()
+    def values(self) -> dict[str, float]:
+        return {
+            "target": float(self.gm.get_buffer("sparsity.target")),
+            "sparsity": hard_concrete.mask_sparsity(self.gm),
+            "expected_sparsity": float(hard_concrete.expected_sparsity(self.gm)),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         moments = {
             name: {key: whole(value).clone() for key, value in moments.items()}

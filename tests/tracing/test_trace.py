@@ -237,7 +237,7 @@ def test_copies_are_independent(name: str) -> None:
     assert all(module.training for module in twin.modules()) and not any(module.training for module in gm.modules())
     with pytest.raises(TraceError, match="sizes"):
         twin(
-            **family.make_batch(batch=3, seq=8)
+            **family.make_batch(batch=3, seq=2 if name == "t5" else 1)
             if name != "sequential"
             else {"x": torch.randn(3, 1, 32), "labels": None}
         )
@@ -593,9 +593,13 @@ def test_one_tensor_given_twice_stays_two_inputs() -> None:
 
 
 def test_another_length_is_refused() -> None:
-    _, gm = traced("opt")
-    with pytest.raises(TraceError, match=r"input_ids has sizes \(3, 1\), but the graph takes \(s\d+, 16\)"):
-        gm(**causal_lm_batch(3, 1))  # positions would broadcast
+    family, gm = traced("opt")
+    with pytest.raises(TraceError, match=r"input_ids has sizes \(3, 1\), but the graph takes \(s\d+, s\d+\)"):
+        gm(**causal_lm_batch(3, 1))  # a length of 1 may mean a broadcast
+    gm = trace(family.model, kwargs=causal_lm_batch(4, 16), dynamic_sequence=False)
+    for length in (1, 8):
+        with pytest.raises(TraceError, match=rf"input_ids has sizes \(3, {length}\), but the graph takes \(s\d+, 16\)"):
+            gm(**causal_lm_batch(3, length))  # positions would broadcast
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -618,7 +622,7 @@ class OneRow(nn.Module):
 def test_batch_of_one_that_means_something_else_is_refused() -> None:
     with pytest.raises(TraceError, match=r"with one row the model returns sizes \[\(16,\)\]"):
         trace(OneRow(), (torch.randn(1, 16),))
-    gm = trace(OneRow(), (torch.randn(1, 16),), dynamic_batch=False)
+    gm = trace(OneRow(), (torch.randn(1, 16),), dynamic_batch=False, dynamic_sequence=False)
     assert gm(torch.randn(1, 16)).shape == (16,)
     with pytest.raises(TraceError, match=r"the graph takes \(1, 16\)"):
         gm(torch.randn(2, 16))
@@ -780,5 +784,16 @@ def test_a_window_as_long_as_the_sequence_is_causal() -> None:
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, sliding_window=16, use_cache=False,
     )  # fmt: skip
-    gm = trace(transformers.MistralForCausalLM(config), kwargs=causal_lm_batch(4, 16))
+    model = transformers.MistralForCausalLM(config).eval()
+    gm = trace(model, kwargs=causal_lm_batch(4, 16), dynamic_sequence=False)
     assert attentions(gm) == [(None, True)] * 2
+    gm = trace(model, kwargs=causal_lm_batch(4, 12))
+    assert attentions(gm) == [(None, True)] * 2
+    for length in (3, 16):
+        inputs = causal_lm_batch(2, length)
+        assert_same(model(**inputs), gm(**inputs))
+    with pytest.raises(TraceError, match=r"s\d+ <= 16, the window of its attention; trace with a longer example"):
+        gm(**causal_lm_batch(2, 17))
+    gm, inputs = trace(model, kwargs=causal_lm_batch(4, 17)), causal_lm_batch(2, 24)
+    assert all(mask is not None for mask, _ in attentions(gm))
+    assert_same(model(**inputs), gm(**inputs))
