@@ -50,13 +50,44 @@ _STACK_LINE = re.compile(r'File "(.+)", line (\d+), in (.+)')
 _NOISY = tuple(map(logging.getLogger, ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")))
 
 
-def export(model: nn.Module, inputs: Inputs, free: Sequence[int]) -> ExportedProgram:
-    """``torch.export`` of ``model`` in the mode its modules are in, with these dimensions of every tensor input free,
-    where the model leaves them so."""
+Fixed = set[tuple[int, int]]
+"""Dimensions of inputs that the model fixes: the identity of a tensor and the number of the dimension."""
+
+
+def export(model: nn.Module, inputs: Inputs, free: Sequence[int], fixed: Fixed | None = None) -> ExportedProgram:
+    """``torch.export`` of ``model`` in the mode its modules are in.
+
+    Args:
+        model: any module.
+        inputs: the example.
+        free: dimensions of every tensor input that may vary where the model leaves them so.
+        fixed: takes the sequence lengths that the model does not leave free, and holds those that are known. Export
+            fixes a size in the middle of a capture and has written it as a symbol until then, so it runs again.
+    """
+    fixed = set() if fixed is None else fixed
     shapes: Any = ShapesCollection()  # export takes one, its annotation does not say so
     for tensor in tensors(inputs):
-        if dimensions := {dimension: Dim.AUTO for dimension in free if dimension < tensor.dim()}:
-            shapes[tensor] = dimensions
+        wanted = [dimension for dimension in free if dimension < tensor.dim() and (id(tensor), dimension) not in fixed]
+        if wanted:
+            shapes[tensor] = {dimension: Dim.AUTO for dimension in wanted}
+    program = _export(model, inputs, shapes)
+    if 1 in free and (stuck := _fixed_lengths(program) - fixed):
+        fixed |= stuck
+        return export(model, inputs, free, fixed)
+    return program
+
+
+def _fixed_lengths(program: ExportedProgram) -> Fixed:
+    """The tensor inputs whose dimension 1 turned out to be a number."""
+    names = set(program.graph_signature.user_inputs)
+    inputs = [node for node in program.graph.find_nodes(op="placeholder") if node.name in names]
+    values = [node.meta["val"] for node in inputs if isinstance(node.meta.get("val"), Tensor)]
+    pairs = zip(values, tensors(program.example_inputs), strict=True)
+    lengths = [(id(tensor), value.shape[1]) for value, tensor in pairs if value.dim() > 1]
+    return {(key, 1) for key, size in lengths if isinstance(size, int) or not size.node.expr.free_symbols}
+
+
+def _export(model: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
     with _quiet(), torch.inference_mode(False), torch.enable_grad(), _without_autocast(), _named(model, inputs[1]):
         return torch.export.export(model, *inputs, dynamic_shapes=shapes, strict=False)
 

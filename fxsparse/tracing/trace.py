@@ -30,6 +30,7 @@ from fxsparse.graph.sharded import unsharded_class
 from fxsparse.graph.training_form import keep_forward, renew_form
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
 from fxsparse.tracing.export import (
+    Fixed,
     Inputs,
     depends_on_data,
     export,
@@ -278,12 +279,13 @@ def _example_sizes(node: Node) -> tuple[int, ...]:
 def _capture(model: nn.Module, example: Inputs, free: list[int], notes: list[str]) -> GraphModule:
     """Captures both modes as one graph; what only works in evaluation mode is held there."""
     held: dict[type[nn.Module], str] = {}
+    fixed: Fixed = set()
 
     def exported(training: bool) -> ExportedProgram:
         with left_as_it_was(model):
             for module in model.modules():
                 module.training = training and type(module) not in held
-            return export(model, example, free)
+            return export(model, example, free, fixed)
 
     while True:
         try:
