@@ -24,7 +24,6 @@ BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?
 VARYING = (
     (re.compile(r"\d+(\.\d+)? ms"), "N ms"),
     (re.compile(r"\S*/kernels/"), ".../kernels/"),
-    (re.compile(r"\bs\d+\b"), "s0"),
     (re.compile(r"(Dynamo's|graph) \d+/0"), r"\1 0/0"),
 )
 
@@ -36,6 +35,8 @@ def run(code: str, namespace: dict[str, Any]) -> str:
     text = printed.getvalue()
     for pattern, replacement in VARYING:
         text = pattern.sub(replacement, text)
+    symbols: dict[str, str] = {}
+    text = re.sub(r"\bs\d+\b", lambda name: symbols.setdefault(name[0], f"s{len(symbols)}"), text)
     return "\n".join(line.rstrip() for line in text.strip("\n").splitlines()) + "\n"
 
 

@@ -13,7 +13,7 @@ is therefore one that looks up the code on every call, and nothing here ever ass
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Proxy
 
 from fxsparse import graph as fx
 from fxsparse.errors import RewriteError
+from fxsparse.graph.partial import can_go, code_without, input_names
 
 FORM_KEY = "fxsparse_training_form"
 
@@ -54,12 +55,15 @@ def set_form(gm: GraphModule, form: GraphModule | None, renew: Callable[[GraphMo
         form.graph.owning_module = None  # otherwise it would keep the copy's tensors alive
         source = gm.graph.python_code("self").src
         gm.meta[FORM_KEY] = TrainingForm(form.graph, _code_of(form), source, renew)
+    if hasattr(type(gm), "partial_codes"):
+        type(gm).partial_codes = {}  # type: ignore[attr-defined]
 
 
 def keep_forward(gm: GraphModule) -> None:
     """Puts the function that looks up the code back in the place of the code that ``recompile`` put there."""
     kind: Any = type(gm)  # every graph module has a class of its own
     kind.graph_code = kind.forward
+    kind.input_names, kind.partial_codes = tuple(input_names(gm)), {}
     if "lasting_forward" not in vars(kind):
         kind.lasting_forward = _lasting_forward()
     kind.lasting_forward.__signature__ = inspect.signature(kind.graph_code)
@@ -75,10 +79,31 @@ def _lasting_forward() -> Callable[..., Any]:
             )
         form = self.meta.get(FORM_KEY)
         # Without a form the mode is not read: a compiled graph must not depend on it.
-        code = type(self).graph_code if form is None or not self.training else form.forward
+        in_form = form is not None and self.training
+        code = form.forward if in_form else type(self).graph_code
+        if len(args) + len(kwargs) < len(type(self).input_names):
+            absent = absent_inputs(self, args, kwargs)
+            code = type(self).partial_codes.get((absent, in_form), code)
+            kwargs = {**kwargs, **dict.fromkeys(absent)} if (absent, in_form) in type(self).partial_codes else kwargs
         return code(self, *args, **kwargs)
 
     return forward
+
+
+def absent_inputs(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the inputs that a call leaves out."""
+    return tuple(name for name in type(gm).input_names[len(args) :] if name not in kwargs)  # type: ignore[attr-defined]
+
+
+def prepare_without(gm: GraphModule, absent: tuple[str, ...]) -> bool:
+    """Derives what ``gm`` runs without these inputs in its present mode; False if it cannot do without them."""
+    form = _form(gm) if gm.training else None
+    graph, codes = (gm.graph if form is None else form.graph), type(gm).partial_codes  # type: ignore[attr-defined]
+    if (absent, form is not None) not in codes:
+        if not can_go(graph, absent):
+            return False
+        codes[absent, form is not None] = code_without(gm, graph, absent)
+    return True
 
 
 def _code_of(gm: GraphModule) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ is found here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -21,9 +21,15 @@ from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
 from fxsparse.errors import TraceError
+from fxsparse.graph.partial import dependent_outputs, input_names, input_nodes
+from fxsparse.graph.training_form import prepare_without
 from fxsparse.tracing.export import Inputs, left_as_it_was, quote_guard, tensors, where_batch_was_fixed
 
 CONDITIONS_KEY = "fxsparse_size_conditions"
+ANY_LENGTH_KEY = "fxsparse_any_length"
+"""In ``gm.meta``: whether the caller asked for free lengths, which includes 1."""
+DEFAULTS_KEY = "fxsparse_default_inputs"
+"""In ``gm.meta``: what the model's ``forward`` takes by default, by name."""
 
 _INSTEAD = "give an example of at least two rows, or dynamic_batch=False"
 
@@ -129,26 +135,83 @@ def check_one_row(model: nn.Module, gm: GraphModule, example: Inputs) -> None:
 
 
 @torch._dynamo.disable
-def check_inputs(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """TraceError where an input is not what ``gm`` was captured for: another size, or another constant."""
-    names = [name for name in gm.graph._codegen.pytree_info.orig_args if name != "self"]  # type: ignore[attr-defined]
-    values = dict(zip(names, args, strict=False)) | dict(kwargs)
-    if len(args) > len(names) or values.keys() != set(names):
-        return  # missing or unexpected arguments: forward says so
+def check_inputs(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword inputs of a call, without those that are None and were not captured, and with constants that the model
+    would take by default.
+
+    Raises:
+        TraceError: an input is not what ``gm`` was captured for: another size, another constant, one that was not
+            captured, or one that the graph cannot do without.
+    """
+    names = input_names(gm)
+    if len(args) > len(names) or set(names[: len(args)]) & kwargs.keys():
+        return dict(kwargs)  # forward says so
+    kwargs = _fitted(gm, args, kwargs)
+    values = dict(zip(names, args, strict=False)) | kwargs
+    if values.keys() == set(names):
+        _check_values(gm, names, values)
+        return kwargs
+    absent = [name for name in names if name not in values]
+    _check_values(gm, names, {**values, **dict.fromkeys(absent)}, absent)
+    return kwargs
+
+
+def _fitted(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword inputs, as `check_inputs` returns them; those that the graph can do without are left out."""
+    names, nodes = input_names(gm), input_nodes(gm.graph)
+    more = [name for name, value in kwargs.items() if name not in names and value is not None]
+    if more:
+        raise TraceError(
+            f"the graph was captured with {', '.join(names)}, and does not know {', '.join(more)}; trace or rewrite the "
+            f"model with an example that has {'it' if len(more) == 1 else 'them'}: kwargs={{**batch, {more[0]!r}: ...}}"
+        )
+
+    def captured(name: str) -> Any:
+        return [node.meta.get("val") for node in nodes[name]]
+
+    fitted = {name: value for name, value in kwargs.items() if name in names}
+    fitted = {name: value for name, value in fitted.items() if value is not None or not _takes_tensor(captured(name))}
+    defaults = gm.meta.get(DEFAULTS_KEY, {})
+    fitted |= {
+        name: defaults[name]
+        for name in names[len(args) :]
+        if name not in fitted and name in defaults and captured(name) == [defaults[name]]
+    }
+    absent = tuple(name for name in names[len(args) :] if name not in fitted)
+    if absent and not prepare_without(gm, absent):
+        outputs = ", ".join(dependent_outputs(gm.graph, absent)[:4])
+        depends = f" (output {outputs} depends on it)" if outputs else ""
+        raise TraceError(
+            f"the graph was captured with {', '.join(names)}, and {', '.join(absent)} is missing{depends}; for such calls "
+            "trace or rewrite the model with an example without it"
+        )
+    return fitted
+
+
+def _takes_tensor(captured: list[Any]) -> bool:
+    return len(captured) == 1 and isinstance(captured[0], Tensor)
+
+
+def _check_values(gm: GraphModule, names: list[str], values: Mapping[str, Any], absent: Collection[str] = ()) -> None:
+    """TraceError where a value is not what ``gm`` was captured for, but for inputs that are left out."""
     spec = gm._in_spec
     positional, named = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
     arranged = [values[name] for name in names[: positional.num_children]], {key: values[key] for key in named.context}
     leaves = fx_pytree.tree_flatten_spec(arranged, spec)
     sizes: dict[sympy.Basic, int] = {}
+    shortest = 1 if gm.meta.get(ANY_LENGTH_KEY) else 2
+    left_out = {node for name in absent for node in input_nodes(gm.graph)[name]}
     for node, leaf in zip(gm.graph.find_nodes(op="placeholder"), leaves, strict=False):
         expected = node.meta.get("val")
+        if node in left_out:
+            continue
         if not isinstance(expected, Tensor) or not isinstance(leaf, Tensor):
             if isinstance(expected, Tensor) or isinstance(leaf, Tensor) or leaf != expected:
                 raise TraceError(f"{node.name} is {leaf!r}, but {expected!r} was captured; trace the model with that")
-        elif not _fits(leaf.shape, expected.shape):
+        elif not _fits(leaf.shape, expected.shape, shortest):
             raise TraceError(
                 f"{node.name} has sizes {tuple(leaf.shape)}, but the graph takes "
-                f"({', '.join(map(str, expected.shape))}); trace the model with an example of those sizes"
+                f"({', '.join(map(str, expected.shape))}); trace the model with an example of those sizes{_advice(leaf, expected)}"
             )
         else:
             sizes |= {s.node.expr: n for s, n in zip(expected.shape, leaf.shape, strict=True) if _is_free(s)}
@@ -157,11 +220,18 @@ def check_inputs(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, An
             raise TraceError(f"a size is outside what was captured; {condition}")
 
 
-def _fits(sizes: torch.Size, captured: torch.Size) -> bool:
-    """Whether a graph captured with the second sizes takes the first; a length of 1 may mean a broadcast."""
+def _advice(given: Tensor, captured: Tensor) -> str:
+    """What else lets a graph take another length."""
+    differs = given.dim() == captured.dim() > 1 and given.shape[1] != 1 and not _is_free(captured.shape[1])
+    return ", or with dynamic_sequence=True" if differs and _fits(given.shape[:1], captured.shape[:1]) else ""
+
+
+def _fits(sizes: torch.Size, captured: torch.Size, shortest: int = 2) -> bool:
+    """Whether a graph captured with the second sizes takes the first; a length of 1 may mean a broadcast, and is not
+    taken unless the caller asked for every length."""
     if len(sizes) != len(captured):
         return False
     return all(
-        given > 1 or not dimension if _is_free(expected) else given == expected  # comparing a symbol would fix it
+        given >= shortest or not dimension if _is_free(expected) else given == expected  # comparing a symbol would fix it
         for dimension, (given, expected) in enumerate(zip(sizes, captured, strict=True))
     )

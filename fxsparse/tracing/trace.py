@@ -7,6 +7,7 @@ is written in place but what outlives the call, and attention that is causal say
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -45,7 +46,9 @@ from fxsparse.tracing.export import (
 )
 from fxsparse.tracing.functional import functionalise
 from fxsparse.tracing.input_sizes import (
+    ANY_LENGTH_KEY,
     CONDITIONS_KEY,
+    DEFAULTS_KEY,
     SizeCondition,
     check_batch_is_free,
     check_inputs,
@@ -78,7 +81,7 @@ class TracedModule(GraphModule):
 
     @torch._dynamo.disable(recursive=False)  # the check is Python's; what it calls is compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        check_inputs(self, args, kwargs)
+        kwargs = check_inputs(self, args, kwargs)
         follow(self)  # here and not in forward, which Dynamo and export trace whole
         return super().__call__(*args, **kwargs)
 
@@ -189,8 +192,8 @@ def trace(
         dynamic_batch: let dimension 0 of every tensor input vary. An example of one row is repeated for capture,
             because a size of 1 cannot be told from a broadcast.
         dynamic_sequence: let dimension 1 of every tensor input, the sequence length, vary as well where the model
-            does; True notes the inputs whose dimension 1 stays fixed. By default it varies if that can be captured.
-            Every other size stays that of the example.
+            does; True notes the inputs whose dimension 1 stays fixed. By default it varies if that can be captured,
+            but is never 1, which cannot be told from a broadcast. Every other size stays that of the example.
 
     Raises:
         TraceError: the model cannot be captured, or not with a free batch size; the message quotes the line that
@@ -216,6 +219,9 @@ def trace(
     notes += _simplify_masks(gm)
     gm.graph.lint()
     gm.recompile()
+    gm.meta[ANY_LENGTH_KEY] = bool(dynamic_sequence)
+    parameters = inspect.signature(model.forward).parameters.values()
+    gm.meta[DEFAULTS_KEY] = {item.name: item.default for item in parameters if item.default is not item.empty}
     gm.meta[TRACE_KEY] = Trace(tuple((node.name, _example_sizes(node)) for node in tensor_inputs(gm)), tuple(notes))
     return gm
 

@@ -241,8 +241,8 @@ def test_sizes_default_to_the_example_and_a_dimension_may_stay() -> None:
 
 def test_an_unnamed_input_follows_the_named_one() -> None:
     _, gm = traced("bert")
-    sizes = count_flops(gm, input_ids=(6, 16)).sizes
-    assert set(sizes.values()) == {6}
+    sizes = count_flops(gm, input_ids=(6, 11)).sizes
+    assert set(sizes.values()) == {6, 11}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+import fxsparse
 from fxsparse.errors import InternalError, TraceError
 from fxsparse.graph.record import TRACE_KEY
 from fxsparse.tracing.trace import trace
@@ -580,8 +581,44 @@ def test_nested_inputs_and_outputs() -> None:
         gm(**make(3, scale=None, flag=False))
     with pytest.raises(TraceError, match=r"scale is 2\.0, but None was captured"):
         gm(**make(3, scale=2.0, flag=True))
-    with pytest.raises(TypeError):
-        gm(**make(3))
+    inputs = make(3)
+    assert_same(model(**inputs), gm(**inputs))  # both as by default
+    with pytest.raises(TraceError, match=r"captured with .*, and extra is missing \(output y, more depends on it\)"):
+        gm(torch.randn(3, 16))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_labels_may_be_left_out(name: str) -> None:
+    family, gm = traced(name)
+    inputs, unlabelled = family.make_batch(batch=3, seq=8), family.make_batch(batch=5, labels=False)
+    for training in (False, True):
+        family.model.train(training)
+        gm.train(training)
+        for call in (inputs, unlabelled, {**unlabelled, "labels": None, "output_hidden_states": None}):
+            torch.manual_seed(0)
+            expected = family.model(**call)
+            torch.manual_seed(0)
+            assert_same(expected, gm(**call))
+    compiled = torch.compile(gm.eval(), backend="aot_eager")
+    for call in (unlabelled, inputs):
+        assert_same(gm(**call), compiled(**call))
+    rewritten = fxsparse.rewrite(gm, "nm-masks,low-rank{rank=2,start=0.5}").eval()
+    before = rewritten(**inputs).logits
+    schedule = fxsparse.Schedule(rewritten, torch.optim.SGD(rewritten.parameters(), lr=0.1), total_steps=2)
+    unlabelled = {key: value for key, value in inputs.items() if key != "labels"}
+    assert torch.equal(rewritten(**unlabelled).logits, before)
+    with torch.no_grad():
+        for key, parameter in rewritten.named_parameters():
+            if key.endswith("_up"):
+                parameter.normal_()
+    schedule.step()
+    assert torch.equal(rewritten(**unlabelled).logits, rewritten(**inputs).logits), "an edit reaches every form"
+    assert not torch.equal(rewritten(**unlabelled).logits, before)
+    if name == "bert":
+        with pytest.raises(TraceError, match=r"attention_mask is missing \(output loss, logits depends on it\)"):
+            gm(input_ids=inputs["input_ids"], labels=inputs["labels"])
+    with pytest.raises(TraceError, match=r"does not know output_hidden_states; trace .*'output_hidden_states': \.\.\."):
+        gm(**inputs, output_hidden_states=True)
 
 
 def test_one_tensor_given_twice_stays_two_inputs() -> None:
