@@ -255,7 +255,9 @@ def test_a_closure_computes_the_gradients_before_they_are_used() -> None:
     states = []
     for by_closure in (False, True):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 16), torch.nn.Linear(16, 4))
+        model = torch.nn.Sequential(
+            torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 16), torch.nn.Linear(16, 4)
+        )
         passes = "nm-masks{storage=masked,dynamic=true,decay=0.5}"
         gm, x = fxsparse.rewrite(model, passes, (torch.randn(3, 8),)), torch.randn(3, 8)
         optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)

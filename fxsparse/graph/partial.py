@@ -1,8 +1,9 @@
 """The graph without an input that a call leaves out.
 
 A model of transformers that is called without labels returns no loss, and all else as with labels. So does its graph:
-everything that depends on the input goes, and the loss of the output object is None. An input on which more than the loss
-depends cannot be left out. The code for a choice of inputs is derived when it is first needed, and anew after an edit.
+everything that depends on the input goes, and the loss of the output object is None. An input on which more than the
+loss depends cannot be left out. The code for a choice of inputs is derived when it is first needed, and anew after an
+edit.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def can_go(graph: Graph, absent: Collection[str]) -> bool:
 
 
 def code_without(gm: GraphModule, graph: Graph, absent: Collection[str]) -> Code:
-    """The code of ``graph``, which reads the state of ``gm``, without these inputs; it takes anything in their place."""
+    """The code of ``graph``, which reads the state of ``gm``, without these inputs, which it takes and ignores."""
     twin = copy.deepcopy(graph)
     gone = _dependents(twin, absent)
     output = twin.output_node()
@@ -64,7 +65,9 @@ def code_without(gm: GraphModule, graph: Graph, absent: Collection[str]) -> Code
 def _outputs(graph: Graph) -> list[tuple[str, Any]]:
     spec = graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     leaves = pytree.tree_leaves(graph.output_node().args[0], is_leaf=lambda item: item is None)
-    keys = spec.context if isinstance(spec.context, list) and len(spec.context) == spec.num_leaves else range(len(leaves))
+    keys = (
+        spec.context if isinstance(spec.context, list) and len(spec.context) == spec.num_leaves else range(len(leaves))
+    )
     return [(str(key), leaf) for key, leaf in zip(keys, leaves, strict=True)]
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,9 @@ from fxsparse.integrations.resizing import resize, sizes_of
 _RECORD = "fxsparse"
 """The name of the setting with the sizes, and the variant in the names of the weight files. Transformers alone finds no
 file of that name; under the plain name it would initialise the tensors of other sizes at random."""
+_WEIGHTS = "transformers_weights"
+"""The setting that names the file of the weights to transformers, which repeats a name it cannot read in its error."""
+_READ_WITH = "these are smaller weights of other shapes; read this folder with fxsparse.from_pretrained"
 _FEED_FORWARD = ("inner", "intermediate", "ffn")
 
 
@@ -82,6 +86,8 @@ def save_pretrained(gm: nn.Module, model: nn.Module, path: str | os.PathLike[str
             for old in Path(path).glob("model*.safetensors*"):
                 old.unlink()
             written.save_pretrained(path, variant=None if choices is None else _RECORD)
+            if choices is not None:
+                _refuse_transformers(Path(path))
             return written
     raise CheckpointError(
         f"no {type(model).__name__} computes what the graph does ({differs}): it holds more than smaller weights and "
@@ -108,6 +114,7 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} holds no config.json; it was not written by fxsparse.save_pretrained")
     config = transformers.AutoConfig.from_pretrained(folder)
+    vars(config).pop(_WEIGHTS, None)
     name = next(iter(config.architectures or ()), None)
     cls = getattr(transformers, str(name), None)
     if cls is None:
@@ -119,7 +126,7 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
     plain = any(_RECORD not in file.name for file in folder.glob("model*.safetensors"))
     sized = _sized(cls, record)
     model, loading = sized.from_pretrained(
-        folder, variant=None if plain else _RECORD, output_loading_info=True, **options
+        folder, config=config, variant=None if plain else _RECORD, output_loading_info=True, **options
     )
     wrong = [f"{key} is {state}" for state in ("missing", "unexpected") for key in sorted(loading[f"{state}_keys"])]
     if wrong:
@@ -127,6 +134,13 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
     model.__class__ = cls
     choose_heads(model, record["heads"])
     return model.eval()
+
+
+def _refuse_transformers(folder: Path) -> None:
+    """Lets transformers alone refuse a folder with a message that names `from_pretrained`."""
+    file = folder / "config.json"
+    settings = {**json.loads(file.read_text()), _WEIGHTS: _READ_WITH}
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _sized(cls: Any, record: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """Training a rewritten model with the Trainer of transformers.
 
-`FxsparseCallback` does with any Trainer what a loop by hand does with a `Schedule`: it is built once the optimizer exists,
-sees the batches, takes a step after each optimizer step, is saved beside the optimizer and resumes with it.
+`FxsparseCallback` does with any Trainer what a loop by hand does with a `Schedule`: it is built once the optimizer
+exists, sees the batches, takes a step after each optimizer step, is saved beside the optimizer and resumes with it.
 `FxsparseTrainer` is a Trainer that has the callback and saves what its model is::
 
     by hand                                        Trainer
@@ -59,8 +59,8 @@ Signals = Mapping[str, Callable[[int], float]]
 class FxsparseCallback(TrainerCallback, ExportableState):
     """Drives the schedule of a rewritten model in a Trainer.
 
-    Give it to a Trainer whose model is rewritten: ``Trainer(gm, args, ..., callbacks=[FxsparseCallback()])``. It logs the
-    schedule's values beside the loss, as ``fxsparse/gates.sparsity`` and the like.
+    Give it to a Trainer whose model is rewritten: ``Trainer(gm, args, ..., callbacks=[FxsparseCallback()])``. It logs
+    the schedule's values beside the loss, as ``fxsparse/gates.sparsity`` and the like.
 
     Args:
         signals: options that vary during training, as for `Schedule`.
@@ -176,15 +176,19 @@ class FxsparseCallback(TrainerCallback, ExportableState):
     def _resume(self, schedule: Schedule, args: Any, state: Any) -> None:
         folder = Path(self.resume_from or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         file = folder / SCHEDULE_FILE
-        advice = f"give FxsparseCallback(resume_from=folder), with the folder of the checkpoint, whose {SCHEDULE_FILE} is read"
+        advice = (
+            f"give FxsparseCallback(resume_from=folder), the folder of the checkpoint whose {SCHEDULE_FILE} is read"
+        )
         if not file.exists():
             raise CheckpointError(
-                f"{file} does not exist: the training that resumes had no FxsparseCallback, was stopped while it saved, or "
-                f"its checkpoint lies elsewhere; {advice}"
+                f"{file} does not exist: the training that resumes had no FxsparseCallback, was stopped while it "
+                f"saved, or its checkpoint lies elsewhere; {advice}"
             )
         saved = torch.load(file, map_location="cpu", weights_only=True)
         noted = (state.stateful_callbacks or {}).get(type(self).__name__)
-        marks = [item["attributes"]["_mark"] for item in (noted if isinstance(noted, list) else [noted] if noted else [])]
+        marks = [
+            item["attributes"]["_mark"] for item in (noted if isinstance(noted, list) else [noted] if noted else [])
+        ]
         if saved["mark"] not in marks or saved["schedule"]["steps_done"] != state.global_step:
             raise CheckpointError(f"{file} is of another training than the one that resumes; {advice}")
         schedule.load_state_dict(saved["schedule"])
@@ -218,13 +222,14 @@ def _check(args: Any, model: nn.Module, optimizer: Any) -> None:
     distills = isinstance(model, GraphModule) and model.graph.find_nodes(op="call_module", target=DISTILLATION)
     if distills and args.label_smoothing_factor:
         raise OptionError(
-            "label_smoothing_factor computes the loss from logits, and the distillation in the model's loss would be lost; "
-            "set it to 0"
+            "label_smoothing_factor computes the loss from logits, and the distillation in the model's loss would be "
+            "lost; set it to 0"
         )
     if args.gradient_accumulation_steps > 1 and _counts_labels(model) and not model.accepts_loss_kwargs:
         logger.warning(
-            "The graph does not take num_items_in_batch: micro-batches count alike, whatever their number of labels. Rewrite "
-            'with kwargs={**batch, "num_items_in_batch": torch.tensor(1)} to weight them as the original model does.'
+            "The graph does not take num_items_in_batch: micro-batches count alike, whatever their number of labels. "
+            'Rewrite with kwargs={**batch, "num_items_in_batch": torch.tensor(1)} to weight them as the original model '
+            "does."
         )
 
 
@@ -238,8 +243,8 @@ def _check_stock(args: Any, model: nn.Module) -> None:
     chooses = any(item.name == "select-tensors" and item.rho is not None for item in _passes(model))
     if chooses and not args.save_only_model:
         raise OptionError(
-            "a stock Trainer makes the optimizer of what requires a gradient when it resumes, and that is only the tensors "
-            "that were chosen last; use FxsparseTrainer",
+            "a stock Trainer makes the optimizer of what requires a gradient when it resumes, and that is only the "
+            "tensors that were chosen last; use FxsparseTrainer",
             pass_name="select-tensors",
         )
 
@@ -261,12 +266,12 @@ def _counts_labels(model: Any) -> bool:
 class FxsparseTrainer(Trainer):
     """A Trainer of a rewritten model.
 
-    It takes the arguments of ``transformers.Trainer``, adds an `FxsparseCallback` unless one is among the callbacks, and
-    saves models as what they are. A checkpoint (``checkpoint-N``) holds the graph with its record, from which training
-    resumes. `save_model` writes a finished model: a checkpoint of the model's own class, which
-    ``fxsparse.from_pretrained`` reads and, where its configuration can express it, transformers' ``from_pretrained``; and
-    the graph itself, ``fxsparse.safetensors``, for ``fxsparse.load``. Where no module of the class computes what the graph
-    does, only the graph is written, and a warning says why.
+    It takes the arguments of ``transformers.Trainer``, adds an `FxsparseCallback` unless one is among the callbacks,
+    and saves models as what they are. A checkpoint (``checkpoint-N``) holds the graph with its record, from which
+    training resumes. `save_model` writes a finished model: a checkpoint of the model's own class, which
+    ``fxsparse.from_pretrained`` reads and, where its configuration can express it, transformers' ``from_pretrained``;
+    and the graph itself, ``fxsparse.safetensors``, for ``fxsparse.load``. Where no module of the class computes what
+    the graph does, only the graph is written, and a warning says why.
 
     Args:
         signals: options that vary during training, as for `Schedule`.
@@ -279,7 +284,9 @@ class FxsparseTrainer(Trainer):
         use_cache = getattr(config, "use_cache", None)
         super().__init__(*args, **kwargs)
         if use_cache is not None:
-            self.model.config.use_cache = use_cache  # the graph has no cache; the setting belongs to the saved model
+            fx.unwrapped(
+                model
+            ).config.use_cache = use_cache  # the graph has no cache; the setting belongs to the saved model
         of_callbacks = [item for item in self.callback_handler.callbacks if isinstance(item, FxsparseCallback)]
         if signals and of_callbacks:
             raise OptionError("give the signals to the FxsparseCallback that is among the callbacks")
@@ -292,8 +299,9 @@ class FxsparseTrainer(Trainer):
         return next(item for item in self.callback_handler.callbacks if isinstance(item, FxsparseCallback))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Gives the optimizer all that may be trained, and builds the schedule before the optimizer's state is loaded."""
-        frozen = [self.model.get_parameter(name) for name in trainable(self.model)]
+        """Gives the optimizer all that may be trained, and builds the schedule before the optimizer loads its state."""
+        gm = fx.graph_module_of(self.model, "FxsparseTrainer")
+        frozen = [gm.get_parameter(name) for name in trainable(gm)]
         frozen = [parameter for parameter in frozen if not parameter.requires_grad]
         for parameter in frozen:  # not trained at present; another choice of tensors may train it
             parameter.requires_grad_(True)
@@ -303,7 +311,7 @@ class FxsparseTrainer(Trainer):
             for parameter in frozen:
                 parameter.requires_grad_(False)
         if self.is_in_train and self.state.max_steps > 0:
-            self.sparsity.start(self.model, optimizer, self.state.max_steps)
+            self.sparsity.start(gm, optimizer, self.state.max_steps)
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -313,7 +321,7 @@ class FxsparseTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes a finished model, see the class; within a checkpoint, the graph alone."""
         super().save_model(output_dir, _internal_call)
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir or ".")
         if _internal_call or not self.args.should_save:
             return
         gm = fx.graph_module_of(self.model, "FxsparseTrainer.save_model")
@@ -321,14 +329,13 @@ class FxsparseTrainer(Trainer):
         try:
             save_pretrained(gm, _original(gm), folder)
         except CheckpointError as error:
-            logger.warning(
-                f"{folder} holds the graph alone, {GRAPH_FILE}, which fxsparse.load reads: {error}"
-            )
+            logger.warning(f"{folder} holds the graph alone, {GRAPH_FILE}, which fxsparse.load reads: {error}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict={})  # the Trainer writes no tied tensors; what else it saves is right
         if self.args.should_save:
-            save(self.model, Path(output_dir or self.args.output_dir) / "model.safetensors")
+            gm = fx.graph_module_of(self.model, "FxsparseTrainer.save_model")
+            save(gm, Path(output_dir or self.args.output_dir or ".") / "model.safetensors")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -69,7 +69,7 @@ def export(model: nn.Module, inputs: Inputs, free: Sequence[int], fixed: Fixed |
     for tensor in tensors(inputs):
         wanted = [dimension for dimension in free if dimension < tensor.dim() and (id(tensor), dimension) not in fixed]
         if wanted:
-            shapes[tensor] = {dimension: Dim.AUTO for dimension in wanted}
+            shapes[tensor] = dict.fromkeys(wanted, Dim.AUTO)
     program = _export(model, inputs, shapes)
     if 1 in free and (stuck := _fixed_lengths(program) - fixed):
         fixed |= stuck

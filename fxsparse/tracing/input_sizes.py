@@ -136,8 +136,8 @@ def check_one_row(model: nn.Module, gm: GraphModule, example: Inputs) -> None:
 
 @torch._dynamo.disable
 def check_inputs(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The keyword inputs of a call, without those that are None and were not captured, and with constants that the model
-    would take by default.
+    """The keyword inputs of a call, without those that are None and were not captured, and with constants that the
+    model would take by default.
 
     Raises:
         TraceError: an input is not what ``gm`` was captured for: another size, another constant, one that was not
@@ -162,8 +162,9 @@ def _fitted(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     more = [name for name, value in kwargs.items() if name not in names and value is not None]
     if more:
         raise TraceError(
-            f"the graph was captured with {', '.join(names)}, and does not know {', '.join(more)}; trace or rewrite the "
-            f"model with an example that has {'it' if len(more) == 1 else 'them'}: kwargs={{**batch, {more[0]!r}: ...}}"
+            f"the graph was captured with {', '.join(names)}, and does not know {', '.join(more)}; trace or rewrite "
+            f"the model with an example that has {'it' if len(more) == 1 else 'them'}: "
+            f"kwargs={{**batch, {more[0]!r}: ...}}"
         )
 
     def captured(name: str) -> Any:
@@ -182,8 +183,8 @@ def _fitted(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         outputs = ", ".join(dependent_outputs(gm.graph, absent)[:4])
         depends = f" (output {outputs} depends on it)" if outputs else ""
         raise TraceError(
-            f"the graph was captured with {', '.join(names)}, and {', '.join(absent)} is missing{depends}; for such calls "
-            "trace or rewrite the model with an example without it"
+            f"the graph was captured with {', '.join(names)}, and {', '.join(absent)} is missing{depends}; for such "
+            "calls trace or rewrite the model with an example without it"
         )
     return fitted
 
@@ -211,7 +212,8 @@ def _check_values(gm: GraphModule, names: list[str], values: Mapping[str, Any], 
         elif not _fits(leaf.shape, expected.shape, shortest):
             raise TraceError(
                 f"{node.name} has sizes {tuple(leaf.shape)}, but the graph takes "
-                f"({', '.join(map(str, expected.shape))}); trace the model with an example of those sizes{_advice(leaf, expected)}"
+                f"({', '.join(map(str, expected.shape))}); trace the model with an example of those sizes"
+                f"{_advice(leaf, expected)}"
             )
         else:
             sizes |= {s.node.expr: n for s, n in zip(expected.shape, leaf.shape, strict=True) if _is_free(s)}
@@ -232,6 +234,8 @@ def _fits(sizes: torch.Size, captured: torch.Size, shortest: int = 2) -> bool:
     if len(sizes) != len(captured):
         return False
     return all(
-        given >= shortest or not dimension if _is_free(expected) else given == expected  # comparing a symbol would fix it
+        given >= shortest or not dimension
+        if _is_free(expected)
+        else given == expected  # comparing a symbol would fix it
         for dimension, (given, expected) in enumerate(zip(sizes, captured, strict=True))
     )

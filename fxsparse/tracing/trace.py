@@ -355,7 +355,7 @@ def _assemble(model: nn.Module, program: ExportedProgram) -> GraphModule:
     exported = _flat_module(program)
     is_pretrained = hasattr(model, "config") and hasattr(model, "main_input_name")
     kind = TracedPreTrained if is_pretrained else TracedModule
-    gm = kind(nn.Module(), Graph(), type(model).__name__)
+    gm: Any = kind(nn.Module(), Graph(), type(model).__name__)
     if is_pretrained:
         gm.config, gm.main_input_name, gm.original_class = model.config, model.main_input_name, type(model)
         gm.loss_type = getattr(model, "loss_type", None)  # the Trainer counts labels by it

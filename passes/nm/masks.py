@@ -15,7 +15,7 @@ backward products are N:M without a second pruning.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -133,8 +133,11 @@ class InsertNMMasks(Pass):
                 chosen.append((site, pattern))
             else:
                 yield skipped(site[0].path, f"kept dense, {reason}")
-        for linear in sparse_linears(graph):
+        sparse = list(sparse_linears(graph))
+        for linear in sparse:
             yield skipped(linear.path, f"is already {linear.pattern}")
+        if not sites and not sparse:
+            yield skipped("the model", "has no linears to prune")
         norms = self._norms(graph, [site for site, _ in chosen])
         pruned = self._pruned(graph, chosen)
         names = fx.parameter_names(graph)
@@ -262,6 +265,12 @@ def _canonical(pattern: Any) -> str | FrozenMapping:
     """A pattern's one spelling: text, or a mapping from globs to text."""
     if isinstance(pattern, (str, Pattern)):
         return str(Pattern.parse(str(pattern)))
+    if not isinstance(pattern, (Mapping, FrozenMapping)):
+        raise OptionError(
+            f"pattern={pattern!r} is neither n:m, such as 2:4 (2 of every 4 weights are kept), nor a mapping from "
+            "globs to such patterns",
+            pass_name=InsertNMMasks.name,
+        )
     items = FrozenMapping(pattern)
     if not items:
         raise OptionError("a mapping of patterns must not be empty", pass_name=InsertNMMasks.name)

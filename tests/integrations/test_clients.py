@@ -58,7 +58,9 @@ def test_every_cell_of_the_table_is_tested() -> None:
     for client, row in rows.items():
         assert row.keys() == RECIPES.keys()
         assert set(row.values()) <= {"yes", *clients.reasons()}, f"{PAGE.name} gives no reason for a cell of {client}"
-        assert f'cells("{client}"' in (ROOT / TESTED_IN[client]).read_text(), f"{TESTED_IN[client]} does not test {client}"
+        assert f'cells("{client}"' in (ROOT / TESTED_IN[client]).read_text(), (
+            f"{TESTED_IN[client]} does not test {client}"
+        )
 
 
 # --- Trainer ----------------------------------------------------------------------------------------------------------
@@ -83,13 +85,27 @@ class Seeded(transformers.TrainerCallback):
 def arguments(folder: Path, **options: Any) -> Any:
     return transformers.TrainingArguments(
         **{
-            "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": ACCUMULATE, "learning_rate": RATE, "weight_decay": 0.0, "optim": "adamw_torch",
-            "lr_scheduler_type": "constant", "max_grad_norm": CLIP, "bf16": True, "use_cpu": True, "logging_steps": 1,
-            "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "report_to": [], "disable_tqdm": True,
-            "train_sampling_strategy": "sequential", **options,
+            "output_dir": str(folder),
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": ACCUMULATE,
+            "learning_rate": RATE,
+            "weight_decay": 0.0,
+            "optim": "adamw_torch",
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": CLIP,
+            "bf16": True,
+            "use_cpu": True,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "report_to": [],
+            "disable_tqdm": True,
+            "train_sampling_strategy": "sequential",
+            **options,
         }
-    )  # fmt: skip
+    )
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
@@ -231,9 +247,7 @@ def test_tied_weights_and_norms(tied: GraphModule, tmp_path: Path) -> None:
     assert not any("ln_" in name or name.endswith("bias") for name in decays)
     trainer.train()
     assert tied.get_parameter("lm_head.weight") is tied.get_parameter("transformer.wte.weight")
-    twin = fxsparse.rewrite(
-        transformers.GPT2LMHeadModel(tied.config), "nm-masks", kwargs=clients.make_batch()
-    )
+    twin = fxsparse.rewrite(transformers.GPT2LMHeadModel(tied.config), "nm-masks", kwargs=clients.make_batch())
     trainer_of(twin, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_equal_state(twin, tied)
     with pytest.raises(fxsparse.OptionError, match=r"lm_head\.weight.*use FxsparseTrainer"):
@@ -270,7 +284,9 @@ def test_what_the_trainer_would_lose_is_refused(tmp_path: Path) -> None:
         trainer_of(rewritten("static N:M"), tmp_path, stock=True).train(str(tmp_path / "moved"))
     gm = rewritten("static N:M")
     callback = FxsparseCallback(resume_from=tmp_path / "moved")
-    trainer = transformers.Trainer(gm, arguments(tmp_path / "new"), train_dataset=rows(), eval_dataset=rows()[:4], callbacks=[callback])
+    trainer = transformers.Trainer(
+        gm, arguments(tmp_path / "new"), train_dataset=rows(), eval_dataset=rows()[:4], callbacks=[callback]
+    )
     trainer.train(str(tmp_path / "moved"))
     trainer_of(rewritten("static N:M"), tmp_path / "other", stock=True).train()
     callback.resume_from = tmp_path / "other" / "checkpoint-2"
@@ -400,10 +416,17 @@ def lightning_module(gm: GraphModule) -> Any:
 def lightning_trainer(folder: Path) -> Any:
     lightning = pytest.importorskip("lightning")
     return lightning.Trainer(
-        max_steps=STEPS, accumulate_grad_batches=ACCUMULATE, precision="bf16-mixed", accelerator="cpu", devices=1,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_steps=STEPS,
+        accumulate_grad_batches=ACCUMULATE,
+        precision="bf16-mixed",
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
         default_root_dir=folder,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The table of clients and recipes in ``docs/clients.md``, and what its tests share.
 
-A test of a client is parametrised by `cells` with the client's row; ``yes`` must work and equal `by_hand`, and any other cell
-must be refused with the words that the page gives for it. `TESTED_IN` says where each row is tested.
+A test of a client is parametrised by `cells` with the client's row; ``yes`` must work and equal `by_hand`, and any
+other cell must be refused with the words that the page gives for it. `TESTED_IN` says where each row is tested.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def batches(rows: int = 4) -> list[dict[str, Tensor]]:
 
 
 def seed(step: int) -> None:
-    """Called before optimizer step ``step``, from 1, so that loops which draw other numbers in between draw the same."""
+    """Called before optimizer step ``step``, from 1, so that loops draw alike whatever they draw in between."""
     torch.manual_seed(100 + step)
 
 

@@ -240,7 +240,7 @@ def test_copies_are_independent(name: str) -> None:
         twin(
             **family.make_batch(batch=3, seq=2 if name == "t5" else 1)
             if name != "sequential"
-            else {"x": torch.randn(3, 1, 32), "labels": None}
+            else {"x": torch.randn(3, 1, 32), "labels": torch.zeros(3, 1, dtype=torch.long)}
         )
 
 
