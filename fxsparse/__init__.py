@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fxsparse.backend.compiled import kernels
     from fxsparse.backend.tune import tune
     from fxsparse.checkpoint import dense_state_dict, load, save
+    from fxsparse.conversion.convert import to_module
     from fxsparse.cost.backprop import BackpropGraph
     from fxsparse.cost.flops import count_flops
     from fxsparse.cost.importance import tensor_importance
@@ -76,6 +77,7 @@ __all__ = [
     "save_pretrained",
     "sparsity_loss",
     "tensor_importance",
+    "to_module",
     "trace",
     "tune",
 ]
@@ -104,6 +106,7 @@ _DEFINED_IN = {
     "save_pretrained": "fxsparse.integrations.huggingface",
     "sparsity_loss": "fxsparse.passes.structured.hard_concrete",
     "tensor_importance": "fxsparse.cost.importance",
+    "to_module": "fxsparse.conversion.convert",
     "trace": "fxsparse.tracing.trace",
     "tune": "fxsparse.backend.tune",
 }

@@ -28,7 +28,8 @@ from torch.fx import GraphModule
 from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError
 from fxsparse.graph.graph_state import follow, state_buffers, with_vectors
-from fxsparse.graph.record import HeldWeight, Record, record_of
+from fxsparse.graph.record import NAMES_KEY, HeldWeight, Record, record_of
+from fxsparse.modules.sites import module_sites
 from fxsparse.ops.nm import Pattern, unpack, validate
 from fxsparse.passes.mux.multiplex import PATH as MULTIPLEXER
 from fxsparse.passes.nm.low_rank import merged
@@ -41,15 +42,16 @@ def save(gm: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a rewritten model: parameters, masks and other buffers, and its record.
 
     Args:
-        gm: a traced or rewritten graph module, also wrapped by ``torch.compile`` or ``DistributedDataParallel``.
+        gm: a traced or rewritten graph module, or the module that `fxsparse.to_module` made of one; also wrapped by
+            ``torch.compile`` or ``DistributedDataParallel``.
         path: the file, by convention ``*.safetensors``. It is written under another name and then renamed, so that
             it is never incomplete.
 
     Raises:
         CheckpointError: ``gm`` was never rewritten, or is sharded.
     """
-    gm = fx.graph_module_of(gm, "fxsparse.save", whole=True, error=CheckpointError)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in _unique(gm.state_dict()).items()}
+    gm = fx.rewritten_of(gm, "fxsparse.save", whole=True, error=CheckpointError)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in _unique(_graph_state(gm)).items()}
     unfinished = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
         save_file(tensors, unfinished, metadata={"format": "pt", _RECORD: record_of(gm).to_json()})
@@ -91,6 +93,21 @@ def load(
     _fill(gm, tensors, os.fspath(path))
     gm.meta["fxsparse"] = Record.from_json(metadata[_RECORD])
     return gm
+
+
+def _graph_state(gm: nn.Module) -> dict[str, Tensor]:
+    """The state dict under the graph's names, also of a module form."""
+    names = fx.meta_of(gm).get(NAMES_KEY, {})
+    state: dict[str, Tensor] = {}
+    for name, tensor in gm.state_dict().items():
+        state.setdefault(names.get(name, name), tensor)
+    for site in () if isinstance(gm, GraphModule) else module_sites(gm):
+        if f"{site.form.name}{'_values' if site.compressed else ''}" not in state:
+            raise CheckpointError(
+                f"{site.path} was moved since fxsparse.to_module made it, as adapters do: unload them first "
+                "(PEFT's unload()), or save the wrapped model as its library does"
+            )
+    return state
 
 
 def _unique(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -141,7 +158,8 @@ def dense_state_dict(gm: nn.Module) -> dict[str, Tensor]:
     that multiplexing added are left out.
 
     Args:
-        gm: a traced or rewritten graph module, also wrapped by ``torch.compile`` or ``DistributedDataParallel``.
+        gm: a traced or rewritten graph module, or the module that `fxsparse.to_module` made of one; also wrapped by
+            ``torch.compile`` or ``DistributedDataParallel``.
 
     Returns:
         a tensor for every key of the original's ``state_dict``; tied weights stand under all their names.
@@ -149,11 +167,8 @@ def dense_state_dict(gm: nn.Module) -> dict[str, Tensor]:
     Raises:
         CheckpointError: ``gm`` was never rewritten, or is sharded.
     """
-    gm = fx.graph_module_of(gm, "fxsparse.dense_state_dict", whole=True, error=CheckpointError)
-    state = {name: tensor.detach() for name, tensor in gm.state_dict().items()}
-    branches = {
-        str(node.target) for node in gm.graph.nodes if node.op == "get_attr" and str(node.target).endswith("_down")
-    }
+    gm = fx.rewritten_of(gm, "fxsparse.dense_state_dict", whole=True, error=CheckpointError)
+    state = {name: tensor.detach() for name, tensor in _graph_state(gm).items()}
     held = {weight.name: weight for weight in record_of(gm).weights}
     added = {f"{name}{suffix}" for name in held for suffix in _SUFFIXES}
     added |= {name for name in state if _is_branch(name, state)} | state_buffers(gm)
@@ -162,15 +177,22 @@ def dense_state_dict(gm: nn.Module) -> dict[str, Tensor]:
     for weight in held.values():
         values = _dense(weight, state)
         dense.update((name, values) for name in weight.names)
-    stored_transposed = {linear.name: linear.transposed for linear in fx.linears(gm)}
-    for down in sorted(branches & set(state)):
-        name = down.removesuffix("_down")
-        transposed = held[name].transposed if name in held else stored_transposed[name]
+    for name, transposed in _branches(gm).items():
         original = dense[name].t() if transposed else dense[name]
-        total = merged(original, state[down], state[f"{name}_up"])
+        total = merged(original, state[f"{name}_down"], state[f"{name}_up"])
         names = held[name].names if name in held else (name,)
         dense.update((alias, total.t().contiguous() if transposed else total) for alias in names)
     return dense
+
+
+def _branches(gm: nn.Module) -> dict[str, bool]:
+    """The weights whose branch takes part, and whether each is stored ``[in, out]``."""
+    if not isinstance(gm, GraphModule):
+        return {site.form.name: site.form.transposed for site in module_sites(gm) if site.form.started}
+    held = {weight.name: weight.transposed for weight in record_of(gm).weights}
+    transposed = held | {linear.name: linear.transposed for linear in fx.linears(gm)}
+    reads = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    return {name: transposed[name] for name in sorted(transposed) if f"{name}_down" in reads}
 
 
 def _is_branch(name: str, state: dict[str, Tensor]) -> bool:

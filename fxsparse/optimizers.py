@@ -1,6 +1,8 @@
-"""Removes the parameters that a rewrite dropped from an optimizer."""
+"""Removes the parameters that a rewrite dropped from an optimizer, and knows optimizers that work on matrices."""
 
 from __future__ import annotations
+
+import re
 
 import torch
 from torch import nn
@@ -30,3 +32,14 @@ def forget_dropped(optimizer: torch.optim.Optimizer, before: nn.Module, after: n
     for parameter in [parameter for parameter in optimizer.state if id(parameter) in dropped]:
         del optimizer.state[parameter]
     return removed
+
+
+_ON_MATRICES = re.compile(r"muon|shampoo|soap|dion|kron|psgd|galore", re.IGNORECASE)
+
+
+def works_on_matrices(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's step of one element depends on its row and column, as Muon's and Shampoo's do.
+
+    It is told by the names of its classes, because nothing else tells it.
+    """
+    return any(_ON_MATRICES.search(kind.__name__) for kind in type(optimizer).__mro__)

@@ -38,8 +38,9 @@ def explain(subject: Any) -> str:
     """A readable report of the changes made to a model.
 
     Args:
-        subject: a traced or rewritten graph module, a :class:`Record`, or a compiled model or function
-            (``torch.compile(..., backend="fxsparse")``) that has run at least once.
+        subject: a traced or rewritten graph module, the module that `fxsparse.to_module` made of one, a
+            :class:`Record`, or a compiled model or function (``torch.compile(..., backend="fxsparse")``) that has run
+            at least once.
 
     Returns:
         text: the costs before and after; then, for every pass, the rewritten sites, and the skipped ones with reasons.
@@ -47,9 +48,10 @@ def explain(subject: Any) -> str:
     if isinstance(subject, Record):
         return explain_record(subject)
     if isinstance(subject, nn.Module) and not isinstance(subject, torch._dynamo.OptimizedModule):
-        subject = fx.unwrapped(subject)
-    if isinstance(subject, GraphModule):
-        return explain_record(record_of(fx.graph_module_of(subject, "fxsparse.explain")))
+        module = fx.module_form_of(subject)
+        subject = fx.unwrapped(subject) if module is None else module
+    if isinstance(subject, GraphModule) or (subject is not None and fx.module_form_of(subject) is subject):
+        return explain_record(record_of(fx.rewritten_of(subject, "fxsparse.explain")))
     graphs = compiled_graphs(subject)
     compiled = isinstance(subject, torch._dynamo.OptimizedModule)
     if not graphs and not compiled and getattr(subject, "_compiled_call_impl", True) is None:

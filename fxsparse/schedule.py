@@ -6,6 +6,7 @@ model, shows them the batches, calls them before and after every optimizer step,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,8 +17,10 @@ from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError, OptionError
 from fxsparse.graph.record import Entry, record_of
 from fxsparse.graph.sharded import reshard
+from fxsparse.optimizers import works_on_matrices
 from fxsparse.passes.base import parse_passes
 from fxsparse.passes.event import Event
+from fxsparse.passes.nm.sparse_linear import sparse_sites
 from fxsparse.passes.order import acting
 
 
@@ -36,7 +39,8 @@ class Schedule:
     a running ``torch.compile`` notices. Under gradient accumulation, call :meth:`step` once per optimizer step.
 
     Args:
-        gm: a rewritten graph module, also wrapped by ``torch.compile`` or ``DistributedDataParallel``.
+        gm: a rewritten graph module, or the module that `fxsparse.to_module` made of one; also wrapped by
+            ``torch.compile`` or ``DistributedDataParallel``.
         optimizer: the optimizer that trains it, also wrapped by accelerate.
         total_steps: optimizer steps of the whole training.
         signals: options that vary during training. Each is named by pass and option, and is a function of the
@@ -57,23 +61,25 @@ class Schedule:
     ):
         if total_steps < 1:
             raise OptionError(f"total_steps={total_steps} must be at least 1")
-        gm = self._gm = fx.graph_module_of(gm, "fxsparse.Schedule")
+        rewritten: Any = fx.rewritten_of(gm, "fxsparse.Schedule")
+        self._gm = rewritten
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner  # accelerate's steps the one inside, whose hooks are the ones that run
-        parameters = {id(parameter) for parameter in gm.parameters()}
+        parameters = {id(parameter) for parameter in rewritten.parameters()}
         if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
             raise OptionError(
                 "the optimizer holds none of the graph module's parameters; "
                 "build it from gm.parameters() after rewriting"
             )
+        _warn_of_matrices(rewritten, optimizer)
         self.total_steps = total_steps
         self.steps_done = 0
         self.events: dict[str, Event] = {}
         signals = dict(signals or {})
         read: set[str] = set()
-        passes = [item for entry in _acting_entries(record_of(gm).entries) for item in parse_passes(entry.text)]
+        passes = [item for entry in _acting_entries(record_of(rewritten).entries) for item in parse_passes(entry.text)]
         for item in (passes[position] for position in acting([item.name for item in passes])):
-            for event in item.schedule(gm, optimizer, total_steps):
+            for event in item.schedule(rewritten, optimizer, total_steps):
                 keys = {name: f"{item.name}.{name}" for name in event.varying}
                 event.signals = {name: signals[key] for name, key in keys.items() if key in signals}
                 read |= set(keys.values())
@@ -206,6 +212,23 @@ class Schedule:
                 states = [renamed.pop(key) for key in before]
                 renamed.update(zip(now, states, strict=True))
         return renamed
+
+
+def _warn_of_matrices(rewritten: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Compressed values are no matrix of the model, which some optimizers take every two-dimensional parameter for."""
+    if not works_on_matrices(optimizer):
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    names = [site.parameter_name for site in sparse_sites(rewritten) if site.compressed]
+    names = [name for name in dict.fromkeys(names) if id(fx.attribute(rewritten, name)) in held]
+    if names:
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(
+            f"{type(optimizer).__name__} works on matrices, and {names[0]}{others} are none: a column of compressed "
+            "values holds weights of different inputs. Give these to an optimizer of single elements (AdamW), or use "
+            'nm-masks with storage="masked"',
+            stacklevel=3,
+        )
 
 
 def _acting_entries(entries: Iterable[Entry]) -> list[Entry]:

@@ -34,12 +34,14 @@ class Pass(PassBase):
         must_follow: names of passes; one of them must have run before.
         cannot_follow: names of passes after which this one cannot run.
         ends: names of passes whose part in the model is over after this one, so that they may run again.
+        no_module: why no module of the model's class can hold this pass's part, and what to do; empty if one can.
     """
 
     name: ClassVar[str]
     must_follow: ClassVar[tuple[str, ...]] = ()
     cannot_follow: ClassVar[tuple[str, ...]] = ()
     ends: ClassVar[tuple[str, ...]] = ()
+    no_module: ClassVar[str] = ""
 
     @abstractmethod
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:

@@ -157,7 +157,14 @@ class SelectTensors(Pass):
         return matches
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
-        yield _Reselect(self, graph, optimizer, total_steps)
+        if isinstance(graph, GraphModule):
+            yield _Reselect(self, graph, optimizer, total_steps)
+        elif self.rho is not None:
+            raise RewriteError(
+                "modules go on training the tensors chosen last, because a new choice reads the costs of the graph; "
+                "train the graph form and call fxsparse.to_module afterwards, or name tensors=[...] instead of rho",
+                pass_name=self.name,
+            )
 
 
 def _changes(candidates: Iterable[str], names: Collection[str]) -> list[Change]:

@@ -11,11 +11,12 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     "errors version text optimizers",
     "graph ops",
+    "modules",
     "analysis cost tracing codegen",
     "passes lowering",
     "recipes",
     "backend",
-    "rewriting schedule checkpoint reporting inspection autoprumux integrations",
+    "rewriting schedule checkpoint reporting conversion inspection autoprumux integrations",
 )
 """From the lowest to the highest; the top package itself, which only exports, is above all."""
 

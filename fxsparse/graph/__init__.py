@@ -53,6 +53,7 @@ from fxsparse.graph.state import (
     copy_tree,
     delete,
     delete_state,
+    meta_of,
     module_path,
     parameter_names,
     reads,
@@ -61,9 +62,10 @@ from fxsparse.graph.state import (
     set_parameter,
     shell,
     state_read,
+    tensors_of,
 )
 from fxsparse.graph.values import arguments, example_of, fake_mode, stack_path, value
-from fxsparse.graph.wrapped import graph_module_of, unwrapped
+from fxsparse.graph.wrapped import graph_module_of, module_form_of, rewritten_of, unwrapped
 
 __all__ = [
     "FROZEN",
@@ -90,6 +92,8 @@ __all__ = [
     "is_embedding",
     "is_transpose",
     "linears",
+    "meta_of",
+    "module_form_of",
     "module_path",
     "parameter_names",
     "read_of",
@@ -98,11 +102,13 @@ __all__ = [
     "replace",
     "replace_parameter",
     "replace_with_call",
+    "rewritten_of",
     "set_buffer",
     "set_parameter",
     "shell",
     "stack_path",
     "state_read",
+    "tensors_of",
     "transform",
     "unwrapped",
     "value",

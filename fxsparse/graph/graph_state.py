@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule
+from torch import Tensor, nn
+
+from fxsparse.graph.state import meta_of
 
 STATES = "fxsparse_graph_states"
 _SEEN = "_fxsparse_seen"
@@ -37,7 +38,7 @@ class GraphState:
 
     names: tuple[str, ...]
     on: frozenset[str]
-    enter: Callable[[GraphModule, frozenset[str]], None]
+    enter: Callable[[Any, frozenset[str]], None]
     earlier: Earlier | None = None
 
 
@@ -52,11 +53,11 @@ class _Seen(dict[str, tuple[Tensor, int]]):
 
 
 def register_state(
-    gm: GraphModule,
+    gm: nn.Module,
     buffer: str,
     names: Iterable[str],
     on: Iterable[str],
-    enter: Callable[[GraphModule, frozenset[str]], None],
+    enter: Callable[[Any, frozenset[str]], None],
     earlier: Earlier | None = None,
 ) -> None:
     """Registers the flags called ``names`` as ``buffer``, those in ``on`` set, in the place of an earlier one."""
@@ -64,40 +65,41 @@ def register_state(
     device = next((parameter.device for parameter in gm.parameters()), None)
     flags = torch.tensor([name in state.on for name in state.names], dtype=torch.bool, device=device)
     gm.register_buffer(buffer, flags)
-    gm.meta[STATES] = {**gm.meta.get(STATES, {}), buffer: state}
+    meta_of(gm)[STATES] = {**meta_of(gm).get(STATES, {}), buffer: state}
 
 
-def end_state(gm: GraphModule, buffer: str) -> None:
+def end_state(gm: nn.Module, buffer: str) -> None:
     """Takes flags away whose pass has no part in the graph any more; nothing if there are none."""
-    if buffer in gm.meta.get(STATES, {}):
-        gm.meta[STATES] = {name: state for name, state in gm.meta[STATES].items() if name != buffer}
+    states = meta_of(gm).get(STATES, {})
+    if buffer in states:
+        meta_of(gm)[STATES] = {name: state for name, state in states.items() if name != buffer}
         delattr(gm, buffer)
 
 
-def state_buffers(gm: GraphModule) -> frozenset[str]:
+def state_buffers(gm: nn.Module) -> frozenset[str]:
     """The names of the buffers that hold flags."""
-    return frozenset(gm.meta.get(STATES, ()))
+    return frozenset(meta_of(gm).get(STATES, ()))
 
 
-def note(gm: GraphModule, buffer: str, on: Collection[str]) -> None:
+def note(gm: nn.Module, buffer: str, on: Collection[str]) -> None:
     """Writes the flags after the graph was changed; nothing if the graph has no such flags."""
-    state = gm.meta.get(STATES, {}).get(buffer)
+    state = meta_of(gm).get(STATES, {}).get(buffer)
     if state is not None:
         flags = gm.get_buffer(buffer)
         with torch.no_grad():
             flags.copy_(torch.tensor([name in on for name in state.names]))
-        gm.meta[STATES] = {**gm.meta[STATES], buffer: replace(state, on=frozenset(on) & frozenset(state.names))}
+        meta_of(gm)[STATES] = {**meta_of(gm)[STATES], buffer: replace(state, on=frozenset(on) & frozenset(state.names))}
 
 
-def with_vectors(gm: GraphModule, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_vectors(gm: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a state dict, those that version 0.1.0 held as scalars as vectors of one."""
     ones = {name for name, parameter in gm.named_parameters() if parameter.shape == (1,)}
     return {name: tensor.view(1) if name in ones and not tensor.dim() else tensor for name, tensor in tensors.items()}
 
 
-def infer(gm: GraphModule, state_dict: Mapping[str, Tensor]) -> None:
+def infer(gm: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Writes the flags that a state dict of an earlier version lacks, as far as it tells them."""
-    for buffer, state in gm.meta.get(STATES, {}).items():
+    for buffer, state in meta_of(gm).get(STATES, {}).items():
         on = state.earlier(state_dict) if state.earlier is not None and buffer not in state_dict else None
         if on is not None:
             with torch.no_grad():
@@ -105,10 +107,10 @@ def infer(gm: GraphModule, state_dict: Mapping[str, Tensor]) -> None:
 
 
 @torch._dynamo.disable
-def follow(gm: GraphModule) -> None:
+def follow(gm: nn.Module) -> None:
     """Brings the graph into the state that its flags say, if one of their buffers was written since the last call."""
     seen = vars(gm).setdefault(_SEEN, _Seen())
-    for buffer, state in gm.meta.get(STATES, {}).items():
+    for buffer, state in meta_of(gm).get(STATES, {}).items():
         flags = gm._buffers[buffer]
         if type(flags) is not Tensor or flags.is_meta or flags.is_inference():
             continue  # a stand-in during capture holds no values
@@ -118,5 +120,5 @@ def follow(gm: GraphModule) -> None:
         seen[buffer] = flags, flags._version
         on = frozenset(name for name, is_set in zip(state.names, flags.tolist(), strict=True) if is_set)
         if on != state.on:
-            gm.meta[STATES] = {**gm.meta[STATES], buffer: replace(state, on=on)}
+            meta_of(gm)[STATES] = {**meta_of(gm)[STATES], buffer: replace(state, on=on)}
             state.enter(gm, on)

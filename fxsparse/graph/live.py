@@ -18,8 +18,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
+
+from fxsparse.graph.state import meta_of
 
 KEY = "fxsparse_live"
 
@@ -30,6 +32,10 @@ class Live(ABC):
     @abstractmethod
     def moved(self, old: str, new: str, rows: int) -> Live:
         """The site once the parameter ``old`` is held as ``new``, whose dimension ``rows`` is that of outputs."""
+
+    def renamed(self, name: Callable[[str], str]) -> Live:
+        """The site in a graph that was traced from modules made of this one, where parameters have other names."""
+        raise NotImplementedError(f"{type(self).__name__} does not become modules")
 
     @abstractmethod
     def without(self, gone: Callable[[str], bool]) -> Live | None:
@@ -81,14 +87,15 @@ class Rows:
         return replace(self, name=new, dim=rows) if self.name == old else self
 
 
-def enter(gm: GraphModule, *sites: Live) -> None:
+def enter(gm: nn.Module, *sites: Live) -> None:
     """Adds sites."""
-    gm.meta[KEY] = (*gm.meta.get(KEY, ()), *sites)
+    meta = meta_of(gm)
+    meta[KEY] = (*meta.get(KEY, ()), *sites)
 
 
-def sites(gm: GraphModule, kind: type[_L]) -> tuple[_L, ...]:
+def sites(gm: nn.Module, kind: type[_L]) -> tuple[_L, ...]:
     """The sites of one kind, in the order they were entered."""
-    return tuple(site for site in gm.meta.get(KEY, ()) if isinstance(site, kind))
+    return tuple(site for site in meta_of(gm).get(KEY, ()) if isinstance(site, kind))
 
 
 def end(gm: GraphModule, *kinds: type[Live]) -> None:

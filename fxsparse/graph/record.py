@@ -16,12 +16,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch.fx import GraphModule
+from torch import nn
 
+from fxsparse.graph.state import meta_of
 from fxsparse.version import __version__
 
 META_KEY = "fxsparse"
 TRACE_KEY = "fxsparse_trace"
+NAMES_KEY = "fxsparse_names"
+"""In the meta of a module form: the graph's name of each tensor that has another one in the module."""
 
 
 @dataclass(frozen=True)
@@ -172,30 +175,31 @@ def _entry(data: dict[str, Any]) -> Entry:
     )
 
 
-def record_of(gm: GraphModule) -> Record:
-    """The record of a graph module; a record without passes if none ran yet."""
-    record = gm.meta.get(META_KEY)
+def record_of(gm: nn.Module) -> Record:
+    """The record of a graph module, or of its module form; a record without passes if none ran yet."""
+    meta = meta_of(gm)
+    record = meta.get(META_KEY)
     if isinstance(record, Record):
         return record
-    return Record(notes=tuple(getattr(gm.meta.get(TRACE_KEY), "notes", ())), version=__version__)
+    return Record(notes=tuple(getattr(meta.get(TRACE_KEY), "notes", ())), version=__version__)
 
 
-def hold(gm: GraphModule, weights: Iterable[HeldWeight]) -> None:
+def hold(gm: nn.Module, weights: Iterable[HeldWeight]) -> None:
     """Notes the form of replaced weights in the record; a later note on the same weight replaces the earlier one."""
     record = record_of(gm)
     held = {weight.name: weight for weight in record.weights}
     held.update((weight.name, weight) for weight in weights)
-    gm.meta[META_KEY] = replace(record, weights=tuple(held.values()))
+    meta_of(gm)[META_KEY] = replace(record, weights=tuple(held.values()))
 
 
-def append(gm: GraphModule, entry: Entry) -> None:
+def append(gm: nn.Module, entry: Entry) -> None:
     """Adds a pass to the record."""
     record = record_of(gm)
-    gm.meta[META_KEY] = replace(record, entries=(*record.entries, entry))
+    meta_of(gm)[META_KEY] = replace(record, entries=(*record.entries, entry))
 
 
-def substitute(gm: GraphModule, old: str, new: str) -> None:
+def substitute(gm: nn.Module, old: str, new: str) -> None:
     """Replaces the text of a pass in the record, when a change during training has made it wrong for a replay."""
     record = record_of(gm)
     entries = tuple(replace(entry, text=new) if entry.text == old else entry for entry in record.entries)
-    gm.meta[META_KEY] = replace(record, entries=entries)
+    meta_of(gm)[META_KEY] = replace(record, entries=entries)

@@ -18,12 +18,23 @@ def module_path(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def meta_of(model: nn.Module) -> dict[str, Any]:
+    """What is noted of a graph module, or of the module that `fxsparse.to_module` made of one."""
+    meta: dict[str, Any] = vars(model)["meta"]
+    return meta
+
+
 def attribute(gm: nn.Module, name: str) -> Any:
     """The object with this dotted name; raises AttributeError if there is none."""
     owner: Any = gm
     for part in name.split("."):
         owner = getattr(owner, part)
     return owner
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name; tied ones under all their names."""
+    return dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
 
 
 def parameter_names(gm: nn.Module) -> dict[int, list[str]]:
@@ -92,7 +103,8 @@ def delete_state(gm: nn.Module, names: Collection[str]) -> None:
         name for name, _ in (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))
     ]
     for name in present:
-        if name in names:
+        owner, leaf = _owner(gm, name)
+        if name in names and (leaf in owner._parameters or leaf in owner._buffers):  # one module may have two paths
             delete(gm, name)
 
 

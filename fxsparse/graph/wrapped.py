@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from fxsparse.errors import FxsparseError, OptionError
 from fxsparse.graph.graph_state import STATES, follow
+from fxsparse.graph.record import META_KEY
 from fxsparse.graph.sharded import is_fully_sharded, reshard
 
 
@@ -22,6 +23,28 @@ def unwrapped(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+def module_form_of(model: Any) -> nn.Module | None:
+    """The module that `fxsparse.to_module` made, in whatever wraps it (PEFT, a module of the caller's); or None."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        meta = vars(module).get("meta")
+        if not isinstance(module, GraphModule) and isinstance(meta, dict) and META_KEY in meta:
+            return module
+    return None
+
+
+def rewritten_of(
+    model: Any, function: str, *, whole: bool = False, error: type[FxsparseError] = OptionError
+) -> nn.Module:
+    """The graph module in ``model``, or the module that `fxsparse.to_module` made of one; as `graph_module_of`."""
+    module = module_form_of(model)
+    if module is None:
+        return graph_module_of(model, function, whole=whole, error=error)
+    if whole:
+        _refuse_sharded(module, function, error)
+    follow(module)
+    return module
 
 
 def graph_module_of(
@@ -39,6 +62,11 @@ def graph_module_of(
     name = type(inner).__name__
     if name == "FullyShardedDataParallel":
         raise error(f"{function} cannot read what {name} has flattened; gather its full state dict, or use fully_shard")
+    if module_form_of(inner) is not None:
+        raise error(
+            f"{function} takes a graph, and this {name} was made of one by fxsparse.to_module: pass that graph, or "
+            "fxsparse.trace(module, kwargs=batch)"
+        )
     if not isinstance(inner, GraphModule):
         raise error(
             f"{function} takes a model that fxsparse.trace or fxsparse.rewrite returned, and this {name} is not one: "
@@ -46,13 +74,8 @@ def graph_module_of(
         )
     reshard(inner)
     _refuse_flattened(inner, function, error)
-    sharded = [name for name, tensor in inner.state_dict(keep_vars=True).items() if hasattr(tensor, "device_mesh")]
-    if whole and sharded:
-        raise error(
-            f"{function}: {sharded[0]} is sharded (a DTensor), and so are {len(sharded) - 1} more; load its full state "
-            "dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a "
-            "graph module that is not sharded, and pass that"
-        )
+    if whole:
+        _refuse_sharded(inner, function, error)
     if STATES in inner.meta:
         follow(inner)
     return inner
@@ -70,4 +93,14 @@ def _refuse_flattened(gm: GraphModule, function: str, error: type[FxsparseError]
         raise error(
             f"{function}: {layers[0]} was sharded on its own, but a graph does not call its submodules, and they would "
             "never be gathered; call fully_shard(gm) on the whole graph module alone"
+        )
+
+
+def _refuse_sharded(model: nn.Module, function: str, error: type[FxsparseError]) -> None:
+    sharded = [name for name, tensor in model.state_dict(keep_vars=True).items() if hasattr(tensor, "device_mesh")]
+    if sharded:
+        raise error(
+            f"{function}: {sharded[0]} is sharded (a DTensor), and so are {len(sharded) - 1} more; load its full state "
+            "dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) into a "
+            "model that is not sharded, and pass that"
         )

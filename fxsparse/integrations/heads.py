@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.analysis.probing import nearest
+from fxsparse.passes.nm.sparse_linear import sparse_linears
 
 aten = torch.ops.aten
 
@@ -70,8 +71,8 @@ def choose_heads(model: nn.Module, heads: Mapping[str, Mapping[str, list[int]]])
         for kind, index in chosen.items():
             module.register_buffer(f"{kind}_of_heads", torch.tensor(index, device=device), persistent=False)
         # The model's own configuration still decides which function runs and which masks are made for it.
-        module.config_of_model = module.config
-        module.config = copy.deepcopy(module.config)
+        module.config_of_model = getattr(module, "config_of_model", module.config)
+        module.config = copy.deepcopy(module.config_of_model)
         module.config._attn_implementation = _FUNCTION
 
 
@@ -120,9 +121,10 @@ def _keys(gm: GraphModule, sdpa: Node) -> list[int] | None:
     if index is None:
         return None
     assert isinstance(key, Node) and isinstance(key.args[0], Node)
-    linears = {linear.node: linear for linear in fx.linears(gm)}
+    linears = {linear.node: linear.out_features for linear in fx.linears(gm)}
+    linears |= {linear.node: linear.out_features for linear in sparse_linears(gm)}
     total, size = fx.value(key.args[0]).shape[1], fx.value(key).shape[-1]
-    key_heads = sum(linears[source].out_features for source in nearest(key, linears)) // size
+    key_heads = sum(linears[source] for source in nearest(key, linears)) // size
     if not key_heads or total % key_heads:
         return index
     # If the trace repeats each key head for all query heads of its group, several indices name one key head.

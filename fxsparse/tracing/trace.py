@@ -29,6 +29,7 @@ from fxsparse.graph.graph_state import follow, infer, state_buffers, with_vector
 from fxsparse.graph.record import TRACE_KEY
 from fxsparse.graph.sharded import unsharded_class
 from fxsparse.graph.training_form import keep_forward, renew_form
+from fxsparse.modules.sites import STARTED
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
 from fxsparse.tracing.export import (
     Fixed,
@@ -59,6 +60,7 @@ from fxsparse.tracing.input_sizes import (
     with_two_rows,
 )
 from fxsparse.tracing.modes import ModesDiffer, bind_training_flags, is_random
+from fxsparse.tracing.module_form import carry_on
 from fxsparse.tracing.no_grad import inline_no_grad
 from fxsparse.version import how_to_report
 
@@ -223,6 +225,7 @@ def trace(
     parameters = inspect.signature(model.forward).parameters.values()
     gm.meta[DEFAULTS_KEY] = {item.name: item.default for item in parameters if item.default is not item.empty}
     gm.meta[TRACE_KEY] = Trace(tuple((node.name, _example_sizes(node)) for node in tensor_inputs(gm)), tuple(notes))
+    carry_on(model, gm, tuple(notes))
     return gm
 
 
@@ -247,7 +250,12 @@ def _with_free_sizes(
 def _lost_hooks(model: nn.Module) -> Iterator[str]:
     """A note on the hooks of the model's modules, which the graph does not call."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    paths = [path or "the model" for path, module in model.named_modules() if any(getattr(module, k) for k in kinds)]
+    ours = {path for path, module in model.named_modules() if module is fx.module_form_of(model)}  # one follows flags
+    paths = [
+        path or "the model"
+        for path, module in model.named_modules()
+        if sum(len(getattr(module, kind)) for kind in kinds) > (path in ours and STARTED in module._buffers)
+    ]
     if paths:
         shown = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
         yield (

@@ -75,6 +75,7 @@ class DistillLayers(Pass):
 
     name: ClassVar[str] = "distill"
     cannot_follow: ClassVar[tuple[str, ...]] = ("distill", "select-tensors")
+    no_module: ClassVar[str] = "its loss reads a teacher and hidden states; run end-distill first"
     teacher: nn.Module | None = field(default=None, compare=False, repr=False)
     matching: str = "dynamic"
     temperature: float = 2.0

@@ -72,6 +72,10 @@ class Multiplex(Pass):
 
     name: ClassVar[str] = "multiplex"
     cannot_follow: ClassVar[tuple[str, ...]] = ("multiplex", "select-tensors")
+    no_module: ClassVar[str] = (
+        "several inputs share one run through the layers, which no module of the model's class "
+        "does; keep the graph form: fxsparse.save and fxsparse.load, torch.compile, torch.export"
+    )
     n: int = 2
     mux: str = "gaussian"
     demux: str = "keys"

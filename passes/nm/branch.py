@@ -23,6 +23,9 @@ class Branch(live.Live):
     down: str
     up: str
 
+    def renamed(self, name: Callable[[str], str]) -> Branch:
+        return Branch(name(self.weight), name(self.down), name(self.up))
+
     def moved(self, old: str, new: str, rows: int) -> Branch:
         return self
 

@@ -26,13 +26,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
 from fxsparse.errors import OptionError
 from fxsparse.graph.derived_buffers import BORROWED, Derived, derive
 from fxsparse.graph.record import Change, hold, rewrote, skipped
+from fxsparse.modules.sites import ModuleSite
 from fxsparse.ops.nm import Pattern
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
@@ -42,6 +43,7 @@ from fxsparse.passes.nm.sparse_linear import (
     dense_and_mask,
     replace_call,
     sparse_linears,
+    sparse_sites,
     store_column_mask,
 )
 from fxsparse.passes.pipeline import structure_only
@@ -99,7 +101,7 @@ class DoublePruneBackward(Pass):
             column_mask = fx.insert_attribute(graph, f"{linear.name}_column_mask", before=linear.node)
             replace_call(graph, linear.node, linear.node.target, column_mask=column_mask)
 
-    def pattern_of(self, linear: SparseLinear) -> Pattern:
+    def pattern_of(self, linear: SparseLinear | ModuleSite) -> Pattern:
         return Pattern.parse(self.pattern) if self.pattern else linear.pattern
 
     def _misfit(self, linear: SparseLinear) -> str | None:
@@ -117,7 +119,7 @@ class DoublePruneBackward(Pass):
             return f"backward stays exact, {linear.out_features} rows are not a multiple of {pattern.m}"
         return None
 
-    def rule(self, linear: SparseLinear, step: int = 0) -> ColumnMask:
+    def rule(self, linear: SparseLinear | ModuleSite, step: int = 0) -> ColumnMask:
         """The rule for W^R ``[out, in]`` at an optimizer step."""
         seed = zlib.crc32(f"{linear.name} {step}".encode()) if self.permutations else 0
         return ColumnMask(str(self.pattern_of(linear)), permutations=self.permutations, seed=seed)
@@ -142,15 +144,15 @@ class _Refresh(Event):
         orders: of the rows, by weight; at first those that the rewrite found.
     """
 
-    def __init__(self, owner: DoublePruneBackward, gm: GraphModule):
+    def __init__(self, owner: DoublePruneBackward, gm: nn.Module):
         self.owner, self.gm = owner, gm
         self.orders: dict[str, Tensor] = {}
         if owner.permutations:
             self._search(0)
 
-    def _weights(self) -> Iterator[tuple[SparseLinear, Tensor, Tensor]]:
+    def _weights(self) -> Iterator[tuple[SparseLinear | ModuleSite, Tensor, Tensor]]:
         """The linears that are pruned twice, each with W^R and its mask."""
-        for linear in {linear.name: linear for linear in sparse_linears(self.gm)}.values():
+        for linear in {linear.name: linear for linear in sparse_sites(self.gm)}.values():
             if linear["column_mask"] is not None:
                 yield linear, *dense_and_mask(self.gm, linear)
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
@@ -26,6 +26,7 @@ from fxsparse.graph import Linear, live
 from fxsparse.graph.derived_buffers import BORROWED
 from fxsparse.graph.graph_state import STATES, note, register_state
 from fxsparse.graph.record import Change, record_of, rewrote, skipped, substitute
+from fxsparse.modules.sites import STARTED, ModuleSite, module_sites
 from fxsparse.passes.base import Pass, parse_passes
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.branch import Branch
@@ -35,8 +36,6 @@ _WITH_BRANCH: dict[Any, Any] = {
     torch.ops.fxsparse.nm_linear.default: torch.ops.fxsparse.nm_linear_low_rank.default,
     torch.ops.fxsparse.masked_linear.default: torch.ops.fxsparse.masked_linear_low_rank.default,
 }
-STARTED = "low_rank_started"
-"""Name of the buffer that says which branches take part."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class AddLowRankBranches(Pass):
             insert_branches(graph)
         waits = {linear.name for linear in waiting_branches(graph)}
         names = sorted(branch.weight for branch in live.sites(graph, Branch))
-        register_state(graph, STARTED, names, set(names) - waits, _start, _started_earlier)
+        register_state(graph, STARTED, names, set(names) - waits, start_branches, _started_earlier)
 
     def _candidates(self, gm: GraphModule) -> list[Linear | SparseLinear]:
         sparse = list(sparse_linears(gm))
@@ -137,29 +136,29 @@ class AddLowRankBranches(Pass):
         yield _Start(graph, optimizer, round(self.start * total_steps))
 
 
-def _holder(linear: Linear | SparseLinear) -> str:
-    return linear.parameter_name if isinstance(linear, SparseLinear) else linear.name
+def _holder(linear: Linear | SparseLinear | ModuleSite) -> str:
+    return linear.name if isinstance(linear, Linear) else linear.parameter_name
 
 
 class _Start(Event):
     """Lets the branches take part once their step is reached. The optimizer knows them from the beginning, so that its
     state has the same parameters at every step; without a gradient it leaves them alone."""
 
-    def __init__(self, gm: GraphModule, optimizer: torch.optim.Optimizer, at: int):
+    def __init__(self, gm: nn.Module, optimizer: torch.optim.Optimizer, at: int):
         self.gm, self.optimizer, self.at = gm, optimizer, at
         self._join()
 
     def before_step(self, step: int) -> None:
-        started = self.gm.meta[STATES][STARTED].on
+        started = fx.meta_of(self.gm)[STATES][STARTED].on
         for branch in live.sites(self.gm, Branch):
             if branch.weight not in started:  # an earlier step may have been loaded into a graph that uses them
                 for name in (branch.down, branch.up):
                     fx.attribute(self.gm, name).grad = None
 
     def after_step(self, step: int) -> None:
-        state = self.gm.meta[STATES][STARTED]
+        state = fx.meta_of(self.gm)[STATES][STARTED]
         if step >= self.at and not state.on >= set(state.names):
-            _start(self.gm, frozenset(state.names))
+            start_branches(self.gm, frozenset(state.names))
             note(self.gm, STARTED, state.names)
 
     def resume(self, step: int) -> None:
@@ -170,7 +169,7 @@ class _Start(Event):
         return [fx.attribute(self.gm, name) for branch in branches for name in (branch.down, branch.up)]
 
     def values(self) -> dict[str, float]:
-        state = self.gm.meta[STATES][STARTED]
+        state = fx.meta_of(self.gm)[STATES][STARTED]
         return {"start": float(self.at), "started": float(state.on >= set(state.names))}
 
     def _join(self) -> None:
@@ -195,18 +194,22 @@ def _started_earlier(state: Mapping[str, Tensor]) -> set[str] | None:
     return {name for name, tensor in ups.items() if bool((tensor != 0).any())} if ups else None
 
 
-def _start(gm: GraphModule, on: frozenset[str]) -> None:
+def start_branches(gm: nn.Module, on: frozenset[str]) -> None:
     """Makes the graph use its branches if any has started; a replay of the record then gives the same graph."""
     if on and insert_branches(gm):
-        gm.recompile()
+        if isinstance(gm, GraphModule):
+            gm.recompile()
         for entry in record_of(gm).entries:
             for item in parse_passes(entry.text):
                 if isinstance(item, AddLowRankBranches):
                     substitute(gm, entry.text, str(replace(item, start=0.0)))
 
 
-def waiting_branches(gm: GraphModule) -> Iterable[Linear | SparseLinear]:
+def waiting_branches(gm: nn.Module) -> Iterable[Linear | SparseLinear | ModuleSite]:
     """The linears whose branch exists but takes no part yet."""
+    if not isinstance(gm, GraphModule):
+        yield from (site for site in module_sites(gm) if site.form.rank and not site.form.started)
+        return
     used = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
     present = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
     linears: list[Linear | SparseLinear] = [*sparse_linears(gm), *fx.linears(gm)]
@@ -215,19 +218,27 @@ def waiting_branches(gm: GraphModule) -> Iterable[Linear | SparseLinear]:
             yield linear
 
 
-def insert_branches(gm: GraphModule) -> list[tuple[str, tuple[str, str]]]:
+def insert_branches(gm: nn.Module) -> list[tuple[str, tuple[str, str]]]:
     """Makes the graph use every waiting branch; returns (parameter of the linear, its branch's parameters)."""
     inserted = {}
     for linear in list(waiting_branches(gm)):
         down, up = f"{linear.name}_down", f"{linear.name}_up"
-        if isinstance(linear, SparseLinear):
-            node = linear.node
-            reads = {key: fx.insert_attribute(gm, f"{linear.name}_{key}", before=node) for key in ("down", "up")}
-            replace_call(gm, node, _WITH_BRANCH[node.target], **reads)
+        if isinstance(linear, ModuleSite):
+            linear.module.start(linear.leaf)
         else:
-            fx.transform(gm, linear.node, _beside, linear.input, down, up)
+            assert isinstance(gm, GraphModule)
+            _insert(gm, linear, down, up)
         inserted[linear.name] = (_holder(linear), (down, up))
     return list(inserted.values())
+
+
+def _insert(gm: GraphModule, linear: Linear | SparseLinear, down: str, up: str) -> None:
+    if isinstance(linear, Linear):
+        fx.transform(gm, linear.node, _beside, linear.input, down, up)
+        return
+    node = linear.node
+    reads = {key: fx.insert_attribute(gm, name, before=node) for key, name in (("down", down), ("up", up))}
+    replace_call(gm, node, _WITH_BRANCH[node.target], **reads)
 
 
 def _beside(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ backward products are N:M without a second pruning.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -41,6 +42,7 @@ from fxsparse.passes.pipeline import structure_only
 from fxsparse.passes.text import FrozenMapping
 
 STORAGES = ("compressed", "masked")
+_ADAPTER = re.compile(r"(\w*lora|\w*vera|hira|lily|adamss|peanut|stride)_(\w+_)?[A-E]")  # PEFT's names of their parts
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class InsertNMMasks(Pass):
         exclude: globs over module paths that stay dense.
         keep_first: leave the first linears after the input dense.
         keep_head: leave the heads dense.
+        keep_adapters: leave the adapters of a PEFT model (``lora_A``, ``lora_B`` and alike) dense: they are small, and
+            all that trains.
         seed: of ``random``.
         calibration: batches for ``wanda`` and ``sparsegpt``: mappings of keyword arguments, tuples of arguments, or
             single tensors.
@@ -87,6 +91,7 @@ class InsertNMMasks(Pass):
     exclude: tuple[str, ...] = ()
     keep_first: bool = True
     keep_head: bool = True
+    keep_adapters: bool = True
     seed: int = 0
     calibration: Iterable[Any] | None = field(default=None, compare=False, repr=False)
 
@@ -122,7 +127,7 @@ class InsertNMMasks(Pass):
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         sites = _sites(graph)
         self._check_globs([site[0].path for site in sites])
-        reasons = _DenseByDefault(graph, self.keep_first, self.keep_head)
+        reasons = _DenseByDefault(graph, self.keep_first, self.keep_head, self.keep_adapters)
         chosen: list[tuple[list[Linear], Pattern]] = []
         for site in sites:
             pattern, reason = self._pattern_for(site[0])
@@ -292,8 +297,8 @@ def _sites(gm: GraphModule) -> list[list[Linear]]:
 class _DenseByDefault:
     """Says why a weight stays dense though no option excludes it; None if nothing speaks against pruning it."""
 
-    def __init__(self, gm: GraphModule, keep_first: bool, keep_head: bool):
-        self.gm = gm
+    def __init__(self, gm: GraphModule, keep_first: bool, keep_head: bool, keep_adapters: bool):
+        self.gm, self.keep_adapters = gm, keep_adapters
         self.reads = fx.reads(gm)
         self.first: set[Node] = fx.first_linears(gm) if keep_first else set()
         self.heads: set[Node] = fx.head_linears(gm) if keep_head else set()
@@ -311,6 +316,9 @@ class _DenseByDefault:
             return "its weight is also read by something that is not a linear"
         if len({linear.transposed for linear in site}) > 1:
             return "its weight is shared by linears that read it in different orientations"
+        adapter = next(filter(_ADAPTER.fullmatch, site[0].name.split(".")), None)
+        if self.keep_adapters and adapter:
+            return f"it is part of an adapter, {adapter} (keep_adapters=False sparsifies it)"
         if any(linear.node in self.heads for linear in site):
             return "it is a head (keep_head=False sparsifies it)"
         if any(linear.node in self.first for linear in site):

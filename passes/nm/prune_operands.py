@@ -46,6 +46,7 @@ class PruneOperands(Pass):
 
     name: ClassVar[str] = "prune-operands"
     cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors",)
+    no_module: ClassVar[str] = "it prunes what linears are given in every step, and no module does; keep the graph form"
     matrix: str = "inputs"
     pattern: str = "2:4"
     exclude: tuple[str, ...] = ()

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.graph.record import HeldWeight, record_of
 from fxsparse.graph.sharded import whole
+from fxsparse.modules.sites import ModuleSite, module_sites
 from fxsparse.ops.nm import Pattern, pack_column_mask, unpack, unpack_mask
 
 COMPRESSED = (torch.ops.fxsparse.nm_linear.default, torch.ops.fxsparse.nm_linear_low_rank.default)
@@ -81,6 +82,14 @@ def sparse_linears(gm: GraphModule) -> Iterator[SparseLinear]:
                 yield SparseLinear(node, held[name])
 
 
+def sparse_sites(model: nn.Module) -> Iterator[SparseLinear | ModuleSite]:
+    """The N:M linears of a graph, or the N:M weights of its module form, as they are now."""
+    if isinstance(model, GraphModule):
+        yield from sparse_linears(model)
+    else:
+        yield from (site for site in module_sites(model) if site.form.m)
+
+
 def _weight_name(node: Node) -> str:
     if node.target in COMPRESSED:
         return str(fx.read_of(fx.arguments(node)["values"]).target).removesuffix("_values")
@@ -94,7 +103,7 @@ def replace_call(gm: GraphModule, node: Node, target: Any, **changed: Any) -> No
     return fx.replace_with_call(gm, node, target, args)
 
 
-def dense_and_mask(gm: GraphModule, linear: SparseLinear) -> tuple[Tensor, Tensor]:
+def dense_and_mask(gm: nn.Module, linear: SparseLinear | ModuleSite) -> tuple[Tensor, Tensor]:
     """W^R and its mask, both ``[out, in]``, of the tensors as they are now."""
     if linear.compressed:
         values = whole(fx.attribute(gm, f"{linear.name}_values").detach())
@@ -108,6 +117,6 @@ def dense_and_mask(gm: GraphModule, linear: SparseLinear) -> tuple[Tensor, Tenso
     return (weight.t() if linear.held.transposed else weight) * mask, mask
 
 
-def store_column_mask(gm: GraphModule, linear: SparseLinear, column_mask: Tensor, mask: Tensor) -> Tensor:
+def store_column_mask(gm: nn.Module, linear: SparseLinear | ModuleSite, column_mask: Tensor, mask: Tensor) -> Tensor:
     """A column mask ``[out, in]`` in the form the operator takes: packed bits of kept values, or the mask itself."""
     return pack_column_mask(column_mask, mask, linear.pattern) if linear.compressed else column_mask

@@ -14,41 +14,44 @@ reached. The masks are the state, so a checkpoint of the model carries it.
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule
+from torch import nn
 
 from fxsparse import graph as fx
 from fxsparse.graph.sharded import cut_like, whole
+from fxsparse.modules.sites import ModuleSite
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.rules import NMMask
-from fxsparse.passes.nm.sparse_linear import SparseLinear, sparse_linears
+from fxsparse.passes.nm.sparse_linear import SparseLinear, sparse_sites
 
 
 class DynamicMasks(Event):
-    """Moves the masks of the straight-through linears of a graph.
+    """Moves the masks of the straight-through linears of a graph, or of its module form.
 
     Args:
-        gm: the rewritten graph module.
+        gm: the rewritten graph module or module.
         decay: the pull on pruned weights.
         every: optimizer steps between two masks.
         transposable: n of m along both dimensions.
         dense_from: the number of sparse steps; all later ones are dense. None if all are sparse.
     """
 
-    def __init__(self, gm: GraphModule, *, decay: float, every: int, transposable: bool, dense_from: int | None = None):
+    def __init__(self, gm: nn.Module, *, decay: float, every: int, transposable: bool, dense_from: int | None = None):
         self.gm, self.decay, self.every, self.transposable = gm, decay, every, transposable
         self.dense_from = dense_from
         self.is_open = False
 
-    def _weights(self) -> list[SparseLinear]:
-        return list({linear.name: linear for linear in sparse_linears(self.gm) if linear["straight_through"]}.values())
+    def _weights(self) -> list[SparseLinear | ModuleSite]:
+        return list({linear.name: linear for linear in sparse_sites(self.gm) if linear["straight_through"]}.values())
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
         if self.dense_from is not None and step > self.dense_from:
             return
+        pulled: set[int] = set()
         for linear in self._weights():
             weight, mask = fx.attribute(self.gm, linear.name), fx.attribute(self.gm, f"{linear.name}_mask")
-            if weight.grad is not None and self.decay:
+            if weight.grad is not None and self.decay and id(weight) not in pulled:
+                pulled.add(id(weight))  # modules may share a weight
                 pruned = ~(mask.t() if linear.held.transposed else mask)
                 weight.grad.add_(weight * cut_like(pruned, weight), alpha=self.decay)
 

@@ -69,6 +69,9 @@ class DropDimensions(Gating):
 
     name: ClassVar[str] = "drop-dims"
     cannot_follow: ClassVar[tuple[str, ...]] = CLASHES
+    no_module: ClassVar[str] = (
+        "dropped dimensions are masks in the graph and not yet smaller weights; run materialize first"
+    )
     fraction: float = 0.5
     units: tuple[str, ...] = ("hidden",)
     score: str = "platon"

@@ -1,0 +1,97 @@
+"""Whether a module computes what a graph does, on a batch of the traced sizes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from fxsparse import graph as fx
+
+
+@torch.no_grad()
+def difference(gm: GraphModule, model: Any) -> str | None:
+    """The first difference between module and graph in their outputs for a batch of the traced sizes, or None."""
+    args, kwargs = _batch(gm)
+    was_training = {module: module.training for module in gm.modules()}
+    device = next(gm.parameters()).device
+    outputs = []
+    try:
+        gm.eval(), model.to(device)
+        # A library may have wrapped the graph's forward, for mixed precision; the class has it as it is.
+        for forward in (functools.partial(type(gm).forward, gm), model):
+            outputs.append(_named(forward(*args, **kwargs)))
+    except Exception as error:  # the class cannot run with these sizes
+        return f"it cannot run: {error}"
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    theirs, mine = outputs
+    if len(theirs) != len(mine):
+        return f"outputs of {len(mine)} tensors are not those of {len(theirs)}"
+    for (name, wanted), (_, got) in zip(theirs, mine, strict=True):
+        if wanted.shape != got.shape and wanted.dim() > 1:
+            # A graph with fewer hidden dimensions returns hidden states of the old width, with zeros for the others.
+            wanted = wanted[..., wanted.flatten(0, -2).any(0)]
+        if wanted.shape != got.shape:
+            return f"{name}: an output of shape {tuple(got.shape)} is not that of {tuple(wanted.shape)}"
+        largest = float(wanted.abs().max()) if wanted.numel() else 0.0
+        off = float((wanted - got).abs().max()) if wanted.numel() else 0.0
+        if not off <= _tolerance(wanted.dtype) * largest:
+            return f"{name}: outputs of up to {largest:.3g} differ by {off:.3g}"
+    return None
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative to the largest output. Sums may run in another order, and half precision rounds in every layer."""
+    return 1e-5 if torch.finfo(dtype).bits >= 32 else 4 * torch.finfo(dtype).eps
+
+
+def _named(output: Any) -> list[tuple[str, Tensor]]:
+    """The tensors of real numbers in a model's result, and their places in it."""
+    leaves, _ = pytree.tree_flatten_with_path(_plain(output))
+    return [(".".join(map(_key, path)) or "the output", leaf) for path, leaf in leaves if _is_float(leaf)]
+
+
+def _key(step: Any) -> str:
+    return str(getattr(step, "key", getattr(step, "idx", step)))
+
+
+def _plain(output: Any) -> Any:
+    return dict(output) if isinstance(output, Mapping) else output
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _batch(gm: GraphModule) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    device = next(gm.parameters()).device
+    leaves = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = fx.value(node)
+        if isinstance(value, Tensor):
+            sizes = [size.node.hint if isinstance(size, SymInt) else size for size in value.shape]
+            if value.is_floating_point():
+                value = torch.randn(sizes, generator=generator).to(device, value.dtype)
+            elif "mask" in node.name:
+                value = torch.ones(sizes, dtype=value.dtype, device=device)
+            else:
+                value = torch.randint(0, _classes(node), sizes, generator=generator).to(device, value.dtype)
+        leaves.append(value)
+    args, kwargs = pytree.tree_unflatten(leaves, gm._in_spec)
+    return tuple(args), dict(kwargs)
+
+
+def _classes(ids: Node) -> int:
+    """The number of values of an integer input: the rows of the embedding that reads it, else two, the fewest classes
+    of any task."""
+    embedding = torch.ops.aten.embedding.default
+    tables = [user.args[0] for user in ids.users if user.target is embedding]
+    return min((int(fx.value(table).shape[0]) for table in tables if isinstance(table, Node)), default=2)

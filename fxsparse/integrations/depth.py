@@ -1,0 +1,110 @@
+"""Layers that a graph has lost, in the lists of the model's modules and in its configuration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxsparse.errors import CheckpointError
+
+CONFIG_KEY = "fxsparse"
+"""The setting of a configuration that holds what no other of its settings can express."""
+
+Shortened = Mapping[str, tuple[list[int], int]]
+"""For every list that lost layers, by path: the numbers of the remaining layers, and the original count."""
+
+
+def shortened_lists(
+    model: nn.Module,
+    original: Mapping[str, Any],
+    state: Mapping[str, Any],
+    kinds: tuple[type[nn.ModuleList | nn.Sequential], ...] = (nn.ModuleList,),
+) -> dict[str, tuple[list[int], int]]:
+    """For every list that lost layers, by path: the numbers of the remaining layers, and the original count.
+
+    Args:
+        model: the original.
+        original: the names of its tensors.
+        state: the names of those that the graph has left.
+        kinds: the classes of lists.
+    """
+    shortened: dict[str, tuple[list[int], int]] = {}
+    lists: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, kinds) or any(path.startswith(f"{outer}.") for outer in lists):
+            continue  # a list inside a layer (T5) holds parts of the layer
+        lists.append(path)
+        # A position bias alone does not make a layer: it stays for later layers when its own is dropped.
+        remaining = [i for i in range(len(module)) if _is_left(f"{path}.{i}.", original, state)]
+        if remaining and len(remaining) < len(module):
+            shortened[path] = (remaining, len(module))
+    return shortened
+
+
+def _is_left(prefix: str, original: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+    names = [name for name in original if name.startswith(prefix)]
+    return not names or any(name in state for name in names if "relative_attention_bias" not in name)
+
+
+def with_layers(model: Any, shortened: Shortened) -> Any:
+    """The configuration with fewer layers; tries each setting of the original count until the list becomes shorter."""
+    config = copy.deepcopy(model.config)
+    for path, (numbers, before) in shortened.items():
+        for part in parts(config):
+            for name, setting in list(vars(part).items()):
+                if isinstance(setting, (list, tuple)) and len(setting) == before:
+                    setattr(part, name, [setting[number] for number in numbers])
+        if not any(
+            _shortens(type(model), config, part, name, path, len(numbers)) for part, name in _counts(config, before)
+        ):
+            raise CheckpointError(f"{path}: no setting of {type(config).__name__} gives it {len(numbers)} layers")
+        if getattr(config, "num_decoder_layers", None):
+            # `generate` sizes the cache by decoder_layers, but T5 configurations only have num_decoder_layers.
+            config.decoder_layers = config.num_decoder_layers
+    return config
+
+
+def parts(config: Any) -> list[Any]:
+    """A configuration and its sub-configurations, such as that of the text part of a model."""
+    return [config, *(part for part in vars(config).values() if hasattr(part, "to_diff_dict"))]
+
+
+def _counts(config: Any, number: int) -> list[tuple[Any, str]]:
+    return [
+        (part, name)
+        for part in parts(config)
+        for name, setting in vars(part).items()
+        if isinstance(setting, int) and not isinstance(setting, bool) and setting == number
+    ]
+
+
+def _shortens(cls: Any, config: Any, part: Any, name: str, path: str, layers: int) -> bool:
+    before = getattr(part, name)
+    setattr(part, name, layers)
+    try:
+        with torch.device("meta"):
+            if len(cls(copy.deepcopy(config)).get_submodule(path)) == layers:
+                return True
+    except Exception:
+        pass  # a setting that means something else
+    setattr(part, name, before)
+    return False
+
+
+def renumbered(state: Mapping[str, Tensor], shortened: Shortened, expected: Mapping[str, Any]) -> dict[str, Tensor]:
+    renamed = {renumber(name, shortened): tensor for name, tensor in state.items()}
+    return {name: tensor for name, tensor in renamed.items() if name in expected}
+
+
+def renumber(name: str, shortened: Shortened) -> str:
+    for path, (numbers, _) in shortened.items():
+        if name.startswith(f"{path}."):
+            number, _, rest = name[len(path) + 1 :].partition(".")
+            # A tensor of a dropped layer (T5's position bias) moves to the first remaining layer.
+            place = numbers.index(int(number)) if int(number) in numbers else 0
+            return f"{path}.{place}.{rest}"
+    return name
