@@ -10,7 +10,7 @@ the step on that a ``Schedule`` reaches. The factor 1/r is that of SLoPe's code.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -150,9 +150,9 @@ class _Start(Event):
 
     def before_step(self, step: int) -> None:
         started = fx.meta_of(self.gm)[STATES][STARTED].on
-        for branch in live.sites(self.gm, Branch):
-            if branch.weight not in started:  # an earlier step may have been loaded into a graph that uses them
-                for name in (branch.down, branch.up):
+        for weight, _, parts in _branches(self.gm):
+            if weight not in started:  # an earlier step may have been loaded into a graph that uses them
+                for name in parts:
                     fx.attribute(self.gm, name).grad = None
 
     def after_step(self, step: int) -> None:
@@ -165,8 +165,7 @@ class _Start(Event):
         self.after_step(step)
 
     def late_parameters(self) -> Iterable[Any]:
-        branches = live.sites(self.gm, Branch)
-        return [fx.attribute(self.gm, name) for branch in branches for name in (branch.down, branch.up)]
+        return [fx.attribute(self.gm, name) for _, _, parts in _branches(self.gm) for name in parts]
 
     def values(self) -> dict[str, float]:
         state = fx.meta_of(self.gm)[STATES][STARTED]
@@ -174,17 +173,27 @@ class _Start(Event):
 
     def _join(self) -> None:
         known = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
-        present = {name for name, _ in self.gm.named_parameters(remove_duplicate=False)}
-        for branch in live.sites(self.gm, Branch):
-            values = f"{branch.weight}_values"
-            holder = values if values in present else branch.weight
+        for _, holder, parts in _branches(self.gm):
             group = known.get(id(fx.attribute(self.gm, holder)))
             if group is None:
                 continue  # a frozen weight: its branch is trained only if the caller gave it to the optimizer
-            for name in (branch.down, branch.up):
+            for name in parts:
                 parameter = fx.attribute(self.gm, name)
                 if id(parameter) not in known:
                     group["params"].append(parameter)
+
+
+def _branches(gm: nn.Module) -> Iterator[tuple[str, str, tuple[str, str]]]:
+    """Of every branch: the name of its weight in the graph, the parameter that holds the weight, and its own two."""
+    if not isinstance(gm, GraphModule):
+        for site in module_sites(gm):
+            if site.form.rank:
+                yield site.form.name, site.parameter_name, (f"{site.name}_down", f"{site.name}_up")
+        return
+    present = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
+    for branch in live.sites(gm, Branch):
+        values = f"{branch.weight}_values"
+        yield branch.weight, values if values in present else branch.weight, (branch.down, branch.up)
 
 
 def _started_earlier(state: Mapping[str, Tensor]) -> set[str] | None:

@@ -208,7 +208,7 @@ def test_every_layer_of_its_own_size(name: str, tmp_path: Path) -> None:
     gm = pruned(base, masks)
     fxsparse.save_pretrained(gm, family.model, tmp_path)
     assert is_sized(tmp_path)
-    with pytest.raises(OSError, match="no file named"):
+    with pytest.raises((OSError, ValueError), match=r"no file named|fxsparse\.from_pretrained"):
         AUTO[name].from_pretrained(tmp_path)
     loaded = fxsparse.from_pretrained(tmp_path)
     assert_same(loaded, gm, family)
