@@ -161,8 +161,8 @@ def by_hand(gm: GraphModule, trainer: Trainer, args: argparse.Namespace, console
     return losses
 
 
-def compare(trainer: Trainer, losses: list[float], killed_at: int, args: argparse.Namespace) -> Table:
-    """The losses of both, every few steps."""
+def compare(trainer: Trainer, losses: list[float]) -> tuple[Table, str]:
+    """The losses of both, every few steps, and how far they are apart."""
     table = Table(title="loss, as the Trainer logs it and by hand", title_justify="left")
     for heading in ("step", "Trainer", "by hand", "evaluation", "branches"):
         table.add_column(heading, justify="right")
@@ -174,14 +174,12 @@ def compare(trainer: Trainer, losses: list[float], killed_at: int, args: argpars
         evaluation = f"{evaluated[step]:.4f}" if step in evaluated else ""
         table.add_row(str(step), f"{entry['loss']:.6f}", f"{losses[step - 1]:.6f}", evaluation, branches)
     difference = max(abs(entry["loss"] - losses[step - 1]) for step, entry in logged.items())
-    table.caption = f"largest difference over all {len(logged)} steps: {difference:.1e}; killed at step {killed_at}"
-    return table
+    return table, f"largest difference over all {len(logged)} steps: {difference:.1e}"
 
 
 def write_code(gm: GraphModule, args: argparse.Namespace, prompt: str = "def ") -> str:
-    """What the trained model makes of a prompt, with the cache of a module of its class."""
-    with tempfile.TemporaryDirectory() as folder:
-        module = fxsparse.save_pretrained(gm, make_model(args), folder)
+    """What the trained model makes of a prompt, as a module of its class, compressed and with a cache."""
+    module = fxsparse.to_module(gm, make_model(args)).eval()
     ids = torch.tensor([list(prompt.encode())], device=module.device)
     torch.manual_seed(args.seed)
     options = {"max_new_tokens": args.length, "do_sample": True, "temperature": 0.7, "top_k": 20, "pad_token_id": 0}
@@ -234,7 +232,8 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
         hand = make_sparse(copy.deepcopy(model), args)
         losses = by_hand(hand, make_trainer(copy.deepcopy(hand), args, folder), args, console)
-        console.print(compare(trainer, losses, killed_at, args))
+        for part in compare(trainer, losses):
+            console.print(part, highlight=False)
         gm = trainer.accelerator.unwrap_model(gm, keep_fp32_wrapper=False)
         state, wanted = gm.state_dict(), hand.state_dict()
         same = all(torch.equal(tensor, wanted[name]) for name, tensor in state.items())

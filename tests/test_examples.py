@@ -31,6 +31,16 @@ def test_pretrain_slope(tmp_path: Path) -> None:
     assert (tmp_path / "pretrain_slope.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_trainer(tmp_path: Path) -> None:
+    """Killed and resumed, and by hand: the same losses and weights; and the module writes on."""
+    sizes = ("--steps", 8, "--batch", 4, "--length", 32, "--layers", 2, "--hidden", 32, "--low-rank-start", 0.75)
+    printed = run_example("trainer.py", *sizes, "--every", 2, "--device", "cpu", "--out", tmp_path)
+    assert "this one resumes from checkpoint-4" in printed
+    assert "largest difference over all 8 steps: 0.0e+00" in printed
+    assert "weights and masks of both are equal bit for bit" in printed
+    assert "what it has learnt:\ndef " in printed
+
+
 def test_finetune_greentrainer(tmp_path: Path) -> None:
     sizes = ("--pretrain-steps", 5, "--epochs", 2, "--epoch-steps", 3, "--batch", 2, "--length", 32, "--layers", 3)
     printed = run_example(
