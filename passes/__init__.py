@@ -12,6 +12,7 @@ from fxsparse.passes.nm.low_rank import AddLowRankBranches
 from fxsparse.passes.nm.masks import InsertNMMasks
 from fxsparse.passes.nm.prune_operands import PruneOperands
 from fxsparse.passes.pipeline import Pipeline
+from fxsparse.passes.recompute import Recompute
 from fxsparse.passes.select_tensors import SelectTensors
 from fxsparse.passes.structured.drop_dims import DropDimensions
 from fxsparse.passes.structured.gates import GateStructures
@@ -33,6 +34,7 @@ __all__ = [
     "Pass",
     "Pipeline",
     "PruneOperands",
+    "Recompute",
     "SelectNeurons",
     "SelectTensors",
     "rewrote",

@@ -21,6 +21,7 @@ from fxsparse.cost.backprop import BackpropGraph
 from fxsparse.cost.dataflow import Operation, tensors_of
 from fxsparse.cost.nm_hardware import nm_step_flops
 from fxsparse.cost.sizes import Sizes
+from fxsparse.graph.recompute import plan
 from fxsparse.graph.record import Costs
 from fxsparse.graph.training_form import training_graph
 
@@ -31,6 +32,8 @@ class Cost:
 
     Attributes:
         forward, backward: FLOPs.
+        recomputed: FLOPs of the forward pass that the backward pass repeats, at most: an implementation leaves out
+            the last of a region where nothing needs their results.
         forward_bytes, backward_bytes: bytes read and written.
     """
 
@@ -38,17 +41,19 @@ class Cost:
     backward: int = 0
     forward_bytes: int = 0
     backward_bytes: int = 0
+    recomputed: int = 0
 
     @property
     def step(self) -> int:
         """FLOPs of a training step without the optimizer."""
-        return self.forward + self.backward
+        return self.forward + self.backward + self.recomputed
 
     def add(self, other: Cost) -> None:
         self.forward += other.forward
         self.backward += other.backward
         self.forward_bytes += other.forward_bytes
         self.backward_bytes += other.backward_bytes
+        self.recomputed += other.recomputed
 
 
 @dataclass
@@ -56,8 +61,8 @@ class FlopCount(Cost):
     """The costs of a graph at concrete sizes.
 
     Attributes:
-        forward, backward, forward_bytes, backward_bytes: totals of the whole graph, FLOPs and bytes; ``forward`` is
-            also the cost of inference.
+        forward, backward, forward_bytes, backward_bytes, recomputed: totals of the whole graph, FLOPs and bytes;
+            ``forward`` is also the cost of inference.
         modules: the cost of every module, by path; a parent's cost includes its children's.
         uncounted: operations with unknown FLOPs, as ``node: operator``. If there are any, all FLOPs are lower bounds.
         sizes: the size of every symbol.
@@ -121,32 +126,48 @@ def count_flops(gm: nn.Module, *, trained: Iterable[str] | None = None, **sizes:
     backward = {
         index: sum(flops) for index, flops in graph.paid(graph.trainable if trained is None else trained, costs)
     }
+    again = _recomputed(gm)
     total = Cost()
     modules: dict[str, Cost] = {}
     for operation in graph.operations:
+        forward = sum(costs.forward[index] for index in operation.values)
         cost = Cost(
-            sum(costs.forward[index] for index in operation.values),
+            forward,
             sum(backward.get(index, 0) for index in operation.values),
             *_bytes(operation, at, any(index in backward for index in operation.values)),
+            forward if operation.node in again else 0,
         )
         total.add(cost)
         for path in _prefixes(operation.module):
             modules.setdefault(path, Cost()).add(cost)
     uncounted = tuple(f"{operation.node.name}: {operation.node.target}" for operation in graph.uncounted)
-    return FlopCount(
-        total.forward, total.backward, total.forward_bytes, total.backward_bytes, modules, uncounted, at.values
-    )
+    return FlopCount(**vars(total), modules=modules, uncounted=uncounted, sizes=at.values)
 
 
 def step_flops(gm: GraphModule) -> tuple[int, int]:
     """FLOPs at the traced sizes: of the forward pass, and of a training step of all tensors that require a gradient."""
-    return _step_flops(BackpropGraph(gm))
+    return _step_flops(gm, BackpropGraph(gm))
 
 
-def _step_flops(graph: BackpropGraph) -> tuple[int, int]:
+def _step_flops(gm: GraphModule, graph: BackpropGraph) -> tuple[int, int]:
     costs = graph.costs()
     forward = sum(costs.forward)
-    return forward, forward + sum(sum(flops) for _, flops in graph.paid(graph.trainable, costs))
+    backward = sum(sum(flops) for _, flops in graph.paid(graph.trainable, costs))
+    again = _recomputed(gm)
+    values = (index for operation in graph.operations if operation.node in again for index in operation.values)
+    return forward, forward + backward + sum(costs.forward[index] for index in values)
+
+
+def node_flops(gm: GraphModule) -> dict[Node, int]:
+    """FLOPs of the forward pass by node, at the traced sizes."""
+    graph = BackpropGraph(gm)
+    forward = graph.costs().forward
+    return {item.node: sum(forward[index] for index in item.values) for item in graph.operations}
+
+
+def _recomputed(gm: GraphModule) -> set[Node]:
+    """The nodes that the backward pass computes once more."""
+    return {node for region in plan(gm.graph) if not region.refusal for node in region.nodes}
 
 
 def _prefixes(path: str) -> Iterator[str]:
@@ -186,7 +207,7 @@ def costs(gm: GraphModule) -> Costs:
     """The costs of a training-IR graph at the sizes it was traced with; tied parameters count once."""
     trained = training_graph(gm)
     graph = BackpropGraph(trained)
-    forward, step = _step_flops(graph)
+    forward, step = _step_flops(trained, graph)
     parameters = list(gm.parameters())
     return Costs(
         forward_flops=forward,

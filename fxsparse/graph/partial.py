@@ -2,20 +2,18 @@
 
 A model of transformers that is called without labels returns no loss, and all else as with labels. So does its graph:
 everything that depends on the input goes, and the loss of the output object is None. An input on which more than the
-loss depends cannot be left out. The code for a choice of inputs is derived when it is first needed, and anew after an
+loss depends cannot be left out. The graph for a choice of inputs is derived when it is first needed, and anew after an
 edit.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
-
-Code = Callable[..., Any]
 
 
 def input_names(gm: GraphModule) -> list[str]:
@@ -48,8 +46,8 @@ def can_go(graph: Graph, absent: Collection[str]) -> bool:
     return plain and dependent_outputs(graph, absent) == ["loss"] and len(_outputs(graph)) > 1
 
 
-def code_without(gm: GraphModule, graph: Graph, absent: Collection[str]) -> Code:
-    """The code of ``graph``, which reads the state of ``gm``, without these inputs, which it takes and ignores."""
+def graph_without(graph: Graph, absent: Collection[str]) -> Graph:
+    """A copy of ``graph`` without what depends on these inputs, which it takes and ignores."""
     twin = copy.deepcopy(graph)
     gone = _dependents(twin, absent)
     output = twin.output_node()
@@ -58,8 +56,7 @@ def code_without(gm: GraphModule, graph: Graph, absent: Collection[str]) -> Code
         if node in gone and node.op != "placeholder":
             twin.erase_node(node)
     twin.eliminate_dead_code()
-    code: Code = type(GraphModule(gm, twin)).forward
-    return code
+    return twin
 
 
 def _outputs(graph: Graph) -> list[tuple[str, Any]]:

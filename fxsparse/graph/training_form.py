@@ -6,6 +6,9 @@ Each form has its own code, so a running ``torch.compile`` keeps both and compil
 
     gm(...)  ->  gm.forward, the same function for good  ->  code of the graph, or of its training form
 
+Of each there may be two: one that runs it as it stands, and one that recomputes parts of it in the backward pass
+(`fxsparse.graph.recompute`), for training with gradients.
+
 Libraries wrap ``forward`` on the instance (accelerate, for mixed precision) and keep the function that they found. It
 is therefore one that looks up the code on every call, and nothing here ever assigns or removes ``gm.forward``.
 """
@@ -17,13 +20,34 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Proxy
 
 from fxsparse import graph as fx
 from fxsparse.errors import RewriteError
-from fxsparse.graph.partial import can_go, code_without, input_names
+from fxsparse.graph.partial import can_go, graph_without, input_names
+from fxsparse.graph.recompute import recomputing
 
 FORM_KEY = "fxsparse_training_form"
+
+
+@dataclass(frozen=True)
+class Code:
+    """The compiled Python code of a graph: functions of the graph module and its inputs.
+
+    Attributes:
+        plain: runs the graph as it stands.
+        recomputing: runs its marked regions through ``torch.utils.checkpoint``; None if there are none.
+    """
+
+    plain: Callable[..., Any]
+    recomputing: Callable[..., Any] | None = None
+
+    @classmethod
+    def of(cls, gm: GraphModule, plain: Callable[..., Any]) -> Code:
+        """The code of the graph of ``gm``; ``plain`` is what fx made of it."""
+        folded = recomputing(gm)
+        return cls(plain, None if folded is None else type(folded).forward)
 
 
 @dataclass(frozen=True)
@@ -32,13 +56,13 @@ class TrainingForm:
 
     Attributes:
         graph: the training form, which reads the state of its graph module.
-        forward: its compiled Python code, a function of the graph module and its inputs.
+        code: its compiled Python code.
         source: the code of the graph from which it was derived.
         renew: derives it again for a graph module whose graph was edited.
     """
 
     graph: Graph
-    forward: Callable[..., Any]
+    code: Code
     source: str
     renew: Callable[[GraphModule], None]
 
@@ -62,11 +86,12 @@ def set_form(gm: GraphModule, form: GraphModule | None, renew: Callable[[GraphMo
 def keep_forward(gm: GraphModule) -> None:
     """Puts the function that looks up the code back in the place of the code that ``recompile`` put there."""
     kind: Any = type(gm)  # every graph module has a class of its own
-    kind.graph_code = kind.forward
+    plain = kind.forward
+    kind.graph_code = Code.of(gm, plain)
     kind.input_names, kind.partial_codes = tuple(input_names(gm)), {}
     if "lasting_forward" not in vars(kind):
         kind.lasting_forward = _lasting_forward()
-    kind.lasting_forward.__signature__ = inspect.signature(kind.graph_code)
+    kind.lasting_forward.__signature__ = inspect.signature(plain)
     kind.forward = kind.lasting_forward
 
 
@@ -78,14 +103,17 @@ def _lasting_forward() -> Callable[..., Any]:
                 "is a graph module already: read gm.graph, copy.deepcopy(gm) to edit it, or call torch.export.export"
             )
         form = self.meta.get(FORM_KEY)
-        # Without a form the mode is not read: a compiled graph must not depend on it.
+        # Without a form or regions the mode is not read: a compiled graph must not depend on it.
         in_form = form is not None and self.training
-        code = form.forward if in_form else type(self).graph_code
+        code: Code = form.code if in_form else type(self).graph_code
         if len(args) + len(kwargs) < len(type(self).input_names):
             absent = absent_inputs(self, args, kwargs)
             code = type(self).partial_codes.get((absent, in_form), code)
             kwargs = {**kwargs, **dict.fromkeys(absent)} if (absent, in_form) in type(self).partial_codes else kwargs
-        return code(self, *args, **kwargs)
+        run = code.plain
+        if code.recomputing is not None and self.training and torch.is_grad_enabled():
+            run = code.plain if torch.compiler.is_exporting() else code.recomputing
+        return run(self, *args, **kwargs)
 
     return forward
 
@@ -102,13 +130,14 @@ def prepare_without(gm: GraphModule, absent: tuple[str, ...]) -> bool:
     if (absent, form is not None) not in codes:
         if not can_go(graph, absent):
             return False
-        codes[absent, form is not None] = code_without(gm, graph, absent)
+        without = GraphModule(gm, graph_without(graph, absent))
+        codes[absent, form is not None] = Code.of(without, type(without).forward)
     return True
 
 
-def _code_of(gm: GraphModule) -> Callable[..., Any]:
-    code: Callable[..., Any] = getattr(type(gm), "graph_code", type(gm).forward)
-    return code
+def _code_of(gm: GraphModule) -> Code:
+    kind: Any = type(gm)
+    return kind.graph_code if "graph_code" in vars(kind) else Code.of(gm, kind.forward)
 
 
 def renew_form(gm: GraphModule) -> None:

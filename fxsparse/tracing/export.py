@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import inspect
 import io
+import itertools
 import linecache
 import logging
 import os
@@ -19,17 +20,19 @@ import re
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 from unittest import mock
 
 import sympy
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv, ShapeGuard
+from torch.fx.traceback import annotate, preserve_node_meta
 from torch.utils import _pytree as pytree
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -88,7 +91,11 @@ def _fixed_lengths(program: ExportedProgram) -> Fixed:
 
 
 def _export(model: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
-    with _quiet(), torch.inference_mode(False), torch.enable_grad(), _without_autocast(), _named(model, inputs[1]):
+    with contextlib.ExitStack() as stack:
+        for context in (_quiet(), torch.inference_mode(False), torch.enable_grad(), _without_autocast()):
+            stack.enter_context(context)
+        stack.enter_context(_named(model, inputs[1]))
+        stack.enter_context(_checkpoints_noted())
         return torch.export.export(model, *inputs, dynamic_shapes=shapes, strict=False)
 
 
@@ -106,6 +113,48 @@ def _quiet() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+CHECKPOINTED = "fxsparse_checkpointed"
+"""The annotation, in ``meta["custom"]``, of the nodes that the model ran through ``torch.utils.checkpoint``."""
+
+
+@contextlib.contextmanager
+def _checkpoints_noted() -> Iterator[None]:
+    """Runs what the model gives to ``torch.utils.checkpoint`` as it stands, and annotates its nodes with its number.
+
+    Capture cannot follow the reentrant form. A checkpoint within another belongs to the outer one.
+    """
+    numbers, inside = itertools.count(1), [False]
+
+    @contextlib.contextmanager
+    def region() -> Iterator[None]:
+        if inside[0]:
+            yield
+            return
+        inside[0] = True
+        try:
+            with annotate({CHECKPOINTED: next(numbers)}):
+                yield
+        finally:
+            inside[0] = False
+
+    def generator(*_: Any, **__: Any) -> Iterator[None]:
+        with region():
+            yield
+
+    class Reentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            with region():
+                return function(*args)
+
+    with (
+        mock.patch.object(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", generator),
+        mock.patch.object(torch.utils.checkpoint, "CheckpointFunction", Reentrant),
+        preserve_node_meta(),
+    ):
         yield
 
 

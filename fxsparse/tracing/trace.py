@@ -26,12 +26,14 @@ from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError, FxsparseError, InternalError, TraceError
 from fxsparse.graph import traits
 from fxsparse.graph.graph_state import follow, infer, state_buffers, with_vectors
+from fxsparse.graph.recompute import mark, plan
 from fxsparse.graph.record import TRACE_KEY
 from fxsparse.graph.sharded import unsharded_class
 from fxsparse.graph.training_form import keep_forward, renew_form
 from fxsparse.modules.sites import STARTED
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
 from fxsparse.tracing.export import (
+    CHECKPOINTED,
     Fixed,
     Inputs,
     depends_on_data,
@@ -219,6 +221,7 @@ def trace(
             notes += fixed_dimensions(gm, 1) if dynamic_sequence else []
     notes += _lost_hooks(model)
     notes += _simplify_masks(gm)
+    notes += _recomputed(gm)
     gm.graph.lint()
     gm.recompile()
     gm.meta[ANY_LENGTH_KEY] = bool(dynamic_sequence)
@@ -396,6 +399,7 @@ def _flat_module(program: ExportedProgram) -> GraphModule:
         warnings.simplefilter("ignore")
         gm = program.module(check_guards=False)
     for part in [module for module in gm.modules() if isinstance(module, GraphModule)]:
+        _mark_checkpointed(part.graph)
         for node in list(part.graph.nodes):
             if traits.of(node.target).asserts and _always_holds(node):
                 part.graph.erase_node(node)
@@ -405,6 +409,25 @@ def _flat_module(program: ExportedProgram) -> GraphModule:
     for node in gm.graph.nodes:
         node.meta.setdefault("val", None)
     return gm
+
+
+def _mark_checkpointed(graph: Graph) -> None:
+    """Marks what the model ran through ``torch.utils.checkpoint`` to be recomputed, and drops torch's annotations."""
+    regions: dict[int, list[Node]] = {}
+    for node in graph.nodes:
+        number = node.meta.pop("custom", {}).get(CHECKPOINTED)
+        if number is not None:
+            regions.setdefault(number, []).append(node)
+    for nodes in regions.values():
+        mark(graph, nodes)
+
+
+def _recomputed(gm: GraphModule) -> Iterator[str]:
+    """A note on what the model had checkpointed."""
+    paths = [region.path for region in plan(gm.graph) if not region.refusal]
+    if paths:
+        shown = paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]}, {len(paths)} regions"
+        yield f"recomputed in the backward pass, because the model had checkpointing on: {shown}"
 
 
 def _has_effect(node: Node) -> bool:
