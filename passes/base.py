@@ -12,11 +12,12 @@ from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxsparse.errors import OptionError, nearest
-from fxsparse.graph.record import Change
+from fxsparse.graph.record import Change, record_of
 from fxsparse.passes.event import Event
 from fxsparse.passes.text import read, write
 
@@ -80,6 +81,12 @@ def outcome(item: Pass, gm: GraphModule) -> tuple[tuple[Change, ...], Pass]:
             changes.append(next(rewrite))
         except StopIteration as end:
             return tuple(changes), end.value or item
+
+
+def sites_of_others(item: Pass, gm: nn.Module) -> frozenset[str]:
+    """The sites that other passes of the same name rewrote, which events of ``item`` leave to theirs."""
+    entries = [entry for entry in record_of(gm).entries if entry.text.partition("{")[0] == item.name]
+    return frozenset(change.site for entry in entries if entry.text != str(item) for change in entry.rewritten)
 
 
 def _options(item: Pass | type[Pass]) -> list[Field[Any]]:

@@ -28,6 +28,7 @@ from fxsparse.cost.backprop import BackpropGraph
 from fxsparse.cost.flops import costs
 from fxsparse.cost.importance import METRICS, tensor_importance
 from fxsparse.errors import OptionError, RewriteError, nearest
+from fxsparse.graph import live
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.graph_state import end_state, note, register_state
 from fxsparse.graph.record import META_KEY, Change, Entry, record_of, rewrote, skipped
@@ -35,6 +36,7 @@ from fxsparse.graph.sharded import in_process_group
 from fxsparse.graph.trainable import fully_trained, own_parameter, set_trained, trainable, trained
 from fxsparse.passes.base import Pass, parse_passes
 from fxsparse.passes.event import Event
+from fxsparse.passes.nm.branch import Branch
 
 CHOSEN = "select_tensors_chosen"
 """Name of the buffer that says which tensors a schedule has chosen to train."""
@@ -121,6 +123,7 @@ class SelectTensors(Pass):
         for name in candidates:
             if not weights_borrowed(graph) and (self.rho is not None or name not in names):
                 own_parameter(graph, name, requires_grad=name in (pool if in_process_group() else names))
+        self._freeze_waiting(graph, names)
         end_state(graph, CHOSEN)
         if self.rho is not None:
             every = [aliases[0] for aliases in fx.parameter_names(graph).values()]
@@ -128,6 +131,17 @@ class SelectTensors(Pass):
         if self.rho is not None and self.chosen is None:
             yield rewrote("model", f"a schedule chooses among {len(names)} tensors, all trained until then")
         yield from _changes(candidates, names)
+
+    def _freeze_waiting(self, gm: GraphModule, names: Collection[str]) -> None:
+        """Freezes the low-rank branches that start later and are not chosen; a graph that waits does not read them."""
+        if self.tensors is None and self.last_layers is None:
+            return
+        modules, read = {fx.module_path(name) for name in names}, set(trainable(gm))
+        for branch in live.sites(gm, Branch):
+            for name in {branch.down, branch.up} - read:
+                named = any(name == glob or fnmatchcase(name, glob) for glob in self.tensors or ())
+                chosen = fx.module_path(branch.weight) in modules if self.tensors is None else named
+                own_parameter(gm, name, requires_grad=chosen and gm.get_parameter(name).requires_grad)
 
     def _pool(self, gm: GraphModule) -> set[str]:
         """The tensors to train, or to choose from."""

@@ -10,7 +10,7 @@ the step on that a ``Schedule`` reaches. The factor 1/r is that of SLoPe's code.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -27,7 +27,7 @@ from fxsparse.graph.derived_buffers import BORROWED
 from fxsparse.graph.graph_state import STATES, note, register_state
 from fxsparse.graph.record import Change, record_of, rewrote, skipped, substitute
 from fxsparse.modules.sites import STARTED, ModuleSite, module_sites
-from fxsparse.passes.base import Pass, parse_passes
+from fxsparse.passes.base import Pass, parse_passes, sites_of_others
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.branch import Branch
 from fxsparse.passes.nm.sparse_linear import SparseLinear, replace_call, sparse_linears
@@ -99,7 +99,7 @@ class AddLowRankBranches(Pass):
             when = "from the start" if self.start == 0 else f"from {self.start:.0%} of the steps on"
             yield rewrote(linear.path, f"rank {rank}, {when}")
         if self.start == 0:
-            insert_branches(graph)
+            insert_branches(graph, done)
         waits = {linear.name for linear in waiting_branches(graph)}
         names = sorted(branch.weight for branch in live.sites(graph, Branch))
         register_state(graph, STARTED, names, set(names) - waits, start_branches, _started_earlier)
@@ -114,7 +114,9 @@ class AddLowRankBranches(Pass):
                     pass_name=self.name,
                 )
             return list(sparse)
-        every: list[Linear | SparseLinear] = [*sparse, *fx.linears(gm)]
+        of_branches = {name for branch in live.sites(gm, Branch) for name in (branch.down, branch.up)}
+        dense = [linear for linear in fx.linears(gm) if linear.name not in of_branches]
+        every: list[Linear | SparseLinear] = [*sparse, *dense]
         for glob in self.layers:
             if not any(fnmatchcase(linear.path, glob) for linear in every):
                 shown = ", ".join(linear.path for linear in every[:4])
@@ -133,7 +135,7 @@ class AddLowRankBranches(Pass):
         live.enter(gm, Branch(linear.name, f"{linear.name}_down", f"{linear.name}_up"))
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
-        yield _Start(graph, optimizer, round(self.start * total_steps))
+        yield _Start(graph, optimizer, round(self.start * total_steps), sites_of_others(self, graph))
 
 
 def _holder(linear: Linear | SparseLinear | ModuleSite) -> str:
@@ -144,8 +146,10 @@ class _Start(Event):
     """Lets the branches take part once their step is reached. The optimizer knows them from the beginning, so that its
     state has the same parameters at every step; without a gradient it leaves them alone."""
 
-    def __init__(self, gm: nn.Module, optimizer: torch.optim.Optimizer, at: int):
+    def __init__(self, gm: nn.Module, optimizer: torch.optim.Optimizer, at: int, others: Collection[str]):
         self.gm, self.optimizer, self.at = gm, optimizer, at
+        names = fx.meta_of(gm)[STATES][STARTED].names
+        self.weights = frozenset(name for name in names if fx.module_path(name) not in others)
         self._join()
 
     def before_step(self, step: int) -> None:
@@ -157,9 +161,9 @@ class _Start(Event):
 
     def after_step(self, step: int) -> None:
         state = fx.meta_of(self.gm)[STATES][STARTED]
-        if step >= self.at and not state.on >= set(state.names):
-            start_branches(self.gm, frozenset(state.names))
-            note(self.gm, STARTED, state.names)
+        if step >= self.at and not state.on >= self.weights:
+            start_branches(self.gm, state.on | self.weights)
+            note(self.gm, STARTED, state.on | self.weights)
 
     def resume(self, step: int) -> None:
         self.after_step(step)
@@ -169,7 +173,7 @@ class _Start(Event):
 
     def values(self) -> dict[str, float]:
         state = fx.meta_of(self.gm)[STATES][STARTED]
-        return {"start": float(self.at), "started": float(state.on >= set(state.names))}
+        return {"start": float(self.at), "started": float(state.on >= self.weights)}
 
     def _join(self) -> None:
         known = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
@@ -204,14 +208,16 @@ def _started_earlier(state: Mapping[str, Tensor]) -> set[str] | None:
 
 
 def start_branches(gm: nn.Module, on: frozenset[str]) -> None:
-    """Makes the graph use its branches if any has started; a replay of the record then gives the same graph."""
-    if on and insert_branches(gm):
-        if isinstance(gm, GraphModule):
-            gm.recompile()
-        for entry in record_of(gm).entries:
-            for item in parse_passes(entry.text):
-                if isinstance(item, AddLowRankBranches):
-                    substitute(gm, entry.text, str(replace(item, start=0.0)))
+    """Makes the graph use the branches of the weights in ``on``; a replay of the record then gives the same graph."""
+    if not insert_branches(gm, on):
+        return
+    if isinstance(gm, GraphModule):
+        gm.recompile()
+    waits = {fx.module_path(_name_in_graph(linear)) for linear in waiting_branches(gm)}
+    for entry in record_of(gm).entries:
+        for item in parse_passes(entry.text):
+            if isinstance(item, AddLowRankBranches) and not any(change.site in waits for change in entry.rewritten):
+                substitute(gm, entry.text, str(replace(item, start=0.0)))
 
 
 def waiting_branches(gm: nn.Module) -> Iterable[Linear | SparseLinear | ModuleSite]:
@@ -227,18 +233,21 @@ def waiting_branches(gm: nn.Module) -> Iterable[Linear | SparseLinear | ModuleSi
             yield linear
 
 
-def insert_branches(gm: nn.Module) -> list[tuple[str, tuple[str, str]]]:
-    """Makes the graph use every waiting branch; returns (parameter of the linear, its branch's parameters)."""
-    inserted = {}
-    for linear in list(waiting_branches(gm)):
+def _name_in_graph(linear: Linear | SparseLinear | ModuleSite) -> str:
+    return linear.form.name if isinstance(linear, ModuleSite) else linear.name
+
+
+def insert_branches(gm: nn.Module, weights: Collection[str]) -> bool:
+    """Makes the graph use the waiting branches of ``weights``, by their names in the graph; whether there were any."""
+    waiting = [linear for linear in waiting_branches(gm) if _name_in_graph(linear) in weights]
+    for linear in waiting:
         down, up = f"{linear.name}_down", f"{linear.name}_up"
         if isinstance(linear, ModuleSite):
             linear.module.start(linear.leaf)
         else:
             assert isinstance(gm, GraphModule)
             _insert(gm, linear, down, up)
-        inserted[linear.name] = (_holder(linear), (down, up))
-    return list(inserted.values())
+    return bool(waiting)
 
 
 def _insert(gm: GraphModule, linear: Linear | SparseLinear, down: str, up: str) -> None:

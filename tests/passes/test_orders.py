@@ -25,7 +25,7 @@ from fxsparse.passes.order import misplaced, working_order, works
 from fxsparse.passes.structured.drop_dims import Dimensions
 from fxsparse.passes.structured.hard_concrete import Gated, close, gate_names, mask_name
 from tests.support import families
-from tests.support.orders import batch_of, traced
+from tests.support.orders import batch_of, family, shape_of, traced
 
 MAKE = ("bert", "opt", "llama")
 
@@ -204,6 +204,71 @@ def test_a_repeated_pass_acts_once() -> None:
         twice = _rewritten("opt", [text, text])
     once = _rewritten("opt", [text])
     assert _train(twice, "opt") == _train(once, "opt")
+
+
+@pytest.mark.parametrize("starts", [(0.25, 0.75), (0.5, 0)])
+def test_branches_of_two_passes_start_at_their_own_steps(starts: tuple[float, float]) -> None:
+    texts = [
+        f'low-rank{{rank=2,start={start},layers=["*{glob}"]}}'
+        for start, glob in zip(starts, ("fc1", "fc2"), strict=True)
+    ]
+    gm = _rewritten("opt", texts)
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.05)
+    schedule = fxsparse.Schedule(gm, optimizer, total_steps=4)
+    for step in range(5):
+        used = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+        for start, glob in zip(starts, ("fc1", "fc2"), strict=True):
+            parts = [name for name, _ in gm.named_parameters() if f"{glob}.weight_" in name]
+            assert len(parts) == 6 and (used.issuperset(parts) if step >= 4 * start else used.isdisjoint(parts))
+        replayed = fxsparse.replay(record_of(gm), copy.deepcopy(family("opt").model), kwargs=batch_of("opt"))
+        assert shape_of(replayed) == shape_of(gm)
+        gm(**batch_of("opt", seed=step)).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def test_branches_have_no_branches() -> None:
+    text = 'low-rank{rank=2,start=0,layers=["*fc1"]}'
+    with pytest.warns(UserWarning, match="already has a branch"):
+        twice = _rewritten("opt", [text, text])
+    assert set(twice.state_dict()) == set(_rewritten("opt", [text]).state_dict())
+
+
+def test_masks_of_two_passes_follow_their_own_options() -> None:
+    """Without a gradient of the loss, what is pruned decays at the rate of its pass; masks move when they should."""
+    slow = 'nm-masks{storage=masked,dynamic=true,decay=0.5,every=3,exclude=["*fc2"]}'
+    fast = "nm-masks{storage=masked,dynamic=true,decay=2.0,every=1}"
+    gm = _rewritten("opt", [slow, fast])
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
+    schedule = fxsparse.Schedule(gm, optimizer, total_steps=4)
+    for glob, rate in (("fc1", 0.95), ("fc2", 0.8)):
+        name = f"model.decoder.layers.1.{glob}.weight"
+        weight, mask = gm.get_parameter(name).detach().clone(), gm.get_buffer(f"{name}_mask").clone()
+        (gm(**batch_of("opt")).loss * 0).backward()
+        optimizer.step()
+        torch.testing.assert_close(gm.get_parameter(name).detach(), torch.where(mask, weight, weight * rate))
+        optimizer.zero_grad()
+    with torch.no_grad():
+        for weight in (gm.get_parameter(f"model.decoder.layers.1.{glob}.weight") for glob in ("fc1", "fc2")):
+            weight.copy_(torch.randn_like(weight))
+    masks = [gm.get_buffer(f"model.decoder.layers.1.{glob}.weight_mask").clone() for glob in ("fc1", "fc2")]
+    schedule.step()
+    now = [gm.get_buffer(f"model.decoder.layers.1.{glob}.weight_mask") for glob in ("fc1", "fc2")]
+    assert torch.equal(masks[0], now[0]) and not torch.equal(masks[1], now[1])
+
+
+@pytest.mark.parametrize("choice", ['tensors=["*.0.*"]', "last_layers=1"])
+def test_waiting_branches_of_frozen_layers_stay_frozen(choice: str) -> None:
+    gm = _rewritten("opt", ["nm-masks,low-rank{rank=2,start=0.5}", f"select-tensors{{{choice}}}"])
+    before = {name: parameter.detach().clone() for name, parameter in gm.named_parameters()}
+    _train(gm, "opt")
+    moved = {name for name, parameter in gm.named_parameters() if not torch.equal(parameter, before[name])}
+    layer = ".layers.0." if "tensors" in choice else ".layers.2."
+    assert {name for name in moved if name.endswith("_up")} == {
+        name for name in before if name.endswith("_up") and layer in name
+    }
+    assert all(layer in name or "final_layer_norm" in name for name in moved)
 
 
 def test_the_multiplexer_stays_dense() -> None:

@@ -218,13 +218,13 @@ def _same_in_two_steps(name: str, tried: Sequence[Pass | str], gm: GraphModule) 
     twice = copy.deepcopy(traced(name))
     for item in tried:
         twice = fxsparse.rewrite(twice, [item])
-    assert _shape(twice) == _shape(gm), "another graph in two steps"
+    assert shape_of(twice) == shape_of(gm), "another graph in two steps"
     mine, theirs = gm.state_dict(), twice.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
     assert str(Pipeline.parse(fxsparse.record_of(gm).text)) == fxsparse.record_of(twice).text
 
 
-def _shape(gm: GraphModule) -> list[str]:
+def shape_of(gm: GraphModule) -> list[str]:
     """The nodes of a graph, numbered in their order: what it computes, whatever the nodes are called."""
     number = {node: at for at, node in enumerate(gm.graph.nodes)}
     target = {node: node.target if node.op in ("get_attr", "call_module") else "" for node in number}
