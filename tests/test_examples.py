@@ -21,9 +21,20 @@ def run_example(name: str, *args: object) -> str:
 def test_pretrain_slope(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {number} of a text to learn from\n" for number in range(2000)))
-    sizes = ("--steps", 10, "--batch", 4, "--length", 32, "--layers", 2, "--hidden", 32, "--low-rank-start", 0.5)
+    sizes = ("--steps", 10, "--batch", 4, "--length", 32, "--layers", 2, "--hidden", 32, "--heads", 4)
     printed = run_example(
-        "pretrain_slope.py", *sizes, "--data", text, "--out", tmp_path, "--device", "cpu", "--compiler", "eager"
+        "pretrain_slope.py",
+        *sizes,
+        "--low-rank-start",
+        0.5,
+        "--data",
+        text,
+        "--out",
+        tmp_path,
+        "--device",
+        "cpu",
+        "--compiler",
+        "eager",
     )
     for name in ("dense", "Extended SR-STE", "SLoPe", "SLoPe + lazy low-rank"):
         assert name.split()[0] in printed
