@@ -47,7 +47,7 @@ def recipe(name: str, *, teacher: nn.Module | None = None) -> Pipeline:
             multiplexed one, which is also what the pipeline rewrites::
 
                 mux = fxsparse.rewrite(model, fxsparse.recipe("datamux"), kwargs=batch)  # then train it
-                gm = fxsparse.rewrite(mux, fxsparse.recipe("prumux", teacher=mux))
+                gm = fxsparse.rewrite(mux, fxsparse.recipe("prumux", teacher=mux), copy=True)
 
     Raises:
         OptionError: there is no such recipe, it needs a teacher, or it has no use for one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,7 @@ def rewrite(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
+    copy: bool = False,
     dynamic_batch: bool = True,
     dynamic_sequence: bool | None = None,
 ) -> GraphModule:
@@ -31,13 +33,16 @@ def rewrite(
             ``args`` nor ``kwargs``.
         passes: passes, the text of passes, or a pipeline.
         args, kwargs: an example batch, as for :func:`fxsparse.trace`.
+        copy: give the result parameters and buffers of its own. Those that are one tensor in ``model`` remain one.
         dynamic_batch, dynamic_sequence: whether the graph must also run at other batch sizes and sequence lengths, see
             :func:`fxsparse.trace`.
 
     Returns:
-        a graph module with the same arguments. It shares with ``model`` all parameters that no pass replaced, such as
-        embeddings and norms, so training it changes those of ``model`` too; rewriting itself changes nothing there.
-        The dense weights of ``model`` stay in memory as long as it is referenced.
+        a graph module with the same arguments. Rewriting changes nothing in ``model``, but unless ``copy`` is set the
+        two share every parameter and buffer that no pass replaced, such as embeddings, norms and running statistics:
+        training one, casting it (``.to(torch.bfloat16)``) or loading a state into it changes them in the other as well.
+        Set ``copy`` to go on using ``model``, as a baseline or as a teacher of your own loss. The dense weights of
+        ``model`` stay in memory as long as it is referenced.
 
     Raises:
         TraceError: the model cannot be traced.
@@ -45,7 +50,8 @@ def rewrite(
         InternalError: a pass of fxsparse has a bug; nothing was changed.
     """
     pipeline = passes if isinstance(passes, Pipeline) else Pipeline(passes)
-    return pipeline(trace(model, args, kwargs, dynamic_batch=dynamic_batch, dynamic_sequence=dynamic_sequence))
+    traced = trace(model, args, kwargs, dynamic_batch=dynamic_batch, dynamic_sequence=dynamic_sequence)
+    return pipeline(deepcopy(traced) if copy else traced)
 
 
 def replay(

@@ -51,7 +51,8 @@ class DistillLayers(Pass):
 
     Attributes:
         teacher: a module that takes the student's inputs, traced or not. It is not trained, and not in the student's
-            ``state_dict``; one that shares parameters with the student (the model it was made from) is copied.
+            ``state_dict``; one that shares parameters with the student (the model it was made from) is copied, with a
+            warning. ``fxsparse.rewrite(model, ..., copy=True)`` gives the student its own instead.
         matching: ``dynamic`` (CoFi: each teacher layer finds its student layer at every step) or ``plain`` (CHOP: each
             student layer has one teacher layer).
         temperature: T of the logits.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,14 +56,27 @@ def logits_of(gm: GraphModule) -> Node | None:
 
 def frozen_teacher(gm: GraphModule, teacher: nn.Module) -> tuple[GraphModule, bool]:
     """A graph of the teacher, in evaluation mode, with a graph and flags of its own; and whether its parameters had to
-    be copied."""
+    be copied, which is warned about."""
     traced: Any = teacher if _is_traced(teacher) else trace(teacher, *_example(gm), **_free(gm))
-    students = {parameter.untyped_storage().data_ptr() for parameter in gm.parameters()}
-    shares = any(parameter.untyped_storage().data_ptr() in students for parameter in traced.parameters())
-    frozen = copy.deepcopy(traced) if shares else fx.copy_sharing_state(traced)
+    shared = _shared(traced, gm)
+    if shared:
+        more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+        warnings.warn(
+            f"distill: the teacher shares {shared[0]}{more} with the model that is trained, so a copy of it teaches; "
+            "fxsparse.rewrite(..., copy=True) gives the trained model tensors of its own instead",
+            stacklevel=2,
+        )
+    frozen = copy.deepcopy(traced) if shared else fx.copy_sharing_state(traced)
     for module in frozen.modules():
         module.training = False
-    return frozen, shares
+    return frozen, bool(shared)
+
+
+def _shared(traced: GraphModule, gm: GraphModule) -> list[str]:
+    """The parameters and buffers of ``traced`` whose memory ``gm`` uses too, by name."""
+    ours = {tensor.untyped_storage().data_ptr() for tensor in fx.tensors_of(gm).values() if tensor.numel()}
+    theirs = fx.tensors_of(traced).items()
+    return [name for name, tensor in theirs if tensor.numel() and tensor.untyped_storage().data_ptr() in ours]
 
 
 def _is_traced(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from fxsparse.errors import CheckpointError, RewriteError
 from fxsparse.modules.sites import STARTED, module_sites
 from fxsparse.ops.nm import Pattern, satisfies
 from fxsparse.passes import DropLayers
+from tests.support.clients import batches, by_hand, cells, llama, refused_or, rewritten
 from tests.support.families import VOCABULARY, Family
 from tests.support.ranks import on_ranks
 from tests.support.traced import traced
@@ -134,6 +135,45 @@ def test_lora_trains_beside_weights_that_keep_their_zeros(name: str, targets: li
     assert torch.equal(plain(**batch).logits, before)
     for key, tensor in fxsparse.dense_state_dict(plain).items():
         assert torch.equal(tensor, dense[key]), key
+
+
+def dense_twin(module: nn.Module) -> nn.Module:
+    """A copy with ordinary linears on the dense weights."""
+    twin = copy.deepcopy(module)
+    for site in [*module_sites(twin)]:
+        linear = nn.Linear(site.in_features, site.out_features, bias=False)
+        linear.weight = nn.Parameter(site.module.dense(site.leaf).detach().clone())
+        twin.set_submodule(site.path, linear)
+    return twin
+
+
+@pytest.mark.parametrize(("recipe", "reason"), cells("PEFT"))
+def test_adapters_beside_every_recipe_train_as_beside_dense_weights(recipe: str, reason: str | None) -> None:
+    """The recipe is trained first; then only adapters are, and the rewritten weights stay what they are."""
+    gm = rewritten(recipe)
+    by_hand(gm, autocast=False)
+
+    def run() -> None:
+        module = fxsparse.to_module(gm, llama()).eval()
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        models = []
+        for model in (module, dense_twin(module)):
+            torch.manual_seed(0)
+            adapted = lora(model, ["q_proj", "up_proj"])
+            optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+            for batch in batches()[:4]:
+                optimizer.zero_grad()
+                adapted(**batch).loss.backward()
+                optimizer.step()
+            models.append(adapted)
+        ours, theirs = ({k: p for k, p in model.named_parameters() if p.requires_grad} for model in models)
+        assert ours.keys() == theirs.keys() and len(ours) == 4 * len(module.model.layers)
+        for key, parameter in ours.items():
+            torch.testing.assert_close(parameter, theirs[key], rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+        after = models[0].unload().state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+    refused_or(reason, run)
 
 
 @pytest.mark.parametrize("safe", [False, True])

@@ -262,6 +262,38 @@ def test_a_rewrite_leaves_the_original_alone_and_shares_what_it_kept() -> None:
     assert not replaced & set(dict(gm.named_parameters())), "replaced weights stayed in the module"
 
 
+def test_a_copy_trains_without_touching_the_original() -> None:
+    """Not through parameters, nor through statistics, casts and states; what was tied remains tied."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.norm = nn.Embedding(8, 16), nn.BatchNorm1d(16)
+            self.linear, self.head = nn.Linear(16, 16), nn.Linear(16, 8, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(self.linear(self.norm(self.embedding(ids))))
+            return out
+
+    ids, passes = torch.randint(8, (4,)), "nm-masks{keep_first=false}"
+    for first in (lambda model: model, lambda model: fxsparse.trace(model, (ids,))):
+        model = Tied()
+        given = first(model)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        gm = fxsparse.rewrite(given, passes, (ids,), copy=True)
+        assert gm.get_parameter("head.weight") is gm.get_parameter("embedding.weight")
+        assert len(record_of(gm).entries[0].rewritten) == 1
+        optimizer = torch.optim.SGD(gm.parameters(), lr=1.0)
+        gm.train()(ids).square().sum().backward()
+        optimizer.step()
+        gm.to(torch.float64)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+        shared = fxsparse.rewrite(given, passes, (ids,))
+        assert shared.get_parameter("embedding.weight") is model.embedding.weight
+
+
 def test_the_order_that_works_is_named() -> None:
     model, args = small()
     with pytest.raises(RewriteError, match="the order that works is nm-masks,double-prune"):

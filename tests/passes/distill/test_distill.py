@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -172,6 +173,22 @@ def test_encoder_and_decoder_are_both_distilled() -> None:
     assert gm.get_parameter("decoder.block.0.layer.0.SelfAttention.q.weight").grad.abs().sum() > 0
 
 
+def test_a_teacher_of_the_same_parameters_is_copied_with_a_warning_and_left_alone_beside_a_copy() -> None:
+    _, base = traced("opt")
+    passes = [DropLayers(indices=(1,)), DistillLayers(base)]
+    with pytest.warns(UserWarning, match=r"distill: the teacher shares \S+ and \d+ more .*copy=True"):
+        gm = fxsparse.rewrite(base, passes)
+    own = {id(parameter) for parameter in base.parameters()}
+    taught = [id(parameter) for parameter in gm.distillation.held.module.parameters()]
+    assert taught and not own.intersection(taught)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gm = fxsparse.rewrite(base, passes, copy=True)
+    assert own.issuperset(map(id, gm.distillation.held.module.parameters()))
+    assert not own.intersection(map(id, gm.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:distill. the teacher shares")
 def test_the_teacher_is_in_no_state_and_does_not_move() -> None:
     family, base = traced("opt")
     gm = fxsparse.rewrite(base, [DropLayers(indices=(1,)), DistillLayers(base, projection="shared")])
