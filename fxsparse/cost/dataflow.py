@@ -28,8 +28,9 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from fxsparse.cost import formulas
 from fxsparse.cost.formulas import Operand, Product
 from fxsparse.cost.sizes import Sizes, Symbolic
-from fxsparse.errors import OptionError
+from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import attribute, stack_path, traits
+from fxsparse.ops.flops import Formula
 
 # Higher-order operators that only run a submodule, with the position of the submodule among their arguments.
 _INLINED = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
@@ -56,10 +57,10 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A node with the formula that counts its FLOPs, or a measurement if ``measured``."""
+    """A node with the formula that counts its FLOPs; without one they are measured."""
 
     node: Node
-    measured: bool = False
+    formula: Formula | None
 
     def products(self, sizes: Sizes | Symbolic) -> Sequence[Product]:
         """The matrix products of the operator at these sizes."""
@@ -75,9 +76,8 @@ class Call:
             return operand
 
         args, kwargs = map_arg((self.node.args, self.node.kwargs), convert)
-        if not self.measured:
-            formula = formulas.formula_of(self.node.target)
-            return formula(operand_of(self.node, sizes), *args, **kwargs), operands  # type: ignore[misc]
+        if self.formula is not None:
+            return self.formula(operand_of(self.node, sizes), *args, **kwargs), operands
         if isinstance(sizes, Symbolic):
             raise OptionError(
                 "the FLOPs of this operator were measured and have no closed form", site=str(self.node.target)
@@ -167,7 +167,11 @@ class _Reader:
                 enabled = bool(node.args[0])
             elif node.op == "call_function":
                 self.call(gm, node, where, enabled)
-            elif node.op in {"call_module", "call_method"}:
+            elif node.op == "call_module":
+                formula = getattr(gm.get_submodule(str(node.target)), "flops", None)
+                counted = (None, None) if formula is None else self.with_products(node, Call(node, formula))
+                self.compute(node, *counted, where, enabled)
+            elif node.op == "call_method":
                 self.compute(node, None, None, where, enabled)
 
     def attribute(self, gm: GraphModule, name: str) -> int | None:
@@ -224,12 +228,15 @@ class _Reader:
             return None, None
         if kind not in {"product", None} or not isinstance(node.target, torch._ops.OpOverload):
             return kind, None
-        call = Call(node, measured=kind is None)
+        return self.with_products(node, Call(node, formulas.formula_of(node.target)))
+
+    def with_products(self, node: Node, call: Call) -> tuple[formulas.Kind | None, Call | None]:
+        """The kind of a call that is counted by its products; no kind where it cannot be."""
         try:
             products = call.products(self.sizes)
-        except OptionError:
+        except (OptionError, RewriteError):
             return None, None
-        return ("product", call) if kind or products[-1].flops else ("elementwise", None)
+        return ("product", call) if call.formula or products[-1].flops else ("elementwise", None)
 
     def compute(self, node: Node, kind: formulas.Kind | None, call: Call | None, where: str, enabled: bool) -> None:
         """Adds the values that a call computes."""

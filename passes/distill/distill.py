@@ -147,10 +147,9 @@ class DistillLayers(Pass):
         graph.add_submodule(PATH, module)
         streams = [[block.stream_out for block in stack.blocks] for stack in students] if self.weights[2] else []
         gates = [[_gates(graph, block) for block in stack.blocks] for stack in students]
+        more = (*self._more(students), _read_projections(graph, projections))
         with graph.graph.inserting_before(graph.graph.output_node()):
-            node = graph.graph.call_module(
-                PATH, (loss, logits, streams, gates, _tensor_inputs(graph), *self._more(students))
-            )
+            node = graph.graph.call_module(PATH, (loss, logits, streams, gates, _tensor_inputs(graph), *more))
         node.meta["val"] = fx.value(loss)
         graph.graph.output_node().replace_input_with(loss, node)
         yield from self._changes(students)
@@ -164,13 +163,11 @@ class DistillLayers(Pass):
     def _compares_layers(self) -> bool:
         return bool(self.weights[2] or self.attention or self.embedding)
 
-    def _more(self, students: list[Stack]) -> tuple[list[Any], ...]:
-        """The further arguments of the loss."""
+    def _more(self, students: list[Stack]) -> tuple[list[Any], list[Any]]:
+        """The arguments of the losses of attention matrices and of embeddings."""
         blocks = [stack.blocks for stack in students] if self.attention else []
         calls = [[[_operands(call) for call in _attentions(block)] for block in row] for row in blocks]
-        if self.embedding:
-            return calls, [stack.blocks[0].stream_in for stack in students]
-        return (calls,) if calls else ()
+        return calls, [stack.blocks[0].stream_in for stack in students] if self.embedding else []
 
     def _changes(self, students: list[Stack]) -> Iterable[Change]:
         for stack in students:
@@ -316,6 +313,7 @@ def end_distillation(gm: GraphModule) -> bool:
     if node is None:
         return False
     fx.replace(node, node.args[0])  # type: ignore[arg-type]
+    fx.eliminate_dead_code(gm)
     gm.delete_submodule(PATH)
     return True
 
@@ -338,6 +336,18 @@ def attach_teacher(gm: GraphModule, teacher: nn.Module) -> None:
     logits: Any = node.args[1]
     item._attach(gm, node, item._frozen(gm, teacher, students), students, logits)
     gm.recompile()
+
+
+def _read_projections(gm: GraphModule, projections: list[list[nn.Linear]]) -> list[list[tuple[Node, Node]]]:
+    """The nodes of weight and bias of every projection, read in the graph as all that can be trained."""
+
+    def read(stack: int, at: int, leaf: str) -> Node:
+        return fx.insert_attribute(gm, f"{PATH}.projections.{stack}.{at}.{leaf}", before=gm.graph.output_node())
+
+    return [
+        [(read(stack, at, "weight"), read(stack, at, "bias")) for at in range(len(linears))]
+        for stack, linears in enumerate(projections)
+    ]
 
 
 def _gates(gm: GraphModule, block: Block) -> list[list[Node]]:

@@ -41,9 +41,9 @@ from fxsparse.passes.nm.rules import ColumnMask
 from fxsparse.passes.nm.sparse_linear import (
     SparseLinear,
     dense_and_mask,
+    of_pass,
     replace_call,
     sparse_linears,
-    sparse_sites,
     store_column_mask,
 )
 from fxsparse.passes.pipeline import structure_only
@@ -151,8 +151,8 @@ class _Refresh(Event):
             self._search(0)
 
     def _weights(self) -> Iterator[tuple[SparseLinear | ModuleSite, Tensor, Tensor]]:
-        """The linears that are pruned twice, each with W^R and its mask."""
-        for linear in {linear.name: linear for linear in sparse_sites(self.gm)}.values():
+        """The linears that the pass prunes twice, each with W^R and its mask."""
+        for linear in of_pass(self.owner, self.gm):
             if linear["column_mask"] is not None:
                 yield linear, *dense_and_mask(self.gm, linear)
 

@@ -30,7 +30,7 @@ from fxsparse.modules.sites import STARTED, ModuleSite, module_sites
 from fxsparse.passes.base import Pass, parse_passes, sites_of_others
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.branch import Branch
-from fxsparse.passes.nm.sparse_linear import SparseLinear, replace_call, sparse_linears
+from fxsparse.passes.nm.sparse_linear import SparseLinear, name_in_graph, replace_call, sparse_linears
 
 _WITH_BRANCH: dict[Any, Any] = {
     torch.ops.fxsparse.nm_linear.default: torch.ops.fxsparse.nm_linear_low_rank.default,
@@ -213,7 +213,7 @@ def start_branches(gm: nn.Module, on: frozenset[str]) -> None:
         return
     if isinstance(gm, GraphModule):
         gm.recompile()
-    waits = {fx.module_path(_name_in_graph(linear)) for linear in waiting_branches(gm)}
+    waits = {fx.module_path(name_in_graph(linear)) for linear in waiting_branches(gm)}
     for entry in record_of(gm).entries:
         for item in parse_passes(entry.text):
             if isinstance(item, AddLowRankBranches) and not any(change.site in waits for change in entry.rewritten):
@@ -233,13 +233,9 @@ def waiting_branches(gm: nn.Module) -> Iterable[Linear | SparseLinear | ModuleSi
             yield linear
 
 
-def _name_in_graph(linear: Linear | SparseLinear | ModuleSite) -> str:
-    return linear.form.name if isinstance(linear, ModuleSite) else linear.name
-
-
 def insert_branches(gm: nn.Module, weights: Collection[str]) -> bool:
     """Makes the graph use the waiting branches of ``weights``, by their names in the graph; whether there were any."""
-    waiting = [linear for linear in waiting_branches(gm) if _name_in_graph(linear) in weights]
+    waiting = [linear for linear in waiting_branches(gm) if name_in_graph(linear) in weights]
     for linear in waiting:
         down, up = f"{linear.name}_down", f"{linear.name}_up"
         if isinstance(linear, ModuleSite):

@@ -31,7 +31,7 @@ from fxsparse.graph import Linear, live
 from fxsparse.graph.derived_buffers import BORROWED, Derived, derive
 from fxsparse.graph.record import Change, HeldWeight, hold, rewrote, skipped
 from fxsparse.ops.nm import Pattern, pack
-from fxsparse.passes.base import Pass, sites_of_others
+from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.branch import Additions
 from fxsparse.passes.nm.rules import CRITERIA, NMMask
@@ -251,12 +251,12 @@ class InsertNMMasks(Pass):
         if self.dynamic:
             sparse_steps = round(self.dense_after * total_steps)
             yield DynamicMasks(
+                self,
                 graph,
                 decay=self.decay,
                 every=self.every,
                 transposable=self.transposable,
                 dense_from=sparse_steps if sparse_steps < total_steps else None,
-                others=sites_of_others(self, graph),
             )
 
 

@@ -13,48 +13,46 @@ reached. The masks are the state, so a checkpoint of the model carries it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import nn
 
 from fxsparse import graph as fx
 from fxsparse.graph.sharded import cut_like, whole
 from fxsparse.modules.sites import ModuleSite
+from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.rules import NMMask
-from fxsparse.passes.nm.sparse_linear import SparseLinear, sparse_sites
+from fxsparse.passes.nm.sparse_linear import SparseLinear, of_pass
 
 
 class DynamicMasks(Event):
     """Moves the masks of the straight-through linears of a graph, or of its module form.
 
     Args:
+        owner: the pass, whose linears move.
         gm: the rewritten graph module or module.
         decay: the pull on pruned weights.
         every: optimizer steps between two masks.
         transposable: n of m along both dimensions.
         dense_from: the number of sparse steps; all later ones are dense. None if all are sparse.
-        others: module paths, as in the graph, of the linears that another pass moves.
     """
 
     def __init__(
         self,
+        owner: Pass,
         gm: nn.Module,
         *,
         decay: float,
         every: int,
         transposable: bool,
         dense_from: int | None = None,
-        others: Collection[str] = (),
     ):
-        self.gm, self.decay, self.every, self.transposable = gm, decay, every, transposable
-        self.dense_from, self.others = dense_from, others
+        self.owner, self.gm, self.decay, self.every, self.transposable = owner, gm, decay, every, transposable
+        self.dense_from = dense_from
         self.is_open = False
 
     def _weights(self) -> list[SparseLinear | ModuleSite]:
-        weights = {linear.name: linear for linear in sparse_sites(self.gm) if linear["straight_through"]}
-        return [linear for linear in weights.values() if fx.module_path(_in_graph(linear)) not in self.others]
+        return [linear for linear in of_pass(self.owner, self.gm) if linear["straight_through"]]
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
@@ -87,8 +85,3 @@ class DynamicMasks(Event):
             if linear["column_mask"] is not None:
                 fx.attribute(self.gm, f"{linear.name}_column_mask").fill_(True)
         self.is_open = True
-
-
-def _in_graph(linear: SparseLinear | ModuleSite) -> str:
-    """The name that a weight has, or had, in the graph."""
-    return linear.form.name if isinstance(linear, ModuleSite) else linear.name

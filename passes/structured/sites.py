@@ -21,7 +21,7 @@ from fxsparse.analysis.residual_streams import Stream, streams
 from fxsparse.analysis.structures import MLP, Attention, structures
 from fxsparse.analysis.units import activations, magnitudes, readers
 from fxsparse.errors import OptionError, RewriteError
-from fxsparse.graph import Linear
+from fxsparse.graph import Linear, live
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import Change
 from fxsparse.passes.base import Pass
@@ -191,8 +191,11 @@ def _counted(site: Site, units: str | None, layer: str | None, stream: Stream | 
     is_attention = isinstance(site, Attention)
     heads, groups = (site.heads, site.kv_heads) if is_attention else (site.channels, site.channels)  # type: ignore[union-attr]
     gate = hidden_gate(stream) if stream is not None else None
-    weights = tuple(dict.fromkeys(linear.name for linear in _linears(site)))
-    return Gated(site.path, units, layer, gate, heads, per_unit, per_group, groups, rest, weights)
+    projections = tuple(
+        live.Rows(rows.linear.name, int(rows.linear.transposed), rows.index, rows.kind) for rows in site.projections
+    )
+    holds = (heads, per_unit, per_group, groups, rest)
+    return Gated(site.path, units, layer, gate, *holds, projections, output.linear.name, output.index)
 
 
 class Scorer:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import fxsparse
+from fxsparse import graph as fx
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
-from fxsparse.graph.record import record_of
+from fxsparse.graph.record import Change, record_of, rewrote
 from fxsparse.graph.trainable import trained
 from fxsparse.graph.training_form import training_graph
 from fxsparse.passes import DistillLayers, Pass
@@ -258,6 +261,28 @@ def test_masks_of_two_passes_follow_their_own_options() -> None:
     assert torch.equal(masks[0], now[0]) and not torch.equal(masks[1], now[1])
 
 
+def test_two_double_prunings_follow_their_own_options() -> None:
+    masks, choice = "nm-masks{storage=masked,exclude=[GLOB]}", "double-prune{pattern=PATTERN,every=EVERY}"
+    texts = [
+        masks.replace("GLOB", '"*fc2"'),
+        choice.replace("PATTERN", "2:4").replace("EVERY", "3"),
+        masks.replace("[GLOB]", '"*fc1"'),
+        choice.replace("PATTERN", "1:4").replace("EVERY", "1"),
+    ]
+    gm = _rewritten("opt", texts)
+    schedule = fxsparse.Schedule(gm, torch.optim.SGD(gm.parameters(), lr=0.1), total_steps=4)
+    names = [f"model.decoder.layers.1.{leaf}.weight" for leaf in ("fc1", "fc2")]
+    before = [gm.get_buffer(f"{name}_column_mask").clone() for name in names]
+    with torch.no_grad():
+        for name in names:
+            gm.get_parameter(name).copy_(torch.randn_like(gm.get_parameter(name)))
+    schedule.step()
+    first, second = (gm.get_buffer(f"{name}_column_mask") for name in names)
+    assert torch.equal(first, before[0]) and not torch.equal(second, before[1])
+    for mask, kept in ((first, 2), (second, 1)):
+        assert int(mask.unflatten(0, (-1, 4)).sum(1).max()) == kept
+
+
 @pytest.mark.parametrize("choice", ['tensors=["*.0.*"]', "last_layers=1"])
 def test_waiting_branches_of_frozen_layers_stay_frozen(choice: str) -> None:
     gm = _rewritten("opt", ["nm-masks,low-rank{rank=2,start=0.5}", f"select-tensors{{{choice}}}"])
@@ -388,6 +413,33 @@ def test_heads_of_grouped_queries_are_taken_out_twice() -> None:
         _close_heads(gm, closed)
         small = fxsparse.rewrite(gm, "materialize")
         assert float((_logits(small, name) - _logits(gm, name)).abs().max()) < 1e-5
+
+
+@dataclass(frozen=True)
+class WatchChannels(Pass):
+    """A pass of somebody else's that keeps the mean of what the last linears of MLPs read."""
+
+    name: ClassVar[str] = "test-watch-channels"
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        for linear in [linear for linear in fx.linears(graph) if linear.path.endswith("fc2")]:
+            fx.set_buffer(graph, f"{linear.path}.seen", torch.zeros(()))
+
+            def watch(x: Tensor, seen: Tensor) -> Tensor:
+                return seen.copy_(x.detach().mean())
+
+            fx.insert_function(graph, watch, linear.input, f"{linear.path}.seen", before=linear.node)
+            yield rewrote(linear.path, "watched")
+
+
+@pytest.mark.parametrize("units", ["intermediate,heads", "ffn,attention"])
+def test_gates_are_taken_out_where_they_were_put(units: str) -> None:
+    """The sites are those that the gates were put on, also where the graph looks different by now."""
+    gm = _rewritten("opt", [f"gates{{units=[{units}],score=magnitude,target=0.4}}", WatchChannels()])
+    small = fxsparse.rewrite(gm, "materialize")
+    assert any(change.rewritten for change in record_of(small).entries[-1].changes)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in gm.parameters())
+    assert float((_logits(small, "opt") - _logits(gm, "opt")).abs().max()) < 1e-5
 
 
 def _close_heads(gm: GraphModule, closed: list[int]) -> None:

@@ -11,10 +11,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxsparse
+from fxsparse.cost.backprop import BackpropGraph
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.record import record_of
+from fxsparse.graph.trainable import fully_trained
 from fxsparse.passes import (
     DistillLayers,
     DropLayers,
@@ -450,3 +454,58 @@ def test_attention_is_not_compared_where_heads_are_left_out() -> None:
     gm.train()(**family.make_batch()).loss.backward()
     with pytest.raises(RewriteError, match=r"distill: does not go with an earlier pass.*also read by distillation"):
         fxsparse.rewrite(traced("opt")[1], ["select-neurons{omission=0.5}", item])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("bert", {"weights": (1.0, 0.5, 1.0), "projection": "shared"}),
+        ("opt", {"matching": "plain", "weights": (1, 1, 1), "projection": "per-layer", "attention": 1, "embedding": 1}),
+    ],
+)
+def test_a_step_costs_what_the_counter_counts(name: str, options: dict[str, Any]) -> None:
+    """The teacher, attention matrices and projections included, for any tensors that are trained, at other sizes."""
+    family, base = traced(name)
+    gm = fxsparse.rewrite(base, [DistillLayers(base, **options)]).train()
+    graph = BackpropGraph(gm)
+    assert not fxsparse.count_flops(gm).uncounted
+    batch = family.make_batch(batch=3, seq=12)
+    sizes = {key: tuple(value.shape) for key, value in batch.items()}
+    names = sorted(graph.trainable)
+    projections = [name for name in names if name.startswith("distillation.") and name.endswith("weight")]
+    assert projections
+    for trained in (names, projections, names[:1], [*names[::7], projections[-1]]):
+        for parameter_name, parameter in gm.named_parameters():
+            parameter.requires_grad_(parameter_name in trained)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            loss = gm(**batch).loss
+            forward = counter.get_total_flops()
+            loss.backward()
+        assert graph.forward(**sizes) == forward
+        assert graph.cost(trained, **sizes) == counter.get_total_flops() - forward
+        symbols = {
+            symbol: fxsparse.count_flops(gm, **sizes).sizes[str(symbol)] for symbol in graph.expression().free_symbols
+        }
+        assert graph.expression().xreplace(symbols) == forward
+
+
+def test_tensors_are_selected_beside_a_teacher() -> None:
+    """Projections are among them; what is not chosen is not trained."""
+    family, base = traced("opt")
+    item = DistillLayers(base, weights=(0.5, 0.2, 1.0), projection="per-layer")
+    gm = fxsparse.rewrite(base, [item, "select-tensors{rho=0.85,every=1}"]).train()
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
+    schedule = fxsparse.Schedule(gm, optimizer, total_steps=2)
+    batch = family.make_batch()
+    schedule.observe(batch)
+    chosen = set(record_of(gm).entries[-1].text.partition("chosen=[")[2].rstrip("]}").replace('"', "").split(","))
+    everything = {name for name, _ in gm.named_parameters()}
+    assert chosen and chosen < everything
+    before = {name: parameter.detach().clone() for name, parameter in gm.named_parameters()}
+    gm(**batch).loss.backward()
+    optimizer.step()
+    moved = {name for name, parameter in gm.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved <= chosen
+    full = BackpropGraph(fully_trained(gm))
+    budget = full.budget(0.85)
+    assert full.cost(chosen) <= budget < full.full()
