@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fxsparse.backend.compiled import kernels
     from fxsparse.backend.tune import tune
     from fxsparse.checkpoint import dense_state_dict, load, save
+    from fxsparse.conversion.aten import to_aten
     from fxsparse.conversion.convert import to_module
     from fxsparse.cost.backprop import BackpropGraph
     from fxsparse.cost.flops import count_flops
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from fxsparse.graph.record import Record, record_of
     from fxsparse.inspection import graphs
     from fxsparse.integrations.huggingface import from_pretrained, save_pretrained
+    from fxsparse.ops.define import decompositions
     from fxsparse.optimizers import forget_dropped
     from fxsparse.passes import Pass, Pipeline
     from fxsparse.passes.structured.hard_concrete import sparsity_loss
@@ -61,6 +63,7 @@ __all__ = [
     "__version__",
     "autoprumux",
     "count_flops",
+    "decompositions",
     "dense_state_dict",
     "explain",
     "forget_dropped",
@@ -77,6 +80,7 @@ __all__ = [
     "save_pretrained",
     "sparsity_loss",
     "tensor_importance",
+    "to_aten",
     "to_module",
     "trace",
     "tune",
@@ -90,6 +94,7 @@ _DEFINED_IN = {
     "Record": "fxsparse.graph.record",
     "Schedule": "fxsparse.schedule",
     "count_flops": "fxsparse.cost.flops",
+    "decompositions": "fxsparse.ops.define",
     "dense_state_dict": "fxsparse.checkpoint",
     "explain": "fxsparse.reporting",
     "forget_dropped": "fxsparse.optimizers",
@@ -106,6 +111,7 @@ _DEFINED_IN = {
     "save_pretrained": "fxsparse.integrations.huggingface",
     "sparsity_loss": "fxsparse.passes.structured.hard_concrete",
     "tensor_importance": "fxsparse.cost.importance",
+    "to_aten": "fxsparse.conversion.aten",
     "to_module": "fxsparse.conversion.convert",
     "trace": "fxsparse.tracing.trace",
     "tune": "fxsparse.backend.tune",

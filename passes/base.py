@@ -35,6 +35,7 @@ class Pass(PassBase):
         must_follow: names of passes; one of them must have run before.
         cannot_follow: names of passes after which this one cannot run.
         ends: names of passes whose part in the model is over after this one, so that they may run again.
+        training_only: whether training computes something else in every step, which an exported program cannot.
         no_module: why no module of the model's class can hold this pass's part, and what to do; empty if one can.
     """
 
@@ -42,6 +43,7 @@ class Pass(PassBase):
     must_follow: ClassVar[tuple[str, ...]] = ()
     cannot_follow: ClassVar[tuple[str, ...]] = ()
     ends: ClassVar[tuple[str, ...]] = ()
+    training_only: ClassVar[bool] = False
     no_module: ClassVar[str] = ""
 
     @abstractmethod

@@ -20,10 +20,11 @@ from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.history import keep
 from fxsparse.graph.record import Costs, Entry, append, record_of
-from fxsparse.graph.training_form import follow_edit
-from fxsparse.passes.base import Pass, outcome, parse_passes
+from fxsparse.graph.training_form import TRAINING_ONLY, follow_edit
+from fxsparse.passes.base import Pass, outcome, parse_passes, pass_classes
 from fxsparse.passes.failure import failure
-from fxsparse.passes.order import after, misplaced, working_order
+from fxsparse.passes.order import acting, after, misplaced, working_order
+from fxsparse.tracing.casting import note_rewrite
 
 STRUCTURE_ONLY = "fxsparse_structure_only"
 
@@ -112,7 +113,9 @@ class Pipeline:
                     previous = after
         finally:
             copy.meta.pop(STRUCTURE_ONLY, None)
+        copy.meta[TRAINING_ONLY] = _training_only(copy)
         copy.recompile()
+        note_rewrite(copy, gm, _again)
         return copy
 
     def _check_order(self, gm: GraphModule) -> None:
@@ -126,6 +129,18 @@ class Pipeline:
                 advice = f"the order that works is {','.join(order)}" if order else "leave one of them out"
                 raise RewriteError(f"{problem}; {advice}", pass_name=item.name)
             done = after(done, item.name)
+
+
+def _again(gm: GraphModule, passes: str) -> GraphModule:
+    return Pipeline.parse(passes)(gm, structure_only=True)
+
+
+def _training_only(gm: GraphModule) -> tuple[str, ...]:
+    """The names of the passes that compute something else in training, while they have a part in the graph."""
+    names = [entry.text.partition("{")[0] for entry in record_of(gm).entries]
+    classes = pass_classes()
+    acting_names = dict.fromkeys(names[position] for position in acting(names))
+    return tuple(name for name in acting_names if name in classes and classes[name].training_only)
 
 
 def _snapshot(gm: GraphModule) -> GraphModule:

@@ -29,6 +29,10 @@ from fxsparse.graph.partial import can_go, graph_without, input_names
 from fxsparse.graph.recompute import recomputing
 
 FORM_KEY = "fxsparse_training_form"
+CONDITIONS_KEY = "fxsparse_size_conditions"
+"""In ``gm.meta``: conditions on the sizes of inputs under which the graph is the model."""
+TRAINING_ONLY = "fxsparse_training_only"
+"""In ``gm.meta``: the names of the passes that compute something else in training than in evaluation."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ def _lasting_forward() -> Callable[..., Any]:
                 "torch.fx.symbolic_trace would make training mode a constant and lose the record of the passes; this "
                 "is a graph module already: read gm.graph, copy.deepcopy(gm) to edit it, or call torch.export.export"
             )
+        if torch.compiler.is_exporting():
+            check_exported(self)
         form = self.meta.get(FORM_KEY)
         # Without a form or regions the mode is not read: a compiled graph must not depend on it.
         in_form = form is not None and self.training
@@ -116,6 +122,19 @@ def _lasting_forward() -> Callable[..., Any]:
         return run(self, *args, **kwargs)
 
     return forward
+
+
+def check_exported(gm: GraphModule) -> None:
+    """RewriteError where an export of ``gm`` would keep what belongs to its training."""
+    if gm.training and gm.meta.get(TRAINING_ONLY):
+        raise RewriteError(
+            f"in training, {', '.join(gm.meta[TRAINING_ONLY])} computes something else in every step, which an "
+            "exported program cannot; call eval() first, which exports what the model evaluates"
+        )
+    if gm.meta.get(CONDITIONS_KEY) and torch.compiler.is_dynamo_compiling():
+        raise RewriteError(
+            "the graph holds for some sizes only, which strict=True cannot keep; export with strict=False"
+        )
 
 
 def absent_inputs(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:

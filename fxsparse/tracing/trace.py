@@ -7,6 +7,7 @@ is written in place but what outlives the call, and attention that is causal say
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,8 +30,9 @@ from fxsparse.graph.graph_state import follow, infer, state_buffers, with_vector
 from fxsparse.graph.recompute import mark, plan
 from fxsparse.graph.record import TRACE_KEY
 from fxsparse.graph.sharded import unsharded_class
-from fxsparse.graph.training_form import keep_forward, renew_form
+from fxsparse.graph.training_form import CONDITIONS_KEY, keep_forward, renew_form
 from fxsparse.modules.sites import STARTED
+from fxsparse.tracing.casting import CONSTANTS, cast_of, note_origin
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
 from fxsparse.tracing.export import (
     CHECKPOINTED,
@@ -47,10 +49,10 @@ from fxsparse.tracing.export import (
     quote_node,
     without_cache,
 )
+from fxsparse.tracing.exported import follow_interpreter
 from fxsparse.tracing.functional import functionalise
 from fxsparse.tracing.input_sizes import (
     ANY_LENGTH_KEY,
-    CONDITIONS_KEY,
     DEFAULTS_KEY,
     SizeCondition,
     check_batch_is_free,
@@ -83,16 +85,25 @@ class Trace:
 class TracedModule(GraphModule):
     """A graph module that refuses inputs it was not captured for; a smaller size could broadcast in silence."""
 
-    @torch._dynamo.disable(recursive=False)  # the check is Python's; what it calls is compiled
+    @torch._dynamo.decorators.skip  # the check is Python's; what it calls is compiled, and runs when it is exported
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = check_inputs(self, args, kwargs)
         follow(self)  # here and not in forward, which Dynamo and export trace whole
         return super().__call__(*args, **kwargs)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What ``to``, ``half``, ``cuda`` and their like run on every tensor."""
+        cast = cast_of(self, fn) if recurse else None
+        super()._apply(fn if cast is None else cast.convert, recurse)
+        if cast is not None:
+            cast.finish(self)
+        return self
+
     def recompile(self) -> Any:
         with unsharded_class(self):
             code = super().recompile()
             keep_forward(self)
+            follow_interpreter(self)
         renew_form(self)
         return code
 
@@ -229,7 +240,12 @@ def trace(
     gm.meta[DEFAULTS_KEY] = {item.name: item.default for item in parameters if item.default is not item.empty}
     gm.meta[TRACE_KEY] = Trace(tuple((node.name, _example_sizes(node)) for node in tensor_inputs(gm)), tuple(notes))
     carry_on(model, gm, tuple(notes))
+    note_origin(gm, model, given, functools.partial(_again, dynamic_batch, dynamic_sequence))
     return gm
+
+
+def _again(dynamic_batch: bool, dynamic_sequence: bool | None, model: nn.Module, example: Inputs) -> GraphModule:
+    return trace(model, *example, dynamic_batch=dynamic_batch, dynamic_sequence=dynamic_sequence)
 
 
 def _with_free_sizes(
@@ -378,6 +394,7 @@ def _assemble(model: nn.Module, program: ExportedProgram) -> GraphModule:
     for name, tensor in (*gm.named_parameters(), *gm.named_buffers()):
         first[id(tensor)] = name
     reads: dict[str, Node] = {}
+    constants: list[str] = []
     for node in exported.graph.find_nodes(op="get_attr"):
         item = fx.attribute(exported, str(node.target))
         name = first.get(id(item), str(node.target))  # a tied tensor is read under its first name
@@ -388,8 +405,10 @@ def _assemble(model: nn.Module, program: ExportedProgram) -> GraphModule:
         if name != node.target:
             node.target = name
             node._rename(name.replace(".", "_"))
-        _adopt(gm, name, item)
+        if _adopt(gm, name, item):
+            constants.append(name)
     gm.graph = exported.graph
+    gm.meta[CONSTANTS] = tuple(constants)
     return gm
 
 
@@ -461,8 +480,12 @@ def _mirror(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     return done[id(module)]
 
 
-def _adopt(gm: GraphModule, name: str, item: Any) -> None:
-    """Gives ``gm`` a constant or a region that capture made, unless the model's own tree has it."""
+def _adopt(gm: GraphModule, name: str, item: Any) -> bool:
+    """Gives ``gm`` a constant or a region that capture made, unless the model's own tree has it.
+
+    Returns:
+        whether it is a constant.
+    """
     try:
         fx.attribute(gm, name)
     except AttributeError:
@@ -470,5 +493,6 @@ def _adopt(gm: GraphModule, name: str, item: Any) -> None:
         owner = gm.get_submodule(path)
         if isinstance(item, Tensor):
             owner.register_buffer(leaf, item, persistent=False)
-        else:
-            setattr(owner, leaf, item)
+            return True
+        setattr(owner, leaf, item)
+    return False

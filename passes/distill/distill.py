@@ -76,6 +76,7 @@ class DistillLayers(Pass):
 
     name: ClassVar[str] = "distill"
     cannot_follow: ClassVar[tuple[str, ...]] = ("distill", "select-tensors")
+    training_only: ClassVar[bool] = True
     no_module: ClassVar[str] = "its loss reads a teacher and hidden states; run end-distill first"
     teacher: nn.Module | None = field(default=None, compare=False, repr=False)
     matching: str = "dynamic"

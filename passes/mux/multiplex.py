@@ -72,6 +72,7 @@ class Multiplex(Pass):
 
     name: ClassVar[str] = "multiplex"
     cannot_follow: ClassVar[tuple[str, ...]] = ("multiplex", "select-tensors")
+    training_only: ClassVar[bool] = True
     no_module: ClassVar[str] = (
         "several inputs share one run through the layers, which no module of the model's class "
         "does; keep the graph form: fxsparse.save and fxsparse.load, torch.compile, torch.export"

@@ -91,6 +91,7 @@ class SelectNeurons(Pass):
 
     name: ClassVar[str] = "select-neurons"
     cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
+    training_only: ClassVar[bool] = True
     no_module: ClassVar[str] = (
         "training computes a part of the units only, chosen as it goes; train the graph form. It "
         "evaluates the whole model: load fxsparse.dense_state_dict(gm) into the original for a module"

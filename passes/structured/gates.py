@@ -64,6 +64,7 @@ class GateStructures(Gating):
 
     name: ClassVar[str] = "gates"
     cannot_follow: ClassVar[tuple[str, ...]] = CLASHES
+    training_only: ClassVar[bool] = True
     no_module: ClassVar[str] = "gates are values in the graph and not yet smaller weights; run materialize first"
     units: tuple[str, ...] = UNITS[:4]
     target: float = 0.6
