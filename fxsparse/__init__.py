@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from fxsparse.cost.flops import count_flops
     from fxsparse.cost.importance import tensor_importance
     from fxsparse.graph.record import Record, record_of
+    from fxsparse.history import plot_history
     from fxsparse.inspection import graphs
     from fxsparse.integrations.huggingface import from_pretrained, save_pretrained
     from fxsparse.ops.define import decompositions
     from fxsparse.optimizers import forget_dropped
+    from fxsparse.page.write import report
     from fxsparse.passes import Pass, Pipeline
     from fxsparse.passes.structured.hard_concrete import sparsity_loss
     from fxsparse.recipes import recipe
@@ -72,9 +74,11 @@ __all__ = [
     "invalidate",
     "kernels",
     "load",
+    "plot_history",
     "recipe",
     "record_of",
     "replay",
+    "report",
     "rewrite",
     "save",
     "save_pretrained",
@@ -103,9 +107,11 @@ _DEFINED_IN = {
     "invalidate": "fxsparse.backend.backend",
     "kernels": "fxsparse.backend.compiled",
     "load": "fxsparse.checkpoint",
+    "plot_history": "fxsparse.history",
     "recipe": "fxsparse.recipes",
     "record_of": "fxsparse.graph.record",
     "replay": "fxsparse.rewriting",
+    "report": "fxsparse.page.write",
     "rewrite": "fxsparse.rewriting",
     "save": "fxsparse.checkpoint",
     "save_pretrained": "fxsparse.integrations.huggingface",

@@ -17,6 +17,7 @@ from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError, OptionError
 from fxsparse.graph.record import Entry, record_of
 from fxsparse.graph.sharded import reshard
+from fxsparse.history import History
 from fxsparse.optimizers import works_on_matrices
 from fxsparse.passes.base import parse_passes
 from fxsparse.passes.event import Event
@@ -46,6 +47,10 @@ class Schedule:
         signals: options that vary during training. Each is named by pass and option, and is a function of the
             optimizer step, counted from 1: ``{"select-tensors.rho": lambda step: 0.4 if is_noon() else 0.7}``.
 
+    Attributes:
+        history: the numbers of :meth:`values` at up to some hundred steps, for `fxsparse.plot_history` and
+            `fxsparse.report`; it is saved and resumed with the schedule.
+
     Raises:
         OptionError: ``total_steps`` is not positive, the optimizer trains none of the graph's parameters, or no pass
             of the graph reads the option of a signal.
@@ -74,6 +79,7 @@ class Schedule:
         _warn_of_matrices(rewritten, optimizer)
         self.total_steps = total_steps
         self.steps_done = 0
+        self.history = History(total_steps)
         self.events: dict[str, Event] = {}
         signals = dict(signals or {})
         read: set[str] = set()
@@ -155,12 +161,21 @@ class Schedule:
             groups.append({**saved, "params": params})
         return {**state, "param_groups": [*groups, *state["param_groups"][len(groups) :]]}
 
-    def step(self) -> None:
-        """Makes the changes that are due; call it after each optimizer step."""
+    def step(self, loss: torch.Tensor | float | None = None) -> None:
+        """Makes the changes that are due; call it after each optimizer step.
+
+        Args:
+            loss: of the step, for the history; it is read only at the steps that the history keeps.
+        """
         self.steps_done += 1
         reshard(self._gm)
         for event in self.events.values():
             event.after_step(self.steps_done)
+            chosen = event.trained_tensors()
+            if chosen is not None:
+                self.history.chose(self.steps_done, chosen)
+        if self.history.due(self.steps_done):
+            self.history.add(self.steps_done, self.values(), loss)
 
     def values(self) -> dict[str, float]:
         """Numbers for a log, named by pass: sparsity, omission, rho, whether branches have started."""
@@ -181,6 +196,7 @@ class Schedule:
         return {
             "steps_done": self.steps_done,
             "total_steps": self.total_steps,
+            "history": self.history.to_json(),
             "events": {key: state for key, state in states.items() if state},
         }
 
@@ -198,6 +214,8 @@ class Schedule:
                 "load it beside the model it was saved with"
             )
         self.steps_done = state["steps_done"]
+        if "history" in state:  # earlier versions kept none
+            self.history.load_json(state["history"])
         for key, part in saved.items():
             self.events[key].load_state_dict(part)
         for event in self.events.values():

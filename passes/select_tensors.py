@@ -307,6 +307,9 @@ class _Reselect(Event):
         rho = {} if self.owner.rho is None else {"rho": float(self._rho(max(1, self.chosen_at)))}
         return {**rho, "trained_tensors": float(len(trained(self.gm)))}
 
+    def trained_tensors(self) -> Collection[str]:
+        return self.trained
+
     def state_dict(self) -> dict[str, Any]:
         return {"chosen_at": self.chosen_at, "chosen": sorted(trained(self.gm))}
 

@@ -13,8 +13,10 @@ reached. The masks are the state, so a checkpoint of the model carries it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxsparse import graph as fx
 from fxsparse.graph.sharded import cut_like, whole
@@ -50,6 +52,7 @@ class DynamicMasks(Event):
         self.owner, self.gm, self.decay, self.every, self.transposable = owner, gm, decay, every, transposable
         self.dense_from = dense_from
         self.is_open = False
+        self.overlap: Tensor | float | None = None  # share of the kept weights that the masks before kept too
 
     def _weights(self) -> list[SparseLinear | ModuleSite]:
         return [linear for linear in of_pass(self.owner, self.gm) if linear["straight_through"]]
@@ -74,9 +77,15 @@ class DynamicMasks(Event):
         self.is_open = False  # after an earlier step was loaded
         if step % self.every:
             return
+        again: list[Tensor] = []
+        kept: list[Tensor] = []
         for linear in self._weights():
             rule = NMMask(linear.held.pattern, transposable=self.transposable, transposed=linear.held.transposed)
-            fx.attribute(self.gm, f"{linear.name}_mask").copy_(rule(whole(fx.attribute(self.gm, linear.name))))
+            mask, chosen = fx.attribute(self.gm, f"{linear.name}_mask"), rule(whole(fx.attribute(self.gm, linear.name)))
+            again.append((mask & chosen).sum())
+            kept.append(chosen.sum())
+            mask.copy_(chosen)
+        self.overlap = _total(again) / _total(kept) if kept else None
 
     def _open(self) -> None:
         """Lets every weight take part, in both passes."""
@@ -85,3 +94,21 @@ class DynamicMasks(Event):
             if linear["column_mask"] is not None:
                 fx.attribute(self.gm, f"{linear.name}_column_mask").fill_(True)
         self.is_open = True
+
+    def values(self) -> dict[str, float]:
+        return {} if self.overlap is None else {"mask_overlap": float(self.overlap)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"overlap": None if self.overlap is None else float(self.overlap)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.overlap = state["overlap"]
+
+
+def _total(counts: list[Tensor]) -> Tensor:
+    return torch.stack([count.to(counts[0].device) for count in counts]).sum()
+
+
+def _in_graph(linear: SparseLinear | ModuleSite) -> str:
+    """The name that a weight has, or had, in the graph."""
+    return linear.form.name if isinstance(linear, ModuleSite) else linear.name
