@@ -98,7 +98,7 @@ def run(arguments: Sequence[str]) -> int:
         text = str(error)
         if bug and not isinstance(error, InternalError):
             text = f"{type(error).__name__}: {error}. {how_to_report()}"
-        _complain(text, type(error).__name__, as_json, hint="" if debug else "--debug shows the traceback")
+        _complain(text, type(error).__name__, as_json, hint="--debug shows the traceback" if bug and not debug else "")
         return BUG if bug else REFUSED
 
 

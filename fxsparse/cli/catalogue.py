@@ -84,7 +84,7 @@ def _documented(cls: type[Pass]) -> dict[str, str]:
     found = {}
     for match in _ATTRIBUTE.finditer(text):
         for name in match["names"].split(", "):
-            found[name] = " ".join(match["text"].split())
+            found[name] = " ".join(match["text"].replace("``", "").split())
     return found
 
 
