@@ -6,6 +6,7 @@ points between them at equal distances. Which tensors are trained is kept whenev
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -88,14 +89,12 @@ def plot_history(subject: Any, path: str | os.PathLike[str] | None = None) -> An
     Raises:
         OptionError: no step was kept yet.
     """
-    from matplotlib.figure import Figure
-
     history = getattr(subject, "history", subject)
     if not isinstance(history, History) or not history.points:
         raise OptionError("there is no history to plot: give a Schedule whose step() was called, or its history")
     series = history.series()
     count = len(series) + bool(history.trained)
-    figure = Figure(figsize=(7, 1 + 1.5 * max(1, count)), layout="constrained")
+    figure = _figure(7, 1 + 1.5 * max(1, count))
     axes = figure.subplots(max(1, count), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (name, points) in zip(axes, series.items(), strict=False):
         axis.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else "")
@@ -108,6 +107,19 @@ def plot_history(subject: Any, path: str | os.PathLike[str] | None = None) -> An
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     return figure
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure that notebooks show, without pyplot and what it does to a process."""
+    from matplotlib.figure import Figure
+
+    class Shown(Figure):  # type: ignore[misc]
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png", dpi=100)
+            return file.getvalue()
+
+    return Shown(figsize=(width, height), layout="constrained")
 
 
 def _plot_trained(axis: Any, history: History) -> None:

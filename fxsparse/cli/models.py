@@ -150,7 +150,10 @@ def _called(module: str, function: str) -> Loaded:
     make = getattr(found, function, None)
     if not callable(make):
         raise CheckpointError(f"{module} has no function {function}")
-    result = make()
+    try:
+        result = make()
+    except Exception as error:
+        raise CheckpointError(f"{name} failed: {type(error).__name__}: {error}") from error
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module):
         raise OptionError(
             f"{name} must return a model and an example of its inputs, a mapping, a tuple or a tensor; it returned "
