@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from fxsparse.backend.backend import invalidate
     from fxsparse.backend.compiled import kernels
     from fxsparse.backend.tune import tune
-    from fxsparse.checkpoint import dense_state_dict, load, save
+    from fxsparse.checkpoint import load, save
     from fxsparse.conversion.aten import to_aten
     from fxsparse.conversion.convert import to_module
     from fxsparse.cost.backprop import BackpropGraph
     from fxsparse.cost.flops import count_flops
     from fxsparse.cost.importance import tensor_importance
+    from fxsparse.dense_state import dense_state_dict
     from fxsparse.graph.record import Record, record_of
     from fxsparse.history import plot_history
     from fxsparse.inspection import graphs
@@ -99,7 +100,7 @@ _DEFINED_IN = {
     "Schedule": "fxsparse.schedule",
     "count_flops": "fxsparse.cost.flops",
     "decompositions": "fxsparse.ops.define",
-    "dense_state_dict": "fxsparse.checkpoint",
+    "dense_state_dict": "fxsparse.dense_state",
     "explain": "fxsparse.reporting",
     "forget_dropped": "fxsparse.optimizers",
     "from_pretrained": "fxsparse.integrations.huggingface",

@@ -9,14 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    "errors version text document optimizers",
-    "graph ops",
+    "errors version text document optimizers files",
+    "typed",
+    "graph ops stored",
     "modules",
     "analysis cost tracing codegen",
     "passes lowering",
     "recipes",
     "backend",
-    "rewriting schedule checkpoint reporting conversion history inspection page autoprumux integrations",
+    "rewriting schedule checkpoint dense_state reporting conversion history inspection page autoprumux integrations",
     "cli",
     "__main__",
 )

@@ -76,10 +76,12 @@ class Trace:
     Attributes:
         inputs: name and example sizes of every tensor input.
         notes: what a reader of the graph should know, such as "captured in evaluation mode because ...".
+        state: the names in its ``state_dict`` then.
     """
 
     inputs: tuple[tuple[str, tuple[int, ...]], ...]
     notes: tuple[str, ...] = ()
+    state: frozenset[str] = frozenset()
 
 
 class TracedModule(GraphModule):
@@ -238,7 +240,8 @@ def trace(
     gm.meta[ANY_LENGTH_KEY] = bool(dynamic_sequence)
     parameters = inspect.signature(model.forward).parameters.values()
     gm.meta[DEFAULTS_KEY] = {item.name: item.default for item in parameters if item.default is not item.empty}
-    gm.meta[TRACE_KEY] = Trace(tuple((node.name, _example_sizes(node)) for node in tensor_inputs(gm)), tuple(notes))
+    inputs = tuple((node.name, _example_sizes(node)) for node in tensor_inputs(gm))
+    gm.meta[TRACE_KEY] = Trace(inputs, tuple(notes), frozenset(gm.state_dict(keep_vars=True)))
     carry_on(model, gm, tuple(notes))
     note_origin(gm, model, given, functools.partial(_again, dynamic_batch, dynamic_sequence))
     return gm
