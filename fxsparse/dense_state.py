@@ -96,7 +96,8 @@ def _refuse_gates(gm: nn.Module) -> None:
 
 def _originals(gm: nn.Module, state: Mapping[str, Tensor], held: Mapping[str, HeldWeight]) -> Iterator[str]:
     """The names of the state that are the original's; CheckpointError at a parameter that a pass made of it."""
-    parts = {f"{name}_{part}" for name in held for part in PARTS} | state_buffers(gm)
+    names = [name for weight in held.values() for name in weight.names]
+    parts = {f"{name}_{part}" for name in names for part in PARTS} | state_buffers(gm)
     parts |= {name for name in state if _is_branch(name, state)}
     traced = getattr(fx.meta_of(gm).get(TRACE_KEY), "state", None)
     parameters = {name for name, _ in gm.named_parameters(remove_duplicate=False)}

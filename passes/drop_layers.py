@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.analysis.blocks import Block, Stack, mark_alone, stacks
+from fxsparse.analysis.blocks import Block, Stack, mark_alone, only_members, stacks
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import Change, rewrote, skipped
@@ -104,6 +104,9 @@ class DropLayers(Pass):
             )
         every = stacks(graph)
         if not every:
+            alone = only_members(graph)
+            if alone:
+                raise RewriteError("is the only layer, and one must stay", pass_name=self.name, site=alone[0])
             raise RewriteError(
                 "the model has no stack of layers: no list of modules whose members pass hidden states of one shape on",
                 pass_name=self.name,

@@ -147,23 +147,24 @@ def test_files_that_do_not_fit_say_why(tmp_path: Path) -> None:
 
     with safe_open(path, "pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    record = {"fxsparse": metadata["fxsparse"]}
     damaged = tmp_path / "damaged.safetensors"
     key = "model.decoder.layers.1.fc1.weight_values"
 
-    save_file({name: tensor for name, tensor in tensors.items() if name != key}, damaged, metadata)
+    stored.write(damaged, {name: tensor for name, tensor in tensors.items() if name != key}, record)
     with pytest.raises(CheckpointError, match=f"lacks {key}"):
         load(damaged)
-    save_file({**tensors, "extra": torch.zeros(1)}, damaged, metadata)
+    stored.write(damaged, {**tensors, "extra": torch.zeros(1)}, record)
     with pytest.raises(CheckpointError, match="has unknown extra"):
         load(damaged)
-    save_file({**tensors, key: torch.zeros(3)}, damaged, metadata)
+    stored.write(damaged, {**tensors, key: torch.zeros(3)}, record)
     with pytest.raises(CheckpointError, match=f"has other shapes for {key}"):
         load(damaged)
     save_file(tensors, damaged)
     with pytest.raises(CheckpointError, match="holds no record"):
         load(damaged)
     indices = "model.decoder.layers.1.fc1.weight_indices"
-    save_file({**tensors, indices: torch.zeros_like(tensors[indices])}, damaged, metadata)
+    stored.write(damaged, {**tensors, indices: torch.zeros_like(tensors[indices])}, record)
     with pytest.raises(CheckpointError, match=r"fc1\.weight"):
         load(damaged)
     damaged.write_bytes(b"not a file")

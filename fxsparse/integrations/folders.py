@@ -7,6 +7,7 @@ model.fxsparse.safetensors         weights of other shapes or in another form; b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -188,28 +189,29 @@ def _names(variant: str | None) -> tuple[str, str]:
     return f"model{part}.safetensors", f"model.safetensors.index{part}.json"
 
 
-def _files_of(folder: Path, variant: str | None) -> Iterator[str]:
-    """The names of the files that hold the weights of a variant, the index first."""
+def _files_of(folder: Path, variant: str | None) -> list[str]:
+    """The names of the files that transformers reads of a variant."""
     single, index = _names(variant)
     if (folder / single).is_file():
-        yield single
-    elif (folder / index).is_file():
-        yield index
-        shards = _json(folder / index).get("weight_map")
-        if not isinstance(shards, dict) or not all(map(_is_name, shards.values())):
-            raise CheckpointError(f"{folder / index} is damaged: weight_map must say the file of each tensor")
-        yield from sorted(set(shards.values()))
+        return [single]
+    return [index, *_shards(folder / index)] if (folder / index).is_file() else []
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; CheckpointError if it is damaged."""
+    named = _json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(map(_is_name, named.values())):
+        raise CheckpointError(f"{index} is damaged: weight_map must say the file of each tensor")
+    return sorted(set(named.values()))
 
 
 def _weight_files(folder: Path) -> Iterator[str]:
     """The files of all weights that earlier saves wrote into a folder, by their names and their indices."""
-    for variant in (None, VARIANT):
-        for name in _names(variant):
-            try:
-                shards = list(_files_of(folder, variant)) if name.endswith("json") else []
-            except CheckpointError:
-                shards = []  # a damaged index names nothing
-            yield from (part for part in (name, *shards) if (folder / part).is_file())
+    for single, index in (_names(None), _names(VARIANT)):
+        yield from (single, index)
+        if (folder / index).is_file():
+            with contextlib.suppress(CheckpointError):  # a damaged index names nothing
+                yield from _shards(folder / index)
 
 
 def _is_name(name: Any) -> bool:

@@ -55,7 +55,7 @@ class AddLowRankBranches(Pass):
     """
 
     name: ClassVar[str] = "low-rank"
-    cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors",)
+    cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors", "gates", "drop-dims")
     rank: int | None = None
     ratio: float | None = None
     start: float = 0.99

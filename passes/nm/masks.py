@@ -79,7 +79,7 @@ class InsertNMMasks(Pass):
     """
 
     name: ClassVar[str] = "nm-masks"
-    cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors",)
+    cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors", "gates", "drop-dims")
     pattern: Any = "2:4"
     criterion: str = "magnitude"
     storage: str = "compressed"

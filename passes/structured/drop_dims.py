@@ -124,6 +124,7 @@ class DropDimensions(Gating):
             item for _, item in gate_sites(graph, sites, self.units, register, straight=self.score == "platon")
         ]
         live.enter(graph, *items, *(() if scores else (group for group, _ in groups)))
+        self._check_removable(graph, self.multiple)
         for group, _ in groups:
             left = self.left(group, self.fraction)
             if scores:

@@ -110,6 +110,7 @@ class GateStructures(Gating):
             reasons = "".join(f"; {change.site}: {change.detail}" for change in sites.skipped[:4])
             raise RewriteError(f"found nothing of {', '.join(self.units)} to gate{reasons}", pass_name=self.name)
         live.enter(graph, *sublayers)
+        self._check_removable(graph)
         self._check_reachable(graph)
         yield from sites.skipped
         if self.score is None:

@@ -64,6 +64,12 @@ class Gating(Pass):
             )
         return find_sites(gm, self.units, self.layers, self.name)
 
+    def _check_removable(self, gm: GraphModule, multiple: int = 1) -> None:
+        """A RewriteError where ``materialize`` could not take out what these gates close."""
+        from fxsparse.passes.structured.trial import check_removable  # it runs materialize, which knows these passes
+
+        check_removable(gm, self.name, multiple)
+
 
 @dataclass(frozen=True)
 class Sites:

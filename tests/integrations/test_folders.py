@@ -114,10 +114,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "no class": (lambda s: s.update(architectures=[{}]), "is no model class of transformers"),
     "layers": (lambda s: s.update(num_hidden_layers=10**7), "num_hidden_layers = 10000000 is more than"),
     "a rank": (_nested, "transformers cannot build OPTForCausalLM"),
-    "sizes": (
-        lambda s: s["fxsparse"].update(sizes={"lm_head.weight": "x"}),
-        r"sizes\\['lm_head.weight'\\] must be a list",
-    ),
+    "sizes": (lambda s: s["fxsparse"].update(sizes={"x": "y"}), r"sizes\['x'\] must be a list"),
     "passes": (lambda s: s["fxsparse"]["record"].update(entries=3), r"record\.entries must be a list"),
     "newer": (lambda s: s["fxsparse"].update(format=7), "is of format 7"),
 }

@@ -25,7 +25,6 @@ from fxsparse.passes import DistillLayers, Pass
 from fxsparse.passes.base import pass_classes
 from fxsparse.passes.neurons.gather_units import Site
 from fxsparse.passes.order import misplaced, working_order, works
-from fxsparse.passes.structured.drop_dims import Dimensions
 from fxsparse.passes.structured.hard_concrete import Gated, close, gate_names, mask_name
 from tests.support import families
 from tests.support.orders import batch_of, family, shape_of, traced
@@ -71,20 +70,6 @@ def _logits(gm: GraphModule, name: str) -> Tensor:
 # --- sites stay true while the graph changes --------------------------------------------------------------------------
 
 DIMS = "drop-dims{units=[hidden,intermediate,heads],begin=0.0,end=1.0,every=2}"
-
-
-@pytest.mark.parametrize("name", MAKE)
-def test_dimensions_are_chosen_on_weights_that_were_compressed_afterwards(name: str) -> None:
-    """The compressed model scores the values that stayed; pruned weights add nothing to the score of the masked one."""
-    compressed = _rewritten(name, [DIMS, "nm-masks"])
-    masked = _rewritten(name, [DIMS, "nm-masks{storage=masked}"])
-    assert live.sites(compressed, Dimensions)
-    losses = _train(compressed, name)
-    assert losses == pytest.approx(_train(masked, name), abs=1e-5)
-    masks = _masks(compressed)
-    assert masks == _masks(masked)
-    for group in live.sites(compressed, Dimensions):
-        assert sum(masks[group.gate]) == group.count // 2
 
 
 @pytest.mark.parametrize("passes", ["gates{units=[heads,intermediate],score=magnitude}", "gates", DIMS])
@@ -382,10 +367,14 @@ def test_recommended_orders_work(names: list[str]) -> None:
     assert _logits(gm, "opt").isfinite().all()
 
 
-def test_materialize_refuses_compressed_weights_before_anything_happens() -> None:
-    gm = _rewritten("opt", ["gates{score=magnitude}", "nm-masks"])
-    with pytest.raises(RewriteError, match=r"materialize: cannot follow nm-masks; .* is gates,materialize,nm-masks"):
-        fxsparse.rewrite(gm, "materialize")
+@pytest.mark.parametrize("later", ["nm-masks", 'low-rank{layers=["*fc1"]}'])
+def test_weights_whose_gates_are_not_yet_taken_out_take_no_other_form(later: str) -> None:
+    """`materialize` could not cut them, which would be found out after the training."""
+    name = later.partition("{")[0]
+    for gates in ("gates{score=magnitude}", DIMS):
+        order = f"{gates.partition('{')[0]},materialize,{name}"
+        with pytest.raises(RewriteError, match=rf"{name}: cannot follow .*; the order that works is {order}"):
+            _rewritten("opt", [gates, later])
 
 
 # --- what the orders rest on ------------------------------------------------------------------------------------------
