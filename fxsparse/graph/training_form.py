@@ -125,16 +125,19 @@ def _lasting_forward() -> Callable[..., Any]:
 
 
 def check_exported(gm: GraphModule) -> None:
-    """RewriteError where an export of ``gm`` would keep what belongs to its training."""
+    """RewriteError where an export of ``gm`` would keep what belongs to its training, or lose conditions."""
+    reason = ""
     if gm.training and gm.meta.get(TRAINING_ONLY):
-        raise RewriteError(
+        reason = (
             f"in training, {', '.join(gm.meta[TRAINING_ONLY])} computes something else in every step, which an "
             "exported program cannot; call eval() first, which exports what the model evaluates"
         )
-    if gm.meta.get(CONDITIONS_KEY) and torch.compiler.is_dynamo_compiling():
-        raise RewriteError(
-            "the graph holds for some sizes only, which strict=True cannot keep; export with strict=False"
-        )
+    elif torch.compiler.is_dynamo_compiling() and gm.meta.get(CONDITIONS_KEY):
+        reason = "the graph holds for some sizes only, which Dynamo would forget; export with strict=False"
+    if reason and torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(reason)  # Dynamo cannot follow the errors of fxsparse
+    if reason:
+        raise RewriteError(reason)
 
 
 def absent_inputs(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:

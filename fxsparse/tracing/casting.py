@@ -176,6 +176,14 @@ def cast_of(gm: GraphModule, function: Callable[[Tensor], Tensor]) -> Cast | Non
     return Cast(function, devices, after, True, graph, dtypes_kept)
 
 
+def convert(gm: GraphModule, function: Callable[[Tensor], Tensor], apply: Callable[..., Any]) -> None:
+    """Lets ``apply``, the ``_apply`` of ``gm`` as a module, convert its tensors, and the graph follow them."""
+    cast = cast_of(gm, function)
+    apply(function if cast is None else cast.convert)
+    if cast is not None:
+        cast.finish(gm)
+
+
 # --- making a graph anew ----------------------------------------------------------------------------------------------
 
 
@@ -291,7 +299,7 @@ def _move(gm: GraphModule, devices: Mapping[torch.device, torch.device]) -> None
     devices = {old: new for old, new in devices.items() if old != new}
     if not devices:
         return
-    kinds = {old.type: new.type for old, new in devices.items()}
+    kinds = {old.type: new.type for old, new in devices.items() if torch.amp.is_autocast_available(new.type)}
     for name in gm.meta.get(CONSTANTS, ()):
         owner, leaf = gm.get_submodule(fx.module_path(name)), name.rpartition(".")[2]
         owner._buffers[leaf] = _moved(owner._buffers[leaf], devices)

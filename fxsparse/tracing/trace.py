@@ -32,7 +32,7 @@ from fxsparse.graph.record import TRACE_KEY
 from fxsparse.graph.sharded import unsharded_class
 from fxsparse.graph.training_form import CONDITIONS_KEY, keep_forward, renew_form
 from fxsparse.modules.sites import STARTED
-from fxsparse.tracing.casting import CONSTANTS, cast_of, note_origin
+from fxsparse.tracing.casting import CONSTANTS, convert, note_origin
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
 from fxsparse.tracing.export import (
     CHECKPOINTED,
@@ -95,10 +95,9 @@ class TracedModule(GraphModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """What ``to``, ``half``, ``cuda`` and their like run on every tensor."""
-        cast = cast_of(self, fn) if recurse else None
-        super()._apply(fn if cast is None else cast.convert, recurse)
-        if cast is not None:
-            cast.finish(self)
+        if not recurse:
+            return super()._apply(fn, recurse)
+        convert(self, fn, super()._apply)
         return self
 
     def recompile(self) -> Any:

@@ -26,6 +26,7 @@ from fxsparse.cost.backprop import BackpropGraph
 from fxsparse.cost.sizes import expression
 from fxsparse.errors import RewriteError
 from fxsparse.ops.flops import Operand, Product, Size
+from fxsparse.tracing.casting import convert
 
 Projection = tuple[Any, Any]
 """Weight ``[teacher's width, student's width]`` and bias."""
@@ -83,7 +84,7 @@ class Distillation(nn.Module):
     """The loss of a student; in evaluation mode it is the task's alone, and the teacher does not run.
 
     The teacher runs in evaluation mode and without gradients. It is in no ``state_dict`` and no ``parameters()``, and
-    follows the student to another device or dtype.
+    follows the student to another device.
 
     Args:
         losses: their weights.
@@ -99,8 +100,11 @@ class Distillation(nn.Module):
         self.projections = nn.ModuleList(nn.ModuleList(linears) for linears in projections)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Distillation:
-        if self.held.module is not None:
-            self.held.module._apply(fn)
+        teacher = self.held.module
+        if isinstance(teacher, GraphModule):
+            convert(teacher, fn, teacher._apply)
+        elif teacher is not None:
+            teacher._apply(fn)
         return super()._apply(fn, recurse)
 
     def forward(

@@ -93,23 +93,26 @@ def test_a_cast_after_rewriting_is_one_before(dtype: torch.dtype) -> None:
 
 def test_the_model_goes_on_after_a_cast(tmp_path: Any) -> None:
     """Copies, loaded files, models in a model, started branches, further passes, and casts there and back."""
-    gm = fxsparse.rewrite(Mixed(), f"{NM},low-rank{{rank=2,start=0.5}}", (example(),))
-    optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
+    model = Mixed()
+    fresh = copy.deepcopy(model)
+    gm = fxsparse.rewrite(model, f"{NM},low-rank{{rank=2,start=0.5}}", (example(),))
+    optimizer = torch.optim.SGD(gm.parameters(), lr=1e-3)
     schedule = fxsparse.Schedule(gm, optimizer, total_steps=2)
     for _ in range(2):
         gm(example()).sum().backward()
         optimizer.step()
         schedule.step()
-    expected = gm(x := example())
     fxsparse.save(gm, tmp_path / "gm.safetensors")
-    loaded = fxsparse.load(tmp_path / "gm.safetensors", Mixed(), (example(),))
-    half = nn.Sequential(copy.deepcopy(loaded)).half()[0]
-    assert outline(half) == outline(copy.deepcopy(gm).half()) != outline(gm)
+    loaded = fxsparse.load(tmp_path / "gm.safetensors", fresh, (example(),))
+    half = nn.Sequential(copy.deepcopy(loaded)).bfloat16()[0]
+    expected = copy.deepcopy(gm).bfloat16()
+    assert outline(half) == outline(expected) != outline(gm)
     started = [node for node in half.graph.nodes if node.target is torch.ops.fxsparse.nm_linear_low_rank.default]
     assert len(started) == 2
-    torch.testing.assert_close(half(x.half()).float(), expected, rtol=2e-2, atol=2e-2)
+    x = example(torch.bfloat16)
+    torch.testing.assert_close(half(x), expected(x), rtol=0, atol=0)
     assert outline(half.float()) == outline(gm) and half.first.weight_values.dtype == torch.float32
-    again = fxsparse.rewrite(loaded.half(), "double-prune")
+    again = fxsparse.rewrite(loaded.bfloat16(), "double-prune")
     assert outline(again.float()) == outline(fxsparse.rewrite(gm, "double-prune"))
 
 
@@ -149,7 +152,9 @@ def refused(gm: GraphModule, reason: str) -> None:
 def test_what_cannot_follow_is_refused() -> None:
     family, gm = traced("sequential")
     edited = copy.deepcopy(gm)
-    fx.transform(edited, edited.graph.find_nodes(op="call_function")[0], lambda y: y * 2)
+    fx.transform(
+        edited, edited.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)[0], lambda y: y * 2
+    )
     edited.recompile()
     refused(edited, "it was edited")
     refused(fxsparse.rewrite(edited, "nm-masks{keep_first=false}"), "it was edited")
@@ -161,10 +166,10 @@ def test_what_cannot_follow_is_refused() -> None:
 
 def test_devices_that_the_graph_names_follow() -> None:
     gm = fxsparse.rewrite(Mixed(), NM, (example(),))
-    named = gm.code.count("'cpu'")
-    assert named >= 3
+    written = "device(type='cpu')"
+    assert gm.code.count(written) >= 2
     placed = copy.deepcopy(gm).to("meta")
-    assert placed.code == gm.code.replace("'cpu'", "'meta'") != gm.code
+    assert placed.code == gm.code.replace(written, "device(type='meta')")  # meta has no autocast
     assert placed(example().to("meta")).is_meta
     values = [node.meta["val"] for node in placed.graph.nodes if isinstance(node.meta["val"], Tensor)]
     assert {value.device.type for value in values} == {"meta"}
