@@ -140,20 +140,19 @@ def cast_of(gm: GraphModule, function: Callable[[Tensor], Tensor]) -> Cast | Non
     Raises:
         RewriteError: the graph cannot follow to another dtype. Nothing was changed.
     """
-    tensors = fx.tensors_of(gm).values()
+    tensors, before = fx.tensors_of(gm).values(), gm.meta.get(ORIGIN)
     if any(isinstance(tensor, FakeTensor) for tensor in tensors):
         return None
+    places = {*map(_place, tensors), *(before.places.values() if before is not None else ())}
     with torch.no_grad():
-        probes = {place: torch.empty((), dtype=place[0], device=place[1]) for place in map(_place, tensors)}
-        moves = {place: _place(function(probe)) for place, probe in probes.items()}
+        moves = {place: _place(function(torch.empty((), dtype=place[0], device=place[1]))) for place in places}
     if all(old == new for old, new in moves.items()):
         return None
     follow(gm)
-    before = gm.meta.get(ORIGIN)
     made = before is not None and gm.code == before.code
     after = before
     if before is not None:
-        after = replace(before, places={first: moves.get(last, last) for first, last in before.places.items()})
+        after = replace(before, places={first: moves[last] for first, last in before.places.items()})
     dtypes = {new[0] for old, new in moves.items() if old[0] != new[0]}
     if not dtypes:
         return Cast(function, {old[1]: new[1] for old, new in moves.items()}, after, made)

@@ -20,14 +20,14 @@ from fxsparse.tracing.input_sizes import check_inputs
 
 
 class _Signature(inspect.Signature):
-    """A signature that notes, for all that are made of it, how many inputs a call named, and which."""
+    """A signature that notes, together with all that are made of it, the names of the inputs of the last call."""
 
-    calls: list[tuple[str, ...]]
+    calls: list[tuple[str, ...]] | None = None
 
     def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         bound = super().bind(*args, **kwargs)
-        names = tuple(self.parameters)
-        self.calls[:] = [(*names[: len(args)], *kwargs)]
+        if self.calls is not None:
+            self.calls[:] = [(*list(self.parameters)[: len(args)], *kwargs)]
         return bound
 
     def replace(self, **changes: Any) -> Any:
