@@ -35,6 +35,7 @@ COSTS = (
 
 
 _LONGEST_PASS = 160  # characters
+_NOT_COMPILED = 'no graph was compiled by backend="fxsparse" yet: call the compiled model once'
 
 
 def explain(subject: Any) -> Document:
@@ -42,17 +43,20 @@ def explain(subject: Any) -> Document:
 
     Args:
         subject: a traced or rewritten graph module, the module that `fxsparse.to_module` made of one, a
-            :class:`Record`, or a compiled model or function (``torch.compile(..., backend="fxsparse")``) that has run
-            at least once.
+            :class:`Record`, or a compiled model or function (``torch.compile(..., backend="fxsparse")``). Of a compiled
+            one that has run, what was compiled is explained.
 
     Returns:
         text: the costs before and after; then, for every pass, the rewritten sites, and the skipped ones with reasons.
         ``rich.print`` and notebooks show it as tables, and ``to_dict()`` gives it as data.
     """
     record, graphs = examined(subject)
-    if record is not None:
-        return explain_record(record)
     compiled = isinstance(subject, torch._dynamo.OptimizedModule)
+    if record is not None and not compiled:
+        return explain_record(record)
+    if record is not None:
+        parts, data = [*_record_parts(record), Line(), Line(_NOT_COMPILED)], record_data(record)
+        return Document(parts, {**data, "message": _NOT_COMPILED})
     if not graphs and not compiled and getattr(subject, "_compiled_call_impl", True) is None:
         text = (
             f"{type(subject).__name__} was neither rewritten nor compiled, so there is nothing to explain: pass what "
@@ -63,15 +67,18 @@ def explain(subject: Any) -> Document:
 
 
 def examined(subject: Any) -> tuple[Record | None, list[CompiledGraph]]:
-    """The record of a rewritten model or its module form; of anything else None, and the graphs compiled for it."""
+    """The record of a rewritten model or its module form, in whatever wraps it; of anything else, and of a compiled
+    model that has run, None and the graphs compiled for it."""
     if isinstance(subject, Record):
         return subject, []
-    if isinstance(subject, nn.Module) and not isinstance(subject, torch._dynamo.OptimizedModule):
+    graphs = compiled_graphs(subject) if isinstance(subject, torch._dynamo.OptimizedModule) else []
+    if isinstance(subject, nn.Module) and not graphs:
         module = fx.module_form_of(subject)
-        subject = fx.unwrapped(subject) if module is None else module
-    if isinstance(subject, GraphModule) or (subject is not None and fx.module_form_of(subject) is subject):
-        return record_of(fx.rewritten_of(subject, "fxsparse.explain")), []
-    return None, compiled_graphs(subject)
+        if module is None and isinstance(inner := fx.unwrapped(subject), GraphModule):
+            module = inner
+        if module is not None:
+            return record_of(fx.rewritten_of(module, "fxsparse.explain")), []
+    return None, graphs or compiled_graphs(subject)
 
 
 def explain_record(record: Record) -> Document:
@@ -82,8 +89,7 @@ def explain_record(record: Record) -> Document:
 def explain_compiled(graphs: Sequence[CompiledGraph]) -> Document:
     """The report of the compiled graphs: the implementation of every operator, and why it was chosen."""
     if not graphs:
-        text = "no graph was compiled yet: call the compiled model once"
-        return Document([Line(text)], {"graphs": [], "message": text})
+        return Document([Line(_NOT_COMPILED)], {"graphs": [], "message": _NOT_COMPILED})
     parts: list[Line | Table] = []
     for position, graph in enumerate(graphs, 1):
         parts += [*([Line()] if parts else []), *_graph_parts(position, len(graphs), graph)]

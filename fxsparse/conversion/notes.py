@@ -16,6 +16,7 @@ from fxsparse.errors import RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.graph_state import STATES, follow, register_state, state_buffers
 from fxsparse.graph.record import FORMAT, META_KEY, NAMES_KEY, Record, record_of
+from fxsparse.integrations import folders
 from fxsparse.integrations.depth import CONFIG_KEY
 from fxsparse.integrations.heads import Heads
 from fxsparse.integrations.width import misfits_of
@@ -52,6 +53,7 @@ def note(module: Any, gm: GraphModule, config: Any, heads: Heads) -> None:
     before = vars(module.config).get(CONFIG_KEY) or {"heads": {}}
     setattr(module.config, CONFIG_KEY, {"heads": before["heads"] if config is None else heads})
     setattr(module.config, CONFIG_KEY, described(module))
+    folders.save_readably(module)
 
 
 def _mark(module: Any, record: Record, names: Mapping[str, str]) -> None:

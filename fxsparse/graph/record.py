@@ -219,7 +219,11 @@ def up_to_date(data: Any, where: str) -> dict[str, Any]:
 
 
 def record_of(gm: nn.Module) -> Record:
-    """The record of a graph module, or of its module form; a record without passes if none ran yet."""
+    """The record of a graph module, or of its module form, in whatever wraps it; without passes if none ran yet."""
+    if not isinstance(vars(gm).get("meta"), dict):
+        from fxsparse.graph.wrapped import rewritten_of
+
+        gm = rewritten_of(gm, "fxsparse.record_of")
     meta = meta_of(gm)
     record = meta.get(META_KEY)
     if isinstance(record, Record):

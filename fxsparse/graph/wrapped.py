@@ -68,6 +68,10 @@ def graph_module_of(
             "fxsparse.trace(module, kwargs=batch)"
         )
     if not isinstance(inner, GraphModule):
+        parts = inner.named_modules() if isinstance(inner, nn.Module) else ()
+        path = next((path for path, part in parts if isinstance(part, GraphModule) and META_KEY in part.meta), None)
+        if path is not None:
+            raise error(f"{function} takes the rewritten model itself: pass the {path} of this {name}")
         raise error(
             f"{function} takes a model that fxsparse.trace or fxsparse.rewrite returned, and this {name} is not one: "
             "call gm = fxsparse.rewrite(model, passes, kwargs=batch) first, and train and pass on gm"

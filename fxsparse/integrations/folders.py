@@ -8,6 +8,7 @@ model.fxsparse.safetensors         weights of other shapes or in another form; b
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -91,6 +92,21 @@ def write(model: Any, folder: Path, *, plain: bool) -> None:
             files.put_all(part, folder, list(_weight_files(folder)))
     except stored.FAILURES as error:
         raise CheckpointError(f"{folder} cannot be written, and is as it was: {error}") from error
+
+
+def save_readably(model: Any) -> None:
+    """Lets the model's own ``save_pretrained``, which trainers call, write what transformers alone does not misread.
+
+    It is an attribute of the instance, because the class is that of the original.
+    """
+    model.save_pretrained = functools.partial(_save_pretrained, model)
+
+
+def _save_pretrained(model: Any, folder: Any, is_main_process: bool = True, *args: Any, **options: Any) -> None:
+    type(model).save_pretrained(model, folder, is_main_process, *args, **options)
+    description = getattr(model.config, CONFIG_KEY, None) or {}
+    if is_main_process and any(description.get(part) for part in ("sizes", "heads", "modules")):
+        _sign(Path(folder) / "config.json")
 
 
 def check(path: Path) -> Folder:

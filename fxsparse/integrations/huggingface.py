@@ -97,6 +97,7 @@ def _save_graph(gm: GraphModule, model: Any, path: str | os.PathLike[str]) -> nn
                 sizes = {name: list(wanted) for name, (_, wanted) in misfits_of(type(model), chosen, state).items()}
                 setattr(written.config, CONFIG_KEY, {"format": FORMAT, "sizes": sizes, "heads": heads})
             folders.write(written, Path(path), plain=choices is None)
+            folders.save_readably(written)
             return cast(nn.Module, written)
     raise CheckpointError(
         f"no {type(model).__name__} computes what the graph does ({differs}): it holds more than smaller weights and "
@@ -149,6 +150,7 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
             )
     model.__class__ = cls
     choose_heads(model, record["heads"])
+    folders.save_readably(model)
     return cast(nn.Module, model.eval())
 
 

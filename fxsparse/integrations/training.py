@@ -279,6 +279,11 @@ class FxsparseTrainer(Trainer):
 
     def __init__(self, *args: Any, signals: Signals | None = None, **kwargs: Any):
         model = kwargs.get("model", args[0] if args else None)
+        if fx.module_form_of(model) is not None:
+            raise OptionError(
+                "FxsparseTrainer takes a graph, and a module of fxsparse.to_module needs no trainer of its own: "
+                "transformers.Trainer(module, args, callbacks=[FxsparseCallback()])"
+            )
         fx.graph_module_of(model, "FxsparseTrainer")
         config = getattr(fx.unwrapped(model), "config", None)
         use_cache = getattr(config, "use_cache", None)

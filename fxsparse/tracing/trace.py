@@ -24,10 +24,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
-from fxsparse.errors import CheckpointError, FxsparseError, InternalError, TraceError
+from fxsparse.errors import CheckpointError, FxsparseError, InternalError, OptionError, TraceError
 from fxsparse.graph import traits
 from fxsparse.graph.graph_state import follow, infer, state_buffers, with_vectors
-from fxsparse.graph.recompute import mark, plan
+from fxsparse.graph.recompute import is_marked, mark, plan
 from fxsparse.graph.record import TRACE_KEY
 from fxsparse.graph.sharded import unsharded_class
 from fxsparse.graph.training_form import CONDITIONS_KEY, keep_forward, renew_form
@@ -171,6 +171,14 @@ class TracedPreTrained(TracedModule):
     def dtype(self) -> torch.dtype:
         """The dtype of the first parameter of floating point."""
         return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Trainers call it; the graph has no modules to switch, so it is refused unless blocks are recomputed."""
+        if not any(map(is_marked, self.graph.nodes)):
+            raise OptionError(
+                "a graph calls none of the modules that gradient checkpointing switches: let blocks be recomputed by "
+                'gm = fxsparse.rewrite(gm, "recompute"), or enable it on the model before it is traced'
+            )
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The number of parameter elements, of those that require a gradient, or without embeddings."""

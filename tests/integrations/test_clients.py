@@ -275,6 +275,8 @@ def test_what_the_trainer_would_lose_is_refused(tmp_path: Path) -> None:
         trainer_of(rewritten("distill"), tmp_path, label_smoothing_factor=0.1).train()
     with pytest.raises(fxsparse.OptionError, match=r"FxsparseTrainer takes a model .*fxsparse\.rewrite\(model, passes"):
         FxsparseTrainer(clients.llama(), arguments(tmp_path))
+    with pytest.raises(fxsparse.OptionError, match=r"transformers\.Trainer\(module, args, callbacks="):
+        FxsparseTrainer(fxsparse.to_module(rewritten("static N:M"), clients.llama()), arguments(tmp_path))
     trainer = trainer_of(clients.llama(), tmp_path, stock=True)
     with pytest.raises(fxsparse.OptionError, match=r"fxsparse\.Schedule takes a model"):
         trainer.train()
