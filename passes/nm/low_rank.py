@@ -86,20 +86,20 @@ class AddLowRankBranches(Pass):
             )
         candidates = self._candidates(graph)
         present = {name for name, _ in graph.named_parameters(remove_duplicate=False)}
-        done: set[str] = set()
+        mine: set[str] = set()
         for linear in candidates:
-            if linear.name in done:
+            if linear.name in mine:
                 continue
-            done.add(linear.name)
             if f"{linear.name}_down" in present:
                 yield skipped(linear.path, "already has a branch")
                 continue
+            mine.add(linear.name)
             rank = self.rank or max(1, round((self.ratio or 0) * min(linear.in_features, linear.out_features)))
             self._register(graph, linear, rank)
             when = "from the start" if self.start == 0 else f"from {self.start:.0%} of the steps on"
             yield rewrote(linear.path, f"rank {rank}, {when}")
         if self.start == 0:
-            insert_branches(graph, done)
+            insert_branches(graph, mine)
         waits = {linear.name for linear in waiting_branches(graph)}
         names = sorted(branch.weight for branch in live.sites(graph, Branch))
         register_state(graph, STARTED, names, set(names) - waits, start_branches, _started_earlier)

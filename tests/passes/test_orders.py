@@ -216,6 +216,14 @@ def test_branches_of_two_passes_start_at_their_own_steps(starts: tuple[float, fl
         optimizer.zero_grad()
 
 
+def test_a_branch_waits_for_its_own_pass() -> None:
+    """One that starts at once leaves alone what has a branch that starts later."""
+    texts = ['low-rank{rank=2,start=0.5,layers=["*.1.fc1"]}', 'low-rank{rank=2,start=0,layers=["*fc1"]}']
+    gm = _rewritten("opt", texts)
+    used = {str(node.target) for node in gm.graph.find_nodes(op="get_attr") if str(node.target).endswith("_up")}
+    assert used == {f"model.decoder.layers.{layer}.fc1.weight_up" for layer in (0, 2)}
+
+
 def test_branches_have_no_branches() -> None:
     text = 'low-rank{rank=2,start=0,layers=["*fc1"]}'
     with pytest.warns(UserWarning, match="already has a branch"):

@@ -213,7 +213,16 @@ def cell(name: str, variants: Sequence[str], *, backend: str | None = None) -> R
             _same_as_exported(name, *variants)
         oracle = _oracle(name, gm)
         _trains(name, gm, oracle)
+        _RIGHT.add((name, _text(tried)))
         return Result("~" if oracle is None else "=")
+
+
+_RIGHT: set[tuple[str, str]] = set()
+"""Families and passes that were checked in this process; one order is recommended by several refusals."""
+
+
+def _text(passes: Sequence[Pass | str]) -> str:
+    return ",".join(map(str, passes))
 
 
 def _oracle(name: str, gm: GraphModule) -> Oracle | None:
@@ -232,8 +241,11 @@ def _refused(name: str, tried: Sequence[Pass | str], message: str) -> Result:
     if order is None:
         assert ADVICE.search(message), f"refused without advice: {message}"
         return Result("R", message)
-    gm = fxsparse.rewrite(copy.deepcopy(traced(name)), _by_name(name, order[1].split(","), tried))
-    _trains(name, gm, _oracle(name, gm))
+    passes = _by_name(name, order[1].split(","), tried)
+    if (name, _text(passes)) not in _RIGHT:
+        gm = fxsparse.rewrite(copy.deepcopy(traced(name)), passes)
+        _trains(name, gm, _oracle(name, gm))
+        _RIGHT.add((name, _text(passes)))
     return Result("R", message[: order.start()].rstrip("; "), order[1])
 
 
