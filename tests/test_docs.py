@@ -42,7 +42,7 @@ def name_of(page: Path) -> str:
 def run(code: str, namespace: dict[str, Any]) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, "<documentation>", "exec"), namespace)
+        exec(compile(code, "<documentation>", "exec", dont_inherit=True), namespace)
     text = printed.getvalue()
     for pattern, replacement in VARYING:
         text = pattern.sub(replacement, text)
