@@ -53,7 +53,7 @@ class Table:
 class Document(str):
     """A report: a string, which is the report as plain text.
 
-    ``rich.print`` draws its tables within 100 columns, a notebook shows them as HTML, and :meth:`to_dict` gives what
+    ``rich.print`` draws its tables within 100 columns of a terminal, a notebook shows them as HTML, and :meth:`to_dict` gives what
     they say as data.
 
     Attributes:
@@ -75,7 +75,7 @@ class Document(str):
         return str(self)
 
     def __rich__(self) -> Any:
-        return styled(self.parts)
+        return _Printed(self.parts)
 
     def _repr_html_(self) -> str:
         return html(self.parts)
@@ -83,6 +83,18 @@ class Document(str):
     def to_dict(self) -> dict[str, Any]:
         """The report as data that ``json.dumps`` takes."""
         return dict(self._data)
+
+
+@dataclass(frozen=True)
+class _Printed:
+    """What rich prints: tables at a terminal; the plain text into a file or a pipe, where lines are read one by one."""
+
+    parts: tuple[Line | Table, ...]
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        from rich.text import Text
+
+        yield styled(self.parts) if console.is_terminal or console.is_jupyter else Text(plain(self.parts))
 
 
 def plain(parts: Sequence[Line | Table]) -> str:

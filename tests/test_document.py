@@ -30,11 +30,17 @@ def test_it_is_its_text(explained: Document) -> None:
 def test_at_a_terminal_it_fits(explained: Document) -> None:
     console = pytest.importorskip("rich.console").Console
     for columns, width in ((80, 80), (200, WIDTH)):
-        narrow = console(width=columns, record=True, file=io.StringIO())
+        narrow = console(width=columns, record=True, file=io.StringIO(), force_terminal=True)
         narrow.print(explained)
         shown = narrow.export_text().rstrip()
         assert max(len(line.rstrip()) for line in shown.splitlines()) <= width
         assert "double-prune" in shown and "tied" in shown
+
+
+def test_into_a_pipe_rich_prints_whole_lines(explained: Document) -> None:
+    console, file = pytest.importorskip("rich.console").Console, io.StringIO()
+    console(width=80, file=file).print(explained, highlight=False, soft_wrap=True)
+    assert file.getvalue() == f"{explained}\n"
 
 
 def test_a_notebook_gets_html() -> None:
