@@ -53,8 +53,8 @@ class Table:
 class Document(str):
     """A report: a string, which is the report as plain text.
 
-    ``rich.print`` draws its tables within 100 columns of a terminal, a notebook shows them as HTML, and :meth:`to_dict` gives what
-    they say as data.
+    ``rich.print`` draws its tables within 100 columns of a terminal, a notebook shows them as HTML, and :meth:`to_dict`
+    gives what they say as data.
 
     Attributes:
         parts: the lines and tables.

@@ -113,7 +113,7 @@ def _figure(width: float, height: float) -> Any:
     """A figure that notebooks show, without pyplot and what it does to a process."""
     from matplotlib.figure import Figure
 
-    class Shown(Figure):  # type: ignore[misc]
+    class Shown(Figure):
         def _repr_png_(self) -> bytes:
             file = io.BytesIO()
             self.savefig(file, format="png", dpi=100)

@@ -11,13 +11,15 @@ With ``--json`` an error is an object too. A traceback is shown only with ``--de
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -71,10 +73,14 @@ def group(debug: bool) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns the exit code."""
+    with warnings.catch_warnings(), _terminations_interrupt():
+        warnings.showwarning = _warning
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     words = [word for word in arguments if word != "--debug"]
     debug, as_json = len(words) < len(arguments), "--json" in words
-    signal.signal(signal.SIGTERM, _interrupt)
-    warnings.showwarning = _warning
     try:
         group.main(args=words, prog_name="fxsparse", standalone_mode=False)
         return 0
@@ -116,8 +122,21 @@ def _complain(text: str, kind: str, as_json: bool, *, hint: str) -> None:
         note(hint)
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _terminations_interrupt() -> Iterator[None]:
+    """Lets SIGTERM end a command as Ctrl-C does, so that what is half written is removed."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -19,6 +19,7 @@ import click
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
 from fxsparse.cli.measuring import loss_of
@@ -66,7 +67,7 @@ def bench(
 
 
 def _moved(loaded: Loaded, place: torch.device) -> Loaded:
-    inputs = torch.utils._pytree.tree_map_only(Tensor, lambda tensor: tensor.to(place), (loaded.args, loaded.kwargs))
+    inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(place), (loaded.args, loaded.kwargs))
     return Loaded(loaded.model.to(place), *inputs, loaded.folder, loaded.weightless)
 
 
@@ -189,7 +190,5 @@ def _machine(device: torch.device) -> str:
 
 
 def _sizes(loaded: Loaded) -> str:
-    tensors = [
-        leaf for leaf in torch.utils._pytree.tree_leaves((loaded.args, loaded.kwargs)) if isinstance(leaf, Tensor)
-    ]
+    tensors = [leaf for leaf in pytree.tree_leaves((loaded.args, loaded.kwargs)) if isinstance(leaf, Tensor)]
     return " x ".join(map(str, tensors[0].shape)) if tensors else "no tensors"

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 import torch
+from torch.utils import _pytree as pytree
 
 from fxsparse.backend.compiled import kernels as launched
 from fxsparse.backend.tune import tune as measure
@@ -94,7 +95,7 @@ def loss_of(output: Any) -> torch.Tensor:
     loss = getattr(output, "loss", None)
     if isinstance(loss, torch.Tensor):
         return loss
-    leaves = torch.utils._pytree.tree_leaves(output)
+    leaves = pytree.tree_leaves(output)
     tensor = next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad), None)
     if tensor is None:
         raise OptionError("the model returns nothing that can be trained; --no-train runs it in inference")

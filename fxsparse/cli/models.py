@@ -8,6 +8,7 @@ module:function   what the function returns: a model and its inputs, a mapping, 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import os
 import sys

@@ -185,7 +185,7 @@ def test_a_broken_folder_is_named(capsys: pytest.CaptureFixture[str], llama: Pat
     (broken / "config.json").write_text((llama / "config.json").read_text())
     (broken / "model.safetensors").write_bytes(b"nothing")
     code, _, err = run(capsys, "rewrite", str(broken), "--passes", "nm-masks", "--out", "out")
-    assert code == app.REFUSED and "broken cannot be read" in err and not Path("out").exists()
+    assert code == app.REFUSED and "broken" in err and not Path("out").exists()
     (broken / "config.json").write_text("{")
     assert run(capsys, "explain", str(broken), "--passes", "nm-masks")[0] == app.REFUSED
     (broken / "model.safetensors").unlink()

@@ -24,6 +24,8 @@ from fxsparse.page.write import COSTS
 from tests.support.traced import traced
 
 pytest.importorskip("jinja2")
+from markupsafe import escape
+
 SLOPE = "nm-masks{pattern=2:4},double-prune,low-rank{rank=4}"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -65,7 +67,7 @@ def test_its_numbers_are_the_records(page: tuple[Path, fxsparse.Record]) -> None
     assert shown.costs == expected
     text = path.read_text()
     for entry in record.entries:
-        assert all(change.site.rpartition(".")[2] in text and change.detail in text for change in entry.changes)
+        assert all(change.site.rpartition(".")[2] in text and escape(change.detail) in text for change in entry.changes)
 
 
 def test_it_asks_for_nothing(page: tuple[Path, fxsparse.Record]) -> None:
@@ -140,7 +142,7 @@ def test_a_compiled_model(tmp_path: Path) -> None:
     compiled(x)
     text = fxsparse.report(compiled, tmp_path / "page.html").read_text()
     choice = fxsparse.explain(compiled).to_dict()["graphs"][0]["choices"][0]
-    assert choice["operator"] in text and choice["why"] in text and f"<b>{choice['runs']}</b>" in text
+    assert choice["operator"] in text and escape(choice["why"]) in text and f"<b>{choice['runs']}</b>" in text
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
