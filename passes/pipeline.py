@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from fxsparse import graph as fx
 from fxsparse.cost.flops import costs
 from fxsparse.errors import OptionError, RewriteError
+from fxsparse.exclusive import exclusive, random_state_kept
 from fxsparse.graph import live
 from fxsparse.graph.history import keep
 from fxsparse.graph.record import Costs, Entry, append, record_of
@@ -82,8 +83,9 @@ class Pipeline:
     def __str__(self) -> str:
         return ",".join(str(item) for item in self.passes)
 
+    @exclusive
     def __call__(self, gm: GraphModule, *, structure_only: bool = False) -> GraphModule:
-        """Runs the passes on a copy of ``gm``.
+        """Runs the passes on a copy of ``gm``; the global random state stays as it was.
 
         Args:
             gm: a traced graph module.
@@ -104,7 +106,8 @@ class Pipeline:
         try:
             before = costs(copy)
             for item in self.passes:
-                before = _run(item, copy, before)
+                with random_state_kept(copy):
+                    before = _run(item, copy, before)
                 if keep_graphs:
                     keep(copy)
                 if self.callback is not None:

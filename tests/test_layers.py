@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    "errors version text document optimizers files",
+    "errors version text document optimizers files exclusive",
     "typed",
     "graph ops stored",
     "modules",

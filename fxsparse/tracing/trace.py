@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError, FxsparseError, InternalError, OptionError, TraceError
+from fxsparse.exclusive import exclusive
 from fxsparse.graph import traits
 from fxsparse.graph.graph_state import follow, infer, state_buffers, with_vectors
 from fxsparse.graph.recompute import is_marked, mark, plan
@@ -190,6 +191,7 @@ class TracedPreTrained(TracedModule):
         return sum(p.numel() for p in counted if not exclude_embeddings or id(p) not in embeddings)
 
 
+@exclusive
 def trace(
     model: nn.Module,
     args: tuple[Any, ...] = (),
@@ -207,6 +209,8 @@ def trace(
     A module whose training is not a graph (layer drop branches on a random number) or draws random numbers that its
     evaluation does not (stochastic depth) is captured as it evaluates; the notes of the trace say so, and a warning. So
     is one that was given in evaluation mode and computes something else in training.
+
+    Threads that trace, rewrite or compile wait for each other.
 
     Args:
         model: any module that ``torch.export`` can follow. It is left as it was: mode, configuration, random state.
