@@ -73,7 +73,7 @@ def load(
     record = _record(file)
     try:
         gm = replay(record, model, args, kwargs, structure_only=True)
-    except (CheckpointError, TraceError):
+    except TraceError:
         raise
     except FxsparseError as error:
         raise CheckpointError(f"{name}: its passes do not run on this model: {error}") from error

@@ -13,6 +13,7 @@ The bare call runs no passes and computes what eager computes.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import traceback
 import warnings
@@ -105,7 +106,7 @@ def _compile_graph(gm: GraphModule, example_inputs: list[Any], options: BackendO
     if rewritten is not None or extra:
         dense = _Dense(before, slots, report) if extra else None
         inner = _with_states(inner, [*slots, *extra], rewritten, dense)
-    origin.add(report)
+    origin.add(report, inner)
     return inner
 
 
@@ -160,7 +161,7 @@ def _compile(gm: GraphModule, inputs: list[Any], report: CompiledGraph) -> Calla
     options = report.options
     if options.compiler == "eager":
         report.show(gm.graph)
-        return gm.forward
+        return functools.partial(gm.forward)  # that a method is alive cannot be told
     if options.compiler == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 

@@ -49,6 +49,7 @@ class CompiledGraph:
         inputs: names of the parameters and buffers among the inputs, by position.
         sources: the graphs that the compiler was given, as Python, each with ``forward`` or ``backward``; none of what
             torch took from its compile caches.
+        runs: what Dynamo was given, or None once Dynamo has dropped it, as it does with a graph whose code was replaced.
     """
 
     name: str
@@ -61,6 +62,7 @@ class CompiledGraph:
     launches: dict[Path, int] = field(default_factory=dict)
     inputs: dict[int, str] = field(default_factory=dict)
     sources: list[tuple[str, str]] = field(default_factory=list)
+    runs: Callable[[], Any] = field(default=lambda: None, repr=False, compare=False)
 
     def show(self, graph: Graph) -> None:
         """Adds a graph that the compiler is given to the sources; a text that cannot be made is noted."""
@@ -112,11 +114,13 @@ class Origin:
             frame = frame.f_back
         return cls(None)
 
-    def add(self, graph: CompiledGraph) -> None:
-        """Notes that ``graph`` was compiled for this call."""
+    def add(self, graph: CompiledGraph, run: Callable[..., Any]) -> None:
+        """Notes that ``graph`` was compiled for this call, to ``run``; forgets the graphs that Dynamo has dropped."""
+        graph.runs = weakref.ref(run)
         if self.target is not None:
             with _lock:
-                _graphs_of(self.target).append(graph)
+                graphs = _graphs_of(self.target)
+                graphs[:] = [*_alive(graphs), graph]
 
 
 def compiled_graphs(compiled: Callable[..., Any]) -> list[CompiledGraph]:
@@ -127,13 +131,14 @@ def compiled_graphs(compiled: Callable[..., Any]) -> list[CompiledGraph]:
 
     Returns:
         graphs in the order they were compiled, one for every piece between graph breaks, every mode and every
-        recompile. Empty before the first call, and after ``torch._dynamo.reset()``. A module of the same class and
-        shapes as one that was compiled before it runs that one's graphs, which are then given.
+        recompile. Empty before the first call, and after ``torch._dynamo.reset()``. A graph that cannot run any more,
+        because the model was edited since, is not among them. A module of the same class and shapes as one that was
+        compiled before it runs that one's graphs, which are then given.
     """
     options, target = _options(compiled), _target(compiled)
     with _lock:
         graphs = _graphs_of(target) or _graphs_of_twins(target)
-        return [graph for graph in graphs if options is None or graph.options == options]
+        return [graph for graph in _alive(graphs) if options is None or graph.options == options]
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,10 @@ def forget_all() -> None:
     """Forgets every graph."""
     with _lock:
         _graphs.clear()
+
+
+def _alive(graphs: list[CompiledGraph]) -> list[CompiledGraph]:
+    return [graph for graph in graphs if graph.runs() is not None]
 
 
 def _graphs_of(target: Any) -> list[CompiledGraph]:

@@ -134,8 +134,6 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
         loads, options = _sized(cls, record), {"config": folder.config, "variant": folder.variant, **options}
     try:
         model, loading = loads.from_pretrained(folder.path, output_loading_info=True, **options)
-    except CheckpointError:
-        raise
     except Exception as error:
         raise CheckpointError(f"{folder.path}: transformers cannot build {cls.__name__} from it: {error}") from error
     if record is None:
@@ -143,15 +141,22 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
     wrong = [f"{key} is {state}" for state in ("missing", "unexpected") for key in sorted(loading[f"{state}_keys"])]
     if wrong:
         raise CheckpointError(f"{folder.path}: the tensors do not fit {cls.__name__}: {', '.join(wrong[:4])}")
-    for site in module_sites(model):
-        if site.compressed:
-            validate(
-                site["values"], site["indices"], site.pattern, site.in_features, site["column_mask"], name=site.name
-            )
     model.__class__ = cls
-    choose_heads(model, record["heads"])
+    try:
+        _check_indices(model)
+        choose_heads(model, record["heads"])
+    except (CheckpointError, AttributeError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder.path}: {error}") from error
     folders.save_readably(model)
     return cast(nn.Module, model.eval())
+
+
+def _check_indices(model: nn.Module) -> None:
+    """Kernels read where the indices of compressed weights say."""
+    for site in module_sites(model):
+        if site.compressed:
+            parts = (site["values"], site["indices"], site.pattern, site.in_features, site["column_mask"])
+            validate(*parts, name=site.name)
 
 
 def _sized(cls: Any, record: Mapping[str, Any]) -> Any:
