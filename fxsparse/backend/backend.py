@@ -13,7 +13,6 @@ The bare call runs no passes and computes what eager computes.
 from __future__ import annotations
 
 import copy
-import functools
 import sys
 import traceback
 import warnings
@@ -161,7 +160,7 @@ def _compile(gm: GraphModule, inputs: list[Any], report: CompiledGraph) -> Calla
     options = report.options
     if options.compiler == "eager":
         report.show(gm.graph)
-        return functools.partial(gm.forward)  # that a method is alive cannot be told
+        return lambda *args: gm.forward(*args)  # of a bound method it cannot be told whether it is alive
     if options.compiler == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 

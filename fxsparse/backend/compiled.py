@@ -49,7 +49,7 @@ class CompiledGraph:
         inputs: names of the parameters and buffers among the inputs, by position.
         sources: the graphs that the compiler was given, as Python, each with ``forward`` or ``backward``; none of what
             torch took from its compile caches.
-        runs: what Dynamo was given, or None once Dynamo has dropped it, as it does with a graph whose code was replaced.
+        runs: gives what runs it, or None once Dynamo has dropped that, as it does where code was replaced.
     """
 
     name: str
