@@ -11,17 +11,24 @@ Of each there may be two: one that runs it as it stands, and one that recomputes
 
 Libraries wrap ``forward`` on the instance (accelerate, for mixed precision) and keep the function that they found. It
 is therefore one that looks up the code on every call, and nothing here ever assigns or removes ``gm.forward``.
+
+Training may edit a graph thousands of times. What Dynamo compiled of earlier code can never run again, and would count
+as recompiles until Dynamo gives up; fx keeps the text of all code that it ever made. Both are let go with the code.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import linecache
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dynamo.eval_frame import remove_from_cache
 from torch.fx import Graph, GraphModule, Proxy
+from torch.fx.graph_module import _loader as fx_sources
 
 from fxsparse import graph as fx
 from fxsparse.errors import RewriteError
@@ -53,6 +60,12 @@ class Code:
         folded = recomputing(gm)
         return cls(plain, None if folded is None else type(folded).forward)
 
+    @property
+    def files(self) -> list[str]:
+        """The names that fx gave the texts of the functions."""
+        names = [function.__code__.co_filename for function in (self.plain, self.recomputing) if function is not None]
+        return [name for name in names if name.startswith("<eval_with_key>")]
+
 
 @dataclass(frozen=True)
 class TrainingForm:
@@ -76,9 +89,10 @@ class TrainingForm:
 
 def set_form(gm: GraphModule, form: GraphModule | None, renew: Callable[[GraphModule], None]) -> None:
     """Makes ``gm`` run ``form``, an edited copy of it, in training; with None it runs its own graph again."""
-    if form is None:
-        gm.meta.pop(FORM_KEY, None)
-    else:
+    before = gm.meta.pop(FORM_KEY, None)
+    if before is not None:
+        _forget_sources(before.code.files)
+    if form is not None:
         form.recompile()
         form.graph.owning_module = None  # otherwise it would keep the copy's tensors alive
         source = gm.graph.python_code("self").src
@@ -94,9 +108,21 @@ def keep_forward(gm: GraphModule) -> None:
     kind.graph_code = Code.of(gm, plain)
     kind.input_names, kind.partial_codes = tuple(input_names(gm)), {}
     if "lasting_forward" not in vars(kind):
-        kind.lasting_forward = _lasting_forward()
+        kind.lasting_forward, kind.sources = _lasting_forward(), []
+        weakref.finalize(kind, _forget_sources, kind.sources).atexit = False
+    else:
+        remove_from_cache(kind.lasting_forward)
+    _forget_sources(kind.sources)
+    kind.sources[:] = kind.graph_code.files
     kind.lasting_forward.__signature__ = inspect.signature(plain)
     kind.forward = kind.lasting_forward
+
+
+def _forget_sources(names: Iterable[str]) -> None:
+    """Takes the text of code that is gone out of the caches that tracebacks read."""
+    for name in names:
+        fx_sources.eval_cache.pop(name, None)
+        linecache.cache.pop(name, None)
 
 
 def _lasting_forward() -> Callable[..., Any]:
@@ -121,6 +147,7 @@ def _lasting_forward() -> Callable[..., Any]:
             run = code.plain if torch.compiler.is_exporting() else code.recomputing
         return run(self, *args, **kwargs)
 
+    forward.__code__ = forward.__code__.replace()  # Dynamo keeps what it compiled by the code, of each class its own
     return forward
 
 
