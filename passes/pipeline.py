@@ -186,6 +186,6 @@ def _run(item: Pass, gm: GraphModule, before: Costs) -> Costs:
         raise failure(item, error) from error
     if not any(change.rewritten for change in changes) and not structure_only(gm):  # a load finds what was recorded
         reasons = list({change.detail: str(change) for change in changes}.values())
-        warnings.warn(f"{item} rewrote nothing ({'; '.join(reasons[:4]) or 'it found no site'})", stacklevel=3)
+        warnings.warn(f"{item} rewrote nothing ({'; '.join(reasons[:4]) or 'it found no site'})", stacklevel=4)
     append(gm, Entry(str(recorded), changes, before, after, milliseconds))
     return after

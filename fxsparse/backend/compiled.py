@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch._dynamo import external_utils
-from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 from torch.fx import Graph
 
 from fxsparse.backend.options import BackendOptions
@@ -116,7 +116,7 @@ class Origin:
 
     def add(self, graph: CompiledGraph, run: Callable[..., Any]) -> None:
         """Notes that ``graph`` was compiled for this call, to ``run``; forgets the graphs that Dynamo has dropped."""
-        graph.runs = weakref.ref(run)
+        graph.runs = weakref.ref(innermost_fn(run))  # Dynamo keeps what its own wrappers wrap, and not those
         if self.target is not None:
             with _lock:
                 graphs = _graphs_of(self.target)
