@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from fxsparse.errors import OptionError, nearest
+from fxsparse.options import checked, shown
 from fxsparse.passes import DistillLayers, Pipeline
 
 RECIPES: dict[str, str] = {
@@ -52,10 +53,11 @@ def recipe(name: str, *, teacher: nn.Module | None = None) -> Pipeline:
     Raises:
         OptionError: there is no such recipe, it needs a teacher, or it has no use for one.
     """
+    name = checked("recipe", name, str)
     known = TAUGHT if teacher is not None else RECIPES
     if name not in {**RECIPES, **TAUGHT}:
         raise OptionError(
-            f"unknown recipe {name!r}; {nearest(name, {**RECIPES, **TAUGHT})}known recipes: "
+            f"unknown recipe {shown(name)}; {nearest(name, {**RECIPES, **TAUGHT})}known recipes: "
             f"{', '.join(sorted({**RECIPES, **TAUGHT}))}"
         )
     if name not in known:

@@ -19,6 +19,7 @@ from fxsparse.graph.record import Entry, record_of
 from fxsparse.graph.sharded import reshard
 from fxsparse.history import History
 from fxsparse.optimizers import works_on_matrices
+from fxsparse.options import Count, checked, shown
 from fxsparse.passes.base import parse_passes
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.sparse_linear import sparse_sites
@@ -64,8 +65,10 @@ class Schedule:
         total_steps: int,
         signals: Mapping[str, Callable[[int], float]] | None = None,
     ):
-        if total_steps < 1:
-            raise OptionError(f"total_steps={total_steps} must be at least 1")
+        total_steps = checked("total_steps", total_steps, Count)
+        signals = checked("signals", signals, Mapping[str, Callable[[int], float]] | None)
+        if not isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, "optimizer"):
+            raise OptionError(f"optimizer={shown(optimizer)} is no torch.optim.Optimizer")
         rewritten: Any = fx.rewritten_of(gm, "fxsparse.Schedule")
         self._gm = rewritten
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):

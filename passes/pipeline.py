@@ -22,6 +22,7 @@ from fxsparse.graph import live
 from fxsparse.graph.history import keep
 from fxsparse.graph.record import Costs, Entry, append, record_of
 from fxsparse.graph.training_form import TRAINING_ONLY, follow_edit
+from fxsparse.options import shown
 from fxsparse.passes.base import Pass, outcome, parse_passes, pass_classes
 from fxsparse.passes.failure import failure
 from fxsparse.passes.order import acting, after, misplaced, working_order
@@ -62,6 +63,8 @@ class Pipeline:
         callback: Callback | None = None,
         keep_graphs: bool = False,
     ):
+        if not isinstance(passes, Iterable) and not isinstance(passes, Pass):
+            raise OptionError(f"passes are passes or their text, one or several, not {type(passes).__name__}")
         items = [passes] if isinstance(passes, (Pass, str)) else list(passes)
         flat: list[Pass] = []
         for item in items:
@@ -70,7 +73,9 @@ class Pipeline:
             elif isinstance(item, Pass):
                 flat.append(item)
             else:
-                raise OptionError(f"a pipeline is made of passes or their text, not of {type(item).__name__}: {item!r}")
+                raise OptionError(
+                    f"a pipeline is made of passes or their text, not of {type(item).__name__}: {shown(item)}"
+                )
         object.__setattr__(self, "passes", tuple(flat))
         object.__setattr__(self, "callback", callback)
         object.__setattr__(self, "keep_graphs", keep_graphs)
@@ -78,7 +83,7 @@ class Pipeline:
     @classmethod
     def parse(cls, text: str) -> Pipeline:
         """The pipeline written in ``text``, such as ``nm-masks{pattern=2:4},double-prune``."""
-        return cls(parse_passes(text) if text.strip() else ())
+        return cls(() if isinstance(text, str) and not text.strip() else parse_passes(text))
 
     def __str__(self) -> str:
         return ",".join(str(item) for item in self.passes)

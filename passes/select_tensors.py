@@ -18,15 +18,16 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.cost.backprop import BackpropGraph
 from fxsparse.cost.flops import costs
-from fxsparse.cost.importance import METRICS, tensor_importance
+from fxsparse.cost.importance import Metric, tensor_importance
 from fxsparse.errors import OptionError, RewriteError, nearest
 from fxsparse.graph import live
 from fxsparse.graph.derived_buffers import weights_borrowed
@@ -34,6 +35,7 @@ from fxsparse.graph.graph_state import end_state, note, register_state
 from fxsparse.graph.record import META_KEY, Change, Entry, record_of, rewrote, skipped
 from fxsparse.graph.sharded import in_process_group
 from fxsparse.graph.trainable import fully_trained, own_parameter, set_trained, trainable, trained
+from fxsparse.options import Count, Globs
 from fxsparse.passes.base import Pass, parse_passes
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.branch import Branch
@@ -75,33 +77,22 @@ class SelectTensors(Pass):
     # Gates that do not train never close, and dimensions are scored by the gradients of all weights.
     cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
     ends: ClassVar[tuple[str, ...]] = ("select-tensors",)
-    tensors: tuple[str, ...] | None = None
-    rho: float | None = None
-    last_layers: int | None = None
-    every: int | None = None
-    times: int | None = None
-    metric: str = "importance"
-    chosen: tuple[str, ...] | None = None
+    tensors: Globs | None = None
+    rho: Annotated[float, Interval(gt=0, le=1)] | None = None
+    last_layers: Count | None = None
+    every: Count | None = None
+    times: Count | None = None
+    metric: Metric = "importance"
+    chosen: Globs | None = None
 
     def __post_init__(self) -> None:
-        for field in ("tensors", "chosen"):
-            names = getattr(self, field)
-            if names is not None:
-                object.__setattr__(self, field, (names,) if isinstance(names, str) else tuple(names))
+        super().__post_init__()
         if self.tensors is not None and self.last_layers is not None:
             raise OptionError("give tensors or last_layers, not both", pass_name=self.name)
-        for field in ("last_layers", "every", "times"):
-            number = getattr(self, field)
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-                raise OptionError(f"{field}={number} must be a positive whole number", pass_name=self.name)
         if self.every is not None and self.times is not None:
             raise OptionError("give every or times, not both", pass_name=self.name)
         if self.rho is None and (self.every or self.times):
             raise OptionError("every and times need rho, the budget to choose within", pass_name=self.name)
-        if self.metric not in METRICS:
-            raise OptionError(f"metric={self.metric!r} is none of {', '.join(METRICS)}", pass_name=self.name)
-        if self.rho is not None and (isinstance(self.rho, bool) or not 0 < self.rho <= 1):
-            raise OptionError(f"rho={self.rho} must lie in (0, 1]", pass_name=self.name)
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         if weights_borrowed(graph) and (self.rho is not None or self.last_layers is not None):

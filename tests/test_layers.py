@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     "errors version text document optimizers files exclusive",
-    "typed",
+    "typed options",
     "graph ops stored",
     "modules",
     "analysis cost tracing codegen",

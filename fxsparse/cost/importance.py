@@ -16,7 +16,7 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,9 @@ from fxsparse.errors import OptionError, nearest
 from fxsparse.graph import parameter_names, unwrapped
 from fxsparse.graph.sharded import cut_like, is_sharded, whole
 from fxsparse.graph.trainable import fully_trained, trainable
+from fxsparse.options import checked
 
-METRICS = ("importance", "delta", "gradient")
+Metric = Literal["importance", "delta", "gradient"]
 
 
 def tensor_importance(
@@ -37,7 +38,7 @@ def tensor_importance(
     optimizer: Optimizer,
     batch: Any,
     *,
-    metric: str = "importance",
+    metric: Metric = "importance",
     tensors: Iterable[str] | None = None,
     rho: float | None = None,
     loss: Callable[[Any], Tensor] | None = None,
@@ -72,8 +73,7 @@ def tensor_importance(
             not finite.
     """
     gm = unwrapped(gm)
-    if metric not in METRICS:
-        raise OptionError(f"metric={metric!r} is none of {', '.join(METRICS)}")
+    metric = checked("metric", metric, Metric)
     probe = fully_trained(gm)
     names = _evaluated(gm, optimizer, tensors)
     if rho is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,7 @@ from fxsparse.graph.record import TRACE_KEY
 from fxsparse.graph.sharded import unsharded_class
 from fxsparse.graph.training_form import CONDITIONS_KEY, keep_forward, renew_form
 from fxsparse.modules.sites import STARTED
+from fxsparse.options import checked, shown
 from fxsparse.tracing.casting import CONSTANTS, convert, note_origin
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
 from fxsparse.tracing.export import (
@@ -224,16 +225,22 @@ def trace(
             but is never 1, which cannot be told from a broadcast. Every other size stays that of the example.
 
     Raises:
+        OptionError: an option is of another type.
         TraceError: the model cannot be captured, or not with a free batch size; the message quotes the line that
             stopped it.
         InternalError: tracing has a bug.
     """
+    dynamic_batch = checked("dynamic_batch", dynamic_batch, bool)
+    dynamic_sequence = checked("dynamic_sequence", dynamic_sequence, bool | None)
+    if isinstance(args, Tensor) or not isinstance(args, Iterable):
+        raise OptionError(f"args is a tuple of positional inputs, such as (x,), and not {shown(args)}")
+    kwargs = dict(checked("kwargs", kwargs or {}, Mapping[str, Any]))
     if isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod
     if isinstance(model, GraphModule) and TRACE_KEY in model.meta:
         return model
     with torch.inference_mode(False):
-        given: Inputs = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), dict(kwargs or {})))
+        given: Inputs = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), kwargs))
     with without_cache(model):
         if dynamic_sequence is None:
             try:

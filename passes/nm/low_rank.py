@@ -13,10 +13,11 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -27,6 +28,7 @@ from fxsparse.graph.derived_buffers import BORROWED
 from fxsparse.graph.graph_state import STATES, note, register_state
 from fxsparse.graph.record import Change, record_of, rewrote, skipped, substitute
 from fxsparse.modules.sites import STARTED, ModuleSite, module_sites
+from fxsparse.options import Globs, Seed, Share
 from fxsparse.passes.base import Pass, parse_passes, sites_of_others
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.branch import Branch
@@ -56,25 +58,18 @@ class AddLowRankBranches(Pass):
 
     name: ClassVar[str] = "low-rank"
     cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors", "gates", "drop-dims")
-    rank: int | None = None
-    ratio: float | None = None
-    start: float = 0.99
-    layers: tuple[str, ...] | None = None
-    seed: int = 0
+    rank: Annotated[int, Interval(ge=1, le=65_536)] | None = None
+    ratio: Annotated[float, Interval(gt=0, le=1)] | None = None
+    start: Share = 0.99
+    layers: Globs | None = None
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.layers is not None:
-            object.__setattr__(self, "layers", (self.layers,) if isinstance(self.layers, str) else tuple(self.layers))
+        super().__post_init__()
         if self.rank is not None and self.ratio is not None:
             raise OptionError("give rank or ratio, not both", pass_name=self.name)
         if self.rank is None and self.ratio is None:
             object.__setattr__(self, "ratio", 1 / 64)
-        if self.rank is not None and (isinstance(self.rank, bool) or self.rank != int(self.rank) or self.rank < 1):
-            raise OptionError(f"rank={self.rank} must be a positive whole number", pass_name=self.name)
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise OptionError(f"ratio={self.ratio} must lie in (0, 1]", pass_name=self.name)
-        if not 0 <= self.start <= 1:
-            raise OptionError(f"start={self.start} is a fraction of the training steps, in [0, 1]", pass_name=self.name)
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         if graph.meta.get(BORROWED):

@@ -18,9 +18,10 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Interval, MinLen
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -30,18 +31,17 @@ from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import Linear, live
 from fxsparse.graph.derived_buffers import BORROWED, Derived, derive
 from fxsparse.graph.record import Change, HeldWeight, hold, rewrote, skipped
-from fxsparse.ops.nm import Pattern, pack
+from fxsparse.ops.nm import Pattern, PatternText, pack
+from fxsparse.options import Count, Glob, Globs, Seed, Weight
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.branch import Additions
-from fxsparse.passes.nm.rules import CRITERIA, NMMask
+from fxsparse.passes.nm.rules import Criterion, NMMask
 from fxsparse.passes.nm.sparse_linear import sparse_linears
 from fxsparse.passes.nm.sparsegpt import Pruned, sparsegpt
 from fxsparse.passes.nm.sr_ste import DynamicMasks
 from fxsparse.passes.pipeline import structure_only
-from fxsparse.passes.text import FrozenMapping
 
-STORAGES = ("compressed", "masked")
 _ADAPTER = re.compile(r"(\w*lora|\w*vera|hira|lily|adamss|peanut|stride)_(\w+_)?[A-E]")  # PEFT's names of their parts
 
 
@@ -80,43 +80,29 @@ class InsertNMMasks(Pass):
 
     name: ClassVar[str] = "nm-masks"
     cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors", "gates", "drop-dims")
-    pattern: Any = "2:4"
-    criterion: str = "magnitude"
-    storage: str = "compressed"
+    pattern: PatternText | Annotated[Mapping[Glob, PatternText], MinLen(1)] = "2:4"
+    criterion: Criterion = "magnitude"
+    storage: Literal["compressed", "masked"] = "compressed"
     transposable: bool = False
     dynamic: bool = False
-    every: int = 1
-    decay: float = 2e-4
-    dense_after: float = 1.0
-    exclude: tuple[str, ...] = ()
+    every: Count = 1
+    decay: Weight = 2e-4
+    dense_after: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    exclude: Globs = ()
     keep_first: bool = True
     keep_head: bool = True
     keep_adapters: bool = True
-    seed: int = 0
+    seed: Seed = 0
     calibration: Iterable[Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", _canonical(self.pattern))
-        object.__setattr__(self, "exclude", _globs(self.exclude))
-        for option, known in (("criterion", CRITERIA), ("storage", STORAGES)):
-            if getattr(self, option) not in known:
-                raise OptionError(
-                    f"{option}={getattr(self, option)!r} is none of {', '.join(known)}", pass_name=self.name
-                )
+        super().__post_init__()
         if self.dynamic and self.storage != "masked":
             raise OptionError('dynamic masks need the pruned weights: use storage="masked"', pass_name=self.name)
         if self.dynamic and self.criterion == "sparsegpt":
             raise OptionError(
                 "sparsegpt chooses masks once and changes the weights for them; dynamic masks follow magnitudes",
                 pass_name=self.name,
-            )
-        if self.every < 1:
-            raise OptionError(f"every={self.every} must be at least 1 step", pass_name=self.name)
-        if self.decay < 0:
-            raise OptionError(f"decay={self.decay} must not be negative", pass_name=self.name)
-        if isinstance(self.dense_after, bool) or not 0 < self.dense_after <= 1:
-            raise OptionError(
-                f"dense_after={self.dense_after} is a fraction of the training steps, in (0, 1]", pass_name=self.name
             )
         if self.dense_after < 1 and not self.dynamic:
             raise OptionError(
@@ -265,26 +251,6 @@ def _call_compressed(gm: GraphModule, linear: Linear, pattern: Pattern) -> None:
     indices = fx.insert_attribute(gm, f"{linear.name}_indices", before=linear.node)
     args = (linear.input, values, indices, None, linear.bias, pattern.n, pattern.m)
     fx.replace_with_call(gm, linear.node, torch.ops.fxsparse.nm_linear.default, args)
-
-
-def _canonical(pattern: Any) -> str | FrozenMapping:
-    """A pattern's one spelling: text, or a mapping from globs to text."""
-    if isinstance(pattern, (str, Pattern)):
-        return str(Pattern.parse(str(pattern)))
-    if not isinstance(pattern, (Mapping, FrozenMapping)):
-        raise OptionError(
-            f"pattern={pattern!r} is neither n:m, such as 2:4 (2 of every 4 weights are kept), nor a mapping from "
-            "globs to such patterns",
-            pass_name=InsertNMMasks.name,
-        )
-    items = FrozenMapping(pattern)
-    if not items:
-        raise OptionError("a mapping of patterns must not be empty", pass_name=InsertNMMasks.name)
-    return FrozenMapping((glob, str(Pattern.parse(str(text)))) for glob, text in items)
-
-
-def _globs(globs: Any) -> tuple[str, ...]:
-    return (globs,) if isinstance(globs, str) else tuple(globs)
 
 
 def _sites(gm: GraphModule) -> list[list[Linear]]:

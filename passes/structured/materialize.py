@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from fxsparse.analysis.structures import MLP, Attention, Columns, Rows
 from fxsparse.errors import RewriteError
 from fxsparse.graph import Linear, live
 from fxsparse.graph.record import Change, rewrote, skipped
+from fxsparse.options import FrozenMapping, Glob, Written
 from fxsparse.passes.base import Pass
 from fxsparse.passes.distill.distill import end_distillation
 from fxsparse.passes.structured.drop_dims import Dimensions
@@ -27,8 +28,10 @@ from fxsparse.passes.structured.hard_concrete import Gated, gate_names, gated, m
 from fxsparse.passes.structured.hidden_dims import narrow
 from fxsparse.passes.structured.nodes import gated_nodes, remove_gates
 from fxsparse.passes.structured.slicing import remove_result, slice_attention, slice_mlp
-from fxsparse.passes.text import FrozenMapping
 from fxsparse.text import ranges
+
+_RANGE = r"[0-9]{1,9}(-[0-9]{1,9})?"
+Ranges = Annotated[str, Written("ranges (such as 0-3,7)", rf"({_RANGE}(,{_RANGE})*)?", also=(int,))]
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,7 @@ class Materialize(Pass):
     must_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
     cannot_follow: ClassVar[tuple[str, ...]] = ("nm-masks", "low-rank")
     ends: ClassVar[tuple[str, ...]] = ("gates", "drop-dims", "distill")
-    kept: FrozenMapping | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.kept, Mapping):
-            object.__setattr__(self, "kept", FrozenMapping(self.kept))
+    kept: Mapping[Glob, Ranges] | None = None
 
     def rewrite(self, graph: GraphModule) -> Generator[Change, None, Materialize]:
         sublayers = gated(graph)

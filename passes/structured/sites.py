@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from fxsparse.analysis.activation_norms import activation_norms
 from fxsparse.analysis.residual_streams import Stream, streams
 from fxsparse.analysis.structures import MLP, Attention, structures
 from fxsparse.analysis.units import activations, magnitudes, readers
-from fxsparse.errors import OptionError, RewriteError
+from fxsparse.errors import RewriteError
 from fxsparse.graph import Linear, live
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import Change
@@ -29,8 +29,9 @@ from fxsparse.passes.pipeline import structure_only
 from fxsparse.passes.structured.hard_concrete import Count, Gated
 from fxsparse.passes.structured.nodes import gate_stream, multiply, multiply_input
 
-UNITS = ("heads", "attention", "intermediate", "ffn", "hidden")
-SCORES = ("magnitude", "activation", "random")
+Unit = Literal["heads", "attention", "intermediate", "ffn", "hidden"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+Score = Literal["magnitude", "activation", "random"]
 CLASHES = ("gates", "drop-dims", "nm-masks", "low-rank", "select-neurons", "select-tensors", "distill")
 """The passes that a pass with gates cannot follow."""
 
@@ -42,17 +43,6 @@ class Gating(Pass):
 
     units: tuple[str, ...]
     layers: tuple[str, ...] | None
-
-    def _check_units(self, known: Collection[str], what: str) -> None:
-        """Makes tuples of ``units`` and ``layers``; an OptionError where a unit is unknown, or none is given."""
-        for name in ("units", "layers"):
-            given = getattr(self, name)
-            if given is not None:
-                object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
-        unknown = [unit for unit in self.units if unit not in known]
-        if unknown or not self.units:
-            shown = ", ".join(map(str, unknown)) or "nothing"
-            raise OptionError(f"units={shown} cannot be {what}; there are: {', '.join(known)}", pass_name=self.name)
 
     def _find_sites(self, gm: GraphModule, state: str) -> Sites:
         """:func:`find_sites`; a RewriteError in a one-line call."""

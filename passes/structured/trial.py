@@ -12,11 +12,11 @@ from fxsparse.errors import RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.record import record_of
 from fxsparse.graph.state import SharedByCopies
+from fxsparse.options import FrozenMapping
 from fxsparse.passes.base import outcome
 from fxsparse.passes.pipeline import structure_only
 from fxsparse.passes.structured.hard_concrete import Gated, gate_names, mask_name
 from fxsparse.passes.structured.materialize import Materialize
-from fxsparse.passes.text import FrozenMapping
 from fxsparse.text import ranges
 
 _KNOWN = "fxsparse_trials"

@@ -289,11 +289,11 @@ def test_distilling_anew_after_the_gates_are_cut() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"matching": "random"}, "none of dynamic, plain"),
-        ({"projection": "linear"}, "none of none, shared"),
-        ({"temperature": 0}, "positive"),
-        ({"weights": (1, 0, 0)}, "three numbers"),
-        ({"teacher": "bert"}, "must be a module"),
+        ({"matching": "random"}, "one of dynamic, plain"),
+        ({"projection": "linear"}, "one of none, shared"),
+        ({"temperature": 0}, "a number above 0"),
+        ({"weights": (1, 0, 0)}, "one of the last two"),
+        ({"teacher": "bert"}, "must be of type Module"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
@@ -433,7 +433,7 @@ def test_what_attention_distillation_refuses() -> None:
     with pytest.raises(OptionError, match='use matching="plain"'):
         DistillLayers(attention=1.0)
     for option in ("attention", "embedding"):
-        with pytest.raises(OptionError, match=f"{option}=-1.0 must be at least 0"):
+        with pytest.raises(OptionError, match=f"{option}=-1.0 must be a number of at least 0"):
             DistillLayers(matching="plain", **{option: -1.0})
     narrow = fxsparse.rewrite(base, "gates{units=[heads],target=0.3,score=magnitude},materialize")
     with pytest.raises(RewriteError, match="compared head by head"):
