@@ -67,7 +67,7 @@ class Schedule:
     ):
         total_steps = checked("total_steps", total_steps, Count)
         signals = checked("signals", signals, Mapping[str, Callable[[int], float]] | None)
-        if not isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, "optimizer"):
+        if not hasattr(optimizer, "param_groups"):
             raise OptionError(f"optimizer={shown(optimizer)} is no torch.optim.Optimizer")
         rewritten: Any = fx.rewritten_of(gm, "fxsparse.Schedule")
         self._gm = rewritten

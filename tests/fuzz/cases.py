@@ -33,9 +33,18 @@ from torch.fx import GraphModule
 
 import fxsparse
 from fxsparse.analysis.structures import structures
-from fxsparse.errors import FxsparseError, InternalError, RewriteError, TraceError
+from fxsparse.errors import CheckpointError, RewriteError, TraceError
 from fxsparse.graph.record import Record, record_of
-from fxsparse.passes import DistillLayers, DropDimensions, GateStructures, InsertNMMasks, Multiplex, Pass, Pipeline
+from fxsparse.passes import (
+    DistillLayers,
+    DropDimensions,
+    GateStructures,
+    InsertNMMasks,
+    Multiplex,
+    Pass,
+    Pipeline,
+    PruneOperands,
+)
 from fxsparse.passes.base import parse_passes
 from fxsparse.passes.distill.distill import attach_teacher
 from tests.fuzz import models, oracle, pipelines
@@ -45,7 +54,7 @@ from tests.support.composed import EqualDraws, differences
 from tests.support.orders import _gates_agree, shape_of
 
 STEPS = composed.STEPS
-LR = 0.05
+LR = 0.02
 
 
 @dataclass(frozen=True)
@@ -59,43 +68,40 @@ class Case:
 
 @st.composite
 def cases(draw: Callable[[Any], Any]) -> Case:
-    return Case(draw(models.specs()), draw(pipelines.pipelines()), draw(st.sampled_from(["none", *PROPERTIES])))
+    return Case(draw(models.specs()), draw(pipelines.pipelines()), draw(st.sampled_from(sorted(PROPERTIES))))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a case: ``rewritten``, ``refused``, or ``untraced``; with what it was held against, or why."""
+def check(case: Case) -> tuple[str, str]:
+    """Runs a case; an AssertionError or any exception that is not a refusal is a bug.
 
-    kind: str
-    detail: str
-
-
-def check(case: Case) -> Outcome:
-    """Runs a case; an AssertionError or any exception that is not a refusal is a bug."""
-    with warnings.catch_warnings(), EqualDraws():
+    Returns:
+        ``rewritten``, ``refused``, ``refused later`` (in training or by the property) or ``untraced``; and what it was
+        held against, or the refusal.
+    """
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             model, base = traced(case.spec)
         except TraceError as error:
-            return Outcome("untraced", _template(error))
+            return "untraced", _template(error)
         with _unchanged(model, base):
             try:
                 passes = passes_of(case)
                 gm = Pipeline(passes)(base)
-            except InternalError:
-                raise
             except RewriteError as error:
                 return _refused(error)
         assert Pipeline.parse(str(Pipeline(passes))) == Pipeline(passes), "text both ways"
         try:
             _trains(case, passes, gm)
-            if case.prop != "none":
-                PROPERTIES[case.prop](case, passes)
-        except InternalError:
-            raise
-        except FxsparseError as error:
-            return Outcome("refused later", _template(error))
-        return Outcome("rewritten", "with an oracle" if oracle.is_covered(case.spec, passes) else "without an oracle")
+        except RewriteError as error:  # an OptionError, of the schedule
+            return "refused later", _template(error)
+        try:
+            PROPERTIES[case.prop](case, passes)
+        except (RewriteError, CheckpointError) as error:
+            if case.prop not in _MAY_REFUSE:
+                raise
+            return "refused later", _template(error)
+        return "rewritten", "with an oracle" if oracle.is_covered(case.spec, passes) else "without an oracle"
 
 
 def passes_of(case: Case) -> list[Pass]:
@@ -146,10 +152,10 @@ def _unchanged(model: models.Model, base: GraphModule) -> Iterator[None]:
     assert torch.equal(torch.get_rng_state(), drawn), "random numbers were drawn"
 
 
-def _refused(error: RewriteError) -> Outcome:
+def _refused(error: RewriteError) -> tuple[str, str]:
     message = str(error)
     assert 20 < len(message) < 1500, f"a refusal of {len(message)} characters: {message}"
-    return Outcome("refused", _template(error))
+    return "refused", _template(error)
 
 
 def _template(error: Exception) -> str:
@@ -169,10 +175,9 @@ def _trains(case: Case, passes: list[Pass], gm: GraphModule) -> None:
         every = structures(base)
         sites = {site.path: site for site in (*every.attentions, *every.mlps)}
         twin = oracle.oracle_of(model, sites, gm)
-    gm = copy.deepcopy(gm) if twin is None else gm
     rewritten = copy.deepcopy(gm)
     losses, expected = _train(case, rewritten, twin)
-    assert torch.tensor(losses).isfinite().all(), losses
+    assert case.spec.norm == "none" or torch.tensor(losses).isfinite().all(), losses
     batch = batch_of(case.spec, rows=2, length=5, seed=9)
     logits = _evaluated(case, rewritten, batch)
     if twin is None:
@@ -186,6 +191,11 @@ def _trains(case: Case, passes: list[Pass], gm: GraphModule) -> None:
     with torch.no_grad():
         theirs = twin.run(batch)[1]
     torch.testing.assert_close(logits, theirs, rtol=1e-3, atol=1e-4, msg=_told("evaluation"))
+
+
+def _close(case: Case, mine: Tensor, theirs: Tensor, what: str) -> None:
+    off = 0.05 if case.spec.dtype == "bfloat16" else 1e-4
+    torch.testing.assert_close(mine, theirs, rtol=off, atol=off, msg=_told(what))
 
 
 def _told(what: str) -> Callable[[str], str]:
@@ -206,15 +216,19 @@ def _train(
     own_loss = (lambda output: loss_and_logits(case.spec, output)[0]) if case.spec.outputs == "logits" else None
     for step in range(1, STEPS + 1):
         batch = batch_of(case.spec, seed=step, rows=4)
-        schedule.observe(batch, loss=own_loss)
+        with EqualDraws():
+            schedule.observe(batch, loss=own_loss)
         if twin is not None:
             twin.read(gm, schedule)
-            expected.append(twin.backward(batch))
+            with EqualDraws():
+                expected.append(twin.backward(batch))
         optimizer.zero_grad()
         torch.manual_seed(step)
-        loss = loss_and_logits(case.spec, model(**batch))[0]
-        losses.append(float(loss.detach()))
-        loss.backward()
+        with EqualDraws():
+            loss = loss_and_logits(case.spec, model(**batch))[0]
+            losses.append(float(loss.detach()))
+            if loss.requires_grad:
+                loss.backward()
         if twin is not None:
             _gates_agree(gm, twin)
             twin.step(step, LR)
@@ -275,8 +289,7 @@ def _sizes(case: Case, passes: list[Pass]) -> None:
     whole = batch_of(case.spec, rows=7, length=4, seed=5)
     for rows in (slice(0, 2), slice(2, 7)):
         part = {name: value[rows] for name, value in whole.items()}
-        mine, theirs = _evaluated(case, gm, part), _evaluated(case, gm, whole)[rows]
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4, msg=_told("other sizes"))
+        _close(case, _evaluated(case, gm, part), _evaluated(case, gm, whole)[rows], "other sizes")
 
 
 def _fresh(case: Case) -> models.Model:
@@ -295,7 +308,9 @@ def _saved(case: Case, passes: list[Pass]) -> None:
 
 
 def _replayed(case: Case, passes: list[Pass]) -> None:
-    if any(isinstance(item, DistillLayers) or getattr(item, "calibration", None) for item in passes):
+    measured = ("wanda", "sparsegpt", "activation")
+    if any(isinstance(item, DistillLayers) or getattr(item, "criterion", getattr(item, "score", "")) in measured
+           for item in passes):  # fmt: skip
         return
     gm = Pipeline(passes)(copy.deepcopy(traced(case.spec)[1]))
     record = Record.from_json(record_of(gm).to_json())
@@ -309,13 +324,10 @@ def _dense(case: Case, passes: list[Pass]) -> None:
     model = _fresh(case)
     if {name: value.shape for name, value in dense.items()} != {n: v.shape for n, v in model.state_dict().items()}:
         return
-    started = not any("start" in str(item) for item in passes)
     model.load_state_dict(dense)
     batch = batch_of(case.spec, seed=8)
-    if started and not any(isinstance(item, (GateStructures, DropDimensions, Multiplex)) for item in passes):
-        mine, theirs = _evaluated(case, gm, batch), _evaluated(case, model, batch)
-        tolerance = 0.05 if case.spec.dtype == "bfloat16" else 1e-4
-        torch.testing.assert_close(theirs, mine, rtol=tolerance, atol=tolerance, msg=_told("dense weights"))
+    if not any(isinstance(item, (Multiplex, PruneOperands)) for item in passes):
+        _close(case, _evaluated(case, model, batch), _evaluated(case, gm, batch), "dense weights")
 
 
 def _compiled(case: Case, passes: list[Pass]) -> None:
@@ -324,10 +336,7 @@ def _compiled(case: Case, passes: list[Pass]) -> None:
     losses, _ = _train(case, eager, None)
     compiled, _ = _train(case, gm, None, torch.compile(gm, backend="aot_eager"))
     if not case.spec.dropout:
-        tolerance = 0.02 if case.spec.dtype == "bfloat16" else 1e-4
-        torch.testing.assert_close(
-            torch.tensor(compiled), torch.tensor(losses), rtol=tolerance, atol=tolerance, msg=_told("compiled")
-        )
+        _close(case, torch.tensor(compiled), torch.tensor(losses), "compiled")
 
 
 def _one_line(case: Case, passes: list[Pass]) -> None:
@@ -339,13 +348,11 @@ def _one_line(case: Case, passes: list[Pass]) -> None:
     with torch.no_grad():
         logits = loss_and_logits(case.spec, compiled(**batch))[1]
     gm = Pipeline(passes)(copy.deepcopy(traced(case.spec)[1]))
-    tolerance = 0.05 if case.spec.dtype == "bfloat16" else 1e-4
-    torch.testing.assert_close(
-        logits, _evaluated(case, gm, batch), rtol=tolerance, atol=tolerance, msg=_told("one line")
-    )
+    _close(case, logits, _evaluated(case, gm, batch), "one line")
 
 
 PROPERTIES: dict[str, Callable[[Case, list[Pass]], None]] = {
+    "none": lambda case, passes: None,
     "twice": _twice,
     "sizes": _sizes,
     "saved": _saved,
@@ -354,3 +361,4 @@ PROPERTIES: dict[str, Callable[[Case, list[Pass]], None]] = {
     "compiled": _compiled,
     "one-line": _one_line,
 }
+_MAY_REFUSE = ("dense", "one-line")
