@@ -388,6 +388,7 @@ class Option:
         allowed: what may be given, in words.
         default: its value where nothing is given; ``dataclasses.MISSING`` if it must be.
         doc: what the class's docstring says of it.
+        in_text: whether text carries it; that is so for what counts when two instances are compared.
     """
 
     name: str
@@ -395,19 +396,18 @@ class Option:
     allowed: str
     default: Any
     doc: str
+    in_text: bool = True
 
 
 def options_of(cls: type) -> tuple[Option, ...]:
     """The options of a frozen dataclass in the order of its fields."""
-    docs = dict(_attribute_docs(cls))
-    declared = declared_fields(cls)
-    return tuple(
-        Option(
-            field.name, declared[field.name], allowed(declared[field.name]), _default(field), docs.get(field.name, "")
-        )
-        for field in fields(cls)
-        if field.init
-    )
+    docs, declared = dict(_attribute_docs(cls)), declared_fields(cls)
+    options = []
+    for field in fields(cls):
+        if field.init:
+            kind, doc = declared[field.name], docs.get(field.name, "")
+            options.append(Option(field.name, kind, allowed(kind), _default(field), doc, field.compare))
+    return tuple(options)
 
 
 def _default(field: Field[Any]) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import re
-from dataclasses import MISSING, Field
+from dataclasses import MISSING
 from typing import Any
 
 import click
@@ -13,11 +12,10 @@ from fxsparse.cli.options import json_option
 from fxsparse.cli.output import show
 from fxsparse.document import Document, Line, Table
 from fxsparse.errors import OptionError, nearest
-from fxsparse.passes.base import Pass, _options, pass_classes
+from fxsparse.options import Option, options_of
+from fxsparse.passes.base import Pass, pass_classes
 from fxsparse.passes.text import write
 from fxsparse.recipes import RECIPES, TAUGHT
-
-_ATTRIBUTE = re.compile(r"^    (?P<names>[a-z_0-9, ]+): (?P<text>.*?)(?=^    \S|^\S|\Z)", re.MULTILINE | re.DOTALL)
 
 
 @click.command()
@@ -56,20 +54,20 @@ def _one(cls: type[Pass]) -> Document:
     options = _data(cls)["options"]
     parts: list[Line | Table] = [Line(f"{cls.name}, {cls.__name__}", "title"), Line(_summary(cls))]
     if options:
-        rows = [(option["name"], option["default"], option["doc"]) for option in options]
-        parts += [Line(), Table((("option", "default", "what it means"), *rows), header=True)]
+        rows = [(option["name"], option["default"], option["allowed"], option["doc"]) for option in options]
+        parts += [Line(), Table((("option", "default", "allowed", "what it means"), *rows), header=True)]
     return Document(parts, _data(cls))
 
 
 def _data(cls: type[Pass]) -> dict[str, Any]:
-    docs = _documented(cls)
     return {
         "name": cls.name,
         "class": cls.__name__,
         "summary": _summary(cls),
         "options": [
-            {"name": option.name, "default": _default(option), "doc": docs.get(option.name, "")}
-            for option in _options(cls)
+            {"name": option.name, "default": _default(option), "allowed": option.allowed, "doc": _plain(option.doc)}
+            for option in options_of(cls)
+            if option.in_text
         ],
     }
 
@@ -78,17 +76,9 @@ def _summary(cls: type[Pass]) -> str:
     return " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())
 
 
-def _documented(cls: type[Pass]) -> dict[str, str]:
-    """What the docstring's ``Attributes`` say of each option."""
-    _, _, text = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
-    found = {}
-    for match in _ATTRIBUTE.finditer(text):
-        for name in match["names"].split(", "):
-            found[name] = " ".join(match["text"].replace("``", "").split())
-    return found
-
-
-def _default(option: Field[Any]) -> str:
-    if option.default_factory is not MISSING:
-        return write(option.default_factory())
+def _default(option: Option) -> str:
     return "required" if option.default is MISSING else write(option.default)
+
+
+def _plain(doc: str) -> str:
+    return doc.replace("``", "")
