@@ -145,13 +145,13 @@ class InsertNMMasks(Pass):
                 return None, f"excluded by {glob!r}"
         if isinstance(self.pattern, str):
             return Pattern.parse(self.pattern), None
-        for glob, pattern in self.pattern:
+        for glob, pattern in dict(self.pattern).items():
             if fnmatch.fnmatchcase(linear.path, glob):
                 return Pattern.parse(pattern), None
         return None, "no glob of the pattern matches it"
 
     def _check_globs(self, paths: list[str]) -> None:
-        globs = [*self.exclude, *(() if isinstance(self.pattern, str) else (glob for glob, _ in self.pattern))]
+        globs = [*self.exclude, *(() if isinstance(self.pattern, str) else dict(self.pattern))]
         for glob in globs:
             if not any(fnmatch.fnmatchcase(path, glob) for path in paths):
                 shown = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")

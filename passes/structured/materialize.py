@@ -20,7 +20,7 @@ from fxsparse.analysis.structures import MLP, Attention, Columns, Rows
 from fxsparse.errors import RewriteError
 from fxsparse.graph import Linear, live
 from fxsparse.graph.record import Change, rewrote, skipped
-from fxsparse.options import FrozenMapping, Glob, Written
+from fxsparse.options import Glob, Written
 from fxsparse.passes.base import Pass
 from fxsparse.passes.distill.distill import end_distillation
 from fxsparse.passes.structured.drop_dims import Dimensions
@@ -68,7 +68,7 @@ class Materialize(Pass):
         present = {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}
         fx.eliminate_dead_code(graph)
         fx.delete_state(graph, {n for name in masks for n in (name, mask_name(name))} & present)
-        return Materialize(FrozenMapping({name: ranges(m.nonzero().flatten().tolist()) for name, m in masks.items()}))
+        return Materialize({name: ranges(m.nonzero().flatten().tolist()) for name, m in masks.items()})
 
     def _take_out(
         self, gm: GraphModule, item: Gated, masks: Mapping[str, Tensor], acted_on: Mapping[str, list[Node]]

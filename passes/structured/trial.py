@@ -12,7 +12,6 @@ from fxsparse.errors import RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.record import record_of
 from fxsparse.graph.state import SharedByCopies
-from fxsparse.options import FrozenMapping
 from fxsparse.passes.base import outcome
 from fxsparse.passes.pipeline import structure_only
 from fxsparse.passes.structured.hard_concrete import Gated, gate_names, mask_name
@@ -58,7 +57,7 @@ def _first_failure(gm: GraphModule, multiple: int) -> tuple[str, str] | None:
             first = dict(one_of_each.values())
             kept = {name: ranges(range(first.get(name, 0), count)) for name, count in counts.items()}
             try:
-                outcome(Materialize(FrozenMapping(kept)), fx.copy_sharing_state(gm))
+                outcome(Materialize(kept), fx.copy_sharing_state(gm))
             except RewriteError as error:
                 gate = closed.get(error.site or "", (".hidden_gate", 0))[0]
                 return gate.rpartition(".")[2].removesuffix("_gate"), str(error)
