@@ -13,6 +13,9 @@ from __future__ import annotations
 from fxsparse.codegen.cpu.instruction_sets import InstructionSet
 from fxsparse.codegen.template import fill
 
+MOST_ROWS = 4
+"""Rows of the weight, at most, expanded at once."""
+
 _TABLE = """
 // mask_table.of[b]: the columns that a byte of indices keeps
 struct MaskTable {
@@ -210,25 +213,20 @@ INLINE wide expand(const element* values, const uint8_t* masks) {
 """
 
 _ROWS = """
-constexpr int CHUNK = 48;           // rows of the weight that a thread takes at once
-constexpr int BEFORE = 16, STRIDE = CHUNK + BEFORE;  // sums of a token: room for rows before the chunk, then the chunk
 constexpr int UNROLLED = $unrolled;         // steps whose values fill a cache line or more
 
-// x as the steps read it: rows of whole steps, zeros after the end
-struct Inputs {
-  const input* x;
-  int64_t stride;
-  const float* hidden;  // scale x down^T [tokens, rank]
-  int64_t hidden_stride;
-};
-
-// sums[token * STRIDE + r] for ROWS rows of the weight from `row` on
+// sums[token * STRIDE + r] for ROWS rows of the weight from `row` on; rows after the last are the last one again
 template <int ROWS, int TOKENS>
-void expand_rows(const Call& call, const Inputs& inputs, int64_t token, int64_t row, float* sums) {
+void multiply_rows(const Call& call, const Inputs& inputs, int64_t token, int64_t row, float* sums) {
   constexpr int PARTS = ROWS * TOKENS < 8 ? 2 : 1;  // enough sums that none waits for the one before
   const int64_t row_kept = kept_of(call.in), row_bytes = index_bytes(call.in);
-  const element* values = static_cast<const element*>(call.values) + row * row_kept;
-  const uint8_t* indices = call.indices + row * row_bytes;
+  const element* values[ROWS];
+  const uint8_t* indices[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t at = least(row + r, call.out - 1);
+    values[r] = static_cast<const element*>(call.values) + at * row_kept;
+    indices[r] = call.indices + at * row_bytes;
+  }
   const input* x = inputs.x + token * inputs.stride;
   vec total[PARTS][ROWS][TOKENS];
   for (int p = 0; p < PARTS; ++p)
@@ -249,11 +247,11 @@ void expand_rows(const Call& call, const Inputs& inputs, int64_t token, int64_t 
   for (int64_t block = 0; block < call.in; block += BLOCK) {
     const int64_t first_byte = block / M * N * INDEX_BITS / 8, columns = least(BLOCK, call.in - block);
     UNROLL for (int r = 0; r < ROWS; ++r) {
-      make_masks(indices + r * row_bytes + first_byte, row_bytes - first_byte, masks[r]);
-      __builtin_prefetch(indices + (r + ROWS) * row_bytes + first_byte);
+      make_masks(indices[r] + first_byte, row_bytes - first_byte, masks[r]);
+      __builtin_prefetch(indices[r] + ROWS * row_bytes + first_byte);
     }
     const element* from[ROWS];
-    for (int r = 0; r < ROWS; ++r) from[r] = values + r * row_kept + kept_of(block);
+    for (int r = 0; r < ROWS; ++r) from[r] = values[r] + kept_of(block);
     int64_t k = 0;
     for (; k + STEP * UNROLLED <= columns; k += STEP * UNROLLED) {
       UNROLL for (int r = 0; r < ROWS; ++r) __builtin_prefetch(from[r] + ROWS * row_kept);
@@ -276,112 +274,31 @@ void expand_rows(const Call& call, const Inputs& inputs, int64_t token, int64_t 
     }
   }
 
-  for (int64_t k = 0; k < call.rank; k += LANES)
-    for (int r = 0; r < ROWS; ++r) {
-      const element* up = static_cast<const element*>(call.up) + (row + r) * call.rank + k;
-      const vec weight = call.rank - k >= LANES ? load(up) : load_first(up, call.rank - k);
-      for (int t = 0; t < TOKENS; ++t) {
-        const vec hidden = load(inputs.hidden + (token + t) * inputs.hidden_stride + k);
-        total[0][r][t] = multiply_add(weight, hidden, total[0][r][t]);
-      }
-    }
   for (int t = 0; t < TOKENS; ++t)
     for (int r = 0; r < ROWS; ++r) {
       vec all = total[0][r][t];
       for (int p = 1; p < PARTS; ++p) all = all + total[p][r][t];
       sums[t * STRIDE + r] = sum(all);
     }
-}
-
-// rows [row, end) of the weight for TOKENS tokens, of which some exist; the last rows may be computed twice
-template <int ROWS, int TOKENS>
-void expand_chunk(const Call& call, const Inputs& inputs, int64_t token, int64_t row, int64_t end) {
-  alignas(64) float sums[TOKENS * STRIDE + 2 * LANES];
-  if (call.out < ROWS) {
-    for (int64_t r = row; r < end; ++r)
-      for (int t = 0; t < TOKENS; ++t)
-        expand_rows<1, 1>(call, inputs, token + t, r, sums + t * STRIDE + BEFORE + r - row);
-  } else {
-    for (int64_t r = row; r < end; r += ROWS) {
-      const int64_t from = least(r, call.out - ROWS);
-      expand_rows<ROWS, TOKENS>(call, inputs, token, from, sums + BEFORE + from - row);
-    }
-  }
-  for (int t = 0; t < least(TOKENS, call.tokens - token); ++t)
-    finish(call, sums + t * STRIDE + BEFORE, token + t, row, end - row);
+  add_branch<ROWS, TOKENS>(call, inputs, token, row, sums);
 }
 """
 
-_INPUTS = """
-// scale x down^T in float, a dense product of few rows
-INLINE void make_hidden(const Call& call, const input* x, int64_t stride, float* hidden, int64_t width) {
-  const int64_t rank = call.rank;
-  parallel(call, rank, 1 + (1 << 15) / most(1, call.in * call.tokens), [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      const element* down = static_cast<const element*>(call.down) + k * call.in;
-      for (int64_t t = 0; t < call.tokens; ++t) {
-        const input* row = x + t * stride;
-        vec total{};
-        int64_t i = 0;
-        for (; i + LANES <= call.in; i += LANES) total = multiply_add(load(down + i), load(row + i), total);
-        const int64_t left = call.in - i;
-        if (left) total = multiply_add(load_first(down + i, left), load_first(row + i, left), total);
-        hidden[t * width + k] = sum(total) * float(call.scale);
-      }
-    }
-  });
-}
+_CONVERTED = """
+constexpr bool COPIES = true;
 
-template <class From>
-INLINE void copy_row(const From* from, int64_t columns, int64_t padded, float* to) {
+INLINE void copy_row(const element* from, int64_t columns, int64_t padded, input* to) {
   for (int64_t i = 0; i < padded; i += LANES) {
     const int64_t left = columns - i;
     store(to + i, left >= LANES ? load(from + i) : left > 0 ? load_first(from + i, left) : vec{});
   }
 }
-$copy_same
-
-// the number of tokens that the last ones are computed as: 1, 2, 4 or 8
-INLINE constexpr int64_t rounded(int64_t tokens) { return tokens <= 2 ? tokens : tokens <= 4 ? 4 : 8; }
-
-// all tokens of a call, at most 8 at a time; a chunk of the weight's rows stays in the cache meanwhile
-int expand_product(const Call& call) {
-  const int64_t padded = up_to(call.in, STEP), width = up_to(call.rank, LANES);
-  const int64_t tokens = call.tokens / 8 * 8 + rounded(call.tokens % 8);
-  const bool copies = sizeof(input) != sizeof(element) || padded != call.in || tokens != call.tokens;
-  Scratch x_scratch(copies ? tokens * padded : 0), hidden(tokens * width);
-  if (!x_scratch.get || !hidden.get) return 1;
-  Inputs inputs{static_cast<const input*>(call.x), call.x_stride, hidden.get, width};
-  if (copies) {
-    input* to = reinterpret_cast<input*>(x_scratch.get);
-    for (int64_t t = 0; t < tokens; ++t) {
-      const element* from = static_cast<const element*>(call.x) + least(t, call.tokens - 1) * call.x_stride;
-      copy_row(from, call.in, padded, to + t * padded);
-    }
-    inputs.x = to;
-    inputs.stride = padded;
-  }
-  if (call.rank) {
-    memset(hidden.get, 0, size_t(tokens * width) * sizeof(float));
-    make_hidden(call, inputs.x, inputs.stride, hidden.get, width);
-  }
-  const int64_t work = CHUNK * kept_of(call.in) * call.tokens;
-  parallel(call, (call.out + CHUNK - 1) / CHUNK, (1 << 15) / most(1, work), [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t row = chunk * CHUNK, last = least(row + CHUNK, call.out);
-      for (int64_t t = 0; t < call.tokens; t += 8) {
-        switch (rounded(least(call.tokens - t, 8))) {
-          $cases
-        }
-      }
-    }
-  });
-  return 0;
-}
 """
 
-_COPY_SAME = """
-INLINE void copy_row(const element* from, int64_t columns, int64_t padded, element* to) {
+_SAME = """
+constexpr bool COPIES = false;  // unless x has to be longer
+
+INLINE void copy_row(const element* from, int64_t columns, int64_t padded, input* to) {
   memcpy(to, from, size_t(columns) * sizeof *to);
   memset(to + columns, 0, size_t(padded - columns) * sizeof *to);
 }
@@ -393,10 +310,10 @@ def uses_dot(instruction_set: InstructionSet, dtype: str) -> bool:
     return instruction_set.name == "avx512_bf16" and dtype == "bfloat16"
 
 
-def rows_of(tokens: int, instruction_set: InstructionSet, most: int) -> int:
+def rows_of(tokens: int, instruction_set: InstructionSet) -> int:
     """Rows of the weight taken at once with this many tokens: as many as sums fit in registers."""
     fitting = (instruction_set.registers - 3) // (tokens + 1)
-    return max(size for size in (1, 2, 3, 4, 6) if size <= max(1, min(most, fitting)))
+    return max(size for size in (1, 2, 3, MOST_ROWS) if size <= max(1, fitting))
 
 
 def steps(instruction_set: InstructionSet, dtype: str, n: int, m: int, *, dot: bool) -> str:
@@ -416,25 +333,14 @@ def steps(instruction_set: InstructionSet, dtype: str, n: int, m: int, *, dot: b
     )
 
 
-def expand(instruction_set: InstructionSet, dtype: str, n: int, m: int, rows: int) -> str:
-    """Everything of a product for few tokens; the last function is ``expand_product``.
-
-    Args:
-        rows: of the weight, at most, taken at once.
-    """
+def rows(instruction_set: InstructionSet, dtype: str, n: int, m: int) -> str:
+    """``copy_row`` and ``multiply_rows``."""
     dot = uses_dot(instruction_set, dtype)
     step = 32 if dot else instruction_set.lanes
     size = 4 if dtype == "float32" else 2
-    cases = [
-        f"case {tokens}:\n"
-        f"  expand_chunk<{rows_of(tokens, instruction_set, rows)}, {tokens}>(call, inputs, t, row, last);\n"
-        "  break;"
-        for tokens in (1, 2, 4, 8)
-    ]
-    return (
-        steps(instruction_set, dtype, n, m, dot=dot)
-        + fill(_ROWS, unrolled=str(min(8, max(2, 64 // (step // m * n * size)))))
-        + "\n"
-        + fill(_INPUTS, cases="\n".join(cases), copy_same=_COPY_SAME if dot or size == 4 else "")
-        + "\n"
+    parts = (
+        steps(instruction_set, dtype, n, m, dot=dot),
+        _SAME if dot or size == 4 else _CONVERTED,
+        fill(_ROWS, unrolled=str(min(8, max(2, 64 // (step // m * n * size))))),
     )
+    return "\n".join(parts)

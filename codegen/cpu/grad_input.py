@@ -51,7 +51,7 @@ bool transpose_weight(const Call& call, int64_t begin, int64_t end, element* val
   const Rows rows{static_cast<const element*>(call.values), call.column_mask, call.in, kept_of(call.in),
                   (kept_of(call.in) + 7) / 8};
   alignas(64) uint8_t masks[BUNDLE_COLUMNS][BLOCK / 8];
-  unsigned too_many = 0;
+  lane_set too_many{};
   for (int64_t first = 0; first < call.out; first += BUNDLE_COLUMNS) {
     const int64_t slot = kept_of(first), byte = slot * INDEX_BITS / 8;
     const int64_t many = least(BUNDLE_COLUMNS, call.out - first);
@@ -64,19 +64,19 @@ bool transpose_weight(const Call& call, int64_t begin, int64_t end, element* val
       vec kept_values[BUNDLE];
       words packed[2] = {};
       for (int group = 0; group < BUNDLE / N; ++group) {
-        unsigned left[M];
+        lane_set left[M];
         vec row_values[M];
         for (int r = 0; r < M; ++r) {
           const int64_t row = group * M + r;
-          left[r] = row < many ? rows.keeps(first + row, column, masks[row]) : 0;
+          left[r] = lanes_of(row < many ? rows.keeps(first + row, column, masks[row]) : 0);
           row_values[r] = row < many ? rows.at(first + row, column, masks[row]) : vec{};
         }
         for (int s = 0; s < N; ++s) {
-          unsigned done = 0;
+          lane_set done{};
           vec value{};
           words place{};
           for (int r = 0; r < M; ++r) {  // each column takes the first row that is left
-            const unsigned take = left[r] & ~done;
+            const lane_set take = left[r] & ~done;
             value = blend(take, row_values[r], value);
             place = blend(take, words{} + unsigned(r), place);
             left[r] &= ~take;
@@ -101,7 +101,7 @@ bool transpose_weight(const Call& call, int64_t begin, int64_t end, element* val
       }
     }
   }
-  return too_many != 0;
+  return any(too_many);
 }
 
 // W itself: every kept value adds to the row of dx^T at its index.

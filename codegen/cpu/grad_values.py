@@ -132,5 +132,5 @@ int run(const Call& call) {
 def grad_values(instruction_set: InstructionSet, dtype: str, *, pairs: bool) -> str:
     """The gradient of kept values, after ``panels.make_panel``."""
     run = _DIRECT if dtype == "float32" else _CONVERTED
-    vectors = 8 if instruction_set.registers >= 32 and not pairs else 4
+    vectors = (4 if pairs else 8) if instruction_set.registers >= 32 else 2
     return fill(_GRAD_VALUES, vectors=str(vectors), run=run) + "\n"

@@ -2,6 +2,7 @@
 
     vec              LANES floats
     words            LANES unsigned integers of 32 bits
+    lane_set         some lanes: lanes_of(bits), any, and the operators & | ~
     splat, load, store, load_first, store_first, multiply_add, blend, sum, sums, transpose, pairs
     quad, pick<i>    four floats, and one of them in every lane: takes fewer loads than four broadcasts
     expand           kept values of LANES columns at their places, zeros between them
@@ -34,8 +35,12 @@ INLINE vec load_first(const float* p, long count) { return _mm512_maskz_loadu_ps
 INLINE void store(float* p, vec v) { _mm512_storeu_ps(p, v); }
 INLINE void store_first(float* p, vec v, long count) { _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), v); }
 INLINE vec multiply_add(vec a, vec b, vec sum) { return _mm512_fmadd_ps(a, b, sum); }
-INLINE vec blend(unsigned chosen, vec a, vec b) { return _mm512_mask_blend_ps(__mmask16(chosen), b, a); }
-INLINE words blend(unsigned chosen, words a, words b) {
+
+using lane_set = unsigned;
+INLINE lane_set lanes_of(unsigned bits) { return bits; }
+INLINE bool any(lane_set some) { return some != 0; }
+INLINE vec blend(lane_set chosen, vec a, vec b) { return _mm512_mask_blend_ps(__mmask16(chosen), b, a); }
+INLINE words blend(lane_set chosen, words a, words b) {
   return words(_mm512_mask_blend_epi32(__mmask16(chosen), __m512i(b), __m512i(a)));
 }
 INLINE float sum(vec v) { return _mm512_reduce_add_ps(v); }
@@ -108,11 +113,13 @@ INLINE vec load_first(const float* p, long count) { return _mm256_maskload_ps(p,
 INLINE void store(float* p, vec v) { _mm256_storeu_ps(p, v); }
 INLINE void store_first(float* p, vec v, long count) { _mm256_maskstore_ps(p, lane_mask((1u << count) - 1), v); }
 INLINE vec multiply_add(vec a, vec b, vec sum) { return _mm256_fmadd_ps(a, b, sum); }
-INLINE vec blend(unsigned chosen, vec a, vec b) {
-  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(lane_mask(chosen)));
-}
-INLINE words blend(unsigned chosen, words a, words b) {
-  return words(_mm256_blendv_epi8(__m256i(b), __m256i(a), lane_mask(chosen)));
+
+using lane_set = words;
+INLINE lane_set lanes_of(unsigned bits) { return lane_set(lane_mask(bits)); }
+INLINE bool any(lane_set some) { return !_mm256_testz_si256(__m256i(some), __m256i(some)); }
+INLINE vec blend(lane_set chosen, vec a, vec b) { return _mm256_blendv_ps(b, a, vec(chosen)); }
+INLINE words blend(lane_set chosen, words a, words b) {
+  return words(_mm256_blendv_epi8(__m256i(b), __m256i(a), __m256i(chosen)));
 }
 INLINE float sum(vec v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -186,15 +193,19 @@ INLINE vec load_first(const float* p, long count) {
 INLINE void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
 INLINE void store_first(float* p, vec v, long count) { memcpy(p, &v, size_t(count) * sizeof *p); }
 INLINE vec multiply_add(vec a, vec b, vec sum) { return a * b + sum; }
-INLINE words lane_mask(unsigned chosen) {
-  const words bits = {1, 2, 4, 8, 16, 32, 64, 128};
-  return words((bits & chosen) != 0);
+
+using lane_set = words;
+INLINE lane_set lanes_of(unsigned bits) {
+  const words each = {1, 2, 4, 8, 16, 32, 64, 128};
+  return words((each & bits) != 0);
 }
-INLINE words blend(unsigned chosen, words a, words b) {
-  words mask = lane_mask(chosen);
-  return (a & mask) | (b & ~mask);
+INLINE bool any(lane_set some) {
+  uint32_t all = 0;
+  for (int i = 0; i < LANES; ++i) all |= some[i];
+  return all != 0;
 }
-INLINE vec blend(unsigned chosen, vec a, vec b) { return vec(blend(chosen, words(a), words(b))); }
+INLINE words blend(lane_set chosen, words a, words b) { return (a & chosen) | (b & ~chosen); }
+INLINE vec blend(lane_set chosen, vec a, vec b) { return vec(blend(chosen, words(a), words(b))); }
 INLINE float sum(vec v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
 using quad = const float*;

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from fxsparse.codegen.cpu import common, expand, grad_input, grad_values, lanes, panels
+from fxsparse.codegen.cpu import common, expand, few, gather, grad_input, grad_values, lanes, panels
 from fxsparse.codegen.cpu.instruction_sets import InstructionSet
 from fxsparse.codegen.epilogue import GATED, Epilogue
 from fxsparse.errors import OptionError
@@ -24,10 +24,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 PATTERNS = ((1, 2), (2, 4), (1, 4), (2, 8), (4, 8))
 """Patterns n:m a kernel can be made for."""
-
-
-EXPANDED_ROWS = 4
-"""Rows of the weight, at most, expanded at once."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,6 @@ class CPUSpec(ABC):
     """
 
     kind: ClassVar[str]
-    text: ClassVar[str]
 
     dtype: str
     n: int
@@ -140,6 +135,11 @@ class CPUSpec(ABC):
     def title(self) -> str:
         """The product, for the head of the source."""
 
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """How it is computed, for the head of the source."""
+
     def describe(self) -> str:
         """The spec as readable lines."""
         return "\n".join(f"    {one.name} = {getattr(self, one.name)}" for one in fields(self))
@@ -158,7 +158,6 @@ class NMLinear(CPUSpec):
     """
 
     kind: ClassVar[str] = "nm_linear"
-    text: ClassVar[str] = f"{expand.__doc__}\n{panels.__doc__}".rstrip()
 
     epilogue: Epilogue = field(default_factory=Epilogue)
 
@@ -172,14 +171,19 @@ class NMLinear(CPUSpec):
         return f"y = {product}, W {self.n}:{self.m}."
 
     @property
+    def text(self) -> str:
+        way = gather if few.gathers(self.instruction_set) else expand
+        return f"{few.__doc__}\n{way.__doc__}\n{panels.__doc__}".rstrip()
+
+    @property
     def shrink(self) -> int:
         """Columns of the product for one of the result."""
         return 2 if self.epilogue.steps and self.epilogue.steps[0].startswith(GATED) else 1
 
     def body(self) -> str:
-        few = expand.expand(self.instruction_set, self.dtype, self.n, self.m, EXPANDED_ROWS)
+        some = few.few(self.instruction_set, self.dtype, self.n, self.m)
         many = panels.panels(self.dtype, pairs=self.pairs)
-        return "\n".join((common.finish(self.epilogue, "sums"), few, many, _LINEAR))
+        return "\n".join((common.finish(self.epilogue, "sums"), some, many, _LINEAR))
 
 
 @dataclass(frozen=True)
@@ -187,11 +191,14 @@ class NMGradInput(CPUSpec):
     """dx = dy W^{R,C}, or dy W^R without a column mask."""
 
     kind: ClassVar[str] = "nm_linear_grad_input"
-    text: ClassVar[str] = str(grad_input.__doc__).rstrip()
 
     @property
     def title(self) -> str:
         return f"dx = dy W, W {self.n}:{self.m}."
+
+    @property
+    def text(self) -> str:
+        return str(grad_input.__doc__).rstrip()
 
     def body(self) -> str:
         return "\n".join(
@@ -209,11 +216,14 @@ class NMGradValues(CPUSpec):
     """dv = dy^T x at the kept positions."""
 
     kind: ClassVar[str] = "nm_linear_grad_values"
-    text: ClassVar[str] = str(grad_values.__doc__).rstrip()
 
     @property
     def title(self) -> str:
         return f"dv = dy^T x where W, {self.n}:{self.m}, keeps its weights."
+
+    @property
+    def text(self) -> str:
+        return str(grad_values.__doc__).rstrip()
 
     def body(self) -> str:
         return panels.make_panel(pairs=self.pairs) + grad_values.grad_values(
@@ -223,14 +233,14 @@ class NMGradValues(CPUSpec):
 
 _LINEAR = """
 int run(const Call& call) {
-  if (call.tokens <= call.few) return expand_product(call);
+  if (call.tokens <= call.few) return few_tokens(call);
   const Gather weight{static_cast<const element*>(call.values), call.indices, static_cast<const element*>(call.up),
                       call.in, call.rank};
   return panel_product(call, weight, static_cast<const element*>(call.x), call.x_stride, call.in, call.out);
 }
 
 // the product of no columns is the epilogue of zeros
-int empty(const Call& call) { return call.tokens && call.out ? expand_product(call) : 0; }
+int empty(const Call& call) { return call.tokens && call.out ? few_tokens(call) : 0; }
 """
 
 
