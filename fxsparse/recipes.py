@@ -18,6 +18,8 @@ RECIPES: dict[str, str] = {
     "bi-mask": "nm-masks{pattern=2:4,storage=masked,dynamic=true},double-prune{every=1,permutations=100}",
     # GreenTrainer (arXiv 2309.13192) at half the FLOPs; a Schedule chooses tensors on the batches it observes.
     "greentrainer": "select-tensors{rho=0.5,times=3}",
+    # What GreenTrainer compares with as FT-Top2: only the embedding and the head are trained.
+    "ft-top2": "select-tensors{embeddings_and_head=true}",
     # SAT (arXiv 2406.01392): half the heads and channels take part in a step. A Schedule chooses them and the rung.
     "sat": "select-neurons{omission=0.5,rungs=4}",
     # LayerCHOP (arXiv 2305.14864): half the layers are dropped at once; train on afterwards.

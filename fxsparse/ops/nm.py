@@ -30,6 +30,9 @@ from fxsparse.errors import CheckpointError, OptionError, RewriteError
 from fxsparse.ops.transposable import transposable_blocks
 from fxsparse.options import Written, shown
 
+WITH_KERNELS = ((1, 2), (2, 4), (1, 4), (2, 8), (4, 8))
+"""Patterns n:m that kernels are generated for, on GPUs and CPUs. Others run as the reference or a dense weight."""
+
 _PAIRWISE = 16  # largest m whose groups are ranked by comparing pairs, which beats sorting short groups
 
 

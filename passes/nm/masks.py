@@ -31,7 +31,7 @@ from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import Linear, live
 from fxsparse.graph.derived_buffers import BORROWED, Derived, derive
 from fxsparse.graph.record import Change, HeldWeight, hold, rewrote, skipped
-from fxsparse.ops.nm import Pattern, PatternText, pack
+from fxsparse.ops.nm import WITH_KERNELS, Pattern, PatternText, pack
 from fxsparse.options import Count, Glob, Globs, Seed, Weight
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
@@ -52,7 +52,8 @@ class InsertNMMasks(Pass):
     Attributes:
         pattern: ``"2:4"`` for all linears, or a mapping from globs over module paths to patterns,
             ``{"*.layers.[0-5].*": "2:4", "*.layers.[6-9].*": "2:8"}``; the first glob that matches a path counts,
-            and a path without a match stays dense.
+            and a path without a match stays dense. There are kernels for 1:2, 2:4, 1:4, 2:8 and 4:8; weights of other
+            patterns (2:16) are expanded, which saves memory and no time.
         criterion: which weights stay: ``magnitude``, ``random``, ``wanda`` (|weight| times the norm of its input over
             the calibration batches; Sun et al., arXiv 2306.11695), or ``sparsegpt``, which also changes those that stay
             so that outputs change little (Frantar and Alistarh, arXiv 2301.00774; `fxsparse.passes.nm.sparsegpt`).
@@ -223,7 +224,9 @@ class InsertNMMasks(Pass):
         along_out = str(pattern) if self.transposable else ""
         hold(gm, [HeldWeight(name, storage, str(pattern), transposed, site[0].in_features, names, along_out)])
         kind = "transposable " if self.transposable else ""
-        return rewrote(site[0].path, f"{kind}{pattern}, {self.criterion}, {storage}{error}{dense_part}")
+        has_kernel = storage == "masked" or (pattern.n, pattern.m) in WITH_KERNELS
+        slow = "" if has_kernel else f"; no kernel multiplies by {pattern}, the weight is expanded"
+        return rewrote(site[0].path, f"{kind}{pattern}, {self.criterion}, {storage}{error}{dense_part}{slow}")
 
     def _call_masked(self, gm: GraphModule, linear: Linear) -> None:
         def masked(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
