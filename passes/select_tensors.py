@@ -163,6 +163,11 @@ class SelectTensors(Pass):
         if self.last_layers is not None:
             return names & _last_blocks(gm, self.last_layers)
         if self.embeddings_and_head:
+            if not names & _embeddings_and_head(gm):
+                raise RewriteError(
+                    "found no trainable table that looks inputs up and no trainable head; name the tensors to train",
+                    pass_name=self.name,
+                )
             return names & _embeddings_and_head(gm)
         return names if self.tensors is None else self._matching(gm, self.tensors)
 
@@ -230,9 +235,11 @@ def _last_blocks(gm: GraphModule, count: int) -> set[str]:
 def _embeddings_and_head(gm: GraphModule) -> set[str]:
     """Names of the parameters of the tables that look inputs up, and of the heads."""
     aliases = {name: names[0] for names in fx.parameter_names(gm).values() for name in names}
-    operations = [*fx.input_embeddings(gm), *fx.head_linears(gm)]
-    sources = (fx.read_of(source) for node in operations for source in node.all_input_nodes)
-    return {aliases[str(read.target)] for read in sources if read.op == "get_attr" and str(read.target) in aliases}
+    heads = fx.head_linears(gm)
+    sources = [source for node in (*fx.input_embeddings(gm), *heads) for source in node.all_input_nodes]
+    sources += [linear.weight for linear in fx.linears(gm) if linear.node in heads]  # also where it is transposed first
+    reads = [read for read in map(fx.read_of, sources) if read.op == "get_attr"]
+    return {aliases[str(read.target)] for read in reads if str(read.target) in aliases}
 
 
 def _users(read: Node) -> Iterable[Node]:

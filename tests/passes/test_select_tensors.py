@@ -203,6 +203,14 @@ def test_ft_top2_trains_the_embedding_and_the_head(family: str, names: set[str])
     assert len(trained(gm)) == len({id(gm.get_parameter(name)) for name in names})
 
 
+def test_ft_top2_needs_an_embedding_or_a_head() -> None:
+    _, gm = traced("sequential")
+    gm.get_parameter("layers.6.weight").requires_grad_(False)
+    gm.get_parameter("layers.6.bias").requires_grad_(False)
+    with pytest.raises(RewriteError, match="no trainable table that looks inputs up and no trainable head"):
+        fxsparse.rewrite(gm, fxsparse.recipe("ft-top2"))
+
+
 def test_bert_keeps_its_head_with_the_last_layers() -> None:
     gm = fxsparse.rewrite(traced("bert")[1], [SelectTensors(last_layers=2)])
     assert {name.split(".layer.")[-1].split(".")[0] for name in trained(gm)} == {"1", "2", "bert", "classifier"}
