@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from markupsafe import Markup
-
 ROW = 20  # pixels of a line of a graph
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 520, 120, 58, 18
 
 
-def chart(points: Sequence[tuple[int, float]]) -> Markup:
+def chart(points: Sequence[tuple[int, float]]) -> str:
     """A line of values over optimizer steps."""
     steps, values = zip(*points, strict=True)
     low, high = min(values), max(values)
@@ -24,7 +22,7 @@ def chart(points: Sequence[tuple[int, float]]) -> Markup:
 
     path = " ".join(f"{x},{y}" for x, y in (place(step, value) for step, value in points))
     lower = _HEIGHT - _BOTTOM - 6
-    return Markup(
+    return (
         f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="from {low:.4g} to {high:.4g} over steps {first} to {last}">'
         f'<line x1="{_LEFT}" y1="{lower}" x2="{_WIDTH}" y2="{lower}"/>'
@@ -36,7 +34,7 @@ def chart(points: Sequence[tuple[int, float]]) -> Markup:
     )
 
 
-def raster(chosen: Mapping[int, Sequence[str]], last: int) -> Markup:
+def raster(chosen: Mapping[int, Sequence[str]], last: int) -> str:
     """A row for every tensor that was ever trained, filled while it is."""
     names = sorted({name for each in chosen.values() for name in each})
     height = max(2, min(12, 480 // max(1, len(names))))
@@ -50,10 +48,10 @@ def raster(chosen: Mapping[int, Sequence[str]], last: int) -> Markup:
             y = names.index(name) * height
             bars.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{height - 1}">{title}</rect>')
     size = f"0 0 {_WIDTH} {len(names) * height}"
-    return Markup(f'<svg class="raster" viewBox="{size}" role="img" aria-label="trained tensors">{"".join(bars)}</svg>')
+    return f'<svg class="raster" viewBox="{size}" role="img" aria-label="trained tensors">{"".join(bars)}</svg>'
 
 
-def arcs(reads: Sequence[Sequence[int]]) -> Markup:
+def arcs(reads: Sequence[Sequence[int]]) -> str:
     """Curves from each line to the lines before it that it reads; ``reads[i]`` are numbers of lines."""
     height = len(reads) * ROW
     paths = []
@@ -63,4 +61,4 @@ def arcs(reads: Sequence[Sequence[int]]) -> Markup:
             bulge = min(46, 8 + abs(to - source) * 2)
             curve = f"M58 {low}C{58 - bulge} {low} {58 - bulge} {high} 58 {high}"
             paths.append(f'<path d="{curve}" data-a="{source}" data-b="{to}"/>')
-    return Markup(f'<svg class="arcs" width="60" height="{height}" aria-hidden="true">{"".join(paths)}</svg>')
+    return f'<svg class="arcs" width="60" height="{height}" aria-hidden="true">{"".join(paths)}</svg>'

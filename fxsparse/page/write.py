@@ -63,8 +63,10 @@ def report(
         OptionError: ``subject`` was neither rewritten nor compiled.
         ImportError: jinja2 is not installed (``pip install fxsparse[report]``).
     """
-    import jinja2
-
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError("fxsparse.report needs jinja2: pip install 'fxsparse[report]'") from error
     gm, record, graphs = _parts(subject)
     if record is None and not graphs:
         raise OptionError(
