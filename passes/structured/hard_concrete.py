@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -67,8 +67,8 @@ class Gated(live.Live):
         per_group: parameters that go when all units of a group are gone (keys and values of an attention).
         groups: how many consecutive groups the units form.
         rest: parameters that go with the sublayer only (the bias of its output).
-        projections: rows of the weights that make its units; it ends with any of its weights.
         output: name of the weight that reads the units.
+        projections: rows of the weights that make its units; it ends with any of its weights.
         columns: int64 ``[units, columns of each]``, of that weight as ``[out, in]``.
     """
 
@@ -81,9 +81,9 @@ class Gated(live.Live):
     per_group: Count
     groups: int
     rest: Count
-    projections: tuple[live.Rows, ...]
     output: str
-    columns: Tensor
+    projections: tuple[live.Rows, ...] = field(compare=False)
+    columns: Tensor = field(compare=False)
 
     def moved(self, old: str, new: str, rows: int) -> Gated:
         projections = tuple(part.moved(old, new, rows) for part in self.projections)

@@ -191,7 +191,7 @@ def _counted(site: Site, units: str | None, layer: str | None, stream: Stream | 
         live.Rows(rows.linear.name, int(rows.linear.transposed), rows.index, rows.kind) for rows in site.projections
     )
     holds = (heads, per_unit, per_group, groups, rest)
-    return Gated(site.path, units, layer, gate, *holds, projections, output.linear.name, output.index)
+    return Gated(site.path, units, layer, gate, *holds, output.linear.name, projections, output.index)
 
 
 class Scorer:

@@ -27,7 +27,7 @@ from fxsparse.passes.neurons.gather_units import Site
 from fxsparse.passes.order import misplaced, working_order, works
 from fxsparse.passes.structured.hard_concrete import Gated, close, gate_names, mask_name
 from tests.support import families
-from tests.support.orders import batch_of, family, shape_of, traced
+from tests.support.orders import batch_of, shape_of, traced
 
 MAKE = ("bert", "opt", "llama")
 
@@ -208,7 +208,7 @@ def test_branches_of_two_passes_start_at_their_own_steps(starts: tuple[float, fl
         for start, glob in zip(starts, ("fc1", "fc2"), strict=True):
             parts = [name for name, _ in gm.named_parameters() if f"{glob}.weight_" in name]
             assert len(parts) == 6 and (used.issuperset(parts) if step >= 4 * start else used.isdisjoint(parts))
-        replayed = fxsparse.replay(record_of(gm), copy.deepcopy(family("opt").model), kwargs=batch_of("opt"))
+        replayed = fxsparse.replay(record_of(gm), copy.deepcopy(traced("opt")))
         assert shape_of(replayed) == shape_of(gm)
         gm(**batch_of("opt", seed=step)).loss.backward()
         optimizer.step()
@@ -255,12 +255,11 @@ def test_masks_of_two_passes_follow_their_own_options() -> None:
 
 
 def test_two_double_prunings_follow_their_own_options() -> None:
-    masks, choice = "nm-masks{storage=masked,exclude=[GLOB]}", "double-prune{pattern=PATTERN,every=EVERY}"
     texts = [
-        masks.replace("GLOB", '"*fc2"'),
-        choice.replace("PATTERN", "2:4").replace("EVERY", "3"),
-        masks.replace("[GLOB]", '"*fc1"'),
-        choice.replace("PATTERN", "1:4").replace("EVERY", "1"),
+        'nm-masks{storage=masked,exclude=["*fc2"]}',
+        "double-prune{pattern=2:4,every=3}",
+        "nm-masks{storage=masked}",
+        "double-prune{pattern=1:4,every=1}",
     ]
     gm = _rewritten("opt", texts)
     schedule = fxsparse.Schedule(gm, torch.optim.SGD(gm.parameters(), lr=0.1), total_steps=4)

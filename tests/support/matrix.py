@@ -119,8 +119,10 @@ def complete(cells: Sequence[Key], path: Path, workers: int) -> None:
 
 
 def reason_of(line: dict[str, Any]) -> str:
-    """A refusal's reason without what depends on the family."""
-    return re.sub(r"^([\w-]+) at .*?: ", r"\1: ", line["reason"]).partition(" (")[0]
+    """A refusal's reason without what depends on the family: module paths, and examples in parentheses."""
+    text = re.sub(r" \([^()]*\)", "", line["reason"])
+    text = re.sub(r"\b\w+(\.\w+)+(, \w+(\.\w+)+)*(, \.\.\.)?", "these layers", text)
+    return text.replace(" these layers:", "")
 
 
 def page(results: dict[Key, dict[str, Any]]) -> str:
