@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    "errors version text document optimizers files exclusive",
-    "typed options",
+    "errors version text optimizers files exclusive",
+    "typed options document",
     "graph ops stored",
     "modules",
     "analysis cost tracing codegen",
