@@ -58,9 +58,9 @@ def ways(args: argparse.Namespace) -> dict[str, list[Pass]]:
     }
 
 
-def start(name: str, passes: list[Pass], model: torch.nn.Module, batch: torch.Tensor, args: argparse.Namespace) -> Run:
-    """A run before its first step."""
-    gm = fxsparse.rewrite(copy.deepcopy(model), passes, kwargs={"input_ids": batch, "labels": batch})
+def start(name: str, passes: list[Pass], traced: GraphModule, args: argparse.Namespace) -> Run:
+    """A run before its first step, on weights of its own."""
+    gm = fxsparse.rewrite(copy.deepcopy(traced), passes)
     # A branch counts 1 / rank of its product, so at the weights' own rate it would hardly move in so few steps.
     branches = [p for n, p in gm.named_parameters() if n.endswith(("_down", "_up"))]
     rest = [p for n, p in gm.named_parameters() if not n.endswith(("_down", "_up"))]
@@ -173,22 +173,20 @@ def smooth(points: list[tuple[int, float]], decay: float = 0.9) -> list[tuple[in
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a text file or folder; default: the Python standard library's source")
-    parser.add_argument("--steps", type=int, default=140)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--pattern", default="2:4")
-    parser.add_argument(
-        "--mask-every", type=int, default=100, help="steps between two column masks of SLoPe's backward"
-    )
-    parser.add_argument("--ratio", type=float, default=1 / 8, help="rank of the branches over the hidden size")
+    parser.add_argument("--mask-every", type=int, default=20, help="steps between two column masks of SLoPe's backward")
+    parser.add_argument("--ratio", type=float, default=1 / 16, help="rank of the branches over the hidden size")
     parser.add_argument(
         "--low-rank-start",
         type=float,
-        default=0.5,
+        default=0.6,
         help="fraction of the steps before the branches start; SLoPe's 0.99 leaves too few steps in so short a run",
     )
     parser.add_argument("--branch-lr", type=float, default=8.0, help="learning rate of the branches over the weights'")
@@ -210,7 +208,7 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 110)
     transformers.logging.set_verbosity_error()
     device = torch.device(args.device)
-    corpus = read_corpus(args.data, seed=args.seed)
+    corpus = read_corpus(args.data, seed=args.seed, limit=4_000_000)
     console.print(f"{len(corpus.train) / 1e6:.1f} MB to train on, {len(corpus.validation) / 1e6:.1f} MB to validate on")
     torch.manual_seed(args.seed)
     config = transformers.GPT2Config(
@@ -220,9 +218,10 @@ def main() -> None:
     model = transformers.GPT2LMHeadModel(config).to(device)
     batches = torch.Generator().manual_seed(args.seed)
     held_out = torch.Generator().manual_seed(args.seed)
-    validation = [random_windows(corpus.validation, 16, args.length, held_out).to(device) for _ in range(8)]
+    validation = [random_windows(corpus.validation, 8, args.length, held_out).to(device) for _ in range(4)]
     example = random_windows(corpus.train, args.batch, args.length, batches).to(device)
-    runs = [start(name, passes, model, example, args) for name, passes in ways(args).items()]
+    traced = fxsparse.trace(model, kwargs={"input_ids": example, "labels": example})
+    runs = [start(name, passes, traced, args) for name, passes in ways(args).items()]
     console.print(fxsparse.explain(runs[-1].model), highlight=False, soft_wrap=True)
 
     every = max(1, args.steps // 10)
@@ -233,7 +232,7 @@ def main() -> None:
             batch = random_windows(corpus.train, args.batch, args.length, batches).to(device)
             for run in runs:
                 run.losses.append((step, train_step(run, batch)))
-                if step % every == 0 or step in (1, args.steps):
+                if step % (2 * every) == 0 or step in (1, args.steps):
                     run.validation.append((step, validate(run, validation)))
             losses = " ".join(f"{run.losses[-1][1]:.2f}" for run in runs)
             progress.update(task, advance=1, description=f"loss {losses}")
