@@ -68,7 +68,7 @@ class Document(str):
         document.parts, document._data = tuple(parts), data
         return document
 
-    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]  # of copies and pickles
+    def __getnewargs__(self) -> tuple[Any, ...]:  # of copies and pickles
         return self.parts, self._data
 
     def __repr__(self) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import fields
 from functools import cache
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from fxsparse.errors import CheckpointError
 
@@ -47,7 +47,7 @@ def read(kind: type[T], data: Any, where: str) -> T:
     """
     if not isinstance(data, dict):
         raise CheckpointError(f"{where} must be an object, not {_shown(data)}")
-    hints, known = _hints(kind), {}
+    hints, known = _hints(cast(Hashable, kind)), {}
     for item in fields(kind):  # type: ignore[arg-type]
         if item.name in data and item.name != "further":
             known[item.name] = _value(hints[item.name], data[item.name], f"{where}.{item.name}")

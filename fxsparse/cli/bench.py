@@ -46,7 +46,7 @@ _STEPS = 10_000  # of the training that a timed step is one of: what starts late
 @click.option("--train/--no-train", default=True, show_default=True, help="Time training steps too.")
 @json_option
 def bench(
-    model: str, passes: Pipeline, rounds: int, device: str | None, eager: bool, train: bool, as_json: bool, **sizes: int
+    model: str, passes: Pipeline, rounds: int, device: str | None, eager: bool, train: bool, as_json: bool, **sizes: Any
 ) -> None:
     """Time MODEL against itself rewritten by PASSES: step, inference, memory, and the FLOPs promise beside them.
 
@@ -67,8 +67,8 @@ def bench(
 
 
 def _moved(loaded: Loaded, place: torch.device) -> Loaded:
-    inputs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(place), (loaded.args, loaded.kwargs))
-    return Loaded(loaded.model.to(place), *inputs, loaded.folder, loaded.weightless)
+    args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(place), (loaded.args, loaded.kwargs))
+    return Loaded(loaded.model.to(place), args, kwargs, loaded.folder, loaded.weightless)
 
 
 class _Variant:
@@ -144,7 +144,7 @@ def _interleaved(
                     into.append(time.perf_counter() - begin)
             advance("compiling" if turn < -1 else f"round {turn + 2}")
     low, middle, high = statistics.quantiles([b / a for a, b in zip(*seconds, strict=True)], n=4)
-    return Times(*map(statistics.median, seconds), middle, low, high)
+    return Times(statistics.median(seconds[0]), statistics.median(seconds[1]), middle, low, high)
 
 
 def _document(
@@ -161,7 +161,7 @@ def _document(
         "training step": before.step_flops / max(1, after.step_flops),
         "inference": before.forward_flops / max(1, after.forward_flops),
     }
-    rows = [("", "original", "rewritten", "speed-up", "quartiles", "FLOPs promise", "reached")]
+    rows: list[tuple[str, ...]] = [("", "original", "rewritten", "speed-up", "quartiles", "FLOPs promise", "reached")]
     data: dict[str, Any] = {"passes": passes, "machine": _machine(device), "compiled": not eager}
     for what, time_ in times.items():
         speed, promise = 1 / time_.ratio, promises[what]
@@ -175,7 +175,7 @@ def _document(
         if was or now:
             held.append((name, quantity(was, 1024), quantity(now, 1024), f"{now / was:.2f}" if was else "-"))
     data["bytes"] = {"original": memory[0], "rewritten": memory[1]}
-    parts = [
+    parts: list[Line | Table] = [
         Line(passes, "title"),
         Line(f"{data['machine']}, {'eager' if eager else 'compiled'}, {_sizes(loaded)}"),
         Table(tuple(rows), header=True, right=(1, 2, 3, 4, 5, 6)),

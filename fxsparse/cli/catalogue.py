@@ -39,7 +39,7 @@ def passes(name: str | None, as_json: bool) -> None:
 
 def _every(classes: dict[str, type[Pass]], recipes: dict[str, str]) -> Document:
     rows = [(name, _summary(cls)) for name, cls in classes.items()]
-    parts = [
+    parts: list[Line | Table] = [
         Table((("pass", "what it does"), *rows), header=True),
         Line(),
         Table((("recipe", "its passes"), *recipes.items()), header=True),

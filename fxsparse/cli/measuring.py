@@ -32,7 +32,7 @@ _SOURCES = {"Triton": ("kernels", "*.py"), "C++": ("cpu", "*.cpp")}
 @click.option("--again", is_flag=True, help="Measure also what was measured before.")
 @json_option
 def tune(
-    model: str, passes: Pipeline, rows: tuple[int, ...], seconds: float, again: bool, as_json: bool, **sizes: int
+    model: str, passes: Pipeline, rows: tuple[int, ...], seconds: float, again: bool, as_json: bool, **sizes: Any
 ) -> None:
     """Measure what runs the operators of a rewritten MODEL here, for torch.compile to choose by."""
     loaded = read_model(model, **sizes)
@@ -54,7 +54,7 @@ def _rows(measurement: Measurement) -> list[tuple[str, ...]]:
     times = sorted(measurement.milliseconds.items(), key=lambda item: item[1])
     base = measurement.milliseconds.get(DENSE) or measurement.milliseconds.get(REFERENCE)
     name = timings.key(measurement.problem)
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (name if not at else "", which, f"{time * 1e3:.0f}", f"{time / base:.2f}" if base else "-")
         for at, (which, time) in enumerate(times)
     ]

@@ -19,7 +19,7 @@ from fxsparse.document import Document, Line, Table
 from fxsparse.errors import CheckpointError, OptionError
 from fxsparse.graph.record import record_of
 from fxsparse.passes import InsertNMMasks, Pipeline
-from fxsparse.passes.nm.rules import CRITERIA
+from fxsparse.passes.nm.rules import CRITERIA, Criterion
 from fxsparse.reporting import costs_table, heading
 
 _DATA_FREE = {"magnitude", "random"}
@@ -47,7 +47,7 @@ def prune(
     out: Path,
     force: bool,
     pattern: str,
-    criterion: str,
+    criterion: Criterion,
     calibration: Path | None,
     evaluate: Path | None,
     exclude: tuple[str, ...],
@@ -69,7 +69,8 @@ def prune(
     if loaded.weightless:
         raise CheckpointError(f"{model} holds no weights to prune")
     tokenizer = _tokenizer(model) if calibration or evaluate else None
-    length = min(tokens, getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or tokens)
+    config: Any = loaded.model.config
+    length = min(tokens, getattr(config.get_text_config(), "max_position_embeddings", None) or tokens)
     needs = criterion not in _DATA_FREE and calibration is not None
     batches = _batches(tokenizer, calibration, rows, length, batch) if needs else []
     item = InsertNMMasks(pattern, criterion=criterion, exclude=exclude, calibration=batches or None)
@@ -87,7 +88,7 @@ def prune(
         "tokens": sum(batch["input_ids"].numel() for batch in batches),
         "loss": losses or None,
     }
-    parts = [Line(heading(1, entry), "pass"), costs_table(entry.before, entry.after)]
+    parts: list[Line | Table] = [Line(heading(1, entry), "pass"), costs_table(entry.before, entry.after)]
     if losses:
         parts += [Line(), _losses(evaluate, losses)]
     reader = "fxsparse.from_pretrained" if compressed else "transformers"

@@ -38,7 +38,7 @@ _COMPANIONS = (
 @model_argument
 @passes_option
 @json_option
-def explain(model: str, passes: Pipeline, as_json: bool, **sizes: int) -> None:
+def explain(model: str, passes: Pipeline, as_json: bool, **sizes: Any) -> None:
     """Say what PASSES would do to MODEL: the costs before and after, and every site rewritten or skipped, and why."""
     loaded = read_model(model, values=False, **sizes)
     show(explain_model(loaded.rewritten(loaded.traced(), passes)), as_json)
@@ -52,7 +52,7 @@ def explain(model: str, passes: Pipeline, as_json: bool, **sizes: int) -> None:
 @click.option("--graph", is_flag=True, help=f"Write the graph's tensors for fxsparse.load, as {TENSORS}.")
 @json_option
 def rewrite(
-    model: str, passes: Pipeline, out: Path, force: bool, dense: bool, graph: bool, as_json: bool, **sizes: int
+    model: str, passes: Pipeline, out: Path, force: bool, dense: bool, graph: bool, as_json: bool, **sizes: Any
 ) -> None:
     """Rewrite MODEL by PASSES and write the result to a folder.
 
@@ -81,8 +81,8 @@ def write_model(loaded: Loaded, gm: GraphModule, out: Path, form: str) -> str:
             save_pretrained(gm, loaded.model, folder)
         else:
             save_pretrained(to_module(gm, loaded.model), folder)
-        for pattern in _COMPANIONS if loaded.folder is not None else ():
-            for file in loaded.folder.glob(pattern):
+        for pattern in _COMPANIONS:
+            for file in [] if loaded.folder is None else loaded.folder.glob(pattern):
                 shutil.copy2(file, folder)
     return form
 
@@ -98,7 +98,7 @@ def _how_to_read(out: Path, form: str) -> str:
 @passes_option
 @out_option("page")
 @json_option
-def report(model: str, passes: Pipeline, out: Path, force: bool, as_json: bool, **sizes: int) -> None:
+def report(model: str, passes: Pipeline, out: Path, force: bool, as_json: bool, **sizes: Any) -> None:
     """Write a page on what PASSES do to MODEL: layers, costs, and the graph of a block before and after."""
     check_free(out, force)
     loaded = read_model(model, values=False, **sizes)

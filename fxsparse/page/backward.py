@@ -31,7 +31,7 @@ def backward_text(gm: GraphModule, block: str) -> str:
     mode = FakeTensorMode()
     fakes = [_fake_of(mode, gm, node) for node in inputs]
     with torch.fx.traceback.preserve_node_meta():
-        joint = aot_export_joint_simple(lambda *args: Interpreter(cut).run(*args), tuple(fakes), trace_joint=True)
+        joint: Any = aot_export_joint_simple(lambda *args: Interpreter(cut).run(*args), tuple(fakes), trace_joint=True)
     outputs: Any = cut.graph.output_node().args[0]
     _, backward = default_partition(joint, fakes, num_fwd_outputs=len(outputs))
     names = {f"primals_{at}": str(node.target) for at, node in enumerate(inputs, 1) if node.op == "get_attr"}
@@ -60,8 +60,9 @@ def _cut_out(gm: GraphModule, nodes: list[Node]) -> tuple[GraphModule, list[Node
         else:
             copies[node] = _number(node.meta.get("val", target))
     for node in nodes:
-        copied: Any = [torch.fx.node.map_arg(part, copies.__getitem__) for part in (node.args, node.kwargs)]
-        copies[node] = graph.create_node(node.op, node.target, *copied, name=node.name)
+        args: Any = torch.fx.node.map_arg(node.args, copies.__getitem__)
+        kwargs: Any = torch.fx.node.map_arg(node.kwargs, copies.__getitem__)
+        copies[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
         copies[node].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
     results = [node for node in nodes if any(user not in chosen for user in node.users) and _differs(node)]
     graph.output(tuple(copies[node] for node in results))

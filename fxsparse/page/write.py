@@ -211,7 +211,7 @@ def _blocks(gm: GraphModule, before: GraphModule | None) -> list[Block]:
                 Block("backward", path, [], ("", ""), f"it cannot be shown: {type(error).__name__}: {error}"),
             ]
     note = "" if before is not None else "the backward pass before needs report(before=...), the traced graph module"
-    return [*blocks, _block("backward", path, *(calls(text)[:400] for text in texts), note)]
+    return [*blocks, _block("backward", path, calls(texts[0])[:400], calls(texts[1])[:400], note)]
 
 
 def _forward(text: str) -> list[Call]:

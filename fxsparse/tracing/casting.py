@@ -171,6 +171,7 @@ def cast_of(gm: GraphModule, function: Callable[[Tensor], Tensor]) -> Cast | Non
         for item in (tensor, tensor.grad)
         if item is not None
     }
+    assert after is not None  # without an origin no graph is made anew
     devices = {first[1]: last[1] for first, last in after.places.items()}
     return Cast(function, devices, after, True, graph, dtypes_kept)
 
