@@ -58,7 +58,7 @@ def test_every_recipe_becomes_plain(recipe: str) -> None:
     gm = clients.rewritten(recipe)
     assert operators(gm) or recipe in {"gates", "neurons", "distill"}
     plain = check(gm, clients.make_batch())
-    if recipe != "mux":
+    if recipe not in {"mux", "gates"}:  # which no dense state holds
         dense = fxsparse.dense_state_dict(gm)
         assert dense.keys() == plain.state_dict().keys()
         assert all(torch.equal(tensor, dense[name]) for name, tensor in plain.state_dict().items())
