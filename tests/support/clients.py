@@ -77,14 +77,14 @@ def reasons() -> dict[str, str]:
 def cells(client: str, sample: Sequence[str] | None = None) -> list[Any]:
     """Parameters ``recipe, reason`` for every cell of a row; the reason is None where the cell says ``yes``.
 
-    ``sample`` names the recipes that always run; the others run if ``FXSPARSE_WHOLE_MATRIX=1`` is set.
+    ``sample`` names the recipes that always run; the others, and those that were not run yet (``?``), run if
+    ``FXSPARSE_WHOLE_MATRIX=1`` is set.
     """
     row, words = table()[client], reasons()
-    everything = sample is None or WHOLE_MATRIX
     return [
-        pytest.param(recipe, None if cell == "yes" else words[cell], id=recipe)
+        pytest.param(recipe, None if cell in {"yes", "?"} else words[cell], id=recipe)
         for recipe, cell in row.items()
-        if everything or recipe in sample
+        if WHOLE_MATRIX or (cell != "?" and (sample is None or recipe in sample))
     ]
 
 
