@@ -25,7 +25,7 @@ def tuned(model: nn.Module) -> nn.Module:
 
 
 def gradients(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-    model.zero_grad()
+    model.eval().zero_grad()  # without dropout
     model(**batch).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
