@@ -65,7 +65,8 @@ def _cut_out(gm: GraphModule, nodes: list[Node]) -> tuple[GraphModule, list[Node
         copies[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
         copies[node].meta = {"nn_module_stack": node.meta.get("nn_module_stack", {})}
     results = [node for node in nodes if any(user not in chosen for user in node.users) and _differs(node)]
-    graph.output(tuple(copies[node] for node in results))
+    # A copy is no view of an input, which export refuses; its gradient is itself.
+    graph.output(tuple(graph.call_function(torch.ops.aten.clone.default, (copies[node],)) for node in results))
     return GraphModule(root, graph), inputs
 
 
