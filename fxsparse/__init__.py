@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fxsparse.backend.backend import invalidate
     from fxsparse.backend.compiled import kernels
     from fxsparse.backend.tune import tune
+    from fxsparse.backend.whole_model import forget
     from fxsparse.checkpoint import load, save
     from fxsparse.conversion.aten import to_aten
     from fxsparse.conversion.convert import to_module
@@ -69,6 +70,7 @@ __all__ = [
     "decompositions",
     "dense_state_dict",
     "explain",
+    "forget",
     "forget_dropped",
     "from_pretrained",
     "graphs",
@@ -102,6 +104,7 @@ _DEFINED_IN = {
     "decompositions": "fxsparse.ops.define",
     "dense_state_dict": "fxsparse.dense_state",
     "explain": "fxsparse.reporting",
+    "forget": "fxsparse.backend.whole_model",
     "forget_dropped": "fxsparse.optimizers",
     "from_pretrained": "fxsparse.integrations.huggingface",
     "graphs": "fxsparse.inspection",

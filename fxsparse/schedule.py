@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from fxsparse import graph as fx
+from fxsparse.backend.whole_model import add_new_parameters, compiled_to_rewrite
 from fxsparse.errors import CheckpointError, OptionError
+from fxsparse.graph.added_state import attach_state
 from fxsparse.graph.record import Entry, record_of
 from fxsparse.graph.sharded import reshard
 from fxsparse.history import History
@@ -36,6 +38,10 @@ class Schedule:
         ...
         optimizer.step()
         schedule.step()
+
+    Of a model that ``torch.compile(model, backend="fxsparse", options={"recipe": ...})`` returned, a schedule may be built
+    before the first call, which rewrites the model: it starts then, and gives the optimizer the parameters that passes
+    added, each in the group of the parameter beside it.
 
     Buffers change in place. A change of the graph itself (low-rank branches start) recompiles the graph module, and
     a running ``torch.compile`` notices. Under gradient accumulation, call :meth:`step` once per optimizer step.
@@ -69,10 +75,28 @@ class Schedule:
         signals = checked("signals", signals, Mapping[str, Callable[[int], float]] | None)
         if not hasattr(optimizer, "param_groups"):
             raise OptionError(f"optimizer={shown(optimizer)} is no torch.optim.Optimizer")
-        rewritten: Any = fx.rewritten_of(gm, "fxsparse.Schedule")
-        self._gm = rewritten
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner  # accelerate's steps the one inside, whose hooks are the ones that run
+        self.total_steps = total_steps
+        self.steps_done = 0
+        self.history = History(total_steps)
+        self.events: dict[str, Event] = {}
+        self._optimizer, self._signals = optimizer, dict(signals or {})
+        self._gm: Any = None
+        self._loaded: dict[str, Any] | None = None
+        self._creates_state = False
+        self._hooks: tuple[Any, ...] = ()
+        self._compiled = compiled_to_rewrite(gm)
+        if self._compiled is None:
+            self._bind(fx.rewritten_of(gm, "fxsparse.Schedule"))
+        else:
+            attach_state(self._compiled.model).waiting.append(self._bind)
+
+    def _bind(self, rewritten: Any) -> None:
+        """Builds the events of a rewritten graph module, or of a module made of one."""
+        optimizer, signals = self._optimizer, self._signals
+        self._gm = rewritten
+        add_new_parameters(rewritten, optimizer)
         parameters = {id(parameter) for parameter in rewritten.parameters()}
         if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
             raise OptionError(
@@ -80,15 +104,10 @@ class Schedule:
                 "build it from gm.parameters() after rewriting"
             )
         _warn_of_matrices(rewritten, optimizer)
-        self.total_steps = total_steps
-        self.steps_done = 0
-        self.history = History(total_steps)
-        self.events: dict[str, Event] = {}
-        signals = dict(signals or {})
         read: set[str] = set()
         passes = [item for entry in _acting_entries(record_of(rewritten).entries) for item in parse_passes(entry.text)]
         for item in (passes[position] for position in acting([item.name for item in passes])):
-            for event in item.schedule(rewritten, optimizer, total_steps):
+            for event in item.schedule(rewritten, optimizer, self.total_steps):
                 keys = {name: f"{item.name}.{name}" for name in event.varying}
                 event.signals = {name: signals[key] for name, key in keys.items() if key in signals}
                 read |= set(keys.values())
@@ -97,13 +116,22 @@ class Schedule:
             raise OptionError(
                 f"no signal is called {', '.join(unknown)}; there are: {', '.join(sorted(read)) or 'none'}"
             )
-        self._creates_state = False
         # Only inside optimizer.step() are the gradients unscaled and clipped.
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_creation),
             optimizer.register_load_state_dict_pre_hook(self._completed),
         )
+        if self._loaded is not None:
+            self.load_state_dict(self._loaded)
+
+    def _rewritten(self, wanted_for: str) -> Any:
+        if self._gm is None:
+            raise OptionError(
+                f"fxsparse.Schedule.{wanted_for}: the compiled model is rewritten when it is first called; call it once, "
+                "or fxsparse.Schedule.observe with a batch"
+            )
+        return self._gm
 
     def observe(self, batch: Any, *, loss: Callable[[Any], torch.Tensor] | None = None) -> None:
         """Shows the schedule the batch of the next step; call it before the forward pass.
@@ -115,6 +143,8 @@ class Schedule:
             batch: the inputs of the graph: a mapping of keyword inputs, a tuple of positional ones, or a tensor.
             loss: computes the scalar loss from the graph's output; by default the output's ``loss``, or its one scalar.
         """
+        if self._gm is None and self._compiled is not None:
+            self._compiled.rewrite(batch)
         reshard(self._gm)
         for event in self.events.values():
             event.observe(self.steps_done + 1, batch, loss)
@@ -170,8 +200,8 @@ class Schedule:
         Args:
             loss: of the step, for the history; it is read only at the steps that the history keeps.
         """
+        reshard(self._rewritten("step"))
         self.steps_done += 1
-        reshard(self._gm)
         for event in self.events.values():
             event.after_step(self.steps_done)
             chosen = event.trained_tensors()
@@ -209,6 +239,9 @@ class Schedule:
         Raises:
             CheckpointError: the state belongs to a graph with other passes.
         """
+        if self._gm is None:
+            self._loaded = state  # until the first call
+            return
         saved = state["events"] if set(state["events"]) <= set(self.events) else self._by_order(state["events"])
         unknown = sorted(set(saved) - set(self.events))
         if unknown:

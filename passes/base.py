@@ -60,6 +60,11 @@ class Pass(PassBase):
         a replay needs returns, at the end of the generator, the pass that the record names in its place.
         """
 
+    @property
+    def needs_schedule(self) -> bool:
+        """Whether training without a ``Schedule`` would leave out what the options ask for; not by default."""
+        return False
+
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         """The events that change a rewritten graph while it trains; none by default."""
         return ()

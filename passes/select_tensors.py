@@ -186,6 +186,10 @@ class SelectTensors(Pass):
             matches |= named & candidates
         return matches
 
+    @property
+    def needs_schedule(self) -> bool:
+        return self.rho is not None
+
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if isinstance(graph, GraphModule):
             yield _Reselect(self, graph, optimizer, total_steps)

@@ -28,6 +28,7 @@ from fxsparse.backend.compiled import CompiledGraph, Origin, compiled_graphs, fo
 from fxsparse.backend.inductor import config_patches
 from fxsparse.backend.one_line import RewrittenGraph
 from fxsparse.backend.options import BackendOptions
+from fxsparse.backend.whole_model import WholeModel, break_of, runs_passes_on_graphs, with_dense_weights
 from fxsparse.errors import FxsparseError, LoweringError
 from fxsparse.graph.dynamo import copy_dynamo_graph, state_names
 from fxsparse.graph.runtime_state import Slot, invalidate
@@ -61,9 +62,23 @@ def fxsparse(
     eval_frame.cached_backends.setdefault(id(fxsparse), fxsparse)  # whose reset() a torch._dynamo.reset() calls, once
     try:
         parsed = BackendOptions.parse(options, mode)
+        origin = Origin.of_current_call()
+        if parsed.pipeline is not None and not runs_passes_on_graphs(gm, origin.target):
+            names = state_names(gm, example_inputs, origin.module)
+            return WholeModel(gm, with_dense_weights(parsed.pipeline), names, _compiler(options or {}, mode))
         return _compile_graph(gm, list(example_inputs), parsed)
     except FxsparseError as error:
         return _raising(error)
+
+
+def _compiler(options: Mapping[str, Any], mode: str | None) -> Callable[..., Callable[..., Any]]:
+    """Compiles a rewritten graph module with the options of the call, less its passes."""
+    rest = {name: value for name, value in options.items() if name not in ("passes", "recipe")}
+
+    def compile(graph: GraphModule, dynamic: bool | None) -> Callable[..., Any]:
+        return torch.compile(graph, backend="fxsparse", options=rest, mode=mode, dynamic=dynamic)
+
+    return compile
 
 
 def _reset() -> None:

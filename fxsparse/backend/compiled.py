@@ -24,6 +24,7 @@ from torch.fx import Graph
 
 from fxsparse.backend.options import BackendOptions
 from fxsparse.codegen.loaded import recording, start, stop
+from fxsparse.graph.added_state import added_state_of
 from fxsparse.graph.readable import readable
 from fxsparse.graph.record import Record
 from fxsparse.lowering.choice import Choice
@@ -135,10 +136,12 @@ def compiled_graphs(compiled: Callable[..., Any]) -> list[CompiledGraph]:
         because the model was edited since, is not among them. A module of the same class and shapes as one that was
         compiled before it runs that one's graphs, which are then given.
     """
-    options, target = _options(compiled), _target(compiled)
+    options, target = options_of(compiled), _target(compiled)
     with _lock:
         graphs = _graphs_of(target) or _graphs_of_twins(target)
-        return [graph for graph in _alive(graphs) if options is None or graph.options == options]
+        graphs = [graph for graph in _alive(graphs) if options is None or graph.options == options]
+        state = added_state_of(target)
+        return graphs if state is None or state.graph is None else [*_alive(_graphs_of(state.graph)), *graphs]
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,7 @@ def _is_wrapper_of_dynamo(function: Any) -> bool:
     return code is not None and code.co_filename == external_utils.__file__ and hasattr(function, "__wrapped__")
 
 
-def _options(compiled: Any) -> BackendOptions | None:
+def options_of(compiled: Any) -> BackendOptions | None:
     """The options ``compiled`` was made with; None if they cannot be told: all graphs of its target count then."""
     if not isinstance(compiled, OptimizedModule) and isinstance(compiled, nn.Module):
         compiled = compiled._compiled_call_impl

@@ -27,6 +27,7 @@ from fxsparse import graph as fx
 from fxsparse.errors import CheckpointError, FxsparseError, InternalError, OptionError, TraceError
 from fxsparse.exclusive import exclusive
 from fxsparse.graph import traits
+from fxsparse.graph.added_state import set_aside
 from fxsparse.graph.graph_state import follow, infer, state_buffers, with_vectors
 from fxsparse.graph.recompute import is_marked, mark, plan
 from fxsparse.graph.record import TRACE_KEY
@@ -241,7 +242,7 @@ def trace(
         return model
     with torch.inference_mode(False):
         given: Inputs = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), kwargs))
-    with without_cache(model):
+    with without_cache(model), set_aside(model):
         if dynamic_sequence is None:
             try:
                 gm, notes = _with_free_sizes(model, given, dynamic_batch, True)

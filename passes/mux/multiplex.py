@@ -117,6 +117,10 @@ class Multiplex(Pass):
             raise RewriteError(f"the model already has a module called {PATH}", pass_name=self.name, site=PATH)
         yield from Rewrite(self, graph).run()
 
+    @property
+    def needs_schedule(self) -> bool:
+        return bool(self.stages)
+
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if self.stages:
             yield Stages(self.stages, graph.get_submodule(PATH), total_steps)

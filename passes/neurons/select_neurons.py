@@ -220,6 +220,10 @@ class SelectNeurons(Pass):
             buffers[batches_name(site)] = torch.zeros((), device=device)
         return buffers
 
+    @property
+    def needs_schedule(self) -> bool:
+        return True
+
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         yield _Selection(self, graph, optimizer, total_steps)
 

@@ -129,6 +129,10 @@ class AddLowRankBranches(Pass):
         fx.set_parameter(gm, f"{linear.name}_up", up)
         live.enter(gm, Branch(linear.name, f"{linear.name}_down", f"{linear.name}_up"))
 
+    @property
+    def needs_schedule(self) -> bool:
+        return self.start > 0
+
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         yield _Start(graph, optimizer, round(self.start * total_steps), sites_of_others(self, graph))
 

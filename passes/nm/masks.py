@@ -236,6 +236,10 @@ class InsertNMMasks(Pass):
         inputs = (linear.input, linear.weight, f"{linear.name}_mask", linear.bias)
         fx.replace(linear.node, fx.insert_function(gm, masked, *inputs, before=linear.node))
 
+    @property
+    def needs_schedule(self) -> bool:
+        return self.dynamic
+
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if self.dynamic:
             sparse_steps = round(self.dense_after * total_steps)

@@ -139,6 +139,10 @@ class DropDimensions(Gating):
         x = min(1.0, max(0.0, (step - begin) / max(1.0, end - begin))) if step < end else 1.0
         return self.fraction * (1 - (1 - x) ** 3) if self.ramp == "cubic" else 1 - (1 - self.fraction) ** x
 
+    @property
+    def needs_schedule(self) -> bool:
+        return self.score == "platon"
+
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if live.sites(graph, Dimensions):
             yield _Chop(self, graph, total_steps)

@@ -132,6 +132,10 @@ class GateStructures(Gating):
                 pass_name=self.name,
             )
 
+    @property
+    def needs_schedule(self) -> bool:
+        return self.score is None
+
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if self.score is None and live.sites(graph, Gated):
             yield _Sparsify(self, graph, optimizer, total_steps)
