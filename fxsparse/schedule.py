@@ -39,9 +39,9 @@ class Schedule:
         optimizer.step()
         schedule.step()
 
-    Of a model that ``torch.compile(model, backend="fxsparse", options={"recipe": ...})`` returned, a schedule may be built
-    before the first call, which rewrites the model: it starts then, and gives the optimizer the parameters that passes
-    added, each in the group of the parameter beside it.
+    The schedule of ``torch.compile(model, backend="fxsparse", options={"recipe": ...})`` may be built before the first
+    call, which rewrites the model. It starts then, and gives the optimizer the parameters that passes added, each in
+    the group of the parameter beside it.
 
     Buffers change in place. A change of the graph itself (low-rank branches start) recompiles the graph module, and
     a running ``torch.compile`` notices. Under gradient accumulation, call :meth:`step` once per optimizer step.
@@ -128,8 +128,8 @@ class Schedule:
     def _rewritten(self, wanted_for: str) -> Any:
         if self._gm is None:
             raise OptionError(
-                f"fxsparse.Schedule.{wanted_for}: the compiled model is rewritten when it is first called; call it once, "
-                "or fxsparse.Schedule.observe with a batch"
+                f"fxsparse.Schedule.{wanted_for}: the compiled model is rewritten when it is first called; call "
+                "it, or Schedule.observe with a batch, before"
             )
         return self._gm
 

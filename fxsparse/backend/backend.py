@@ -28,9 +28,10 @@ from fxsparse.backend.compiled import CompiledGraph, Origin, compiled_graphs, fo
 from fxsparse.backend.inductor import config_patches
 from fxsparse.backend.one_line import RewrittenGraph
 from fxsparse.backend.options import BackendOptions
-from fxsparse.backend.whole_model import WholeModel, break_of, runs_passes_on_graphs, with_dense_weights
+from fxsparse.backend.whole_model import ONE_LINE, WholeModel, part_of, with_dense_weights
 from fxsparse.errors import FxsparseError, LoweringError
 from fxsparse.graph.dynamo import copy_dynamo_graph, state_names
+from fxsparse.graph.record import record_of
 from fxsparse.graph.runtime_state import Slot, invalidate
 from fxsparse.lowering.after_partition import call_kernels
 from fxsparse.lowering.choose import LAUNCHING
@@ -63,10 +64,14 @@ def fxsparse(
     try:
         parsed = BackendOptions.parse(options, mode)
         origin = Origin.of_current_call()
-        if parsed.pipeline is not None and not runs_passes_on_graphs(gm, origin.target):
+        if parsed.pipeline is None:
+            return _compile_graph(gm, list(example_inputs), parsed, origin)
+        part = part_of(gm, origin.target)
+        if part is None:
             names = state_names(gm, example_inputs, origin.module)
             return WholeModel(gm, with_dense_weights(parsed.pipeline), names, _compiler(options or {}, mode))
-        return _compile_graph(gm, list(example_inputs), parsed)
+        with part.noted():
+            return _compile_graph(gm, list(example_inputs), parsed, origin)
     except FxsparseError as error:
         return _raising(error)
 
@@ -101,9 +106,12 @@ def _raising(error: FxsparseError) -> Callable[..., Any]:
     return refuse
 
 
-def _compile_graph(gm: GraphModule, example_inputs: list[Any], options: BackendOptions) -> Callable[..., Any]:
-    origin = Origin.of_current_call()
+def _compile_graph(
+    gm: GraphModule, example_inputs: list[Any], options: BackendOptions, origin: Origin
+) -> Callable[..., Any]:
     report = CompiledGraph(str(gm.meta.get("dynamo_compile_id") or ""), options)
+    if isinstance(origin.module, GraphModule) and ONE_LINE in origin.module.meta:
+        report.record = record_of(origin.module)
     rewritten = _run_passes(gm, example_inputs, options, origin.module, report)
     before, slots = (rewritten.module, rewritten.slots) if rewritten is not None else (gm, [])
     names = rewritten.names if rewritten is not None else state_names(gm, example_inputs, origin.module)

@@ -69,19 +69,22 @@ class BackendOptions:
 def _pipeline(ours: Mapping[str, Any]) -> Pipeline | None:
     if ours.get("passes") is not None and ours.get("recipe") is not None:
         raise OptionError("give passes or recipe, not both: a recipe is a name for passes")
-    if ours.get("recipe") is not None:
+    from fxsparse.passes import Pass, Pipeline
+
+    if (name := ours.get("recipe")) is not None:
         from fxsparse.recipes import recipe
 
-        return recipe(ours["recipe"])
+        return name if isinstance(name, Pipeline) else recipe(name)
     passes = ours.get("passes")
     if passes is None or passes == "":
         return None
-    from fxsparse.passes import Pass, Pipeline
-
     if not isinstance(passes, (Pipeline, Pass, str, list, tuple)):
         raise OptionError(f"passes are text, Pass objects, a list of these, or a Pipeline, not {type(passes).__name__}")
-    pipeline = passes if isinstance(passes, Pipeline) else Pipeline(passes)
-    return pipeline if pipeline.passes else None
+    if isinstance(passes, Pipeline):
+        return passes if passes.passes else None
+    items = [passes] if isinstance(passes, (Pass, str)) else passes
+    flat = [part for item in items for part in (item.passes if isinstance(item, Pipeline) else (item,))]
+    return Pipeline(flat) if flat else None
 
 
 def _lower(lower: Any) -> tuple[tuple[str, str], ...]:

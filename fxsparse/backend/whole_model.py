@@ -14,13 +14,15 @@ for the outputs, and looks where they are in the object it returns. The model's 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-import os
+import itertools
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +33,8 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from fxsparse.errors import OptionError, RewriteError, TraceError
 from fxsparse.backend.compiled import Origin, options_of
+from fxsparse.errors import OptionError, RewriteError, TraceError
 from fxsparse.graph.added_state import NAME, AddedState, added_state_of, attach_state
 from fxsparse.graph.record import TRACE_KEY
 from fxsparse.graph.wrapped import unwrapped_module
@@ -52,51 +54,60 @@ _rehearsal = threading.local()
 
 
 @dataclass(frozen=True)
-class Break:
-    """Why a graph of Dynamo's is not all of a model.
+class Part:
+    """Why the passes see a graph of Dynamo's for itself, and not a whole model.
 
     Attributes:
-        reason: in Dynamo's words.
-        where: the line of the model, with its file.
+        reason: in a sentence.
+        where: the line of the model at which Dynamo broke it, with its file; may be empty.
     """
 
     reason: str
-    where: str
+    where: str = ""
 
     def __str__(self) -> str:
-        return f"the model breaks into graphs{f' at {self.where}' if self.where else ''}: {self.reason}"
+        return f"{self.reason}{f' ({self.where})' if self.where else ''}"
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Adds the reason to what a pass refuses."""
+        try:
+            yield
+        except RewriteError as error:
+            if isinstance(error, OptionError):
+                raise
+            told = RewriteError(f"{error}; the passes see a part of the model only: {self}")
+            told.pass_name, told.site = error.pass_name, error.site
+            raise told from error.__cause__
 
 
-def break_of(gm: GraphModule, target: Any) -> Break | None:
+def part_of(gm: GraphModule, target: Any) -> Part | None:
     """Why ``gm`` is not the whole ``forward`` of the module that is compiled; None if it is."""
     if not isinstance(target, nn.Module):
-        return Break("a function was compiled, and a model may be a part of it only", "")
+        return Part("a function was compiled, in which a model may be a part")
+    if isinstance(target, GraphModule) and TRACE_KEY in target.meta:
+        return Part("a graph module was compiled, which fxsparse.rewrite rewrites")
     if isinstance(target, nn.parallel.DistributedDataParallel):
-        return Break("DistributedDataParallel was compiled; wrap the compiled model instead", "")
+        return Part("DistributedDataParallel was compiled; wrap the compiled model instead")
     translator = InstructionTranslator.current_tx()
     output = translator.output
     reason = output.compile_subgraph_reason
     if reason is not None and reason.graph_break:
         frame = reason.user_stack[-1] if reason.user_stack else None
-        words = reason.reason.strip().partition("\n")[0]
-        return Break(words, f"{frame.filename}:{frame.lineno}" if frame else "")
+        where = f"{frame.filename}:{frame.lineno}" if frame else ""
+        return Part(f"Dynamo breaks it: {reason.reason.strip().splitlines()[0]}", where)
     if translator.f_code.co_name.startswith("torch_dynamo_resume"):
-        return Break("the rest of a forward that broke before", "")
-    if sum(node.op == "placeholder" for node in output.graph.nodes) != sum(n.op == "placeholder" for n in gm.graph.nodes):
-        return Break(
-            "DistributedDataParallel lets Dynamo split the graph; set torch._dynamo.config.optimize_ddp = False", ""
-        )
+        return Part("Dynamo broke it before")
+    if len(output.graph.find_nodes(op="placeholder")) != len(gm.graph.find_nodes(op="placeholder")):
+        return Part("DistributedDataParallel lets Dynamo split it; set torch._dynamo.config.optimize_ddp = False")
+    values = output.root_tx.f_locals
+    if any("Cache" in type(leaf).__name__ for leaf in pytree.tree_leaves(values, is_leaf=_is_cache)):
+        return Part("it was given a cache of keys and values")
     return None
 
 
-def runs_passes_on_graphs(gm: GraphModule, target: Any) -> bool:
-    """Whether passes run on each of Dynamo's graphs for itself, where ``gm`` is a part of a model only, or keeps a cache
-    of keys and values that it was given, which a whole model does not take."""
-    if break_of(gm, target) is not None or (isinstance(target, GraphModule) and TRACE_KEY in target.meta):
-        return True
-    values = InstructionTranslator.current_tx().output.root_tx.f_locals  # type: ignore[union-attr]
-    leaves = pytree.tree_leaves({name: value for name, value in values.items() if value is not target})
-    return any("Cache" in type(leaf).__name__ for leaf in leaves)
+def _is_cache(item: Any) -> bool:
+    return "Cache" in type(item).__name__
 
 
 # --- the rewritten model ----------------------------------------------------------------------------------------------
@@ -157,8 +168,7 @@ def forget(model: nn.Module) -> None:
     """Takes out of ``model`` what the passes of a one-line call added to it, so that it is the user's again.
 
     Weights that were trained stay as trained. ``requires_grad`` of parameters that passes froze is set again. The next
-    call of ``torch.compile(model, backend="fxsparse", ...)`` may name other passes; what was compiled before must not be
-    called any more.
+    call of ``torch.compile(model, backend="fxsparse", ...)`` may name other passes; what was compiled before is void.
 
     Args:
         model: the model, or what ``torch.compile`` or ``DistributedDataParallel`` made of it.
@@ -219,8 +229,13 @@ def add_new_parameters(graph: nn.Module, optimizer: torch.optim.Optimizer) -> No
         return
     for name, parameter in named:
         if id(parameter) not in held:
-            nearest = max(groups, key=lambda other: len(os.path.commonprefix([name, other])))
-            groups[nearest]["params"].append(parameter)
+            groups[max(groups, key=functools.partial(_nearness, name))]["params"].append(parameter)
+
+
+def _nearness(name: str, other: str) -> int:
+    """How many modules two parameters have in common."""
+    pairs = zip(name.split("."), other.split("."), strict=False)
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 # --- in the place of Dynamo's graph -----------------------------------------------------------------------------------
@@ -299,16 +314,15 @@ class WholeModel:
                 outputs.append(None)
             else:
                 raise RewriteError(
-                    f"the call returns {place.lstrip('.')}, which the model as it was first called does not; the graph is "
-                    "of that first call: call fxsparse.forget(model) and begin with a call like this one"
+                    f"this call returns {place.lstrip('.')}, which the first call did not, and the graph is that of "
+                    "the first call: call fxsparse.forget(model), and begin with a call like this one"
                 )
         return outputs
 
 
 def _warn_of_cache() -> None:
     warnings.warn(
-        "the rewritten model keeps no cache of keys and values, and that in its output is empty; "
-        "pass use_cache=False",
+        "the rewritten model keeps no cache of keys and values, and that in its output is empty; pass use_cache=False",
         stacklevel=4,
     )
 
@@ -337,23 +351,26 @@ class _Call:
         """Reads the stack: Dynamo's code tells a graph its tensors, and neither the model nor its arguments."""
         model = Origin.of_current_call().module
         assert model is not None
-        frame: FrameType | None = sys._getframe(2)
-        forward: FrameType | None = None
-        among = []
-        while frame is not None:
-            code, names = frame.f_code, frame.f_code.co_varnames
-            first = frame.f_locals.get(names[0]) if code.co_argcount else None
-            if first is model and forward is None:
-                forward = frame
-            if isinstance(first, nn.Module):
-                among.append(first)
-            if code.co_name == "compile_wrapper" and "fn" in frame.f_locals and forward is not None and "context" not in locals():
-                context, function = frame.f_locals["self"], frame.f_locals["fn"]
-            frame = frame.f_back
-        assert forward is not None
+        frames = list(_callers(sys._getframe(2)))
+        modules = [(frame, _first_argument(frame)) for frame in frames]
+        at, forward = next((at, frame) for at, (frame, first) in enumerate(modules) if first is model)
+        entry = next(frame for frame in frames[at:] if frame.f_code.co_name == "compile_wrapper")
+        context, function = entry.f_locals["self"], entry.f_locals["fn"]
         arguments, keywords = _arguments(forward, model)
         method = function if "forward" in vars(model) else type(model).forward.__get__(model)
-        return cls(model, arguments, keywords, context(method), getattr(context, "_dynamic", None), tuple(among))
+        among = tuple(first for _, first in modules if isinstance(first, nn.Module))
+        return cls(model, arguments, keywords, context(method), getattr(context, "_dynamic", None), among)
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _first_argument(frame: FrameType) -> Any:
+    code = frame.f_code
+    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
 
 
 def _arguments(frame: FrameType, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -139,7 +139,12 @@ def _read_of_model(graph: GraphModule, model: nn.Module, asked: dict[str, bool])
         path, _, leaf = name.rpartition(".")
         owner = graph.get_submodule(path) if path in dict(graph.named_modules()) else None
         twin = None if owner is None else owner._parameters.get(leaf)
-        if twin is None or twin is parameter or twin.data_ptr() != parameter.data_ptr() or twin.shape != parameter.shape:
+        if (
+            twin is None
+            or twin is parameter
+            or twin.data_ptr() != parameter.data_ptr()
+            or twin.shape != parameter.shape
+        ):
             continue
         if twin.requires_grad != parameter.requires_grad:
             asked.setdefault(name, parameter.requires_grad)
