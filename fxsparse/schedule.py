@@ -16,9 +16,10 @@ from torch import nn
 from fxsparse import graph as fx
 from fxsparse.backend.whole_model import add_new_parameters, compiled_to_rewrite
 from fxsparse.errors import CheckpointError, OptionError
-from fxsparse.graph.added_state import attach_state
+from fxsparse.graph.added_state import added_state_of, attach_state
 from fxsparse.graph.record import Entry, record_of
 from fxsparse.graph.sharded import reshard
+from fxsparse.graph.wrapped import unwrapped_module
 from fxsparse.history import History
 from fxsparse.optimizers import works_on_matrices
 from fxsparse.options import Count, checked, shown
@@ -91,6 +92,9 @@ class Schedule:
             self._bind(fx.rewritten_of(gm, "fxsparse.Schedule"))
         else:
             attach_state(self._compiled.model).waiting.append(self._bind)
+        state = added_state_of(unwrapped_module(gm))
+        if state is not None:
+            state.scheduled = True
 
     def _bind(self, rewritten: Any) -> None:
         """Builds the events of a rewritten graph module, or of a module made of one."""
