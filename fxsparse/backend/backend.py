@@ -29,7 +29,8 @@ from fxsparse.backend.inductor import config_patches
 from fxsparse.backend.one_line import RewrittenGraph
 from fxsparse.backend.options import BackendOptions
 from fxsparse.backend.whole_model import ONE_LINE, WholeModel, part_of, with_dense_weights
-from fxsparse.errors import FxsparseError, LoweringError
+from fxsparse.errors import FxsparseError, LoweringError, OptionError, RewriteError
+from fxsparse.graph.added_state import added_state_of
 from fxsparse.graph.dynamo import copy_dynamo_graph, state_names
 from fxsparse.graph.record import record_of
 from fxsparse.graph.runtime_state import Slot, invalidate
@@ -67,11 +68,16 @@ def fxsparse(
         if parsed.pipeline is None:
             return _compile_graph(gm, list(example_inputs), parsed, origin)
         part = part_of(gm, origin.target)
-        if part is None:
-            names = state_names(gm, example_inputs, origin.module)
-            return WholeModel(gm, with_dense_weights(parsed.pipeline), names, _compiler(options or {}, mode))
-        with part.noted():
-            return _compile_graph(gm, list(example_inputs), parsed, origin)
+        try:
+            if part is not None or added_state_of(origin.module) is None:
+                return _compile_graph(gm, list(example_inputs), parsed, origin)
+        except RewriteError as error:
+            if isinstance(error, OptionError):
+                raise
+            if part is not None:
+                raise part.added_to(error) from error.__cause__
+        names = state_names(gm, example_inputs, origin.module)
+        return WholeModel(gm, with_dense_weights(parsed.pipeline), names, _compiler(options or {}, mode))
     except FxsparseError as error:
         return _raising(error)
 

@@ -1,8 +1,10 @@
 """The one-line call on a whole model: ``torch.compile(model, backend="fxsparse", options={"recipe": "sat"})``.
 
-Where one of Dynamo's graphs is all of a model's ``forward``, the passes see the whole model, as in `fxsparse.rewrite`,
-and what they add lasts (`fxsparse.graph.added_state`). Dynamo's graph itself is not compiled. In its place stands a
-function that calls the rewritten graph module, compiled, with the arguments of the call:
+Passes whose state follows from the weights run on each of Dynamo's graphs (``one_line``). Others need the whole model and
+state that lasts. Where one of Dynamo's graphs is all of a model's ``forward``, and such a pass or a schedule asks for it,
+the model is rewritten as by `fxsparse.rewrite`, and what passes add is registered with it (`fxsparse.graph.added_state`).
+Dynamo's graph itself is then not compiled. In its place stands a function that calls the rewritten graph module,
+compiled, with the arguments of the call:
 
     forward of the model, in Dynamo's code
         outputs = graph(inputs)           -> WholeModel.__call__ -> torch.compile(rewritten)(*arguments)
@@ -14,7 +16,6 @@ for the outputs, and looks where they are in the object it returns. The model's 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import itertools
@@ -68,17 +69,11 @@ class Part:
     def __str__(self) -> str:
         return f"{self.reason}{f' ({self.where})' if self.where else ''}"
 
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """Adds the reason to what a pass refuses."""
-        try:
-            yield
-        except RewriteError as error:
-            if isinstance(error, OptionError):
-                raise
-            told = RewriteError(f"{error}; the passes see a part of the model only: {self}")
-            told.pass_name, told.site = error.pass_name, error.site
-            raise told from error.__cause__
+    def added_to(self, error: RewriteError) -> RewriteError:
+        """What a pass refused, with the reason why it saw a part only."""
+        told = RewriteError(f"{error}; the passes see a part of the model only: {self}")
+        told.pass_name, told.site = error.pass_name, error.site
+        return told
 
 
 def part_of(gm: GraphModule, target: Any) -> Part | None:

@@ -21,7 +21,7 @@ from fxsparse.backend import compiled_graphs
 from fxsparse.backend.whole_model import with_dense_weights
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.added_state import added_state_of
-from fxsparse.passes import Pipeline
+from fxsparse.passes import AddLowRankBranches, Pipeline
 from tests.support.families import FAMILIES
 
 LOW_RANK = "nm-masks{keep_first=false,keep_head=false},low-rank{rank=2,start=0.5}"
@@ -163,7 +163,7 @@ def test_buffers_that_forward_assigns_are_kept() -> None:
 
     model, twin = Running().eval(), Running().eval()
     twin.load_state_dict(model.state_dict())
-    fast = torch.compile(model, **one_line("nm-masks{keep_first=false,keep_head=false}"))
+    fast = torch.compile(model, **one_line(LOW_RANK))
     for _ in range(3):
         inputs = batch()
         fast(**inputs), twin(**inputs)
@@ -183,7 +183,7 @@ def test_parts_of_a_model_say_where_it_breaks() -> None:
 def test_other_passes_need_forget() -> None:
     model, inputs = Net().eval(), batch()
     before = model(**inputs)["logits"]
-    torch.compile(model, **one_line("select-tensors{tensors=[up.*]}"))(**inputs)
+    torch.compile(model, **one_line(f"{LOW_RANK},select-tensors{{tensors=[up.*]}}"))(**inputs)
     assert not model.down.weight.requires_grad and model.up.weight.requires_grad
     with pytest.raises(OptionError, match=r"fxsparse\.forget"):
         torch.compile(model, **one_line(LOW_RANK))(**inputs)
@@ -227,7 +227,7 @@ def test_training_without_a_schedule_says_so() -> None:
 
 def test_recipes_mix_with_passes_and_text() -> None:
     masks = Pipeline("nm-masks{keep_first=false,keep_head=false}")
-    fast = torch.compile(Net().eval(), **one_line([masks, "double-prune"]))
+    fast = torch.compile(Net().eval(), **one_line([masks, "double-prune", AddLowRankBranches(rank=2)]))
     fast(**batch())
     entries = fxsparse.record_of(fast._orig_mod._fxsparse.graph).entries
-    assert [entry.text.partition("{")[0] for entry in entries] == ["nm-masks", "double-prune"]
+    assert [entry.text.partition("{")[0] for entry in entries] == ["nm-masks", "double-prune", "low-rank"]
