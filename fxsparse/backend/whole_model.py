@@ -1,10 +1,10 @@
 """The one-line call on a whole model: ``torch.compile(model, backend="fxsparse", options={"recipe": "sat"})``.
 
-Passes whose state follows from the weights run on each of Dynamo's graphs (``one_line``). Others need the whole model and
-state that lasts. Where one of Dynamo's graphs is all of a model's ``forward``, and such a pass or a schedule asks for it,
-the model is rewritten as by `fxsparse.rewrite`, and what passes add is registered with it (`fxsparse.graph.added_state`).
-Dynamo's graph itself is then not compiled. In its place stands a function that calls the rewritten graph module,
-compiled, with the arguments of the call:
+Passes whose state follows from the weights run on each of Dynamo's graphs (``one_line``). Others need the whole model
+and state that lasts. Where one of Dynamo's graphs is all of a model's ``forward``, and such a pass or a schedule asks for
+it, the model is rewritten as by `fxsparse.rewrite`, and what passes add is registered with it
+(`fxsparse.graph.added_state`). Dynamo's graph itself is then not compiled. In its place stands a function that calls the
+rewritten graph module, compiled, with the arguments of the call:
 
     forward of the model, in Dynamo's code
         outputs = graph(inputs)           -> WholeModel.__call__ -> torch.compile(rewritten)(*arguments)
@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import re
 import sys
 import threading
 import warnings
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 ONE_LINE = "fxsparse_one_line"
 """In ``gm.meta``: that the graph module belongs to a model which a one-line call rewrote."""
 
+_RESUMED = re.compile(r"torch_dynamo_resume_in_.*_at_(?P<line>\d+)")
 _rehearsal = threading.local()
 
 
@@ -91,8 +93,9 @@ def part_of(gm: GraphModule, target: Any) -> Part | None:
         frame = reason.user_stack[-1] if reason.user_stack else None
         where = f"{frame.filename}:{frame.lineno}" if frame else ""
         return Part(f"Dynamo breaks it: {reason.reason.strip().splitlines()[0]}", where)
-    if translator.f_code.co_name.startswith("torch_dynamo_resume"):
-        return Part("Dynamo broke it before")
+    resumed = _RESUMED.match(translator.f_code.co_name)
+    if resumed is not None:
+        return Part("Dynamo broke it before", f"{translator.f_code.co_filename}:{resumed['line']}")
     if len(output.graph.find_nodes(op="placeholder")) != len(gm.graph.find_nodes(op="placeholder")):
         return Part("DistributedDataParallel lets Dynamo split it; set torch._dynamo.config.optimize_ddp = False")
     values = output.root_tx.f_locals
