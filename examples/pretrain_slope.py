@@ -11,7 +11,6 @@ can be compared on a busy machine. The results are a table and a plot of the los
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import statistics
 import sys
@@ -60,7 +59,7 @@ def ways(args: argparse.Namespace) -> dict[str, list[Pass]]:
 
 def start(name: str, passes: list[Pass], traced: GraphModule, args: argparse.Namespace) -> Run:
     """A run before its first step, on weights of its own."""
-    gm = fxsparse.rewrite(copy.deepcopy(traced), passes)
+    gm = fxsparse.rewrite(traced, passes, copy=True)
     # A branch counts 1 / rank of its product, so at the weights' own rate it would hardly move in so few steps.
     branches = [p for n, p in gm.named_parameters() if n.endswith(("_down", "_up"))]
     rest = [p for n, p in gm.named_parameters() if not n.endswith(("_down", "_up"))]

@@ -131,7 +131,10 @@ def test_a_schedule_past_the_start_starts_the_branches_of_a_state_without_flags(
 
 @pytest.mark.parametrize(
     ("recipe", "use_buffers"),
-    [("branches", False), ("dense-branches", True), ("tensors", True), ("gates", False), ("dims", False)],
+    [
+        *(("branches", False), ("gates", False), ("dims", False)),
+        *itertools.product(("dense-branches", "tensors"), (False, True)),
+    ],
 )
 def test_an_average_made_at_the_start_gets_what_starts_later(recipe: str, use_buffers: bool) -> None:
     training = Training.start(RECIPES[recipe])
