@@ -222,11 +222,7 @@ void multiply_rows(const Call& call, const Inputs& inputs, int64_t token, int64_
   const int64_t row_kept = kept_of(call.in), row_bytes = index_bytes(call.in);
   const element* values[ROWS];
   const uint8_t* indices[ROWS];
-  for (int r = 0; r < ROWS; ++r) {
-    const int64_t at = least(row + r, call.out - 1);
-    values[r] = static_cast<const element*>(call.values) + at * row_kept;
-    indices[r] = call.indices + at * row_bytes;
-  }
+  find_rows(call, row, values, indices);
   const input* x = inputs.x + token * inputs.stride;
   vec total[PARTS][ROWS][TOKENS];
   for (int p = 0; p < PARTS; ++p)

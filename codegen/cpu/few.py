@@ -25,6 +25,16 @@ struct Inputs {
   int64_t hidden_stride;
 };
 
+// where the values and indices of rows of the weight from `row` on begin; rows after the last are the last one again
+template <int ROWS>
+INLINE void find_rows(const Call& call, int64_t row, const element* (&values)[ROWS], const uint8_t* (&indices)[ROWS]) {
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t at = least(row + r, call.out - 1);
+    values[r] = static_cast<const element*>(call.values) + at * kept_of(call.in);
+    indices[r] = call.indices + at * index_bytes(call.in);
+  }
+}
+
 // adds hidden up^T to the sums of some rows of the weight
 template <int ROWS, int TOKENS>
 INLINE void add_branch(const Call& call, const Inputs& inputs, int64_t token, int64_t row, float* sums) {
