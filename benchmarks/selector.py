@@ -104,7 +104,7 @@ def rows(model: str, graph: BackpropGraph, rho: float, draws: int, repeats: int)
             rng = random.Random(seed)
             importance = {name: draw(rng) for name in sorted(graph.trainable)}
             seconds, chosen = timed(functools.partial(graph.select, importance, rho), repeats)
-            instance = graph.instance(importance)
+            instance = graph.instance()
             published = dp_baseline(instance, importance, budget)
             within = [dp_baseline(instance, importance, budget, resolution=n, rounding="ceil") for n in (1_000, 10_000)]
             gathered = [sum(importance[name] for name in names) for names in (chosen, published, *within)]

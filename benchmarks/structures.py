@@ -1,6 +1,9 @@
-"""Time of finding heads and channels: Llama of 7B's size on the meta device, and a smaller one with weights.
+"""Time of finding heads and channels: Llama of 7B's size on the meta device, and ones with weights.
 
-python -m benchmarks.structures [--layers 32] [--length 512]
+python -m benchmarks.structures [--layers 32] [--with-weights 4] [--length 512]
+
+With weights there are as many of the 7B model's layers as memory allows, 0.4 GB each in bfloat16, and a whole smaller
+model.
 
 `first` finds them in a graph that was just traced, `apart` does so without taking layers that are alike as one, and
 `again` in a copy of a graph that was asked before, as every rewrite makes one. Seconds are those of the processor.
@@ -26,13 +29,15 @@ from fxsparse.analysis.structures import structures
 from fxsparse.text import table
 
 
-def model_of(layers: int, hidden: int, intermediate: int, heads: int, device: str) -> transformers.PreTrainedModel:
+def model_of(
+    layers: int, hidden: int, intermediate: int, heads: int, device: str, dtype: torch.dtype
+) -> transformers.PreTrainedModel:
     config = transformers.LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads, use_cache=False,
     )  # fmt: skip
     with torch.device(device):
-        return transformers.LlamaForCausalLM(config)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -41,9 +46,11 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - begin, result
 
 
-def traced(layers: int, sizes: tuple[int, int, int], length: int, device: str) -> GraphModule:
+def traced(
+    layers: int, sizes: tuple[int, int, int], length: int, device: str, dtype: torch.dtype = torch.float32
+) -> GraphModule:
     ids = torch.zeros(2, length, dtype=torch.long, device=device)
-    return fxsparse.trace(model_of(layers, *sizes, device), kwargs={"input_ids": ids, "labels": ids})
+    return fxsparse.trace(model_of(layers, *sizes, device, dtype), kwargs={"input_ids": ids, "labels": ids})
 
 
 class Forgetful(dict[Any, Any]):
@@ -56,21 +63,23 @@ class Forgetful(dict[Any, Any]):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--with-weights", type=int, default=4, help="layers of the 7B model with weights")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     models = {
-        f"7B, {args.layers} layers, meta": (args.layers, (4096, 11008, 32), "meta"),
-        "160M, 12 layers, weights": (12, (768, 2048, 12), "cpu"),
+        f"7B, {args.layers} layers, meta": (args.layers, (4096, 11008, 32), "meta", torch.float32),
+        f"7B, {args.with_weights} layers, weights": (args.with_weights, (4096, 11008, 32), "cpu", torch.bfloat16),
+        "160M, 12 layers, weights": (12, (768, 2048, 12), "cpu", torch.float32),
     }
     torch.set_num_threads(1)
     structures(traced(1, (64, 128, 4), 16, "cpu"))  # what the first call of an operator costs is not of interest
     rows = [
         ("model", "nodes", "found", "first s", "first s / 1000 nodes", "again s", "apart s", "apart s / 1000 nodes")
     ]
-    for name, (layers, sizes, device) in models.items():
-        gm = traced(layers, sizes, args.length, device)
+    for name, (layers, sizes, device, dtype) in models.items():
+        gm = traced(layers, sizes, args.length, device, dtype)
         first, found = seconds(lambda gm=gm: structures(gm))
         copies = [fx.copy_sharing_state(gm) for _ in range(args.rounds)]
         again = statistics.median(seconds(lambda copy=copy: structures(copy))[0] for copy in copies)

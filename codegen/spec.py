@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from fxsparse.errors import OptionError
+from fxsparse.ops.nm import WITH_KERNELS
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 """Element types a kernel can be made for, and Triton's short names of them."""
@@ -116,7 +117,7 @@ class NMSpec(Spec):
     n: int
     m: int
 
-    PATTERNS: ClassVar[tuple[tuple[int, int], ...]] = ((1, 2), (2, 4), (1, 4), (2, 8), (4, 8))
+    PATTERNS: ClassVar[tuple[tuple[int, int], ...]] = WITH_KERNELS
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -66,6 +66,7 @@ class Table:
         with _lock:
             _add(self._rows(device, None), key, values)
             try:
+                source.private_folder(place.parent.name)
                 with source.locked(place, PATIENCE):
                     content = _read(place, device)
                     rows = self._of(content, place)
@@ -126,10 +127,12 @@ def _add(rows: Rows, key: str, values: Mapping[str, Any]) -> None:
 def _read(place: Path, device: str) -> dict[str, Any]:
     """A whole file; empty if there is none, and with a warning if it is damaged or of something else."""
     try:
+        if place.parent == source.cache_dir() / "measured" and place.exists():
+            source.private_folder("measured")
         content = json.loads(place.read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _warn(f"{place} cannot be read and is ignored: {error}")
         return {}
     wanted = {"format": FORMAT, **_identity(device, threads_of(device))}

@@ -9,12 +9,13 @@ An OPT on bytes is pretrained on one package's source and then fine-tuned on ano
 * every tensor;
 * the tensors that ``select-tensors`` chooses at the start of each epoch, at rho = 0.4, 0.5 and 0.7;
 * the last two layers;
+* the embedding and the head (FT-Top2 in GreenTrainer's comparison);
 * the biases (BitFit);
 * LoRA branches on queries and values.
 
 All runs start from the same weights, see the same batches and take their steps in turn, so that step times can be
-compared on a busy machine. The results are a table and a plot, written to ``--out``, of the loss against FLOPs and of
-the chosen tensors.
+compared on a busy machine. The results are a table and two plots, written to ``--out``: of the loss against FLOPs with
+the chosen tensors, and of the backward pass of the last choice at rho = 0.5.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def ways(args: argparse.Namespace) -> dict[str, tuple[list[Pass], float, float |
         "full": ([], args.lr, None),
         **{f"rho {rho:g}": ([SelectTensors(rho=rho, times=args.epochs)], args.lr, rho) for rho in RHO},
         "last two layers": ([SelectTensors(last_layers=2)], args.lr, None),
+        "embedding, head": ([SelectTensors(embeddings_and_head=True)], args.lr, None),
         "BitFit": ([SelectTensors(tensors="*bias")], 5 * args.lr, None),
         f"LoRA, rank {args.rank}": ([branches, SelectTensors(tensors=("*_down", "*_up"))], 5 * args.lr, None),
     }
@@ -250,6 +252,8 @@ def main() -> None:
     console.print(result_table(runs, args))
     plot(runs, from_the_input(graph), args.out / "finetune_greentrainer.png")
     console.print(f"plot: {args.out / 'finetune_greentrainer.png'}")
+    run = next(run for run in runs if run.rho == 0.5)
+    console.print(f"plot: {graph.plot(args.out / 'backward_pass.png', run.chosen[-1])}")
 
 
 if __name__ == "__main__":

@@ -28,15 +28,21 @@ if TYPE_CHECKING:
     from fxsparse.backend.backend import invalidate
     from fxsparse.backend.compiled import kernels
     from fxsparse.backend.tune import tune
-    from fxsparse.checkpoint import dense_state_dict, load, save
+    from fxsparse.backend.whole_model import forget
+    from fxsparse.checkpoint import load, save
+    from fxsparse.conversion.aten import to_aten
     from fxsparse.conversion.convert import to_module
     from fxsparse.cost.backprop import BackpropGraph
     from fxsparse.cost.flops import count_flops
     from fxsparse.cost.importance import tensor_importance
+    from fxsparse.dense_state import dense_state_dict
     from fxsparse.graph.record import Record, record_of
+    from fxsparse.history import plot_history
     from fxsparse.inspection import graphs
     from fxsparse.integrations.huggingface import from_pretrained, save_pretrained
+    from fxsparse.ops.define import decompositions
     from fxsparse.optimizers import forget_dropped
+    from fxsparse.page.write import report
     from fxsparse.passes import Pass, Pipeline
     from fxsparse.passes.structured.hard_concrete import sparsity_loss
     from fxsparse.recipes import recipe
@@ -61,22 +67,27 @@ __all__ = [
     "__version__",
     "autoprumux",
     "count_flops",
+    "decompositions",
     "dense_state_dict",
     "explain",
+    "forget",
     "forget_dropped",
     "from_pretrained",
     "graphs",
     "invalidate",
     "kernels",
     "load",
+    "plot_history",
     "recipe",
     "record_of",
     "replay",
+    "report",
     "rewrite",
     "save",
     "save_pretrained",
     "sparsity_loss",
     "tensor_importance",
+    "to_aten",
     "to_module",
     "trace",
     "tune",
@@ -90,22 +101,27 @@ _DEFINED_IN = {
     "Record": "fxsparse.graph.record",
     "Schedule": "fxsparse.schedule",
     "count_flops": "fxsparse.cost.flops",
-    "dense_state_dict": "fxsparse.checkpoint",
+    "decompositions": "fxsparse.ops.define",
+    "dense_state_dict": "fxsparse.dense_state",
     "explain": "fxsparse.reporting",
+    "forget": "fxsparse.backend.whole_model",
     "forget_dropped": "fxsparse.optimizers",
     "from_pretrained": "fxsparse.integrations.huggingface",
     "graphs": "fxsparse.inspection",
     "invalidate": "fxsparse.backend.backend",
     "kernels": "fxsparse.backend.compiled",
     "load": "fxsparse.checkpoint",
+    "plot_history": "fxsparse.history",
     "recipe": "fxsparse.recipes",
     "record_of": "fxsparse.graph.record",
     "replay": "fxsparse.rewriting",
+    "report": "fxsparse.page.write",
     "rewrite": "fxsparse.rewriting",
     "save": "fxsparse.checkpoint",
     "save_pretrained": "fxsparse.integrations.huggingface",
     "sparsity_loss": "fxsparse.passes.structured.hard_concrete",
     "tensor_importance": "fxsparse.cost.importance",
+    "to_aten": "fxsparse.conversion.aten",
     "to_module": "fxsparse.conversion.convert",
     "trace": "fxsparse.tracing.trace",
     "tune": "fxsparse.backend.tune",

@@ -63,5 +63,5 @@ class CheckpointError(FxsparseError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """``did you mean 'x'? `` where a known name is close to an unknown one, for the middle of a message."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, list(known), n=1) if len(name) <= 100 else []
     return f"did you mean {near[0]!r}? " if near else ""

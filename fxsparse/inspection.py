@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
+from fxsparse import graph as fx
 from fxsparse.backend.compiled import CompiledGraph, compiled_graphs
 from fxsparse.graph.history import kept, text_of
 from fxsparse.graph.record import record_of
@@ -41,8 +43,8 @@ def graphs(subject: Any) -> list[GraphText]:
     """The graphs of a rewritten or of a compiled model, as Python that a person can read.
 
     Args:
-        subject: a traced or rewritten graph module, or what ``torch.compile(..., backend="fxsparse")`` returned, after
-            a call.
+        subject: a traced or rewritten graph module, also wrapped by ``DistributedDataParallel``; or what
+            ``torch.compile(..., backend="fxsparse")`` returned, after a call.
 
     Returns:
         of a graph module: the graph as it was traced and after every pass, in order. The last is always there, as it
@@ -50,8 +52,10 @@ def graphs(subject: Any) -> list[GraphText]:
         Dynamo's, the forward and the backward graph that the compiler was given, with fxsparse operators whole. The
         backward graph is there once a backward pass ran.
     """
-    if isinstance(subject, GraphModule):
-        return list(_after_passes(subject))
+    if not isinstance(subject, torch._dynamo.OptimizedModule) and isinstance(
+        inner := fx.unwrapped(subject), GraphModule
+    ):
+        return list(_after_passes(inner))
     return [text for graph in compiled_graphs(subject) for text in _compiled(graph)]
 
 

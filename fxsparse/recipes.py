@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from fxsparse.errors import OptionError, nearest
+from fxsparse.options import checked, shown
 from fxsparse.passes import DistillLayers, Pipeline
 
 RECIPES: dict[str, str] = {
@@ -17,6 +18,8 @@ RECIPES: dict[str, str] = {
     "bi-mask": "nm-masks{pattern=2:4,storage=masked,dynamic=true},double-prune{every=1,permutations=100}",
     # GreenTrainer (arXiv 2309.13192) at half the FLOPs; a Schedule chooses tensors on the batches it observes.
     "greentrainer": "select-tensors{rho=0.5,times=3}",
+    # What GreenTrainer compares with as FT-Top2: only the embedding and the head are trained.
+    "ft-top2": "select-tensors{embeddings_and_head=true}",
     # SAT (arXiv 2406.01392): half the heads and channels take part in a step. A Schedule chooses them and the rung.
     "sat": "select-neurons{omission=0.5,rungs=4}",
     # LayerCHOP (arXiv 2305.14864): half the layers are dropped at once; train on afterwards.
@@ -52,10 +55,11 @@ def recipe(name: str, *, teacher: nn.Module | None = None) -> Pipeline:
     Raises:
         OptionError: there is no such recipe, it needs a teacher, or it has no use for one.
     """
+    name = checked("recipe", name, str)
     known = TAUGHT if teacher is not None else RECIPES
     if name not in {**RECIPES, **TAUGHT}:
         raise OptionError(
-            f"unknown recipe {name!r}; {nearest(name, {**RECIPES, **TAUGHT})}known recipes: "
+            f"unknown recipe {shown(name)}; {nearest(name, {**RECIPES, **TAUGHT})}known recipes: "
             f"{', '.join(sorted({**RECIPES, **TAUGHT}))}"
         )
     if name not in known:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from torch.fx import GraphModule
 
 from fxsparse import graph as fx
 from fxsparse.backend.compiled import CompiledGraph, compiled_graphs
+from fxsparse.document import Document, Line, Table
 from fxsparse.graph.record import Change, Costs, Entry, Record, record_of
+from fxsparse.lowering import timings
 from fxsparse.lowering.choice import Choice
-from fxsparse.text import quantity, ranges, shortened, table
+from fxsparse.text import quantity, ranges, shortened
 
-_COSTS = (
+COSTS = (
     ("forward FLOPs", "forward_flops", 1000),
     ("training step FLOPs", "step_flops", 1000),
     ("step FLOPs on n:m hardware", "nm_step_flops", 1000),
@@ -32,71 +35,108 @@ _COSTS = (
 
 
 _LONGEST_PASS = 160  # characters
+_NOT_COMPILED = 'no graph was compiled by backend="fxsparse" yet: call the compiled model once'
 
 
-def explain(subject: Any) -> str:
+def explain(subject: Any) -> Document:
     """A readable report of the changes made to a model.
 
     Args:
         subject: a traced or rewritten graph module, the module that `fxsparse.to_module` made of one, a
-            :class:`Record`, or a compiled model or function (``torch.compile(..., backend="fxsparse")``) that has run
-            at least once.
+            :class:`Record`, or a compiled model or function (``torch.compile(..., backend="fxsparse")``). Of a compiled
+            one that has run, what was compiled is explained.
 
     Returns:
         text: the costs before and after; then, for every pass, the rewritten sites, and the skipped ones with reasons.
+        ``rich.print`` and notebooks show it as tables, and ``to_dict()`` gives it as data.
     """
-    if isinstance(subject, Record):
-        return explain_record(subject)
-    if isinstance(subject, nn.Module) and not isinstance(subject, torch._dynamo.OptimizedModule):
-        module = fx.module_form_of(subject)
-        subject = fx.unwrapped(subject) if module is None else module
-    if isinstance(subject, GraphModule) or (subject is not None and fx.module_form_of(subject) is subject):
-        return explain_record(record_of(fx.rewritten_of(subject, "fxsparse.explain")))
-    graphs = compiled_graphs(subject)
+    record, graphs = examined(subject)
     compiled = isinstance(subject, torch._dynamo.OptimizedModule)
+    if record is not None and not compiled:
+        return explain_record(record)
+    if record is not None:
+        parts, data = [*_record_parts(record), Line(), Line(_NOT_COMPILED)], record_data(record)
+        return Document(parts, {**data, "message": _NOT_COMPILED})
     if not graphs and not compiled and getattr(subject, "_compiled_call_impl", True) is None:
-        return (
+        text = (
             f"{type(subject).__name__} was neither rewritten nor compiled, so there is nothing to explain: pass what "
             'fxsparse.rewrite(model, passes, kwargs=batch) or torch.compile(model, backend="fxsparse") returned'
         )
+        return Document([Line(text)], {"graphs": [], "message": text})
     return explain_compiled(graphs)
 
 
-def explain_record(record: Record) -> str:
+def examined(subject: Any) -> tuple[Record | None, list[CompiledGraph]]:
+    """The record of a rewritten model or its module form, in whatever wraps it; of anything else, and of a compiled
+    model that has run, None and the graphs compiled for it."""
+    if isinstance(subject, Record):
+        return subject, []
+    graphs = compiled_graphs(subject) if isinstance(subject, torch._dynamo.OptimizedModule) else []
+    if isinstance(subject, nn.Module) and not graphs:
+        module = fx.module_form_of(subject)
+        if module is None and isinstance(inner := fx.unwrapped(subject), GraphModule):
+            module = inner
+        if module is not None:
+            return record_of(fx.rewritten_of(module, "fxsparse.explain")), []
+    return None, graphs or compiled_graphs(subject)
+
+
+def explain_record(record: Record) -> Document:
     """The report of one record."""
-    lines = [f"fxsparse {record.version}: {len(record.entries)} {_plural('pass', len(record.entries))}"]
-    lines += [f"  note: {note}" for note in record.notes]
-    if record.entries:
-        lines += ["", *costs_table(record.entries[0].before, record.entries[-1].after)]
-    for position, entry in enumerate(record.entries, 1):
-        lines += ["", *_entry(position, entry)]
-    return "\n".join(lines)
+    return Document(_record_parts(record), record_data(record))
 
 
-def explain_compiled(graphs: Sequence[CompiledGraph]) -> str:
+def explain_compiled(graphs: Sequence[CompiledGraph]) -> Document:
     """The report of the compiled graphs: the implementation of every operator, and why it was chosen."""
     if not graphs:
-        return "no graph was compiled yet: call the compiled model once"
-    lines = []
+        return Document([Line(_NOT_COMPILED)], {"graphs": [], "message": _NOT_COMPILED})
+    parts: list[Line | Table] = []
     for position, graph in enumerate(graphs, 1):
-        lines += [f"graph {position} of {len(graphs)} (Dynamo's {graph.name})"]
-        lines += [f"  note: {note}" for note in graph.notes]
-        if graph.record is not None:
-            lines += [f"  {line}" if line else "" for line in explain_record(graph.record).splitlines()]
-        rows = [("  operator", "runs", "where", "why")]
-        rows += [(f"  {c.op}", c.implementation, where, c.reason) for c, where in _choices(graph.choices)]
-        nothing = ["  no fxsparse operator and no frozen N:M weight: all of it is Inductor's"]
-        lines += table(rows) if graph.choices else nothing
-        if graph.launches:
-            kernels = [("  generated kernel", "launches", "source")]
-            counts = sorted(graph.launches.items(), key=lambda item: -item[1])
-            kernels += [(f"  {file.stem.rpartition('_')[0]}", str(count), str(file)) for file, count in counts]
-            lines += table(kernels, right=(1,))
-        lines += [""]
-    return "\n".join(lines[:-1])
+        parts += [*([Line()] if parts else []), *_graph_parts(position, len(graphs), graph)]
+    return Document(parts, {"graphs": [graph_data(graph) for graph in graphs]})
 
 
-def _choices(choices: Iterable[Choice]) -> list[tuple[Choice, str]]:
+# --- for a person -----------------------------------------------------------------------------------------------------
+
+
+def _record_parts(record: Record, indent: int = 0) -> list[Line | Table]:
+    count = len(record.entries)
+    parts: list[Line | Table] = [
+        Line(f"fxsparse {record.version}: {count} {_plural('pass', count)}", "title", indent),
+        *(Line(f"note: {note}", "note", indent + 2) for note in record.notes),
+    ]
+    if record.entries:
+        parts += [Line(), costs_table(record.entries[0].before, record.entries[-1].after, indent)]
+    for position, entry in enumerate(record.entries, 1):
+        parts += [Line(), *_entry(position, entry, indent)]
+    return parts
+
+
+def _graph_parts(position: int, count: int, graph: CompiledGraph) -> list[Line | Table]:
+    parts: list[Line | Table] = [
+        Line(f"graph {position} of {count} (Dynamo's {graph.name})", "title"),
+        *(Line(f"note: {note}", "note", 2) for note in graph.notes),
+    ]
+    if graph.record is not None:
+        parts += _record_parts(graph.record, 2)
+    rows = [(c.op, c.implementation, where, c.reason) for c, where in grouped_choices(graph.choices)]
+    if rows:
+        parts += [Table((("operator", "runs", "where", "why"), *rows), header=True, indent=2)]
+    else:
+        parts += [Line("no fxsparse operator and no frozen N:M weight: all of it is Inductor's", indent=2)]
+    counts = [(name, str(launches), file) for name, launches, file in launched(graph)]
+    if counts:
+        parts += [Table((("generated kernel", "launches", "source"), *counts), header=True, right=(1,), indent=2)]
+    return parts
+
+
+def launched(graph: CompiledGraph) -> list[tuple[str, int, str]]:
+    """The generated kernels that ran: name, number of launches and source file, most launched first."""
+    counts = sorted(graph.launches.items(), key=lambda item: -item[1])
+    return [(file.stem.rpartition("_")[0], count, str(file)) for file, count in counts]
+
+
+def grouped_choices(choices: Iterable[Choice]) -> list[tuple[Choice, str]]:
     """Choices with their sites; choices that differ only in one number of their site share one entry."""
     groups: dict[tuple[str, str, str], tuple[Choice, list[Change]]] = {}
     for choice in choices:
@@ -105,15 +145,15 @@ def _choices(choices: Iterable[Choice]) -> list[tuple[Choice, str]]:
     return [(choice, site) for choice, sites in groups.values() for _, site, _ in grouped(sites)]
 
 
-def costs_table(before: Costs, after: Costs) -> list[str]:
-    """A line for each cost: before, after, and their ratio."""
+def costs_table(before: Costs, after: Costs, indent: int = 0) -> Table:
+    """A row for each cost: before, after, and their ratio."""
     rows = [("", "before", "after", "ratio")]
-    for label, field, base in _COSTS:
+    for label, field, base in COSTS:
         was, now = getattr(before, field), getattr(after, field)
         if field == "nm_step_flops" and _tells_nothing(before, after):
             continue
         rows.append((label, quantity(was, base), quantity(now, base), f"{now / was:.3f}" if was else "-"))
-    return table(rows, right=(1, 2, 3))
+    return Table(tuple(rows), header=True, right=(1, 2, 3), indent=indent)
 
 
 def _tells_nothing(*costs: Costs) -> bool:
@@ -131,18 +171,19 @@ def heading(position: int, entry: Entry) -> str:
     )
 
 
-def _entry(position: int, entry: Entry) -> list[str]:
+def _entry(position: int, entry: Entry, indent: int) -> list[Line | Table]:
     costs = [
         f"{label} {quantity(getattr(entry.before, field), base)} -> {quantity(getattr(entry.after, field), base)}"
-        for label, field, base in _COSTS
+        for label, field, base in COSTS
         if getattr(entry.before, field) != getattr(entry.after, field)
         and not (field == "nm_step_flops" and _tells_nothing(entry.before, entry.after))
     ]
-    rows = [
-        ("  rewritten" if rewritten else "  skipped", site, detail)
-        for rewritten, site, detail in grouped(entry.changes)
-    ]
-    return [heading(position, entry), *(f"  {line}" for line in costs), *table(rows)]
+    rows = tuple(
+        ("rewritten" if rewritten else "skipped", site, detail) for rewritten, site, detail in grouped(entry.changes)
+    )
+    parts: list[Line | Table] = [Line(heading(position, entry), "pass", indent)]
+    parts += [Line(cost, indent=indent + 2) for cost in costs]
+    return [*parts, *([Table(rows, indent=indent + 2)] if rows else [])]
 
 
 def grouped(changes: Iterable[Change]) -> list[tuple[bool, str, str]]:
@@ -167,3 +208,46 @@ def grouped(changes: Iterable[Change]) -> list[tuple[bool, str, str]]:
 
 def _plural(word: str, count: int) -> str:
     return word if count == 1 else f"{word}es"
+
+
+# --- as data ----------------------------------------------------------------------------------------------------------
+
+
+def record_data(record: Record) -> dict[str, Any]:
+    """A record as plain data: its passes with what each rewrote and skipped and the costs around it."""
+    return {
+        "version": record.version,
+        "notes": list(record.notes),
+        "passes": [
+            {
+                "text": entry.text,
+                "milliseconds": entry.milliseconds,
+                "rewritten": [{"site": change.site, "detail": change.detail} for change in entry.rewritten],
+                "skipped": [{"site": change.site, "reason": change.detail} for change in entry.skipped],
+                "before": asdict(entry.before),
+                "after": asdict(entry.after),
+            }
+            for entry in record.entries
+        ],
+        "weights": [asdict(weight) for weight in record.weights],
+    }
+
+
+def graph_data(graph: CompiledGraph) -> dict[str, Any]:
+    """A compiled graph as plain data: its record, the choice for every operator, and the kernels that ran."""
+    return {
+        "name": graph.name,
+        "notes": list(graph.notes),
+        "record": None if graph.record is None else record_data(graph.record),
+        "choices": [
+            {
+                "operator": choice.op,
+                "site": choice.site,
+                "runs": choice.implementation,
+                "why": choice.reason,
+                "problem": None if choice.problem is None else timings.key(choice.problem),
+            }
+            for choice in graph.choices
+        ],
+        "kernels": [{"name": name, "launches": count, "source": file} for name, count, file in launched(graph)],
+    }

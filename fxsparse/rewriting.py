@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from fxsparse.codegen.cpu import operators as _  # noqa: F401  what rewritten models run eagerly on a CPU
 from fxsparse.errors import CheckpointError
-from fxsparse.graph.record import Record
+from fxsparse.graph.record import Record, record_of
 from fxsparse.passes import Pass, Pipeline
 from fxsparse.tracing.trace import trace
 
@@ -78,7 +78,7 @@ def replay(
         CheckpointError: a pass changed other sites than in the record, so ``model`` differs from the original model.
     """
     rewritten = Pipeline.parse(record.text)(trace(model, args, kwargs), structure_only=structure_only)
-    again = rewritten.meta["fxsparse"]
+    again = record_of(rewritten)
     for then, now in zip(record.entries, again.entries[-len(record.entries) :], strict=True):
         different = {change.site for change in then.rewritten} ^ {change.site for change in now.rewritten}
         if different:

@@ -14,10 +14,15 @@ import torch
 from torch import nn
 
 from fxsparse import graph as fx
+from fxsparse.backend.whole_model import add_new_parameters, compiled_to_rewrite
 from fxsparse.errors import CheckpointError, OptionError
+from fxsparse.graph.added_state import added_state_of, attach_state
 from fxsparse.graph.record import Entry, record_of
 from fxsparse.graph.sharded import reshard
+from fxsparse.graph.wrapped import unwrapped_module
+from fxsparse.history import History
 from fxsparse.optimizers import works_on_matrices
+from fxsparse.options import Count, checked, shown
 from fxsparse.passes.base import parse_passes
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.sparse_linear import sparse_sites
@@ -35,6 +40,10 @@ class Schedule:
         optimizer.step()
         schedule.step()
 
+    The schedule of ``torch.compile(model, backend="fxsparse", options={"recipe": ...})`` may be built before the first
+    call, which rewrites the model. It starts then, and gives the optimizer the parameters that passes added, each in
+    the group of the parameter beside it.
+
     Buffers change in place. A change of the graph itself (low-rank branches start) recompiles the graph module, and
     a running ``torch.compile`` notices. Under gradient accumulation, call :meth:`step` once per optimizer step.
 
@@ -45,6 +54,10 @@ class Schedule:
         total_steps: optimizer steps of the whole training.
         signals: options that vary during training. Each is named by pass and option, and is a function of the
             optimizer step, counted from 1: ``{"select-tensors.rho": lambda step: 0.4 if is_noon() else 0.7}``.
+
+    Attributes:
+        history: the numbers of :meth:`values` at up to some hundred steps, for `fxsparse.plot_history` and
+            `fxsparse.report`; it is saved and resumed with the schedule.
 
     Raises:
         OptionError: ``total_steps`` is not positive, the optimizer trains none of the graph's parameters, or no pass
@@ -59,12 +72,35 @@ class Schedule:
         total_steps: int,
         signals: Mapping[str, Callable[[int], float]] | None = None,
     ):
-        if total_steps < 1:
-            raise OptionError(f"total_steps={total_steps} must be at least 1")
-        rewritten: Any = fx.rewritten_of(gm, "fxsparse.Schedule")
-        self._gm = rewritten
+        total_steps = checked("total_steps", total_steps, Count)
+        signals = checked("signals", signals, Mapping[str, Callable[[int], float]] | None)
+        if not hasattr(optimizer, "param_groups"):
+            raise OptionError(f"optimizer={shown(optimizer)} is no torch.optim.Optimizer")
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner  # accelerate's steps the one inside, whose hooks are the ones that run
+        self.total_steps = total_steps
+        self.steps_done = 0
+        self.history = History(total_steps)
+        self.events: dict[str, Event] = {}
+        self._optimizer, self._signals = optimizer, dict(signals or {})
+        self._gm: Any = None
+        self._loaded: dict[str, Any] | None = None
+        self._creates_state = False
+        self._hooks: tuple[Any, ...] = ()
+        self._compiled = compiled_to_rewrite(gm)
+        if self._compiled is None:
+            self._bind(fx.rewritten_of(gm, "fxsparse.Schedule"))
+        else:
+            attach_state(self._compiled.model).waiting.append(self._bind)
+        state = added_state_of(unwrapped_module(gm))
+        if state is not None:
+            state.scheduled = True
+
+    def _bind(self, rewritten: Any) -> None:
+        """Builds the events of a rewritten graph module, or of a module made of one."""
+        optimizer, signals = self._optimizer, self._signals
+        self._gm = rewritten
+        add_new_parameters(rewritten, optimizer)
         parameters = {id(parameter) for parameter in rewritten.parameters()}
         if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):
             raise OptionError(
@@ -72,14 +108,10 @@ class Schedule:
                 "build it from gm.parameters() after rewriting"
             )
         _warn_of_matrices(rewritten, optimizer)
-        self.total_steps = total_steps
-        self.steps_done = 0
-        self.events: dict[str, Event] = {}
-        signals = dict(signals or {})
         read: set[str] = set()
         passes = [item for entry in _acting_entries(record_of(rewritten).entries) for item in parse_passes(entry.text)]
         for item in (passes[position] for position in acting([item.name for item in passes])):
-            for event in item.schedule(rewritten, optimizer, total_steps):
+            for event in item.schedule(rewritten, optimizer, self.total_steps):
                 keys = {name: f"{item.name}.{name}" for name in event.varying}
                 event.signals = {name: signals[key] for name, key in keys.items() if key in signals}
                 read |= set(keys.values())
@@ -88,13 +120,22 @@ class Schedule:
             raise OptionError(
                 f"no signal is called {', '.join(unknown)}; there are: {', '.join(sorted(read)) or 'none'}"
             )
-        self._creates_state = False
         # Only inside optimizer.step() are the gradients unscaled and clipped.
         self._hooks = (
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_creation),
             optimizer.register_load_state_dict_pre_hook(self._completed),
         )
+        if self._loaded is not None:
+            self.load_state_dict(self._loaded)
+
+    def _rewritten(self, wanted_for: str) -> Any:
+        if self._gm is None:
+            raise OptionError(
+                f"fxsparse.Schedule.{wanted_for}: the compiled model is rewritten when it is first called; call "
+                "it, or Schedule.observe with a batch, before"
+            )
+        return self._gm
 
     def observe(self, batch: Any, *, loss: Callable[[Any], torch.Tensor] | None = None) -> None:
         """Shows the schedule the batch of the next step; call it before the forward pass.
@@ -106,6 +147,8 @@ class Schedule:
             batch: the inputs of the graph: a mapping of keyword inputs, a tuple of positional ones, or a tensor.
             loss: computes the scalar loss from the graph's output; by default the output's ``loss``, or its one scalar.
         """
+        if self._gm is None and self._compiled is not None:
+            self._compiled.rewrite(batch)
         reshard(self._gm)
         for event in self.events.values():
             event.observe(self.steps_done + 1, batch, loss)
@@ -155,12 +198,21 @@ class Schedule:
             groups.append({**saved, "params": params})
         return {**state, "param_groups": [*groups, *state["param_groups"][len(groups) :]]}
 
-    def step(self) -> None:
-        """Makes the changes that are due; call it after each optimizer step."""
+    def step(self, loss: torch.Tensor | float | None = None) -> None:
+        """Makes the changes that are due; call it after each optimizer step.
+
+        Args:
+            loss: of the step, for the history; it is read only at the steps that the history keeps.
+        """
+        reshard(self._rewritten("step"))
         self.steps_done += 1
-        reshard(self._gm)
         for event in self.events.values():
             event.after_step(self.steps_done)
+            chosen = event.trained_tensors()
+            if chosen is not None:
+                self.history.chose(self.steps_done, chosen)
+        if self.history.due(self.steps_done):
+            self.history.add(self.steps_done, self.values(), loss)
 
     def values(self) -> dict[str, float]:
         """Numbers for a log, named by pass: sparsity, omission, rho, whether branches have started."""
@@ -181,6 +233,7 @@ class Schedule:
         return {
             "steps_done": self.steps_done,
             "total_steps": self.total_steps,
+            "history": self.history.to_json(),
             "events": {key: state for key, state in states.items() if state},
         }
 
@@ -190,6 +243,9 @@ class Schedule:
         Raises:
             CheckpointError: the state belongs to a graph with other passes.
         """
+        if self._gm is None:
+            self._loaded = state  # until the first call
+            return
         saved = state["events"] if set(state["events"]) <= set(self.events) else self._by_order(state["events"])
         unknown = sorted(set(saved) - set(self.events))
         if unknown:
@@ -198,6 +254,8 @@ class Schedule:
                 "load it beside the model it was saved with"
             )
         self.steps_done = state["steps_done"]
+        if "history" in state:  # earlier versions kept none
+            self.history.load_json(state["history"])
         for key, part in saved.items():
             self.events[key].load_state_dict(part)
         for event in self.events.values():

@@ -1,7 +1,8 @@
 """The base class of passes, and passes from text.
 
-A pass is a frozen dataclass: its options are its fields, its name a class variable. The graph is valid before and after
-(``torch.fx.passes.infra.pass_base.PassBase``), and for every site it looked at the pass yields a :class:`Change`.
+A pass is a frozen dataclass: its options are its fields, whose annotations say what they may be (`fxsparse.options`),
+and its name is a class variable. The graph is valid before and after (``torch.fx.passes.infra.pass_base.PassBase``),
+and for every site it looked at the pass yields a :class:`Change`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fxsparse.errors import OptionError, nearest
 from fxsparse.graph.record import Change, record_of
+from fxsparse.options import check_fields, options_of, shown
 from fxsparse.passes.event import Event
 from fxsparse.passes.text import read, write
 
@@ -35,6 +37,7 @@ class Pass(PassBase):
         must_follow: names of passes; one of them must have run before.
         cannot_follow: names of passes after which this one cannot run.
         ends: names of passes whose part in the model is over after this one, so that they may run again.
+        training_only: whether training computes something else in every step, which an exported program cannot.
         no_module: why no module of the model's class can hold this pass's part, and what to do; empty if one can.
     """
 
@@ -42,7 +45,12 @@ class Pass(PassBase):
     must_follow: ClassVar[tuple[str, ...]] = ()
     cannot_follow: ClassVar[tuple[str, ...]] = ()
     ends: ClassVar[tuple[str, ...]] = ()
+    training_only: ClassVar[bool] = False
     no_module: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Checks every option against its annotation; one of a subclass calls this first."""
+        check_fields(self, pass_name=self.name)
 
     @abstractmethod
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
@@ -51,6 +59,11 @@ class Pass(PassBase):
         A pass is frozen and may run on several graphs at once, so it keeps nothing. One that finds something out which
         a replay needs returns, at the end of the generator, the pass that the record names in its place.
         """
+
+    @property
+    def needs_schedule(self) -> bool:
+        """Whether training without a ``Schedule`` would leave out what the options ask for; not by default."""
+        return False
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         """The events that change a rewritten graph while it trains; none by default."""
@@ -117,14 +130,21 @@ def build(name: str, options: Mapping[str, Any]) -> Pass:
     """The pass called ``name``; an OptionError lists the known names if the name or an option is unknown."""
     classes = pass_classes()
     if name not in classes:
-        raise OptionError(f"unknown pass {name!r}; {nearest(name, classes)}known passes: {', '.join(sorted(classes))}")
+        raise OptionError(
+            f"unknown pass {shown(name)}; {nearest(name, classes)}known passes: {', '.join(sorted(classes))}"
+        )
     known = [option.name for option in _options(classes[name])]
     for option in options:
         if option not in known:
             raise OptionError(
-                f"unknown option {option!r}; {nearest(option, known)}its options: {', '.join(known) or 'none'}",
+                f"unknown option {shown(option)}; {nearest(option, known)}its options: {', '.join(known) or 'none'}",
                 pass_name=name,
             )
+    missing = [
+        option.name for option in options_of(classes[name]) if option.default is MISSING and option.name not in options
+    ]
+    if missing:
+        raise OptionError(f"needs the option {missing[0]!r}", pass_name=name)
     return classes[name](**options)
 
 

@@ -18,19 +18,23 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
+from annotated_types import Interval, MinLen
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.analysis.blocks import Block, Stack, mark_alone, stacks
+from fxsparse.analysis.blocks import Block, Stack, mark_alone, only_members, stacks
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import Change, rewrote, skipped
+from fxsparse.options import Count, FrozenMapping, Glob, Index
 from fxsparse.passes.base import Pass
-from fxsparse.passes.text import FrozenMapping
 
-CONFIGURATIONS = ("max-gap", "input", "output", "middle", "both")
+Configuration = Literal["max-gap", "input", "output", "middle", "both"]
+CONFIGURATIONS = get_args(Configuration)
+_Fraction = Annotated[float, Interval(gt=0, lt=1)]
+_Indices = Annotated[tuple[Index, ...], MinLen(1)]
 _SIZES = ("fraction", "count", "indices")
 
 
@@ -57,16 +61,13 @@ class DropLayers(Pass):
 
     name: ClassVar[str] = "drop-layers"
     cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors", "distill", "multiplex")
-    configuration: str = "max-gap"
-    fraction: float | Mapping[str, float] | None = None
-    count: int | Mapping[str, int] | None = None
-    indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+    configuration: Configuration = "max-gap"
+    fraction: _Fraction | Mapping[Glob, _Fraction] | None = None
+    count: Count | Mapping[Glob, Count] | None = None
+    indices: _Indices | Mapping[Glob, _Indices] | None = None
 
     def __post_init__(self) -> None:
-        if self.configuration not in CONFIGURATIONS:
-            raise OptionError(
-                f"configuration={self.configuration!r} is none of {', '.join(CONFIGURATIONS)}", pass_name=self.name
-            )
+        super().__post_init__()
         options = [option for option in _SIZES if getattr(self, option) is not None]
         if len(options) > 1:
             raise OptionError(
@@ -74,26 +75,11 @@ class DropLayers(Pass):
             )
         if not options:
             object.__setattr__(self, "fraction", 0.5)
-        for option in options:
-            value = getattr(self, option)
-            if isinstance(value, (Mapping, FrozenMapping)):
-                items = dict(value)
-                value = FrozenMapping({glob: self._checked(option, item) for glob, item in items.items()})
-            else:
-                value = self._checked(option, value)
-            object.__setattr__(self, option, value)
-
-    def _checked(self, option: str, value: Any) -> Any:
-        if option == "indices":
-            numbers = (value,) if isinstance(value, int) else tuple(value)
-            if not numbers or not all(_is_whole(number) and number >= 0 for number in numbers):
-                raise OptionError(f"indices={value} must be numbers of layers, from 0", pass_name=self.name)
-            return tuple(sorted(set(numbers)))
-        if option == "count" and (not _is_whole(value) or value < 1):
-            raise OptionError(f"count={value} must be a positive whole number", pass_name=self.name)
-        if option == "fraction" and (isinstance(value, bool) or not 0 < value < 1):
-            raise OptionError(f"fraction={value} must lie in (0, 1)", pass_name=self.name)
-        return value
+        if isinstance(self.indices, FrozenMapping):
+            in_order = FrozenMapping((glob, tuple(sorted(set(numbers)))) for glob, numbers in self.indices)
+            object.__setattr__(self, "indices", in_order)
+        elif self.indices is not None:
+            object.__setattr__(self, "indices", tuple(sorted(set(self.indices))))
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         if weights_borrowed(graph):
@@ -104,6 +90,9 @@ class DropLayers(Pass):
             )
         every = stacks(graph)
         if not every:
+            alone = only_members(graph)
+            if alone:
+                raise RewriteError("is the only layer, and one must stay", pass_name=self.name, site=alone[0])
             raise RewriteError(
                 "the model has no stack of layers: no list of modules whose members pass hidden states of one shape on",
                 pass_name=self.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
 
@@ -38,6 +38,10 @@ class Event:
     def values(self) -> dict[str, float]:
         """Numbers that tell how far the change has gone, by name, for a log."""
         return {}
+
+    def trained_tensors(self) -> Collection[str] | None:
+        """The names of the tensors that are trained now, of an event that chooses them; cheap, for every step."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart beyond the model's own state; the same keys at every step."""

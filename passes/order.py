@@ -3,9 +3,9 @@
 A recommendation is searched for among the few orders a person would try, and one that is itself refused is never made:
 
     the pass that it needs, and the refused one        nm-masks,double-prune
-    the refused pass earlier                           gates,nm-masks
+    the refused pass earlier                           nm-masks,select-tensors
     what ends the earlier pass in between              distill,end-distill,distill
-    the refused pass and what ends it, both earlier    gates,materialize,select-neurons
+    the refused pass and what ends it, both earlier    gates,materialize,nm-masks
 """
 
 from __future__ import annotations

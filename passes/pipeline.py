@@ -17,13 +17,16 @@ from torch.fx import GraphModule
 from fxsparse import graph as fx
 from fxsparse.cost.flops import costs
 from fxsparse.errors import OptionError, RewriteError
+from fxsparse.exclusive import exclusive, random_state_kept
 from fxsparse.graph import live
 from fxsparse.graph.history import keep
 from fxsparse.graph.record import Costs, Entry, append, record_of
-from fxsparse.graph.training_form import follow_edit
-from fxsparse.passes.base import Pass, outcome, parse_passes
+from fxsparse.graph.training_form import TRAINING_ONLY, follow_edit
+from fxsparse.options import shown
+from fxsparse.passes.base import Pass, outcome, parse_passes, pass_classes
 from fxsparse.passes.failure import failure
-from fxsparse.passes.order import after, misplaced, working_order
+from fxsparse.passes.order import acting, after, misplaced, working_order
+from fxsparse.tracing.casting import note_rewrite
 
 STRUCTURE_ONLY = "fxsparse_structure_only"
 
@@ -60,6 +63,8 @@ class Pipeline:
         callback: Callback | None = None,
         keep_graphs: bool = False,
     ):
+        if not isinstance(passes, Iterable) and not isinstance(passes, Pass):
+            raise OptionError(f"passes are passes or their text, one or several, not {type(passes).__name__}")
         items = [passes] if isinstance(passes, (Pass, str)) else list(passes)
         flat: list[Pass] = []
         for item in items:
@@ -68,7 +73,9 @@ class Pipeline:
             elif isinstance(item, Pass):
                 flat.append(item)
             else:
-                raise OptionError(f"a pipeline is made of passes or their text, not of {type(item).__name__}: {item!r}")
+                raise OptionError(
+                    f"a pipeline is made of passes or their text, not of {type(item).__name__}: {shown(item)}"
+                )
         object.__setattr__(self, "passes", tuple(flat))
         object.__setattr__(self, "callback", callback)
         object.__setattr__(self, "keep_graphs", keep_graphs)
@@ -76,13 +83,14 @@ class Pipeline:
     @classmethod
     def parse(cls, text: str) -> Pipeline:
         """The pipeline written in ``text``, such as ``nm-masks{pattern=2:4},double-prune``."""
-        return cls(parse_passes(text) if text.strip() else ())
+        return cls(() if isinstance(text, str) and not text.strip() else parse_passes(text))
 
     def __str__(self) -> str:
         return ",".join(str(item) for item in self.passes)
 
+    @exclusive
     def __call__(self, gm: GraphModule, *, structure_only: bool = False) -> GraphModule:
-        """Runs the passes on a copy of ``gm``.
+        """Runs the passes on a copy of ``gm``; the global random state stays as it was.
 
         Args:
             gm: a traced graph module.
@@ -103,7 +111,8 @@ class Pipeline:
         try:
             before = costs(copy)
             for item in self.passes:
-                before = _run(item, copy, before)
+                with random_state_kept(copy):
+                    before = _run(item, copy, before)
                 if keep_graphs:
                     keep(copy)
                 if self.callback is not None:
@@ -112,7 +121,9 @@ class Pipeline:
                     previous = after
         finally:
             copy.meta.pop(STRUCTURE_ONLY, None)
+        copy.meta[TRAINING_ONLY] = _training_only(copy)
         copy.recompile()
+        note_rewrite(copy, gm, _again)
         return copy
 
     def _check_order(self, gm: GraphModule) -> None:
@@ -126,6 +137,18 @@ class Pipeline:
                 advice = f"the order that works is {','.join(order)}" if order else "leave one of them out"
                 raise RewriteError(f"{problem}; {advice}", pass_name=item.name)
             done = after(done, item.name)
+
+
+def _again(gm: GraphModule, passes: str) -> GraphModule:
+    return Pipeline.parse(passes)(gm, structure_only=True)
+
+
+def _training_only(gm: GraphModule) -> tuple[str, ...]:
+    """The names of the passes that compute something else in training, while they have a part in the graph."""
+    names = [entry.text.partition("{")[0] for entry in record_of(gm).entries]
+    classes = pass_classes()
+    acting_names = dict.fromkeys(names[position] for position in acting(names))
+    return tuple(name for name in acting_names if name in classes and classes[name].training_only)
 
 
 def _snapshot(gm: GraphModule) -> GraphModule:
@@ -168,6 +191,6 @@ def _run(item: Pass, gm: GraphModule, before: Costs) -> Costs:
         raise failure(item, error) from error
     if not any(change.rewritten for change in changes) and not structure_only(gm):  # a load finds what was recorded
         reasons = list({change.detail: str(change) for change in changes}.values())
-        warnings.warn(f"{item} rewrote nothing ({'; '.join(reasons[:4]) or 'it found no site'})", stacklevel=3)
+        warnings.warn(f"{item} rewrote nothing ({'; '.join(reasons[:4]) or 'it found no site'})", stacklevel=4)
     append(gm, Entry(str(recorded), changes, before, after, milliseconds))
     return after

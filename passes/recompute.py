@@ -18,9 +18,10 @@ from torch.fx import GraphModule
 
 from fxsparse.analysis.blocks import Block, stacks
 from fxsparse.cost.flops import node_flops
-from fxsparse.errors import OptionError, RewriteError
+from fxsparse.errors import RewriteError
 from fxsparse.graph.recompute import is_marked, mark, plan
 from fxsparse.graph.record import Change, rewrote, skipped
+from fxsparse.options import Count
 from fxsparse.passes.base import Pass
 from fxsparse.text import quantity
 
@@ -42,11 +43,7 @@ class Recompute(Pass):
     """
 
     name: ClassVar[str] = "recompute"
-    every: int = 1
-
-    def __post_init__(self) -> None:
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise OptionError(f"every={self.every} must be a positive whole number", pass_name=self.name)
+    every: Count = 1
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         every = stacks(graph)

@@ -6,9 +6,14 @@ S is the set of tensors that are trained. The others are read through ``detach``
 compiler drops everything that only their gradients need. I is `fxsparse.tensor_importance`; cost and the exact choice
 are those of `fxsparse.BackpropGraph`.
 
-Other published choices are ways to name S: ``select-tensors{tensors=["*bias"]}`` is BitFit (arXiv 2106.10199),
-``select-tensors{last_layers=2}`` trains the last two layers, and ``low-rank{rank=8,start=0.0,layers=["*.q_proj",
-"*.v_proj"]},select-tensors{tensors=["*_down","*_up"]}`` is LoRA (arXiv 2106.09685) on queries and values.
+Other published choices are ways to name S:
+
+- ``select-tensors{tensors=["*bias"]}`` is BitFit (arXiv 2106.10199);
+- ``select-tensors{embeddings_and_head=true}`` is what GreenTrainer compares with as FT-Top2: the last two layers are
+  the embedding and the head there;
+- ``select-tensors{last_layers=2}`` trains the last two blocks, FT-Top2 elsewhere (Li and Liang 2021);
+- ``low-rank{rank=8,start=0.0,layers=["*.q_proj","*.v_proj"]},select-tensors{tensors=["*_down","*_up"]}`` is LoRA
+  (arXiv 2106.09685) on queries and values.
 """
 
 from __future__ import annotations
@@ -18,15 +23,16 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.cost.backprop import BackpropGraph
 from fxsparse.cost.flops import costs
-from fxsparse.cost.importance import METRICS, tensor_importance
+from fxsparse.cost.importance import Metric, tensor_importance
 from fxsparse.errors import OptionError, RewriteError, nearest
 from fxsparse.graph import live
 from fxsparse.graph.derived_buffers import weights_borrowed
@@ -34,6 +40,7 @@ from fxsparse.graph.graph_state import end_state, note, register_state
 from fxsparse.graph.record import META_KEY, Change, Entry, record_of, rewrote, skipped
 from fxsparse.graph.sharded import in_process_group
 from fxsparse.graph.trainable import fully_trained, own_parameter, set_trained, trainable, trained
+from fxsparse.options import Count, Globs
 from fxsparse.passes.base import Pass, parse_passes
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.branch import Branch
@@ -58,9 +65,12 @@ class SelectTensors(Pass):
         rho: share of a full training step's FLOPs that a step may cost, forward included, in (0, 1]. A full step trains
             every trainable tensor, independent of ``tensors``.
         last_layers: train only, or choose from, this many last blocks and the tensors used after them.
+        embeddings_and_head: train only, or choose from, the tables that look the inputs up (tokens, not positions) and
+            the head.
         every: optimizer steps between two choices.
         times: number of choices, evenly over the training; with the number of epochs, one at the start of each.
         metric: the measure to choose by, see `fxsparse.tensor_importance`.
+        pointwise: count biases, norms, activations and the like in rho too, see `fxsparse.cost.pointwise`.
         chosen: the names that are trained now; written by the schedule, so that the record describes the current graph.
 
     The graph module has parameters of its own, which share their memory with the model's, for the tensors whose
@@ -75,36 +85,35 @@ class SelectTensors(Pass):
     # Gates that do not train never close, and dimensions are scored by the gradients of all weights.
     cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
     ends: ClassVar[tuple[str, ...]] = ("select-tensors",)
-    tensors: tuple[str, ...] | None = None
-    rho: float | None = None
-    last_layers: int | None = None
-    every: int | None = None
-    times: int | None = None
-    metric: str = "importance"
-    chosen: tuple[str, ...] | None = None
+    tensors: Globs | None = None
+    rho: Annotated[float, Interval(gt=0, le=1)] | None = None
+    last_layers: Count | None = None
+    embeddings_and_head: bool = False
+    every: Count | None = None
+    times: Count | None = None
+    metric: Metric = "importance"
+    pointwise: bool = False
+    chosen: Globs | None = None
 
     def __post_init__(self) -> None:
-        for field in ("tensors", "chosen"):
-            names = getattr(self, field)
-            if names is not None:
-                object.__setattr__(self, field, (names,) if isinstance(names, str) else tuple(names))
-        if self.tensors is not None and self.last_layers is not None:
-            raise OptionError("give tensors or last_layers, not both", pass_name=self.name)
-        for field in ("last_layers", "every", "times"):
-            number = getattr(self, field)
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-                raise OptionError(f"{field}={number} must be a positive whole number", pass_name=self.name)
+        super().__post_init__()
+        if len(self._narrowed()) > 1:
+            raise OptionError(f"give {' or '.join(self._narrowed())}, not both", pass_name=self.name)
         if self.every is not None and self.times is not None:
             raise OptionError("give every or times, not both", pass_name=self.name)
         if self.rho is None and (self.every or self.times):
             raise OptionError("every and times need rho, the budget to choose within", pass_name=self.name)
-        if self.metric not in METRICS:
-            raise OptionError(f"metric={self.metric!r} is none of {', '.join(METRICS)}", pass_name=self.name)
-        if self.rho is not None and (isinstance(self.rho, bool) or not 0 < self.rho <= 1):
-            raise OptionError(f"rho={self.rho} must lie in (0, 1]", pass_name=self.name)
+
+    def _narrowed(self) -> list[str]:
+        """The options that name some of the tensors."""
+        named = {"tensors": self.tensors, "last_layers": self.last_layers}
+        return [name for name, given in named.items() if given is not None] + (
+            ["embeddings_and_head"] if self.embeddings_and_head else []
+        )
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
-        if weights_borrowed(graph) and (self.rho is not None or self.last_layers is not None):
+        needs_all = self.rho is not None or self.last_layers is not None or self.embeddings_and_head
+        if weights_borrowed(graph) and needs_all:
             raise RewriteError(
                 "a one-line call sees no optimizer and no batches to choose by, and perhaps only a part of the layers; "
                 "name the tensors, or call fxsparse.rewrite and drive its result with a fxsparse.Schedule",
@@ -115,7 +124,7 @@ class SelectTensors(Pass):
             return
         names = pool = self._pool(graph)
         if self.rho is not None:
-            BackpropGraph(graph, trainable=trainable(graph)).budget(self.rho)
+            BackpropGraph(graph, trainable=trainable(graph), pointwise=self.pointwise).budget(self.rho)
         if self.chosen is not None:
             names = self._matching(graph, self.chosen)
         candidates = trainable(graph)
@@ -134,7 +143,7 @@ class SelectTensors(Pass):
 
     def _freeze_waiting(self, gm: GraphModule, names: Collection[str]) -> None:
         """Freezes the low-rank branches that start later and are not chosen; a graph that waits does not read them."""
-        if self.tensors is None and self.last_layers is None:
+        if not self._narrowed():
             return
         modules, read = {fx.module_path(name) for name in names}, set(trainable(gm))
         for branch in live.sites(gm, Branch):
@@ -153,6 +162,13 @@ class SelectTensors(Pass):
             )
         if self.last_layers is not None:
             return names & _last_blocks(gm, self.last_layers)
+        if self.embeddings_and_head:
+            if not names & _embeddings_and_head(gm):
+                raise RewriteError(
+                    "found no trainable table that looks inputs up and no trainable head; name the tensors to train",
+                    pass_name=self.name,
+                )
+            return names & _embeddings_and_head(gm)
         return names if self.tensors is None else self._matching(gm, self.tensors)
 
     def _matching(self, gm: GraphModule, globs: Iterable[str]) -> set[str]:
@@ -169,6 +185,10 @@ class SelectTensors(Pass):
                 raise RewriteError(f"{glob!r} {why}; {hint}".rstrip("; "), pass_name=self.name)
             matches |= named & candidates
         return matches
+
+    @property
+    def needs_schedule(self) -> bool:
+        return self.rho is not None
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if isinstance(graph, GraphModule):
@@ -216,6 +236,16 @@ def _last_blocks(gm: GraphModule, count: int) -> set[str]:
     return chosen | {name for name, places in used.items() if min(places, default=0) > ends[last]}
 
 
+def _embeddings_and_head(gm: GraphModule) -> set[str]:
+    """Names of the parameters of the tables that look inputs up, and of the heads."""
+    aliases = {name: names[0] for names in fx.parameter_names(gm).values() for name in names}
+    heads = fx.head_linears(gm)
+    sources = [source for node in (*fx.input_embeddings(gm), *heads) for source in node.all_input_nodes]
+    sources += [linear.weight for linear in fx.linears(gm) if linear.node in heads]  # also where it is transposed first
+    reads = [read for read in map(fx.read_of, sources) if read.op == "get_attr"]
+    return {aliases[str(read.target)] for read in reads if str(read.target) in aliases}
+
+
 def _users(read: Node) -> Iterable[Node]:
     """The nodes that use a parameter, seen through detached and transposed reads of it."""
     for user in read.users:
@@ -252,7 +282,8 @@ class _Reselect(Event):
         if not self.is_due(step) or self.chosen_at == step:
             return
         rho = self._rho(step)
-        graph = BackpropGraph(fully_trained(self.gm), trainable=trainable(self.gm))
+        pointwise = self.owner.pointwise
+        graph = BackpropGraph(fully_trained(self.gm), trainable=trainable(self.gm), pointwise=pointwise)
         graph.budget(rho)
         held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         pool = [name for name in self.owner._pool(self.gm) if id(self.gm.get_parameter(name)) in held]
@@ -263,6 +294,7 @@ class _Reselect(Event):
             metric=self.owner.metric,
             tensors=pool,
             rho=rho,
+            pointwise=pointwise,
             loss=loss,
             all_ranks=in_process_group(),
         )
@@ -306,6 +338,9 @@ class _Reselect(Event):
     def values(self) -> dict[str, float]:
         rho = {} if self.owner.rho is None else {"rho": float(self._rho(max(1, self.chosen_at)))}
         return {**rho, "trained_tensors": float(len(trained(self.gm)))}
+
+    def trained_tensors(self) -> Collection[str]:
+        return self.trained
 
     def state_dict(self) -> dict[str, Any]:
         return {"chosen_at": self.chosen_at, "chosen": sorted(trained(self.gm))}

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxsparse
+from fxsparse import stored
 from fxsparse.errors import CheckpointError
 from fxsparse.graph.record import record_of
 from tests.support.families import FAMILIES
@@ -146,23 +147,24 @@ def test_files_that_do_not_fit_say_why(tmp_path: Path) -> None:
 
     with safe_open(path, "pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    record = {"fxsparse": metadata["fxsparse"]}
     damaged = tmp_path / "damaged.safetensors"
     key = "model.decoder.layers.1.fc1.weight_values"
 
-    save_file({name: tensor for name, tensor in tensors.items() if name != key}, damaged, metadata)
+    stored.write(damaged, {name: tensor for name, tensor in tensors.items() if name != key}, record)
     with pytest.raises(CheckpointError, match=f"lacks {key}"):
         load(damaged)
-    save_file({**tensors, "extra": torch.zeros(1)}, damaged, metadata)
+    stored.write(damaged, {**tensors, "extra": torch.zeros(1)}, record)
     with pytest.raises(CheckpointError, match="has unknown extra"):
         load(damaged)
-    save_file({**tensors, key: torch.zeros(3)}, damaged, metadata)
+    stored.write(damaged, {**tensors, key: torch.zeros(3)}, record)
     with pytest.raises(CheckpointError, match=f"has other shapes for {key}"):
         load(damaged)
     save_file(tensors, damaged)
     with pytest.raises(CheckpointError, match="holds no record"):
         load(damaged)
     indices = "model.decoder.layers.1.fc1.weight_indices"
-    save_file({**tensors, indices: torch.zeros_like(tensors[indices])}, damaged, metadata)
+    stored.write(damaged, {**tensors, indices: torch.zeros_like(tensors[indices])}, record)
     with pytest.raises(CheckpointError, match=r"fc1\.weight"):
         load(damaged)
     damaged.write_bytes(b"not a file")
@@ -171,3 +173,133 @@ def test_files_that_do_not_fit_say_why(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         load(tmp_path / "missing.safetensors")
     assert json.loads(metadata["fxsparse"])["version"] == fxsparse.__version__
+
+
+# --- every tensor -----------------------------------------------------------------------------------------------------
+
+
+class Repeated(nn.Module):
+    """One block at several places, and parameters that are slices of one storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+        self.blocks = nn.ModuleList([block] * 3)
+        self.head = nn.Linear(16, 8)
+        flat = torch.randn(16 * 8 + 8)
+        self.head.weight = nn.Parameter(flat[: 16 * 8].view(8, 16))
+        self.head.bias = nn.Parameter(flat[16 * 8 :])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("passes", ["", "nm-masks{keep_first=false}", "nm-masks{keep_first=false,storage=masked}"])
+def test_slices_of_one_storage_and_a_block_at_several_places_are_saved(passes: str, tmp_path: Path) -> None:
+    batch = (torch.randn(4, 16),)
+    gm = fxsparse.trace(Repeated(), batch)
+    if passes:
+        gm = fxsparse.rewrite(gm, passes)
+        assert len(record_of(gm).entries[0].rewritten) == 2
+    fxsparse.save(gm, tmp_path / "model.safetensors")
+    loaded = fxsparse.load(tmp_path / "model.safetensors", Repeated(), batch)
+    assert torch.equal(loaded.eval()(*batch), gm.eval()(*batch))
+    dense = fxsparse.dense_state_dict(gm)
+    fresh = Repeated()
+    assert dense.keys() == fresh.state_dict().keys()
+    fresh.load_state_dict(dense)
+    torch.testing.assert_close(fresh(*batch), gm(*batch))
+
+
+def test_other_dtypes_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    family, gm = traced("opt")
+    fxsparse.save(fxsparse.rewrite(gm, "nm-masks"), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has torch.float32 where the model has torch.bfloat16; call model.to"):
+        fxsparse.load(tmp_path / "model.safetensors", family.model.bfloat16(), kwargs=family.make_batch(labels=False))
+
+
+# --- dense weights, or a refusal --------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(16, 16), nn.Linear(16, 16, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids))
+
+
+def test_a_branch_beside_a_tied_embedding_has_no_dense_weight() -> None:
+    ids = torch.randint(16, (4, 8))
+    passes = "low-rank{rank=2,start=0.0,layers=[head]}"
+    for tied in (True, False):
+        gm = fxsparse.rewrite(Tied(tied), passes, (ids,))
+        with torch.no_grad():
+            dict(gm.named_parameters())[f"{'embedding' if tied else 'head'}.weight_up"].normal_()
+        if tied:
+            with pytest.raises(CheckpointError, match=r"embedding reads the same weight without it"):
+                fxsparse.dense_state_dict(gm)
+            continue
+        plain = Tied(tied)
+        plain.load_state_dict(fxsparse.dense_state_dict(gm))
+        torch.testing.assert_close(plain(ids), gm(ids))
+
+
+@pytest.mark.parametrize(
+    "passes", ["gates{target=0.3}", "gates{score=magnitude,target=0.3}", "drop-dims{fraction=0.5}"]
+)
+def test_gates_have_no_dense_weights(passes: str) -> None:
+    gm = fxsparse.rewrite(traced("opt")[1], passes)
+    with pytest.raises(CheckpointError, match="materialize"):
+        fxsparse.dense_state_dict(gm)
+
+
+@pytest.mark.parametrize("passes", ["multiplex{n=2}", "multiplex{n=2},nm-masks{keep_first=false,keep_head=false}"])
+def test_what_multiplexing_added_is_left_out(passes: str) -> None:
+    family, base = traced("bert")
+    dense = fxsparse.dense_state_dict(fxsparse.rewrite(base, passes))
+    assert dense.keys() == family.model.state_dict().keys()
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def rewritten_record(path: Path, change: Any) -> None:
+    """Writes a file again whose record was changed on purpose, with checksums that are right."""
+    file = stored.read(path)
+    record = json.loads(file.texts["fxsparse"])
+    change(record)
+    tensors = {name: tensor.clone() for name, tensor in file.tensors.items()}
+    stored.write(path, tensors, {**file.texts, "fxsparse": json.dumps(record)})
+
+
+def test_formats_older_are_read_newer_refused_and_unknown_fields_kept(tmp_path: Path) -> None:
+    family, base = traced("opt")
+    gm, path = fxsparse.rewrite(base, "nm-masks"), tmp_path / "model.safetensors"
+    fxsparse.save(gm, path)
+    file = stored.read(path)
+    old = json.loads(file.texts["fxsparse"])
+    del old["format"]
+    save_file(
+        {name: tensor.clone() for name, tensor in file.tensors.items()}, tmp_path / "old", {"fxsparse": json.dumps(old)}
+    )
+    assert record_of(fxsparse.load(tmp_path / "old", traced("opt")[1])) == record_of(gm)
+
+    def add(record: dict[str, Any]) -> None:
+        record["hardware"] = {"of": "later"}
+        record["weights"][0]["scale"] = 2
+
+    rewritten_record(path, add)
+    again = fxsparse.load(path, traced("opt")[1])
+    fxsparse.save(again, path)
+    record = json.loads(stored.read(path).texts["fxsparse"])
+    assert record["hardware"] == {"of": "later"} and record["weights"][0]["scale"] == 2
+
+    rewritten_record(path, lambda record: record.update(format=99, version="9.1"))
+    with pytest.raises(CheckpointError, match=r"format 99.*install fxsparse 9\.1 or later"):
+        fxsparse.load(path, family.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -127,16 +128,20 @@ def test_an_sdist_and_its_wheel_hold_every_file(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for folder in ("tests", "examples", "benchmarks", "docs", ".ci", *FOLDERS):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "out"))
-    for pattern in ("*.md", "*.txt", "*.toml", "MANIFEST.in", "LICENSE"):
+    for pattern in ("*.md", "*.txt", "*.toml", "*.yml", "MANIFEST.in", "LICENSE"):
         for file in ROOT.glob(pattern):
             shutil.copy(file, source)
     files = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
-    with tarfile.open(build("sdist", source, tmp_path)) as archive:
+    sdist = build("sdist", source, tmp_path)
+    with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
         unpacked = tmp_path / archive.getnames()[0]
     assert files <= {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*")}
-    with zipfile.ZipFile(build("wheel", unpacked, tmp_path)) as archive:
+    wheel = build("wheel", unpacked, tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
         installed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    if importlib.util.find_spec("twine") is not None:
+        subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(sdist), str(wheel)], check=True)
     packages = {folder: package.replace(".", "/") for folder, package in FOLDERS.items()}
     parts = (file.partition("/") for file in files)
     assert installed == {f"{packages[folder]}/{rest}" for folder, _, rest in parts if folder in packages}

@@ -1,7 +1,8 @@
 """C++ sources on disk, built once and loaded: by the compiler that Inductor uses, into a folder private to the user.
 
 The files lie in ``$FXSPARSE_CACHE_DIR/cpu``, by default ``~/.cache/fxsparse/cpu``: a source under the hash of its text,
-its library under the hash of text, compiler, flags and torch. Deleting them is always safe.
+its library under the hash of text, compiler, flags and torch, and beside it the hash of the library, by which a damaged
+one is found and built anew. Deleting them is always safe.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from fxsparse import files
 from fxsparse.codegen import source
 
 FLAGS = (
@@ -58,13 +59,13 @@ def library(name: str, text: str, flags: Sequence[str] = (), *, torch_headers: b
     command = [*compiler(), *FLAGS, *flags, *(_torch_flags() if torch_headers else ())]
     key = "\n".join((text, *command, _version(command[0]), torch.__version__ if torch_headers else ""))
     try:
-        folder = private_folder()
+        folder = source.private_folder("cpu")
         file = _named(folder, name, text, ".cpp")
         target = _named(folder, name, key, ".so")
-        if target.is_file():
+        if _is_whole(target):
             return file, target
         with source.locked(target, PATIENCE):
-            if not target.is_file():
+            if not _is_whole(target):
                 print(f"fxsparse: building {name} (once, some seconds)", file=sys.stderr, flush=True)
                 source.replace(file, text)
                 _compile(command, file, target)
@@ -129,37 +130,33 @@ def _torch_flags() -> tuple[str, ...]:
     return ("-DTORCH_TARGET_VERSION=0x020b000000000000", *includes, *folders, "-ltorch_cpu", "-lc10")
 
 
-def private_folder() -> Path:
-    """The folder of libraries, which nobody else may write.
-
-    Raises:
-        BuildError: it belongs to somebody else, or others may write it.
-    """
-    folder = source.cache_dir() / "cpu"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise BuildError(f"{folder} is not yours alone, so no code is loaded from it; set FXSPARSE_CACHE_DIR")
-    return folder
-
-
 def _named(folder: Path, name: str, text: str, suffix: str) -> Path:
     return folder / f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:16]}{suffix}"
 
 
 def _compile(command: Sequence[str], file: Path, target: Path) -> None:
     """Compiles to a file of its own and renames it, so that no process ever loads a part of a library."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".so")
-    os.close(handle)
     libraries = [flag for flag in command if flag.startswith("-l")]
     words = [flag for flag in command if not flag.startswith("-l")]
-    try:
+    with files.unfinished(target.parent, target.name) as part:
+        made = part / target.name
         done = subprocess.run(
-            [*words, str(file), "-o", temporary, *libraries], capture_output=True, text=True, check=False
+            [*words, str(file), "-o", str(made), *libraries], capture_output=True, text=True, check=False
         )
         if done.returncode:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
             raise BuildError(f"{command[0]} cannot build {file.name}: {first.strip()}")
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        source.replace(_sum(target), hashlib.sha256(made.read_bytes()).hexdigest())
+        os.replace(made, target)
+
+
+def _sum(target: Path) -> Path:
+    return target.with_suffix(".sha256")
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether a library is there, as it was built."""
+    try:
+        return hashlib.sha256(target.read_bytes()).hexdigest() == _sum(target).read_text()
+    except (OSError, UnicodeDecodeError):
+        return False

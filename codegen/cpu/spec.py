@@ -18,12 +18,10 @@ from fxsparse.codegen.cpu import common, expand, few, gather, grad_input, grad_v
 from fxsparse.codegen.cpu.instruction_sets import InstructionSet
 from fxsparse.codegen.epilogue import GATED, Epilogue
 from fxsparse.errors import OptionError
+from fxsparse.ops.nm import WITH_KERNELS
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Element types a kernel can be made for."""
-
-PATTERNS = ((1, 2), (2, 4), (1, 4), (2, 8), (4, 8))
-"""Patterns n:m a kernel can be made for."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +251,6 @@ def unsupported(dtype: str, n: int, m: int) -> str | None:
     """Why no kernel can be made for a dtype and pattern, None if one can."""
     if dtype not in DTYPES:
         return f"there are kernels for {', '.join(DTYPES)}, not for {dtype}"
-    if (n, m) not in PATTERNS:
-        return f"there are kernels for {', '.join(f'{a}:{b}' for a, b in PATTERNS)}, not for {n}:{m}"
+    if (n, m) not in WITH_KERNELS:
+        return f"there are kernels for {', '.join(f'{a}:{b}' for a, b in WITH_KERNELS)}, not for {n}:{m}"
     return None

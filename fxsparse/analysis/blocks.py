@@ -93,6 +93,12 @@ def stacks(gm: GraphModule) -> list[Stack]:
     return sorted(found, key=lambda stack: order[stack.blocks[0].stream_out])
 
 
+def only_members(gm: GraphModule) -> list[str]:
+    """The paths of the modules that are alone in their list and hold a product with a weight."""
+    alone = [members[0] for members in _lists(gm).values() if len(members) == 1]
+    return [member.path for member in alone if any(fx.applies_parameter(gm, node) for node in member.nodes)]
+
+
 def mark_alone(block: Block, stream_in: Node) -> None:
     """Lets `stacks` know ``block``, whose stream in is now ``stream_in``, once its neighbours are gone."""
     stream_in.meta[_ENTERS] = block.stream_out.meta[_LEAVES] = block.path

@@ -28,8 +28,11 @@ from fxsparse.backend.compiled import CompiledGraph, Origin, compiled_graphs, fo
 from fxsparse.backend.inductor import config_patches
 from fxsparse.backend.one_line import RewrittenGraph
 from fxsparse.backend.options import BackendOptions
-from fxsparse.errors import FxsparseError, LoweringError
+from fxsparse.backend.whole_model import ONE_LINE, WholeModel, part_of, with_dense_weights
+from fxsparse.errors import FxsparseError, LoweringError, OptionError, RewriteError
+from fxsparse.graph.added_state import added_state_of
 from fxsparse.graph.dynamo import copy_dynamo_graph, state_names
+from fxsparse.graph.record import record_of
 from fxsparse.graph.runtime_state import Slot, invalidate
 from fxsparse.lowering.after_partition import call_kernels
 from fxsparse.lowering.choose import LAUNCHING
@@ -61,9 +64,32 @@ def fxsparse(
     eval_frame.cached_backends.setdefault(id(fxsparse), fxsparse)  # whose reset() a torch._dynamo.reset() calls, once
     try:
         parsed = BackendOptions.parse(options, mode)
-        return _compile_graph(gm, list(example_inputs), parsed)
+        origin = Origin.of_current_call()
+        if parsed.pipeline is None:
+            return _compile_graph(gm, list(example_inputs), parsed, origin)
+        part = part_of(gm, origin.target)
+        try:
+            if part is not None or added_state_of(origin.module) is None:
+                return _compile_graph(gm, list(example_inputs), parsed, origin)
+        except RewriteError as error:
+            if isinstance(error, OptionError):
+                raise
+            if part is not None:
+                raise part.added_to(error) from error.__cause__
+        names = state_names(gm, example_inputs, origin.module)
+        return WholeModel(gm, with_dense_weights(parsed.pipeline), names, _compiler(options or {}, mode))
     except FxsparseError as error:
         return _raising(error)
+
+
+def _compiler(options: Mapping[str, Any], mode: str | None) -> Callable[..., Callable[..., Any]]:
+    """Compiles a rewritten graph module with the options of the call, less its passes."""
+    rest = {name: value for name, value in options.items() if name not in ("passes", "recipe")}
+
+    def compile(graph: GraphModule, dynamic: bool | None) -> Callable[..., Any]:
+        return torch.compile(graph, backend="fxsparse", options=rest, mode=mode, dynamic=dynamic)
+
+    return compile
 
 
 def _reset() -> None:
@@ -86,9 +112,12 @@ def _raising(error: FxsparseError) -> Callable[..., Any]:
     return refuse
 
 
-def _compile_graph(gm: GraphModule, example_inputs: list[Any], options: BackendOptions) -> Callable[..., Any]:
-    origin = Origin.of_current_call()
+def _compile_graph(
+    gm: GraphModule, example_inputs: list[Any], options: BackendOptions, origin: Origin
+) -> Callable[..., Any]:
     report = CompiledGraph(str(gm.meta.get("dynamo_compile_id") or ""), options)
+    if isinstance(origin.module, GraphModule) and ONE_LINE in origin.module.meta:
+        report.record = record_of(origin.module)
     rewritten = _run_passes(gm, example_inputs, options, origin.module, report)
     before, slots = (rewritten.module, rewritten.slots) if rewritten is not None else (gm, [])
     names = rewritten.names if rewritten is not None else state_names(gm, example_inputs, origin.module)
@@ -105,7 +134,7 @@ def _compile_graph(gm: GraphModule, example_inputs: list[Any], options: BackendO
     if rewritten is not None or extra:
         dense = _Dense(before, slots, report) if extra else None
         inner = _with_states(inner, [*slots, *extra], rewritten, dense)
-    origin.add(report)
+    origin.add(report, inner)
     return inner
 
 
@@ -160,7 +189,7 @@ def _compile(gm: GraphModule, inputs: list[Any], report: CompiledGraph) -> Calla
     options = report.options
     if options.compiler == "eager":
         report.show(gm.graph)
-        return gm.forward
+        return lambda *args: gm.forward(*args)  # of a bound method it cannot be told whether it is alive
     if options.compiler == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager, boxed_nop
 

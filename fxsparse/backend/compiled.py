@@ -19,11 +19,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch._dynamo import external_utils
-from torch._dynamo.eval_frame import OptimizedModule
+from torch._dynamo.eval_frame import OptimizedModule, innermost_fn
 from torch.fx import Graph
 
 from fxsparse.backend.options import BackendOptions
 from fxsparse.codegen.loaded import recording, start, stop
+from fxsparse.graph.added_state import added_state_of
 from fxsparse.graph.readable import readable
 from fxsparse.graph.record import Record
 from fxsparse.lowering.choice import Choice
@@ -49,6 +50,7 @@ class CompiledGraph:
         inputs: names of the parameters and buffers among the inputs, by position.
         sources: the graphs that the compiler was given, as Python, each with ``forward`` or ``backward``; none of what
             torch took from its compile caches.
+        runs: gives what runs it, or None once Dynamo has dropped that, as it does where code was replaced.
     """
 
     name: str
@@ -61,6 +63,7 @@ class CompiledGraph:
     launches: dict[Path, int] = field(default_factory=dict)
     inputs: dict[int, str] = field(default_factory=dict)
     sources: list[tuple[str, str]] = field(default_factory=list)
+    runs: Callable[[], Any] = field(default=lambda: None, repr=False, compare=False)
 
     def show(self, graph: Graph) -> None:
         """Adds a graph that the compiler is given to the sources; a text that cannot be made is noted."""
@@ -112,11 +115,13 @@ class Origin:
             frame = frame.f_back
         return cls(None)
 
-    def add(self, graph: CompiledGraph) -> None:
-        """Notes that ``graph`` was compiled for this call."""
+    def add(self, graph: CompiledGraph, run: Callable[..., Any]) -> None:
+        """Notes that ``graph`` was compiled for this call, to ``run``; forgets the graphs that Dynamo has dropped."""
+        graph.runs = weakref.ref(innermost_fn(run))  # Dynamo keeps what its own wrappers wrap, and not those
         if self.target is not None:
             with _lock:
-                _graphs_of(self.target).append(graph)
+                graphs = _graphs_of(self.target)
+                graphs[:] = [*_alive(graphs), graph]
 
 
 def compiled_graphs(compiled: Callable[..., Any]) -> list[CompiledGraph]:
@@ -127,13 +132,16 @@ def compiled_graphs(compiled: Callable[..., Any]) -> list[CompiledGraph]:
 
     Returns:
         graphs in the order they were compiled, one for every piece between graph breaks, every mode and every
-        recompile. Empty before the first call, and after ``torch._dynamo.reset()``. A module of the same class and
-        shapes as one that was compiled before it runs that one's graphs, which are then given.
+        recompile. Empty before the first call, and after ``torch._dynamo.reset()``. A graph that cannot run any more,
+        because the model was edited since, is not among them. A module of the same class and shapes as one that was
+        compiled before it runs that one's graphs, which are then given.
     """
-    options, target = _options(compiled), _target(compiled)
+    options, target = options_of(compiled), _target(compiled)
     with _lock:
         graphs = _graphs_of(target) or _graphs_of_twins(target)
-        return [graph for graph in graphs if options is None or graph.options == options]
+        graphs = [graph for graph in _alive(graphs) if options is None or graph.options == options]
+        state = added_state_of(target)
+        return graphs if state is None or state.graph is None else [*_alive(_graphs_of(state.graph)), *graphs]
 
 
 @dataclass(frozen=True)
@@ -191,6 +199,10 @@ def forget_all() -> None:
         _graphs.clear()
 
 
+def _alive(graphs: list[CompiledGraph]) -> list[CompiledGraph]:
+    return [graph for graph in graphs if graph.runs() is not None]
+
+
 def _graphs_of(target: Any) -> list[CompiledGraph]:
     key = id(target)
     known = _graphs.get(key)
@@ -236,7 +248,7 @@ def _is_wrapper_of_dynamo(function: Any) -> bool:
     return code is not None and code.co_filename == external_utils.__file__ and hasattr(function, "__wrapped__")
 
 
-def _options(compiled: Any) -> BackendOptions | None:
+def options_of(compiled: Any) -> BackendOptions | None:
     """The options ``compiled`` was made with; None if they cannot be told: all graphs of its target count then."""
     if not isinstance(compiled, OptimizedModule) and isinstance(compiled, nn.Module):
         compiled = compiled._compiled_call_impl

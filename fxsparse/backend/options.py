@@ -6,16 +6,16 @@ import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fxsparse.errors import OptionError
 from fxsparse.lowering.pins import LOWERINGS, Pins
+from fxsparse.options import Weight, check_fields, checked, shown
 
 if TYPE_CHECKING:
     from fxsparse.passes.pipeline import Pipeline
 
 OURS = ("passes", "recipe", "lower", "tune", "fallback", "compiler")
-COMPILERS = ("inductor", "aot_eager", "eager")
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,13 @@ class BackendOptions:
 
     pipeline: Pipeline | None = None
     lower: tuple[tuple[str, str], ...] = ()
-    tune: float = 30.0
+    tune: Weight = 30.0
     fallback: bool = True
-    compiler: str = "inductor"
+    compiler: Literal["inductor", "aot_eager", "eager"] = "inductor"
     inductor: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> BackendOptions:
@@ -45,16 +48,12 @@ class BackendOptions:
         Raises:
             OptionError: an option that neither fxsparse nor Inductor knows, or a value it cannot have.
         """
-        theirs = dict(options or {})
+        theirs = dict(checked("options", options, Mapping[str, Any] | None) or {})
         ours = {name: theirs.pop(name) for name in OURS if name in theirs}
-        return cls(
-            pipeline=_pipeline(ours),
-            lower=_lower(ours.get("lower")),
-            tune=_seconds(ours.get("tune", cls.tune)),
-            fallback=_one_of("fallback", ours.get("fallback", True), (True, False)),
-            compiler=_one_of("compiler", ours.get("compiler", "inductor"), COMPILERS),
-            inductor=_inductor(theirs, mode),
-        )
+        plain = {name: ours[name] for name in ("tune", "fallback", "compiler") if name in ours}
+        if plain.get("tune", 0) in (None, False):
+            plain["tune"] = 0.0
+        return cls(pipeline=_pipeline(ours), lower=_lower(ours.get("lower")), inductor=_inductor(theirs, mode), **plain)
 
     @property
     def pins(self) -> Pins:
@@ -70,54 +69,50 @@ class BackendOptions:
 def _pipeline(ours: Mapping[str, Any]) -> Pipeline | None:
     if ours.get("passes") is not None and ours.get("recipe") is not None:
         raise OptionError("give passes or recipe, not both: a recipe is a name for passes")
-    if ours.get("recipe") is not None:
+    from fxsparse.passes import Pass, Pipeline
+
+    if (name := ours.get("recipe")) is not None:
         from fxsparse.recipes import recipe
 
-        return recipe(ours["recipe"])
+        return name if isinstance(name, Pipeline) else recipe(name)
     passes = ours.get("passes")
     if passes is None or passes == "":
         return None
-    from fxsparse.passes import Pass, Pipeline
-
     if not isinstance(passes, (Pipeline, Pass, str, list, tuple)):
         raise OptionError(f"passes are text, Pass objects, a list of these, or a Pipeline, not {type(passes).__name__}")
-    pipeline = passes if isinstance(passes, Pipeline) else Pipeline(passes)
-    return pipeline if pipeline.passes else None
+    if isinstance(passes, Pipeline):
+        return passes if passes.passes else None
+    items = [passes] if isinstance(passes, (Pass, str)) else passes
+    flat = [part for item in items for part in (item.passes if isinstance(item, Pipeline) else (item,))]
+    return Pipeline(flat) if flat else None
 
 
 def _lower(lower: Any) -> tuple[tuple[str, str], ...]:
     if lower is None:
         return ()
     if not isinstance(lower, Mapping):
-        raise OptionError(f'lower maps operators to implementations, as in {{"nm_linear": "dense"}}, not {lower!r}')
+        raise OptionError(
+            f'lower maps operators to implementations, as in {{"nm_linear": "dense"}}, not {shown(lower)}'
+        )
     for op, choice in lower.items():
         if op not in LOWERINGS:
             raise OptionError(f"lower: {_unknown('operator', op, LOWERINGS)}")
         words = [word.strip() for word in choice.split(",")] if isinstance(choice, str) else [choice]
         excludes = all(isinstance(word, str) and word.startswith("-") for word in words)
         if len(words) > 1 and not excludes:
-            raise OptionError(f"lower[{op!r}]={choice!r} must be one name, or names to exclude, each after a minus")
+            raise OptionError(
+                f"lower[{op!r}]={shown(choice)} must be one name, or names to exclude, each after a minus"
+            )
         for word in words:
-            _one_of(f"lower[{op!r}]", word[1:] if excludes else word, LOWERINGS[op][1 if excludes else 0 :])
+            known = LOWERINGS[op][1 if excludes else 0 :]
+            if (word[1:] if excludes else word) not in known:
+                raise OptionError(f"lower[{op!r}]={shown(word)} is none of {', '.join(map(repr, known))}")
     return tuple(sorted((op, choice) for op, choice in lower.items() if choice != "auto"))
-
-
-def _seconds(seconds: Any) -> float:
-    if seconds is False or seconds is None:
-        return 0.0
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds >= 0:
-        raise OptionError(f"tune={seconds!r} is no number of seconds; 0 or False measures nothing")
-    return float(seconds)
-
-
-def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> Any:
-    if not any(value is option or (isinstance(value, str) and value == option) for option in known):
-        raise OptionError(f"{name}={value!r} is none of {', '.join(map(repr, known))}")
-    return value
 
 
 def _inductor(theirs: Mapping[str, Any], mode: str | None) -> dict[str, Any]:
     """Inductor's own options, checked and expanded by torch itself."""
+    mode = checked("mode", mode, str | None)
     if not theirs and mode in (None, "default"):
         return {}
     import torch
@@ -133,7 +128,7 @@ def _inductor(theirs: Mapping[str, Any], mode: str | None) -> dict[str, Any]:
         )
     try:
         return dict(torch._TorchCompileInductorWrapper(mode, options, None).config)
-    except RuntimeError as error:
+    except Exception as error:  # torch's own check of a user's value, whatever it raises
         raise OptionError(str(error)) from error
 
 
@@ -145,6 +140,6 @@ def _inductor_names() -> frozenset[str]:
 
 
 def _unknown(kind: str, name: str, known: Any) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=3)
+    near = difflib.get_close_matches(str(name), list(known), n=3) if len(str(name)) <= 100 else []
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"fxsparse's own are {', '.join(OURS)}"
-    return f"unknown {kind} {name!r}; {hint}"
+    return f"unknown {kind} {shown(name)}; {hint}"

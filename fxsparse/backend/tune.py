@@ -21,6 +21,7 @@ from fxsparse.lowering.frozen import pattern_of
 from fxsparse.lowering.measure import Measurement
 from fxsparse.lowering.sites import operators, site_of
 from fxsparse.ops.operator import DENSE, OPERATOR, OPERATORS, REFERENCE, Problem
+from fxsparse.options import Count, Positive, checked
 
 ROWS = (1, 16, 64, 512, 4096)
 """Rows of the input that are measured where nothing else is said: decoding up to training."""
@@ -29,8 +30,8 @@ ROWS = (1, 16, 64, 512, 4096)
 def tune(
     model: nn.Module | Callable[..., Any],
     *,
-    rows: Sequence[int] | None = None,
-    seconds: float = 60.0,
+    rows: Sequence[Count] | None = None,
+    seconds: Positive = 60.0,
     again: bool = False,
     progress: bool = True,
 ) -> list[Measurement]:
@@ -50,8 +51,8 @@ def tune(
     Raises:
         OptionError: the model holds no such operator, or an option is out of range.
     """
-    if seconds <= 0 or any(count < 1 for count in rows or ()):
-        raise OptionError(f"seconds={seconds} and every number of rows must be positive")
+    rows = checked("rows", rows, tuple[Count, ...] | None)
+    seconds = checked("seconds", seconds, Positive)
     device, problems = problems_of(model, rows)
     if not problems:
         raise OptionError("the model has nothing to tune: rewrite it, with nm-masks say, or give it N:M weights")

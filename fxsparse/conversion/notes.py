@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,10 +11,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
+from fxsparse import typed
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.graph_state import STATES, follow, register_state, state_buffers
-from fxsparse.graph.record import META_KEY, NAMES_KEY, Record, record_of
+from fxsparse.graph.record import FORMAT, META_KEY, NAMES_KEY, Record, record_of
+from fxsparse.integrations import folders
 from fxsparse.integrations.depth import CONFIG_KEY
 from fxsparse.integrations.heads import Heads
 from fxsparse.integrations.width import misfits_of
@@ -52,6 +53,7 @@ def note(module: Any, gm: GraphModule, config: Any, heads: Heads) -> None:
     before = vars(module.config).get(CONFIG_KEY) or {"heads": {}}
     setattr(module.config, CONFIG_KEY, {"heads": before["heads"] if config is None else heads})
     setattr(module.config, CONFIG_KEY, described(module))
+    folders.save_readably(module)
 
 
 def _mark(module: Any, record: Record, names: Mapping[str, str]) -> None:
@@ -96,20 +98,23 @@ def described(module: Any) -> dict[str, Any]:
     misfits = misfits_of(type(module), config, shapes)
     state = meta.get(STATES, {}).get(STARTED)
     return {
+        "format": FORMAT,
         "sizes": {name: list(wanted) for name, (_, wanted) in misfits.items()},
         "heads": heads,
         "modules": specs_of(module),
         "flags": None if state is None else list(state.names),
         "names": meta[NAMES_KEY],
-        "record": json.loads(record_of(module).to_json()),
+        "record": record_of(module).to_data(),
     }
 
 
 def restored(module: nn.Module, description: Mapping[str, Any]) -> None:
     """Makes a module of the right sizes the one of `described`; in place, without values."""
     put_in(module, description["modules"])
-    _mark(module, Record.from_json(json.dumps(description["record"])), description["names"])
-    forms = [Form(**form) for spec in description["modules"].values() for form in spec["forms"].values()]
+    _mark(module, Record.from_data(description["record"]), description["names"])
+    forms = [
+        typed.read(Form, form, name) for spec in description["modules"].values() for name, form in spec["forms"].items()
+    ]
     branches = {form.name: Branch(form.name, f"{form.name}_down", f"{form.name}_up") for form in forms if form.rank}
     live.enter(module, *branches.values())
     names = description["flags"]

@@ -1,14 +1,19 @@
 """The backprop graph: the gradients that training a set of tensors needs, and their costs.
 
 A value (a parameter, an activation, a product inside attention) *depends on* a set S of trained tensors when gradients
-of S flow through it. The backward pass pays an edge ``u -> op``, the gradient of ``u`` through ``op``, exactly when
+of S flow through it. The backward pass pays an edge ``op -> u``, the gradient of ``u`` through ``op``, exactly when
 ``u`` depends on S, so
 
-    cost(S) = sum over values u that depend on S of the FLOPs of u's gradient.
+    cost(S) = sum of the FLOPs of all edges op -> u into values u that depend on S.
+
+The graph is one of networkx, from the loss to the parameters, and everything is read from it: what depends on S is S
+and its ancestors, the order of the backward pass is a topological one, and the selection (`selector`) and its picture
+(`plot`) are made on it.
 
 ``torch.utils.flop_counter.FlopCounterMode`` counts the same in the real backward pass under math attention. Fused
 attention kernels recompute the scores and return all three gradients at once; their cost is not additive and depends on
-the device, so every cost here is that of the math form.
+the device, so every cost here is that of the math form. What is no matrix product costs nothing there, and here only
+if it is asked for (`fxsparse.cost.pointwise`).
 """
 
 from __future__ import annotations
@@ -16,17 +21,19 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+import networkx
 import sympy
 from networkx import DiGraph
 from torch.fx import GraphModule
 
-from fxsparse.cost import dataflow, selector
-from fxsparse.cost.dataflow import Operation, Value
+from fxsparse.cost import dataflow, plot, selector
+from fxsparse.cost.dataflow import Operation, reached
 from fxsparse.cost.sizes import Sizes, Symbolic, suggest
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import parameter_names
@@ -34,10 +41,11 @@ from fxsparse.graph import parameter_names
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of every value at some sizes: forward, and of the gradient of each of its sources."""
+    """FLOPs at some sizes: of every value in the forward pass, and of every edge in the backward. What is not in them
+    costs nothing."""
 
-    forward: list[Any]
-    gradients: list[list[Any]]
+    forward: dict[str, Any]
+    gradients: dict[tuple[str, str], Any]
 
 
 class BackpropGraph:
@@ -49,31 +57,70 @@ class BackpropGraph:
             outputs, else all floating-point outputs.
         trainable: the tensors that full training trains; by default every parameter that requires a gradient. A graph
             with detached tensors does not show the cost of training them: keep the `BackpropGraph` of the full graph.
+        pointwise: count biases, norms, activations and the like too, as `fxsparse.cost.pointwise` says.
 
     Names are the parameters' full names; a tied tensor has several. Sizes are set by input, as in
     ``cost(trained, input_ids=(8, 128))``, see `fxsparse.cost.sizes`; the default is the traced example.
     """
 
-    def __init__(self, gm: GraphModule, *, loss: str | None = None, trainable: Iterable[str] | None = None):
+    def __init__(
+        self,
+        gm: GraphModule,
+        *,
+        loss: str | None = None,
+        trainable: Iterable[str] | None = None,
+        pointwise: bool = False,
+    ):
         self._gm = gm
         self._canonical = {name: names[0] for names in parameter_names(gm).values() for name in names}
-        flow = dataflow.read(gm, self._canonical, loss)
-        self.values: list[Value] = flow.values
+        flow = dataflow.read(gm, self._canonical, loss, pointwise=pointwise)
         self.operations: list[Operation] = flow.operations
-        self._loss = flow.loss
-        self._parameters = {name: flow.parameters.get(name) for name in dict.fromkeys(self._canonical.values())}
-        self._active = self._flow()
+        self._values: DiGraph = flow.graph
+        parameters = [name for name, kind in flow.graph.nodes(data="operator") if kind == "parameter"]
+        between = reached(flow.graph, flow.loss) & reached(flow.graph.reverse(copy=False), parameters)
+        self._backward: DiGraph = flow.graph.subgraph(between).copy()
         if trainable is None:
             trainable = [name for name, parameter in gm.named_parameters() if parameter.requires_grad]
         self.trainable: frozenset[str] = frozenset(map(self._resolve, trainable))
-        self._at: dict[tuple[tuple[str, int], ...], Costs] = {}
+        self._costs: dict[tuple[tuple[str, int], ...], Costs] = {}
+        self._graphs: dict[tuple[tuple[str, int], ...], DiGraph] = {}
+        self._instances: dict[tuple[tuple[str, int], ...], selector.Instance] = {}
 
-    # --- costs --------------------------------------------------------------------------------------------------------
+    # --- the graph ----------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def networkx(self) -> DiGraph:
+        """The graph at the traced sizes, see `to_networkx`."""
+        return self.to_networkx()
+
+    def to_networkx(self, **sizes: Any) -> DiGraph:
+        """The backward pass as a directed graph from the loss to the parameters, nodes in the order autograd visits
+        them. Costs and selections are read from it, so it cannot be changed; a copy can.
+
+        Nodes are named as their parameters and the nodes of the traced graph and have ``operator``, ``module``,
+        ``forward`` (FLOPs) and, for parameters, ``trainable``. An edge ``op -> u`` has ``flops``, the cost of the
+        gradient of ``u`` through ``op``.
+        """
+        key = self._key(sizes)
+        if key not in self._graphs:
+            costs, graph = self.costs(**sizes), DiGraph()
+            place = {name: position for position, name in enumerate(self._values)}
+            # Autograd runs, of what is ready, first what the forward pass computed last.
+            for name in networkx.lexicographical_topological_sort(self._backward, key=lambda name: -place[name]):
+                graph.add_node(name, **self._backward.nodes[name], forward=costs.forward.get(name, 0))
+                if graph.nodes[name]["operator"] == "parameter":
+                    graph.nodes[name]["trainable"] = name in self.trainable
+            for edge in self._backward.edges:
+                graph.add_edge(*edge, flops=costs.gradients.get(edge, 0))
+            self._graphs[key] = networkx.freeze(graph)
+        return self._graphs[key]
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """The name of every parameter, one for each tensor."""
-        return tuple(self._parameters)
+        return tuple(dict.fromkeys(self._canonical.values()))
+
+    # --- costs --------------------------------------------------------------------------------------------------------
 
     @property
     def uncounted(self) -> tuple[Operation, ...]:
@@ -83,7 +130,7 @@ class BackpropGraph:
     def forward(self, **sizes: Any) -> int:
         """FLOPs of the forward pass."""
         self._complete()
-        return sum(self.costs(**sizes).forward)
+        return sum(self.costs(**sizes).forward.values())
 
     def cost(self, trained: Iterable[str], /, **sizes: Any) -> int:
         """FLOPs of the backward pass that trains exactly these tensors.
@@ -93,7 +140,7 @@ class BackpropGraph:
             RewriteError: the graph holds operators without a formula.
         """
         self._complete()
-        return sum(sum(flops) for _, flops in self.paid(trained, self.costs(**sizes)))
+        return sum(self.paid(trained, self.costs(**sizes)).values())
 
     def full(self, **sizes: Any) -> int:
         """FLOPs of the backward pass that trains every trainable tensor."""
@@ -107,17 +154,35 @@ class BackpropGraph:
         """
         self._complete()
         costs = self._evaluate(Symbolic())
-        if trained is None:
-            return sympy.Add(*costs.forward)
-        return sympy.Add(*(term for _, terms in self.paid(trained, costs) for term in terms))
+        return sympy.Add(*(costs.forward if trained is None else self.paid(trained, costs)).values())
 
     def costs(self, **sizes: Any) -> Costs:
-        """The FLOPs of every value and every gradient; 0 for `uncounted` operations."""
-        at = Sizes(self._gm, sizes)
-        key = tuple(at.values.items())
-        if key not in self._at:
-            self._at[key] = self._evaluate(at)
-        return self._at[key]
+        """The FLOPs of every value and every gradient; nothing for `uncounted` operations."""
+        key = self._key(sizes)
+        if key not in self._costs:
+            self._costs[key] = self._evaluate(Sizes(self._gm, sizes))
+        return self._costs[key]
+
+    def paid(self, trained: Iterable[str], costs: Costs) -> dict[str, Any]:
+        """The FLOPs of the gradients that the backward pass of ``trained`` computes at every value it comes to, but for
+        the parameters themselves."""
+        chosen = {name for name in map(self._resolve, _names(trained)) if name in self._backward}
+        depends = reached(self._backward.reverse(copy=False), chosen)
+        return {
+            value: sum(costs.gradients.get((value, source), 0) for source in self._backward[value] if source in depends)
+            for value in depends - chosen
+        }
+
+    def edges_of(self, value: str, position: int) -> list[tuple[str, str]]:
+        """The edges of a value that hold the gradient at this position of its product."""
+        return [(value, source) for source, edge in self._values.adj[value].items() if position in edge["gradients"]]
+
+    def _key(self, sizes: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+        return tuple(Sizes(self._gm, sizes).values.items()) if sizes else self._traced
+
+    @functools.cached_property
+    def _traced(self) -> tuple[tuple[str, int], ...]:
+        return tuple(Sizes(self._gm).values.items())
 
     def _complete(self) -> None:
         if self.uncounted:
@@ -130,44 +195,17 @@ class BackpropGraph:
             )
 
     def _evaluate(self, sizes: Sizes | Symbolic) -> Costs:
-        forward: list[Any] = [0] * len(self.values)
-        gradients: list[list[Any]] = [[0] * len(value.sources) for value in self.values]
+        forward: dict[str, Any] = {}
+        gradients: dict[tuple[str, str], Any] = {}
         for operation in self.operations:
             if operation.call is None:
                 continue
-            for index, product in zip(operation.values, operation.call.products(sizes), strict=True):
-                forward[index] = product.flops
+            for value, product in zip(operation.values, operation.call.products(sizes), strict=True):
+                forward[value] = product.flops
                 flops = list(product.gradients.values())
-                gradients[index] = [0 if at is None else flops[at] for _, at in self.values[index].sources]
+                for source, edge in self._values.adj[value].items():
+                    gradients[value, source] = sum(flops[position] for position in edge["gradients"])
         return Costs(forward, gradients)
-
-    def paid(self, trained: Iterable[str], costs: Costs) -> Iterator[tuple[int, list[Any]]]:
-        """The values that depend on ``trained``, in the order of the forward pass, each with the FLOPs of every
-        gradient that the backward pass computes at it."""
-        depends = [False] * len(self.values)
-        for name in map(self._resolve, _names(trained)):
-            if (index := self._parameters[name]) is not None:
-                depends[index] = True
-        for index in self._active:
-            sources = zip(self.values[index].sources, costs.gradients[index], strict=True)
-            flops = [cost for (source, _), cost in sources if depends[source]]
-            if flops:
-                depends[index] = True
-                yield index, flops
-
-    def _flow(self) -> list[int]:
-        """The values between a parameter and the loss, in the order of the forward pass."""
-        reachable = [value.operator == "parameter" for value in self.values]
-        for index, value in enumerate(self.values):
-            reachable[index] = reachable[index] or any(reachable[source] for source, _ in value.sources)
-        needed = [False] * len(self.values)
-        for index in self._loss:
-            needed[index] = True
-        for index in reversed(range(len(self.values))):
-            if needed[index]:
-                for source, _ in self.values[index].sources:
-                    needed[source] = True
-        return [index for index in range(len(self.values)) if reachable[index] and needed[index]]
 
     def _resolve(self, name: str) -> str:
         if name in self._canonical:
@@ -198,8 +236,7 @@ class BackpropGraph:
         """
         spelling, values = self._importances(importance)
         budget = self.budget(rho, **sizes)
-        instance = self.instance(values, **sizes)
-        return {spelling[name] for name in selector.select(instance, values, budget)}
+        return {spelling[name] for name in selector.select(self.instance(**sizes), values, budget)}
 
     def budget(self, rho: float, **sizes: Any) -> int:
         """The FLOPs that a share ``rho`` of a full training step leaves for the backward pass."""
@@ -217,28 +254,12 @@ class BackpropGraph:
             )
         return budget
 
-    def instance(self, names: Iterable[str], **sizes: Any) -> selector.Instance:
-        """The selection problem among the tensors called ``names``."""
-        costs = self.costs(**sizes)
-        # The gradients of one value are paid together: fold every value's costs into one.
-        price = [0] * len(self.values)
-        users: list[list[int]] = [[] for _ in self.values]
-        for index in self._active:
-            for (source, _), flops in zip(self.values[index].sources, costs.gradients[index], strict=True):
-                price[source] += flops
-                users[source].append(index)
-        priced = [i for i in self._active if price[i] and self.values[i].operator != "parameter"]
-        bit = {index: position for position, index in enumerate(priced)}
-        closures = [0] * len(self.values)  # the priced values that a value's gradient flows through, itself included
-        for index in reversed(self._active):
-            closures[index] = functools.reduce(int.__or__, (closures[user] for user in users[index]), 0)
-            if index in bit:
-                closures[index] |= 1 << bit[index]
-        tensors = {}
-        for name in names:
-            value = self._parameters[self._resolve(name)]
-            tensors[name] = selector.Tensor(*((0, 0) if value is None else (price[value], closures[value])))
-        return selector.Instance(tensors, [price[i] for i in priced], [closures[i] for i in priced])
+    def instance(self, **sizes: Any) -> selector.Instance:
+        """The selection problem on this graph."""
+        key = self._key(sizes)
+        if key not in self._instances:
+            self._instances[key] = selector.Instance(self.to_networkx(**sizes))
+        return self._instances[key]
 
     def _importances(self, importance: Mapping[str, float]) -> tuple[dict[str, str], dict[str, float]]:
         """The user's spelling and the importance of every tensor."""
@@ -255,36 +276,22 @@ class BackpropGraph:
             raise OptionError("no tensor to select from: the importances are empty")
         return spelling, values
 
-    # --- the graph as networkx ----------------------------------------------------------------------------------------
+    def plot(self, path: str | Path, trained: Iterable[str] | None = None, /, **sizes: Any) -> Path:
+        """Draws the backward pass: tensors that are trained, gradients that are computed, and what they cost.
 
-    @functools.cached_property
-    def networkx(self) -> DiGraph:
-        """The backward pass at the traced sizes, see `to_networkx`."""
-        return self.to_networkx()
+        A row is an operation, the loss at the top. Lines are gradients on their way to the parameters, drawn strongly
+        where training ``trained`` computes them; squares are parameters, filled where they are trained.
 
-    def to_networkx(self, **sizes: Any) -> DiGraph:
-        """The backward pass as a directed graph from the loss to the parameters, nodes in the order autograd visits
-        them.
+        Args:
+            path: the file to write; its ending decides the format (png, pdf, svg).
+            trained: names of the tensors that are trained, as `select` returns them; by default all trainable ones.
+            sizes: sizes by input.
 
-        Nodes are named as values are and have ``operator``, ``module``, ``forward`` (FLOPs) and, for parameters,
-        ``trainable``. An edge ``op -> u`` has ``flops``, the cost of the gradient of ``u`` through ``op``.
+        Raises:
+            OptionError: an unknown name, or sizes the graph does not have.
         """
-        costs = self.costs(**sizes)
-        graph = DiGraph()
-        active = set(self._active)
-        for index in reversed(self._active):
-            value = self.values[index]
-            extra = {"trainable": value.name in self.trainable} if value.operator == "parameter" else {}
-            graph.add_node(
-                value.name, operator=value.operator, module=value.module, forward=costs.forward[index], **extra
-            )
-        for index in reversed(self._active):
-            for (source, _), flops in zip(self.values[index].sources, costs.gradients[index], strict=True):
-                if source in active:
-                    edge = (self.values[index].name, self.values[source].name)
-                    paid = graph.edges[edge]["flops"] if graph.has_edge(*edge) else 0
-                    graph.add_edge(*edge, flops=paid + flops)
-        return graph
+        chosen = frozenset(map(self._resolve, _names(self.trainable if trained is None else trained)))
+        return plot.draw(self.to_networkx(**sizes), chosen, self.forward(**sizes), Path(path))
 
 
 def _names(trained: Iterable[str]) -> Iterable[str]:

@@ -1,8 +1,9 @@
 """Counts the FLOPs and bytes of the forward and the backward pass, by module.
 
 FLOPs are those of matrix products, as ``torch.utils.flop_counter.FlopCounterMode`` counts them under math attention
-(`formulas`). The backward pass computes the gradients of the trained tensors only (`backprop`). Bytes are the reads and
-writes of operators that run one by one; a device moves fewer bytes where operators are fused.
+(`formulas`), and on request those of the rest (`pointwise`). The backward pass computes the gradients of the trained
+tensors only (`backprop`). Bytes are the reads and writes of operators that run one by one; a device moves fewer bytes
+where operators are fused.
 
 `count_flops` gives the full table at any sizes, `costs` the totals that the record stores for every pass.
 """
@@ -106,13 +107,16 @@ def engineering(number: int) -> str:
     return str(number)
 
 
-def count_flops(gm: nn.Module, *, trained: Iterable[str] | None = None, **sizes: Any) -> FlopCount:
+def count_flops(
+    gm: nn.Module, *, trained: Iterable[str] | None = None, pointwise: bool = False, **sizes: Any
+) -> FlopCount:
     """The FLOPs and bytes of a graph, in total and by module.
 
     Args:
         gm: a training-IR graph module, as `fxsparse.trace` returns it. If a pass gave it a separate form for training
             (``select-neurons``), pass ``fxsparse.graph.training_form.training_graph(gm)`` to count that form.
         trained: names of the tensors that the backward pass trains; by default those that require a gradient.
+        pointwise: count biases, norms, activations and the like too, see `fxsparse.cost.pointwise`.
         sizes: sizes by input, such as ``input_ids=(8, 128)`` or a whole batch of tensors (``**batch``); by default
             those of the traced example. See `fxsparse.cost.sizes`.
 
@@ -120,21 +124,19 @@ def count_flops(gm: nn.Module, *, trained: Iterable[str] | None = None, **sizes:
         OptionError: the graph has no tensor or input of that name, or cannot take that size.
     """
     gm = fx.graph_module_of(gm, "fxsparse.count_flops")
-    graph = BackpropGraph(gm)
+    graph = BackpropGraph(gm, pointwise=pointwise)
     at = Sizes(gm, sizes)
     costs = graph.costs(**sizes)
-    backward = {
-        index: sum(flops) for index, flops in graph.paid(graph.trainable if trained is None else trained, costs)
-    }
+    backward = graph.paid(graph.trainable if trained is None else trained, costs)
     again = _recomputed(gm)
     total = Cost()
     modules: dict[str, Cost] = {}
     for operation in graph.operations:
-        forward = sum(costs.forward[index] for index in operation.values)
+        forward = sum(costs.forward.get(value, 0) for value in operation.values)
         cost = Cost(
             forward,
-            sum(backward.get(index, 0) for index in operation.values),
-            *_bytes(operation, at, any(index in backward for index in operation.values)),
+            sum(backward.get(value, 0) for value in operation.values),
+            *_bytes(operation, at, any(value in backward for value in operation.values)),
             forward if operation.node in again else 0,
         )
         total.add(cost)
@@ -151,18 +153,17 @@ def step_flops(gm: GraphModule) -> tuple[int, int]:
 
 def _step_flops(gm: GraphModule, graph: BackpropGraph) -> tuple[int, int]:
     costs = graph.costs()
-    forward = sum(costs.forward)
-    backward = sum(sum(flops) for _, flops in graph.paid(graph.trainable, costs))
+    forward, backward = sum(costs.forward.values()), sum(graph.paid(graph.trainable, costs).values())
     again = _recomputed(gm)
-    values = (index for operation in graph.operations if operation.node in again for index in operation.values)
-    return forward, forward + backward + sum(costs.forward[index] for index in values)
+    values = (value for operation in graph.operations if operation.node in again for value in operation.values)
+    return forward, forward + backward + sum(costs.forward.get(value, 0) for value in values)
 
 
 def node_flops(gm: GraphModule) -> dict[Node, int]:
     """FLOPs of the forward pass by node, at the traced sizes."""
     graph = BackpropGraph(gm)
     forward = graph.costs().forward
-    return {item.node: sum(forward[index] for index in item.values) for item in graph.operations}
+    return {item.node: sum(forward.get(value, 0) for value in item.values) for item in graph.operations}
 
 
 def _recomputed(gm: GraphModule) -> set[Node]:

@@ -1,11 +1,15 @@
-"""The importance of a tensor, by which GreenTrainer selects (arXiv 2309.13192, eq. 4): how far training it lowers the
-loss.
+"""The importance of a tensor, by which GreenTrainer selects (arXiv 2309.13192, section 3.2): how far training it lowers
+the loss.
 
-    I_k = - sum over the elements of tensor k of  dw * dL/dw
+The optimizer's step dw on all weights is scaled by a factor for each tensor, L(c) = loss at w + c_k dw_k for tensor k.
+Taking tensor k out of the step changes the loss at the rate
 
-dw is the optimizer's step, dL/dw the gradient at the weights after it: I_k is the decrease of the loss, to first order,
-that is due to tensor k. Learning rate, moments and decay are in it. Gradients come from one batch, before and after the
-step. The authors' code leaves two extra updates in the optimizer's moments; this one leaves no trace.
+    I_k = - dL/dc_k at c = 1 = - sum over the elements of tensor k of  dw * dL/dw at w + dw
+
+so the gradients are those after the step, on the same batch, and I_k is the decrease of the loss, to first order, that
+is due to tensor k. Learning rate, moments and decay are in it. The authors' code divides all by the largest magnitude
+(`scaled` does), which changes no selection, and leaves two extra updates in the optimizer's moments; this one leaves no
+trace.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +32,9 @@ from fxsparse.errors import OptionError, nearest
 from fxsparse.graph import parameter_names, unwrapped
 from fxsparse.graph.sharded import cut_like, is_sharded, whole
 from fxsparse.graph.trainable import fully_trained, trainable
+from fxsparse.options import checked
 
-METRICS = ("importance", "delta", "gradient")
+Metric = Literal["importance", "delta", "gradient"]
 
 
 def tensor_importance(
@@ -37,9 +42,11 @@ def tensor_importance(
     optimizer: Optimizer,
     batch: Any,
     *,
-    metric: str = "importance",
+    metric: Metric = "importance",
     tensors: Iterable[str] | None = None,
     rho: float | None = None,
+    pointwise: bool = False,
+    scaled: bool = False,
     loss: Callable[[Any], Tensor] | None = None,
     all_ranks: bool = False,
 ) -> dict[str, float]:
@@ -60,6 +67,8 @@ def tensor_importance(
         rho: leave out tensors that alone cost more than this share of a full step's FLOPs. No selection contains them,
             and neither their gradients nor the activations that only those need are kept. The measured step is then
             one of the other tensors.
+        pointwise: count biases, norms, activations and the like in rho too, see `fxsparse.cost.pointwise`.
+        scaled: divide by the largest magnitude, so that values lie in [-1, 1] whatever the learning rate.
         loss: computes the scalar loss from the outputs of the graph; by default its ``loss``, or its one scalar.
         all_ranks: measure by the mean gradient of all ranks, each with a batch of its own. Every rank must call, as it
             must if parameters are sharded by ``fully_shard``, which are gathered for it.
@@ -72,13 +81,12 @@ def tensor_importance(
             not finite.
     """
     gm = unwrapped(gm)
-    if metric not in METRICS:
-        raise OptionError(f"metric={metric!r} is none of {', '.join(METRICS)}")
+    metric = checked("metric", metric, Metric)
     probe = fully_trained(gm)
     names = _evaluated(gm, optimizer, tensors)
     if rho is not None:
-        graph = BackpropGraph(probe, trainable=trainable(gm))
-        budget, instance = graph.budget(rho), graph.instance(names)
+        graph = BackpropGraph(probe, trainable=trainable(gm), pointwise=pointwise)
+        budget, instance = graph.budget(rho), graph.instance()
         names = [name for name in names if instance.cost([name]) <= budget]
     parameters = [gm.get_parameter(name) for name in names]
     if not parameters:
@@ -91,7 +99,8 @@ def tensor_importance(
     for name, value in result.items():
         if not math.isfinite(value):
             raise OptionError(f"the {metric} on this batch is {value}; the loss or a gradient overflows", site=name)
-    return result
+    largest = max(map(abs, result.values()))
+    return {name: value / largest for name, value in result.items()} if scaled and largest else result
 
 
 def _measured(

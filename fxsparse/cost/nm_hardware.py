@@ -36,18 +36,17 @@ def nm_step_flops(gm: GraphModule, graph: BackpropGraph) -> int:
         graph: of ``gm``.
     """
     costs, sizes = graph.costs(), Sizes(gm, {})
-    forward, gradients = list(costs.forward), [list(flops) for flops in costs.gradients]
+    forward, gradients = dict(costs.forward), dict(costs.gradients)
     for operation, held in _sparse_linears(gm, graph):
         assert operation.call is not None
-        index, pattern = operation.values[-1], Pattern.parse(held.pattern)
+        value, pattern = operation.values[-1], Pattern.parse(held.pattern)
         base = next(iter(operation.call.products(sizes)[-1].gradients.values()))  # of the product without a branch
         dense = base if held.storage == "masked" else base // pattern.n * pattern.m
-        forward[index] += dense // pattern.m * pattern.n - base
-        for place, (_, at) in enumerate(graph.values[index].sources):
-            if at == 0:  # the gradient of the input
-                along = Pattern.parse(held.backward) if held.backward else None
-                gradients[index][place] = dense if along is None else dense // along.m * along.n
-    return sum(forward) + sum(sum(flops) for _, flops in graph.paid(graph.trainable, Costs(forward, gradients)))
+        forward[value] += dense // pattern.m * pattern.n - base
+        along = Pattern.parse(held.backward) if held.backward else None
+        for edge in graph.edges_of(value, 0):  # to the input
+            gradients[edge] += (dense if along is None else dense // along.m * along.n) - base
+    return sum(forward.values()) + sum(graph.paid(graph.trainable, Costs(forward, gradients)).values())
 
 
 def _sparse_linears(gm: GraphModule, graph: BackpropGraph) -> Iterator[tuple[Operation, HeldWeight]]:

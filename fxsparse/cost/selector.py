@@ -1,7 +1,9 @@
 """Chooses the tensors to train: the greatest importance within a budget of backward FLOPs, exactly.
 
-Training a tensor p costs its own gradient, ``weight_cost``, and the gradients of the activations that p's gradient
-flows through, its closure D(p). An activation's gradient is paid once, even if several tensors need it:
+The costs are those of the backprop graph, a directed graph of networkx from the loss to the tensors whose edges
+``op -> u`` have the FLOPs of the gradient of ``u``. All edges into one value are paid together, so that training a
+tensor p costs its own gradient, ``weight_cost``, and those of the activations among its ancestors, its closure D(p). An
+activation's gradient is paid once, even if several tensors need it:
 
     cost(S) = sum of weight_cost over S  +  activation costs of the union of D(p) over S
 
@@ -26,7 +28,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import networkx
 import numpy as np
+from networkx import DiGraph
 from numpy.typing import NDArray
 
 from fxsparse.errors import OptionError
@@ -48,24 +52,44 @@ class Tensor:
     closure: int
 
 
-@dataclass(frozen=True)
 class Instance:
-    """A selection problem.
+    """A selection problem: a backprop graph, and the closures of its nodes as bit masks.
+
+    Args:
+        graph: a directed acyclic graph from the loss to the tensors that can be trained, which have no successors.
+            Edges have ``flops``. It must not be changed afterwards.
 
     Attributes:
         tensors: the candidates by name.
-        activation_costs: FLOPs of the gradient of each activation; bit i of a closure is activation i.
+        activation_costs: FLOPs of the gradient of each activation that costs any; bit i of a closure is activation i.
         activation_closures: the activations that the gradient of activation i flows through, itself included.
     """
 
-    tensors: Mapping[str, Tensor]
-    activation_costs: Sequence[int]
-    activation_closures: Sequence[int]
+    def __init__(self, graph: DiGraph):
+        self.graph = graph
+        price: dict[str, int] = dict(graph.in_degree(weight="flops"))
+        self.tensors: dict[str, Tensor] = {}
+        self.activation_costs: list[int] = []
+        self.activation_closures: list[int] = []
+        closures: dict[str, int] = {}
+        for node in networkx.topological_sort(graph):
+            closure = functools.reduce(int.__or__, map(closures.__getitem__, graph.pred[node]), 0)
+            if not graph.succ[node]:
+                self.tensors[node] = Tensor(price[node], closure)
+            elif price[node]:
+                closure |= 1 << len(self.activation_costs)
+                self.activation_costs.append(price[node])
+                self.activation_closures.append(closure)
+            closures[node] = closure
 
     def cost(self, chosen: Collection[str]) -> int:
-        """FLOPs of the backward pass that trains ``chosen``."""
-        union = functools.reduce(int.__or__, (self.tensors[name].closure for name in chosen), 0)
-        return self.union_cost(union) + sum(self.tensors[name].weight_cost for name in chosen)
+        """FLOPs of the backward pass that trains ``chosen``; a tensor that is not in the graph costs nothing."""
+        tensors = [self.tensor(name) for name in chosen]
+        union = functools.reduce(int.__or__, (tensor.closure for tensor in tensors), 0)
+        return self.union_cost(union) + sum(tensor.weight_cost for tensor in tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors.get(name, Tensor(0, 0))
 
     def union_cost(self, union: int) -> int:
         """FLOPs of the gradients of a set of activations."""
@@ -85,13 +109,14 @@ def select(instance: Instance, importance: Mapping[str, float], budget: int) -> 
 
     Args:
         instance: the candidates and their costs.
-        importance: the finite importance of each candidate; one without a positive importance is never chosen.
+        importance: the finite importance of the candidates by name; one without a positive importance is never chosen,
+            one that is not in the graph costs nothing.
         budget: FLOPs of the backward pass, not negative.
 
     Raises:
         OptionError: the graph has more than `UNION_LIMIT` unions: too many independent branches for an exact selection.
     """
-    if not any(importance[name] > 0 for name in instance.tensors):
+    if not any(value > 0 for value in importance.values()):
         return set()
     candidates = _Candidates.of(instance, importance)
     knapsacks = [candidates.knapsack(union, budget - cost) for union, cost in candidates.unions(budget).items()]
@@ -145,13 +170,13 @@ class _Candidates:
 
     @classmethod
     def of(cls, instance: Instance, importance: Mapping[str, float]) -> _Candidates:
-        names = [name for name in instance.tensors if importance[name] > 0]
-        costs = np.array([instance.tensors[name].weight_cost for name in names], dtype=np.int64)
+        names = [name for name, value in importance.items() if value > 0]
+        costs = np.array([instance.tensor(name).weight_cost for name in names], dtype=np.int64)
         values = np.array([importance[name] for name in names], dtype=np.float64)
         order = np.argsort(-_density(costs, values), kind="stable")
         names = [names[i] for i in order]
         entry_of = {closure: bit for bit, closure in enumerate(instance.activation_closures)}
-        closures = list(dict.fromkeys(instance.tensors[name].closure for name in names))
+        closures = list(dict.fromkeys(instance.tensor(name).closure for name in names))
         entries = [entry_of.get(closure, -1) for closure in closures]
         masks = [mask if bit < 0 else mask & ~(1 << bit) for mask, bit in zip(closures, entries, strict=True)]
         position = {closure: i for i, closure in enumerate(closures)}
@@ -160,7 +185,7 @@ class _Candidates:
             names,
             costs[order],
             values[order],
-            np.array([position[instance.tensors[name].closure] for name in names], dtype=np.int64),
+            np.array([position[instance.tensor(name).closure] for name in names], dtype=np.int64),
             np.array([instance.packed(mask) for mask in masks], dtype=np.uint8).reshape(len(masks), -1),
             masks,
             np.array(entries, dtype=np.int64),
@@ -360,7 +385,7 @@ def dp_baseline(
         resolution: units of the cost of training every candidate (1000 in the authors' code).
         rounding: of quantised costs.
     """
-    names = sorted(instance.tensors, key=lambda name: instance.union_cost(instance.tensors[name].closure))
+    names = sorted(importance, key=lambda name: instance.union_cost(instance.tensor(name).closure))
     if not instance.cost(names):
         return {name for name in names if importance[name] > 0}
     chain = _Chain.of(instance, names, budget, resolution, rounding)
@@ -398,9 +423,9 @@ class _Chain:
         def quantised(cost: int) -> int:
             return cost * resolution // total if rounding == "floor" else -(-cost * resolution // total)
 
-        unions = itertools.accumulate((instance.tensors[name].closure for name in names), int.__or__)
+        unions = itertools.accumulate((instance.tensor(name).closure for name in names), int.__or__)
         reach = [0, *(instance.union_cost(union) for union in unions)]
-        weights = [quantised(instance.tensors[name].weight_cost) for name in names]
+        weights = [quantised(instance.tensor(name).weight_cost) for name in names]
         depths = [0, *itertools.accumulate(quantised(after - before) for before, after in itertools.pairwise(reach))]
         whole = sum(weights) + depths[-1] if rounding == "floor" else resolution
         return cls(weights, depths, budget * whole // total)

@@ -125,6 +125,30 @@ def is_embedding(node: Node) -> bool:
     return traits.of(node.target).axes in ("embedding", "bag")
 
 
+def input_embeddings(gm: GraphModule) -> list[Node]:
+    """Lookups of what the caller gives: of tokens and token types, also shifted or with some replaced, not of
+    positions."""
+    return [
+        node
+        for node in gm.graph.nodes
+        if is_embedding(node) and any(_holds_an_input(source) for source in node.all_input_nodes)
+    ]
+
+
+def _holds_an_input(node: Node) -> bool:
+    """Whether integers are values of an input, elsewhere perhaps or with others among them."""
+    if node.op == "placeholder":
+        return not value(node).is_floating_point()
+    facts, name = traits.of(node.target), getattr(getattr(node.target, "_schema", None), "name", "")
+    if node.op != "call_function" or not (facts.work == "view" or facts.copies or name in _REPLACING):
+        return False
+    tensors = [source for source in node.all_input_nodes if isinstance(value(source), torch.Tensor)]
+    return any(_holds_an_input(source) for source in tensors if value(source).dtype is not torch.bool)
+
+
+_REPLACING = {f"aten::{name}" for name in ("masked_fill", "where", "slice_scatter", "select_scatter", "copy", "cat")}
+
+
 def first_linears(gm: GraphModule) -> set[Node]:
     """Linears that no other linear or convolution feeds: the first layer after the input (queries, keys and values
     alike)."""

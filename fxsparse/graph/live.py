@@ -72,11 +72,13 @@ class Rows:
         name: full name of the parameter that holds the weight now.
         dim: the dimension of outputs in it.
         index: int64 ``[units, rows of each]``.
+        kind: what they make of a unit: ``query``, ``key``, ``value``, ``channel``; empty where it does not matter.
     """
 
     name: str
     dim: int
     index: Tensor
+    kind: str = ""
 
     def sums(self, values: Tensor) -> Tensor:
         """The sums ``[units]`` over the rows of each unit of a tensor of the parameter's shape."""

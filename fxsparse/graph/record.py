@@ -7,19 +7,31 @@
 
 The record is stored in ``gm.meta["fxsparse"]``. It is plain data: it serialises to JSON, and its passes can be replayed
 on the original model.
+
+What it is written as has a number, `FORMAT`. A record of an earlier format is brought up to date by `_MIGRATIONS`, step
+by step; a later one is refused; fields that this version does not know are kept.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from fxsparse import typed
+from fxsparse.errors import CheckpointError
 from fxsparse.graph.state import meta_of
 from fxsparse.version import __version__
+
+FORMAT = 2
+"""Of what is written: 1, of version 0.1.0, said no number and had no checksums."""
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: lambda data: data}
+"""From a format to the next; what later formats added has defaults."""
+Further = tuple[tuple[str, str], ...]
+"""Fields that another version wrote: name and JSON."""
 
 META_KEY = "fxsparse"
 TRACE_KEY = "fxsparse_trace"
@@ -35,11 +47,13 @@ class Change:
         site: module path or parameter name.
         rewritten: whether the pass changed the site.
         detail: the change, or the reason for leaving the site unchanged.
+        further: fields that another version wrote.
     """
 
     site: str
     rewritten: bool
     detail: str
+    further: Further = ()
 
     def __str__(self) -> str:
         return f"{self.site}: {self.detail}"
@@ -68,6 +82,7 @@ class Costs:
         optimizer_bytes: bytes of two moments for every trainable parameter, as in torch's AdamW.
         nm_step_flops: FLOPs of the forward and the backward pass on hardware that skips what is pruned n:m along the
             dimension it sums over (`fxsparse.cost.nm_hardware`); None in records of earlier versions.
+        further: fields that another version wrote.
     """
 
     forward_flops: int
@@ -77,6 +92,7 @@ class Costs:
     buffer_bytes: int
     optimizer_bytes: int
     nm_step_flops: int | None = None
+    further: Further = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +104,7 @@ class Entry:
         changes: one for every site that the pass considered.
         before, after: the model's costs before and after the pass.
         milliseconds: the run time of the pass.
+        further: fields that another version wrote.
     """
 
     text: str
@@ -95,6 +112,7 @@ class Entry:
     before: Costs
     after: Costs
     milliseconds: float
+    further: Further = ()
 
     @property
     def rewritten(self) -> tuple[Change, ...]:
@@ -117,6 +135,7 @@ class HeldWeight:
         in_features: length of the input dimension.
         names: all names of the original, ``name`` included; several if it was tied.
         backward: ``n:m`` along the output dimension, of the weight in the gradient of the input; empty if not n:m.
+        further: fields that another version wrote.
     """
 
     name: str
@@ -126,6 +145,7 @@ class HeldWeight:
     in_features: int
     names: tuple[str, ...]
     backward: str = ""
+    further: Further = ()
 
 
 @dataclass(frozen=True)
@@ -137,46 +157,73 @@ class Record:
         weights: the current form of every replaced weight.
         notes: changes that tracing had to make.
         version: the version of fxsparse that wrote the record.
+        further: fields that another version wrote.
     """
 
     entries: tuple[Entry, ...] = ()
     weights: tuple[HeldWeight, ...] = ()
     notes: tuple[str, ...] = ()
     version: str = ""
+    further: Further = ()
 
     @property
     def text(self) -> str:
         """The passes as one pipeline, readable by ``Pipeline.parse``."""
         return ",".join(entry.text for entry in self.entries)
 
+    def to_data(self) -> dict[str, Any]:
+        """The record as plain data, which `from_data` reads."""
+        return {"format": FORMAT, **typed.write(self)}
+
     def to_json(self) -> str:
         """The record as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps(self.to_data(), indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Record:
-        """Reads a record written by `to_json`."""
-        data = json.loads(text)
-        return cls(
-            entries=tuple(_entry(item) for item in data["entries"]),
-            weights=tuple(HeldWeight(**{**item, "names": tuple(item["names"])}) for item in data["weights"]),
-            notes=tuple(data["notes"]),
-            version=data["version"],
+    def from_data(cls, data: Any, where: str = "the record") -> Record:
+        """Reads what `to_data` gave, also in an earlier version.
+
+        Raises:
+            CheckpointError: it is damaged, or of a later format; ``where`` says what was read.
+        """
+        return typed.read(cls, up_to_date(data, where), where)
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "the record") -> Record:
+        """Reads a record written by `to_json`; raises as `from_data`."""
+        return cls.from_data(typed.loads(text, where), where)
+
+
+def up_to_date(data: Any, where: str) -> dict[str, Any]:
+    """What a file says in this version's format, whose number is left out.
+
+    Raises:
+        CheckpointError: it is of a later format, or of none.
+    """
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{where} is damaged: it must be an object")
+    number = data.get("format", 1)
+    if type(number) is not int or number < 1:
+        raise CheckpointError(f"{where}.format must be a positive whole number")
+    if number > FORMAT:
+        version = data.get("version")
+        wanted = version if isinstance(version, str) and len(version) < 30 else "a later version"
+        raise CheckpointError(
+            f"{where} is of format {number}, and fxsparse {__version__} reads formats up to {FORMAT}: install fxsparse "
+            f"{wanted}{' or later' if wanted == version else ''}"
         )
-
-
-def _entry(data: dict[str, Any]) -> Entry:
-    return Entry(
-        text=data["text"],
-        changes=tuple(Change(**change) for change in data["changes"]),
-        before=Costs(**data["before"]),
-        after=Costs(**data["after"]),
-        milliseconds=data["milliseconds"],
-    )
+    data = {name: item for name, item in data.items() if name != "format"}
+    for step in range(number, FORMAT):
+        data = _MIGRATIONS[step](data)
+    return data
 
 
 def record_of(gm: nn.Module) -> Record:
-    """The record of a graph module, or of its module form; a record without passes if none ran yet."""
+    """The record of a graph module, or of its module form, in whatever wraps it; without passes if none ran yet."""
+    if not isinstance(vars(gm).get("meta"), dict):
+        from fxsparse.graph.wrapped import rewritten_of
+
+        gm = rewritten_of(gm, "fxsparse.record_of")
     meta = meta_of(gm)
     record = meta.get(META_KEY)
     if isinstance(record, Record):

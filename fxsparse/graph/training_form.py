@@ -11,17 +11,24 @@ Of each there may be two: one that runs it as it stands, and one that recomputes
 
 Libraries wrap ``forward`` on the instance (accelerate, for mixed precision) and keep the function that they found. It
 is therefore one that looks up the code on every call, and nothing here ever assigns or removes ``gm.forward``.
+
+Training may edit a graph thousands of times. What Dynamo compiled of earlier code can never run again, and would count
+as recompiles until Dynamo gives up; fx keeps the text of all code that it ever made. Both are let go with the code.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import linecache
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dynamo.eval_frame import remove_from_cache
 from torch.fx import Graph, GraphModule, Proxy
+from torch.fx.graph_module import _loader as fx_sources
 
 from fxsparse import graph as fx
 from fxsparse.errors import RewriteError
@@ -29,6 +36,10 @@ from fxsparse.graph.partial import can_go, graph_without, input_names
 from fxsparse.graph.recompute import recomputing
 
 FORM_KEY = "fxsparse_training_form"
+CONDITIONS_KEY = "fxsparse_size_conditions"
+"""In ``gm.meta``: conditions on the sizes of inputs under which the graph is the model."""
+TRAINING_ONLY = "fxsparse_training_only"
+"""In ``gm.meta``: the names of the passes that compute something else in training than in evaluation."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,12 @@ class Code:
         """The code of the graph of ``gm``; ``plain`` is what fx made of it."""
         folded = recomputing(gm)
         return cls(plain, None if folded is None else type(folded).forward)
+
+    @property
+    def files(self) -> list[str]:
+        """The names that fx gave the texts of the functions."""
+        names = [function.__code__.co_filename for function in (self.plain, self.recomputing) if function is not None]
+        return [name for name in names if name.startswith("<eval_with_key>")]
 
 
 @dataclass(frozen=True)
@@ -72,9 +89,10 @@ class TrainingForm:
 
 def set_form(gm: GraphModule, form: GraphModule | None, renew: Callable[[GraphModule], None]) -> None:
     """Makes ``gm`` run ``form``, an edited copy of it, in training; with None it runs its own graph again."""
-    if form is None:
-        gm.meta.pop(FORM_KEY, None)
-    else:
+    before = gm.meta.pop(FORM_KEY, None)
+    if before is not None:
+        _forget_sources(before.code.files)
+    if form is not None:
         form.recompile()
         form.graph.owning_module = None  # otherwise it would keep the copy's tensors alive
         source = gm.graph.python_code("self").src
@@ -90,9 +108,21 @@ def keep_forward(gm: GraphModule) -> None:
     kind.graph_code = Code.of(gm, plain)
     kind.input_names, kind.partial_codes = tuple(input_names(gm)), {}
     if "lasting_forward" not in vars(kind):
-        kind.lasting_forward = _lasting_forward()
+        kind.lasting_forward, kind.sources = _lasting_forward(), []
+        weakref.finalize(kind, _forget_sources, kind.sources).atexit = False
+    else:
+        remove_from_cache(kind.lasting_forward)
+    _forget_sources(kind.sources)
+    kind.sources[:] = kind.graph_code.files
     kind.lasting_forward.__signature__ = inspect.signature(plain)
     kind.forward = kind.lasting_forward
+
+
+def _forget_sources(names: Iterable[str]) -> None:
+    """Takes the text of code that is gone out of the caches that tracebacks read."""
+    for name in names:
+        fx_sources.eval_cache.pop(name, None)
+        linecache.cache.pop(name, None)
 
 
 def _lasting_forward() -> Callable[..., Any]:
@@ -102,6 +132,8 @@ def _lasting_forward() -> Callable[..., Any]:
                 "torch.fx.symbolic_trace would make training mode a constant and lose the record of the passes; this "
                 "is a graph module already: read gm.graph, copy.deepcopy(gm) to edit it, or call torch.export.export"
             )
+        if torch.compiler.is_exporting():
+            check_exported(self)
         form = self.meta.get(FORM_KEY)
         # Without a form or regions the mode is not read: a compiled graph must not depend on it.
         in_form = form is not None and self.training
@@ -115,7 +147,24 @@ def _lasting_forward() -> Callable[..., Any]:
             run = code.plain if torch.compiler.is_exporting() else code.recomputing
         return run(self, *args, **kwargs)
 
+    forward.__code__ = forward.__code__.replace()  # Dynamo keeps what it compiled by the code, of each class its own
     return forward
+
+
+def check_exported(gm: GraphModule) -> None:
+    """RewriteError where an export of ``gm`` would keep what belongs to its training, or lose conditions."""
+    reason = ""
+    if gm.training and gm.meta.get(TRAINING_ONLY):
+        reason = (
+            f"in training, {', '.join(gm.meta[TRAINING_ONLY])} computes something else in every step, which an "
+            "exported program cannot; call eval() first, which exports what the model evaluates"
+        )
+    elif torch.compiler.is_dynamo_compiling() and gm.meta.get(CONDITIONS_KEY):
+        reason = "the graph holds for some sizes only, which Dynamo would forget; export with strict=False"
+    if reason and torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(reason)  # Dynamo cannot follow the errors of fxsparse
+    if reason:
+        raise RewriteError(reason)
 
 
 def absent_inputs(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:

@@ -9,13 +9,24 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxsparse.errors import FxsparseError, OptionError
+from fxsparse.graph.added_state import added_state_of
 from fxsparse.graph.graph_state import STATES, follow
 from fxsparse.graph.record import META_KEY
 from fxsparse.graph.sharded import is_fully_sharded, reshard
 
 
 def unwrapped(model: Any) -> Any:
-    """What ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel`` wrap; anything else as it is."""
+    """What ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel`` wrap; anything else as it is.
+
+    A model that was rewritten in a one-line call stands for its rewritten graph.
+    """
+    model = unwrapped_module(model)
+    state = added_state_of(model)
+    return model if state is None or state.graph is None else state.graph
+
+
+def unwrapped_module(model: Any) -> Any:
+    """As `unwrapped`, but a model that was rewritten in a one-line call stands for itself."""
     while True:
         if isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
@@ -68,6 +79,10 @@ def graph_module_of(
             "fxsparse.trace(module, kwargs=batch)"
         )
     if not isinstance(inner, GraphModule):
+        parts = inner.named_modules() if isinstance(inner, nn.Module) else ()
+        path = next((path for path, part in parts if isinstance(part, GraphModule) and META_KEY in part.meta), None)
+        if path is not None:
+            raise error(f"{function} takes the rewritten model itself: pass the {path} of this {name}")
         raise error(
             f"{function} takes a model that fxsparse.trace or fxsparse.rewrite returned, and this {name} is not one: "
             "call gm = fxsparse.rewrite(model, passes, kwargs=batch) first, and train and pass on gm"

@@ -7,13 +7,13 @@ these sizes. In both cases the result is a module of the model's class: ``genera
 ``save_pretrained`` work.
 
 `save_pretrained` goes through three steps: depth (`shortened_lists`, `with_layers`), width (`narrower_configs`), and
-building the module and comparing it with the graph (`_build`, `difference`).
+building the module and comparing it with the graph (`_build`, `difference`). How a folder is written so that nothing is
+lost, and read so that nothing is believed unchecked, is in `fxsparse.integrations.folders`.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,21 +24,18 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
-from fxsparse.checkpoint import dense_state_dict
 from fxsparse.conversion.notes import described, restored
+from fxsparse.dense_state import dense_state_dict
 from fxsparse.errors import CheckpointError
+from fxsparse.graph.record import FORMAT
+from fxsparse.integrations import folders
 from fxsparse.integrations.comparison import difference
 from fxsparse.integrations.depth import CONFIG_KEY, renumber, renumbered, shortened_lists, with_layers
 from fxsparse.integrations.heads import Heads, choose_heads, heads_of
 from fxsparse.integrations.resizing import resize, sizes_of
 from fxsparse.integrations.width import misfits_of, narrower_configs, shapes_of
-
-_VARIANT = "fxsparse"
-"""In the names of weight files. Transformers alone finds no file of that name; under the plain name it would initialise
-the tensors of other sizes at random."""
-_WEIGHTS = "transformers_weights"
-"""The setting that names the file of the weights to transformers, which repeats a name it cannot read in its error."""
-_READ_WITH = "these weights have other shapes, or are compressed; read this folder with fxsparse.from_pretrained"
+from fxsparse.modules.sites import module_sites
+from fxsparse.ops.nm import validate
 
 
 def save_pretrained(
@@ -58,13 +55,15 @@ def save_pretrained(
         gm: the rewritten model, or its module form.
         model: of a graph, the original Hugging Face model or a fresh instance; its class, configuration and generation
             settings are used. Of a module, nothing: the folder comes second.
-        path: a folder; weights in it are replaced.
+        path: a folder. The model is written beside what is there, read back and compared, and then put in its place,
+            all or nothing. Weights of an earlier save in it go, other files stay.
 
     Returns:
         the written module, in evaluation mode if it was made of a graph here.
 
     Raises:
-        CheckpointError: no module of the model's class computes the same as the graph.
+        CheckpointError: no module of the model's class computes the same as the graph, or the folder cannot be
+            written.
     """
     form = fx.module_form_of(gm)
     if form is not None:
@@ -96,12 +95,10 @@ def _save_graph(gm: GraphModule, model: Any, path: str | os.PathLike[str]) -> nn
             written.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
             if choices is not None:
                 sizes = {name: list(wanted) for name, (_, wanted) in misfits_of(type(model), chosen, state).items()}
-                setattr(written.config, CONFIG_KEY, {"sizes": sizes, "heads": heads})
-            _clear(path)
-            written.save_pretrained(path, variant=None if choices is None else _VARIANT)
-            if choices is not None:
-                _refuse_transformers(Path(path))
-            return written
+                setattr(written.config, CONFIG_KEY, {"format": FORMAT, "sizes": sizes, "heads": heads})
+            folders.write(written, Path(path), plain=choices is None)
+            folders.save_readably(written)
+            return cast(nn.Module, written)
     raise CheckpointError(
         f"no {type(model).__name__} computes what the graph does ({differs}): it holds more than smaller weights and "
         "fewer layers; write it with fxsparse.save and read it with fxsparse.load"
@@ -113,15 +110,8 @@ def _save_module(module: Any, path: Any) -> nn.Module:
     if not hasattr(module, "config") or not hasattr(module, "save_pretrained"):
         raise CheckpointError(f"{type(module).__name__} is no Hugging Face model; write it with fxsparse.save")
     setattr(module.config, CONFIG_KEY, described(module))
-    _clear(path)
-    module.save_pretrained(path, variant=_VARIANT)
-    _refuse_transformers(Path(path))
+    folders.write(module, Path(path), plain=False)
     return cast(nn.Module, module)
-
-
-def _clear(path: str | os.PathLike[str]) -> None:
-    for old in Path(path).glob("model*.safetensors*"):
-        old.unlink()
 
 
 def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
@@ -135,41 +125,38 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
         the model, in evaluation mode.
 
     Raises:
-        CheckpointError: the folder holds no such checkpoint, or its tensors do not fit.
+        CheckpointError: the folder holds no such checkpoint, is damaged, or its tensors do not fit.
     """
-    import transformers
-
-    folder = Path(path)
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} holds no config.json; it was not written by fxsparse.save_pretrained")
-    config = transformers.AutoConfig.from_pretrained(folder)
-    vars(config).pop(_WEIGHTS, None)
-    name = next(iter(config.architectures or ()), None)
-    cls = getattr(transformers, str(name), None)
-    if cls is None:
-        raise CheckpointError(f"{folder}: transformers {transformers.__version__} has no class {name}")
-    record = getattr(config, CONFIG_KEY, None)
+    folder = folders.check(Path(path))
+    cls, record = folder.model_class, folder.description
+    loads = cls
+    if record is not None:
+        loads, options = _sized(cls, record), {"config": folder.config, "variant": folder.variant, **options}
+    try:
+        model, loading = loads.from_pretrained(folder.path, output_loading_info=True, **options)
+    except Exception as error:
+        raise CheckpointError(f"{folder.path}: transformers cannot build {cls.__name__} from it: {error}") from error
     if record is None:
-        return cls.from_pretrained(folder, **options).eval()
-    # Files with plain names come from a later call of the model's own save_pretrained, which leaves the other files.
-    plain = any(_VARIANT not in file.name for file in folder.glob("model*.safetensors"))
-    sized = _sized(cls, record)
-    model, loading = sized.from_pretrained(
-        folder, config=config, variant=None if plain else _VARIANT, output_loading_info=True, **options
-    )
+        return cast(nn.Module, model.eval())
     wrong = [f"{key} is {state}" for state in ("missing", "unexpected") for key in sorted(loading[f"{state}_keys"])]
     if wrong:
-        raise CheckpointError(f"{folder}: the tensors do not fit {name}: {', '.join(wrong[:4])}")
+        raise CheckpointError(f"{folder.path}: the tensors do not fit {cls.__name__}: {', '.join(wrong[:4])}")
     model.__class__ = cls
-    choose_heads(model, record["heads"])
-    return model.eval()
+    try:
+        _check_indices(model)
+        choose_heads(model, record["heads"])
+    except (CheckpointError, AttributeError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{folder.path}: {error}") from error
+    folders.save_readably(model)
+    return cast(nn.Module, model.eval())
 
 
-def _refuse_transformers(folder: Path) -> None:
-    """Lets transformers alone refuse a folder with a message that names `from_pretrained`."""
-    file = folder / "config.json"
-    settings = {**json.loads(file.read_text()), _WEIGHTS: _READ_WITH}
-    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+def _check_indices(model: nn.Module) -> None:
+    """Kernels read where the indices of compressed weights say."""
+    for site in module_sites(model):
+        if site.compressed:
+            parts = (site["values"], site["indices"], site.pattern, site.in_features, site["column_mask"])
+            validate(*parts, name=site.name)
 
 
 def _sized(cls: Any, record: Mapping[str, Any]) -> Any:

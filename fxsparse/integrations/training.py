@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from fxsparse import files
 from fxsparse import graph as fx
 from fxsparse.checkpoint import save
 from fxsparse.errors import CheckpointError, OptionError
@@ -171,7 +173,9 @@ class FxsparseCallback(TrainerCallback, ExportableState):
         """Writes the schedule's state into a folder."""
         if self.schedule is not None:
             self.state()
-            torch.save({"mark": self._mark, "schedule": self.schedule.state_dict()}, Path(folder) / SCHEDULE_FILE)
+            with files.unfinished(Path(folder), SCHEDULE_FILE) as part:
+                torch.save({"mark": self._mark, "schedule": self.schedule.state_dict()}, part / SCHEDULE_FILE)
+                files.put(part / SCHEDULE_FILE, Path(folder) / SCHEDULE_FILE)
 
     def _resume(self, schedule: Schedule, args: Any, state: Any) -> None:
         folder = Path(self.resume_from or Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
@@ -184,15 +188,19 @@ class FxsparseCallback(TrainerCallback, ExportableState):
                 f"{file} does not exist: the training that resumes had no FxsparseCallback, was stopped while it "
                 f"saved, or its checkpoint lies elsewhere; {advice}"
             )
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            mark, steps_done = saved["mark"], saved["schedule"]["steps_done"]
+        except Exception as error:  # what a damaged file raises is torch's affair
+            raise CheckpointError(f"{file} is damaged: {error}") from error
         noted = (state.stateful_callbacks or {}).get(type(self).__name__)
         marks = [
             item["attributes"]["_mark"] for item in (noted if isinstance(noted, list) else [noted] if noted else [])
         ]
-        if saved["mark"] not in marks or saved["schedule"]["steps_done"] != state.global_step:
+        if mark not in marks or steps_done != state.global_step:
             raise CheckpointError(f"{file} is of another training than the one that resumes; {advice}")
         schedule.load_state_dict(saved["schedule"])
-        self._mark = saved["mark"]
+        self._mark = mark
 
 
 class _Observer:
@@ -277,8 +285,15 @@ class FxsparseTrainer(Trainer):
         signals: options that vary during training, as for `Schedule`.
     """
 
+    _graph_file = "model.safetensors"
+
     def __init__(self, *args: Any, signals: Signals | None = None, **kwargs: Any):
         model = kwargs.get("model", args[0] if args else None)
+        if fx.module_form_of(model) is not None:
+            raise OptionError(
+                "FxsparseTrainer takes a graph, and a module of fxsparse.to_module needs no trainer of its own: "
+                "transformers.Trainer(module, args, callbacks=[FxsparseCallback()])"
+            )
         fx.graph_module_of(model, "FxsparseTrainer")
         config = getattr(fx.unwrapped(model), "config", None)
         use_cache = getattr(config, "use_cache", None)
@@ -320,22 +335,27 @@ class FxsparseTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes a finished model, see the class; within a checkpoint, the graph alone."""
+        self._graph_file = "model.safetensors" if _internal_call else GRAPH_FILE
         super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or self.args.output_dir or ".")
         if _internal_call or not self.args.should_save:
             return
         gm = fx.graph_module_of(self.model, "FxsparseTrainer.save_model")
-        (folder / "model.safetensors").rename(folder / GRAPH_FILE)
         try:
             save_pretrained(gm, _original(gm), folder)
         except CheckpointError as error:
             logger.warning(f"{folder} holds the graph alone, {GRAPH_FILE}, which fxsparse.load reads: {error}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict={})  # the Trainer writes no tied tensors; what else it saves is right
-        if self.args.should_save:
-            gm = fx.graph_module_of(self.model, "FxsparseTrainer.save_model")
-            save(gm, Path(output_dir or self.args.output_dir or ".") / "model.safetensors")
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict={})
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
+        with files.unfinished(folder, "trainer") as part:
+            super()._save(os.fspath(part), state_dict={})  # the Trainer writes no tied tensors; its other files are
+            (part / "model.safetensors").unlink(missing_ok=True)  # right, but this one is empty
+            shutil.copytree(part, folder, dirs_exist_ok=True)
+        save(fx.graph_module_of(self.model, "FxsparseTrainer.save_model"), folder / self._graph_file)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxsparse import typed
 from fxsparse.modules.held import PARTS, Form, Held
 from fxsparse.modules.linears import LINEARS, Product
 from fxsparse.modules.reading import read_by
 
 Specs = dict[str, dict[str, Any]]
 """By path: the ``forms`` by weight, which weights have a ``column_mask``, and the path that each is ``tied`` to."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The types of a module's plain data."""
+
+    forms: dict[str, Form]
+    column_mask: list[str]
+    tied: dict[str, str]
 
 
 def specs_of(model: nn.Module) -> Specs:
@@ -60,7 +71,7 @@ def put_in(model: nn.Module, specs: Mapping[str, Mapping[str, Any]]) -> nn.Modul
     """
     for path, spec in specs.items():
         for leaf, data in spec["forms"].items():
-            form, owner = Form(**data), model.get_submodule(path)
+            form, owner = typed.read(Form, data, f"{path}.{leaf}"), model.get_submodule(path)
             held = _empty(form, leaf, owner, leaf in spec["column_mask"])
             if leaf in spec["tied"]:
                 other: Any = model.get_submodule(spec["tied"][leaf])

@@ -57,7 +57,7 @@ def define(operator: Operator) -> Operator:
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Tensor]]:
-    """Operator to reference, in the form that ``decompositions=`` of AOTAutograd takes."""
+    """Operator to reference, in the form that ``run_decompositions``, ``make_fx`` and AOTAutograd take."""
     return {operator.overload: operator.reference for operator in OPERATORS.values()}
 
 

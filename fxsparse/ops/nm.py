@@ -20,6 +20,7 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fxsparse.errors import CheckpointError, OptionError, RewriteError
 from fxsparse.ops.transposable import transposable_blocks
+from fxsparse.options import Written, shown
+
+WITH_KERNELS = ((1, 2), (2, 4), (1, 4), (2, 8), (4, 8))
+"""Patterns n:m that kernels are generated for, on GPUs and CPUs. Others run as the reference or a dense weight."""
 
 _PAIRWISE = 16  # largest m whose groups are ranked by comparing pairs, which beats sorting short groups
 
@@ -63,9 +68,9 @@ class Pattern:
         Raises:
             OptionError: it spells none.
         """
-        found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text) if isinstance(text, str) else None
+        found = re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*", text) if isinstance(text, str) else None
         if found is None:
-            raise OptionError(f'pattern {text!r} is not of the form "n:m", such as "2:4"')
+            raise OptionError(f'pattern {shown(text)} is not of the form "n:m", such as "2:4"')
         return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:
@@ -88,6 +93,12 @@ class Pattern:
     def index_bytes(self, in_features: int) -> int:
         """Bytes of a row of packed indices."""
         return -(-self.kept(in_features) * self.index_bits // 8)
+
+
+PatternText = Annotated[
+    str, Written("n:m (such as 2:4)", canonical=lambda text: str(Pattern.parse(text)), also=(Pattern,))
+]
+"""The text of a pattern, as an option declares it."""
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

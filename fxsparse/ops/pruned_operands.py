@@ -25,7 +25,7 @@ Shapes: ``x [*, in]``, ``y`` and ``dy [*, out]``, ``weight [out, in]``, ``bias [
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ from fxsparse.ops.nm import Pattern, nm_mask
 from fxsparse.ops.operator import Operator, Output
 from fxsparse.ops.reference import bias_gradient, outer_product
 
-MATRICES = ("inputs", "gradients")
+Matrix = Literal["inputs", "gradients"]
+MATRICES = get_args(Matrix)
 
 # --- references -------------------------------------------------------------------------------------------------------
 

@@ -17,10 +17,11 @@ import linecache
 import logging
 import os
 import re
+import sys
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -207,7 +208,10 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Turns ``use_cache`` off in every configuration of ``model``: a graph cannot return a cache of keys."""
+    """Turns ``use_cache`` off in every configuration of ``model``: a graph cannot return a cache of keys.
+
+    A model that makes a cache itself, as PEFT's prefix tuning does, returns it all the same; it is left out.
+    """
     configs: dict[int, Any] = {}
 
     def visit(config: Any) -> None:
@@ -222,10 +226,31 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     try:
         for config, _ in cached:
             config.use_cache = False
-        yield
+        with _returning_no_cache(model):
+            yield
     finally:
         for config, before in cached:
             config.use_cache = before
+
+
+@contextlib.contextmanager
+def _returning_no_cache(model: nn.Module) -> Iterator[None]:
+    library = sys.modules.get("transformers.cache_utils")
+    if library is None:
+        yield
+        return
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def without(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if isinstance(output, Mapping) and any(isinstance(item, library.Cache) for item in output.values()):
+            kept = {name: item for name, item in output.items() if not isinstance(item, library.Cache)}
+            return type(output)(**kept)
+        return output
+
+    with mock.patch.object(model, "forward", without):
+        yield
 
 
 # --- where in the model -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ is found here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -14,6 +15,7 @@ from typing import Any, TypeGuard
 import sympy
 import torch
 from torch import SymInt, Tensor, nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx import _pytree as fx_pytree
@@ -22,10 +24,9 @@ from torch.utils import _pytree as pytree
 from fxsparse import graph as fx
 from fxsparse.errors import TraceError
 from fxsparse.graph.partial import dependent_outputs, input_names, input_nodes
-from fxsparse.graph.training_form import prepare_without
+from fxsparse.graph.training_form import CONDITIONS_KEY, prepare_without
 from fxsparse.tracing.export import Inputs, left_as_it_was, quote_guard, tensors, where_batch_was_fixed
 
-CONDITIONS_KEY = "fxsparse_size_conditions"
 ANY_LENGTH_KEY = "fxsparse_any_length"
 """In ``gm.meta``: whether the caller asked for free lengths, which includes 1."""
 DEFAULTS_KEY = "fxsparse_default_inputs"
@@ -120,9 +121,11 @@ def check_one_row(model: nn.Module, gm: GraphModule, example: Inputs) -> None:
     """TraceError where the model does something else with one row (``squeeze``) than the graph captured with two."""
     name, shapes = type(model).__name__, []
     for module in (model, gm):
-        with left_as_it_was(module), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        mode = detect_fake_mode([*module.parameters()]) or FakeTensorMode(allow_non_fake_inputs=True)
+        with left_as_it_was(module), mode, torch.no_grad():
             module.eval()
-            args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, example)
+            fake = functools.partial(mode.from_tensor, static_shapes=True)
+            args, kwargs = pytree.tree_map_only(Tensor, fake, example)
             try:
                 shapes.append([tuple(tensor.shape) for tensor in tensors(module(*args, **kwargs))])
             except Exception as error:
@@ -199,7 +202,7 @@ def _check_values(gm: GraphModule, names: list[str], values: Mapping[str, Any], 
     positional, named = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
     arranged = [values[name] for name in names[: positional.num_children]], {key: values[key] for key in named.context}
     leaves = fx_pytree.tree_flatten_spec(arranged, spec)
-    sizes: dict[sympy.Basic, int] = {}
+    sizes: dict[sympy.Basic, int | SymInt] = {}
     shortest = 1 if gm.meta.get(ANY_LENGTH_KEY) else 2
     left_out = {node for name in absent for node in input_nodes(gm.graph)[name]}
     for node, leaf in zip(gm.graph.find_nodes(op="placeholder"), leaves, strict=False):
@@ -218,8 +221,12 @@ def _check_values(gm: GraphModule, names: list[str], values: Mapping[str, Any], 
         else:
             sizes |= {s.node.expr: n for s, n in zip(expected.shape, leaf.shape, strict=True) if _is_free(s)}
     for condition in gm.meta.get(CONDITIONS_KEY, ()):
-        if condition.expression.subs(sizes) == sympy.false:
+        holds = condition.expression.subs(sizes)
+        if holds == sympy.false:
             raise TraceError(f"a size is outside what was captured; {condition}")
+        if holds != sympy.true:  # an export with free sizes, which the program is to check in its turn
+            environment = next(size.node.shape_env for size in sizes.values() if isinstance(size, SymInt))
+            torch._check(environment.create_symboolnode(holds))
 
 
 def _advice(given: Tensor, captured: Tensor) -> str:

@@ -7,9 +7,10 @@ is written in place but what outlives the call, and attention that is causal say
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +24,18 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
-from fxsparse.errors import CheckpointError, FxsparseError, InternalError, TraceError
+from fxsparse.errors import CheckpointError, FxsparseError, InternalError, OptionError, TraceError
+from fxsparse.exclusive import exclusive
 from fxsparse.graph import traits
+from fxsparse.graph.added_state import set_aside
 from fxsparse.graph.graph_state import follow, infer, state_buffers, with_vectors
-from fxsparse.graph.recompute import mark, plan
+from fxsparse.graph.recompute import is_marked, mark, plan
 from fxsparse.graph.record import TRACE_KEY
 from fxsparse.graph.sharded import unsharded_class
-from fxsparse.graph.training_form import keep_forward, renew_form
+from fxsparse.graph.training_form import CONDITIONS_KEY, keep_forward, renew_form
 from fxsparse.modules.sites import STARTED
+from fxsparse.options import checked, shown
+from fxsparse.tracing.casting import CONSTANTS, convert, note_origin
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
 from fxsparse.tracing.export import (
     CHECKPOINTED,
@@ -47,10 +52,10 @@ from fxsparse.tracing.export import (
     quote_node,
     without_cache,
 )
+from fxsparse.tracing.exported import follow_interpreter
 from fxsparse.tracing.functional import functionalise
 from fxsparse.tracing.input_sizes import (
     ANY_LENGTH_KEY,
-    CONDITIONS_KEY,
     DEFAULTS_KEY,
     SizeCondition,
     check_batch_is_free,
@@ -74,25 +79,35 @@ class Trace:
     Attributes:
         inputs: name and example sizes of every tensor input.
         notes: what a reader of the graph should know, such as "captured in evaluation mode because ...".
+        state: the names in its ``state_dict`` then.
     """
 
     inputs: tuple[tuple[str, tuple[int, ...]], ...]
     notes: tuple[str, ...] = ()
+    state: frozenset[str] = frozenset()
 
 
 class TracedModule(GraphModule):
     """A graph module that refuses inputs it was not captured for; a smaller size could broadcast in silence."""
 
-    @torch._dynamo.disable(recursive=False)  # the check is Python's; what it calls is compiled
+    @torch._dynamo.decorators.skip  # the check is Python's; what it calls is compiled, and runs when it is exported
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = check_inputs(self, args, kwargs)
         follow(self)  # here and not in forward, which Dynamo and export trace whole
         return super().__call__(*args, **kwargs)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What ``to``, ``half``, ``cuda`` and their like run on every tensor."""
+        if not recurse:
+            return super()._apply(fn, recurse)
+        convert(self, fn, super()._apply)
+        return self
+
     def recompile(self) -> Any:
         with unsharded_class(self):
             code = super().recompile()
             keep_forward(self)
+            follow_interpreter(self)
         renew_form(self)
         return code
 
@@ -160,6 +175,14 @@ class TracedPreTrained(TracedModule):
         """The dtype of the first parameter of floating point."""
         return next(parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
 
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Trainers call it; the graph has no modules to switch, so it is refused unless blocks are recomputed."""
+        if not any(map(is_marked, self.graph.nodes)):
+            raise OptionError(
+                "a graph calls none of the modules that gradient checkpointing switches: let blocks be recomputed by "
+                'gm = fxsparse.rewrite(gm, "recompute"), or enable it on the model before it is traced'
+            )
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The number of parameter elements, of those that require a gradient, or without embeddings."""
         lookups = self.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
@@ -170,6 +193,7 @@ class TracedPreTrained(TracedModule):
         return sum(p.numel() for p in counted if not exclude_embeddings or id(p) not in embeddings)
 
 
+@exclusive
 def trace(
     model: nn.Module,
     args: tuple[Any, ...] = (),
@@ -188,6 +212,8 @@ def trace(
     evaluation does not (stochastic depth) is captured as it evaluates; the notes of the trace say so, and a warning. So
     is one that was given in evaluation mode and computes something else in training.
 
+    Threads that trace, rewrite or compile wait for each other.
+
     Args:
         model: any module that ``torch.export`` can follow. It is left as it was: mode, configuration, random state.
             A graph module that was traced before is returned as it is, a compiled module stands for what it compiles.
@@ -200,17 +226,23 @@ def trace(
             but is never 1, which cannot be told from a broadcast. Every other size stays that of the example.
 
     Raises:
+        OptionError: an option is of another type.
         TraceError: the model cannot be captured, or not with a free batch size; the message quotes the line that
             stopped it.
         InternalError: tracing has a bug.
     """
+    dynamic_batch = checked("dynamic_batch", dynamic_batch, bool)
+    dynamic_sequence = checked("dynamic_sequence", dynamic_sequence, bool | None)
+    if isinstance(args, Tensor) or not isinstance(args, Iterable):
+        raise OptionError(f"args is a tuple of positional inputs, such as (x,), and not {shown(args)}")
+    kwargs = dict(checked("kwargs", kwargs or {}, Mapping[str, Any]))
     if isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod
     if isinstance(model, GraphModule) and TRACE_KEY in model.meta:
         return model
     with torch.inference_mode(False):
-        given: Inputs = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), dict(kwargs or {})))
-    with without_cache(model):
+        given: Inputs = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), kwargs))
+    with without_cache(model), set_aside(model):
         if dynamic_sequence is None:
             try:
                 gm, notes = _with_free_sizes(model, given, dynamic_batch, True)
@@ -227,9 +259,15 @@ def trace(
     gm.meta[ANY_LENGTH_KEY] = bool(dynamic_sequence)
     parameters = inspect.signature(model.forward).parameters.values()
     gm.meta[DEFAULTS_KEY] = {item.name: item.default for item in parameters if item.default is not item.empty}
-    gm.meta[TRACE_KEY] = Trace(tuple((node.name, _example_sizes(node)) for node in tensor_inputs(gm)), tuple(notes))
+    inputs = tuple((node.name, _example_sizes(node)) for node in tensor_inputs(gm))
+    gm.meta[TRACE_KEY] = Trace(inputs, tuple(notes), frozenset(gm.state_dict(keep_vars=True)))
     carry_on(model, gm, tuple(notes))
+    note_origin(gm, model, given, functools.partial(_again, dynamic_batch, dynamic_sequence))
     return gm
+
+
+def _again(dynamic_batch: bool, dynamic_sequence: bool | None, model: nn.Module, example: Inputs) -> GraphModule:
+    return trace(model, *example, dynamic_batch=dynamic_batch, dynamic_sequence=dynamic_sequence)
 
 
 def _with_free_sizes(
@@ -378,6 +416,7 @@ def _assemble(model: nn.Module, program: ExportedProgram) -> GraphModule:
     for name, tensor in (*gm.named_parameters(), *gm.named_buffers()):
         first[id(tensor)] = name
     reads: dict[str, Node] = {}
+    constants: list[str] = []
     for node in exported.graph.find_nodes(op="get_attr"):
         item = fx.attribute(exported, str(node.target))
         name = first.get(id(item), str(node.target))  # a tied tensor is read under its first name
@@ -388,8 +427,10 @@ def _assemble(model: nn.Module, program: ExportedProgram) -> GraphModule:
         if name != node.target:
             node.target = name
             node._rename(name.replace(".", "_"))
-        _adopt(gm, name, item)
+        if _adopt(gm, name, item):
+            constants.append(name)
     gm.graph = exported.graph
+    gm.meta[CONSTANTS] = tuple(constants)
     return gm
 
 
@@ -461,8 +502,12 @@ def _mirror(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     return done[id(module)]
 
 
-def _adopt(gm: GraphModule, name: str, item: Any) -> None:
-    """Gives ``gm`` a constant or a region that capture made, unless the model's own tree has it."""
+def _adopt(gm: GraphModule, name: str, item: Any) -> bool:
+    """Gives ``gm`` a constant or a region that capture made, unless the model's own tree has it.
+
+    Returns:
+        whether it is a constant.
+    """
     try:
         fx.attribute(gm, name)
     except AttributeError:
@@ -470,5 +515,6 @@ def _adopt(gm: GraphModule, name: str, item: Any) -> None:
         owner = gm.get_submodule(path)
         if isinstance(item, Tensor):
             owner.register_buffer(leaf, item, persistent=False)
-        else:
-            setattr(owner, leaf, item)
+            return True
+        setattr(owner, leaf, item)
+    return False

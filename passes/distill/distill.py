@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from annotated_types import Interval
 from torch import SymInt, Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -29,20 +30,19 @@ from fxsparse.analysis.structures import SDPA
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import Change, record_of, rewrote
+from fxsparse.options import FrozenMapping, Glob, Index, Positive, Weight
 from fxsparse.passes.base import Pass, parse_passes
 from fxsparse.passes.distill.losses import Distillation, Losses, attention_matrix
 from fxsparse.passes.distill.teacher import frozen_teacher, logits_of, loss_of, tapped
 from fxsparse.passes.pipeline import structure_only
 from fxsparse.passes.structured.hard_concrete import mask_name
 from fxsparse.passes.structured.nodes import GATE_MARK
-from fxsparse.passes.text import FrozenMapping
 
 PATH = "distillation"
 """The module of a student graph that holds the teacher and the projections."""
 
 _ATTENTION_UNITS, _MLP_UNITS = {"heads", "attention"}, {"intermediate", "ffn"}
-MATCHINGS = ("dynamic", "plain")
-PROJECTIONS = ("none", "shared", "per-layer")
+_Layers = tuple[Index, ...]
 
 
 @dataclass(frozen=True)
@@ -76,48 +76,30 @@ class DistillLayers(Pass):
 
     name: ClassVar[str] = "distill"
     cannot_follow: ClassVar[tuple[str, ...]] = ("distill", "select-tensors")
+    training_only: ClassVar[bool] = True
     no_module: ClassVar[str] = "its loss reads a teacher and hidden states; run end-distill first"
     teacher: nn.Module | None = field(default=None, compare=False, repr=False)
-    matching: str = "dynamic"
-    temperature: float = 2.0
-    weights: tuple[float, float, float] = (0.0, 0.1, 0.9)
-    teacher_layers: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
-    projection: str = "none"
-    width: int | None = None
-    attention: float = 0.0
-    embedding: float = 0.0
+    matching: Literal["dynamic", "plain"] = "dynamic"
+    temperature: Positive = 2.0
+    weights: tuple[Weight, Weight, Weight] = (0.0, 0.1, 0.9)
+    teacher_layers: _Layers | Mapping[Glob, _Layers] | None = None
+    projection: Literal["none", "shared", "per-layer"] = "none"
+    width: Annotated[int, Interval(ge=1, le=2**20)] | None = None
+    attention: Weight = 0.0
+    embedding: Weight = 0.0
 
     def __post_init__(self) -> None:
-        for option, known in (("matching", MATCHINGS), ("projection", PROJECTIONS)):
-            if getattr(self, option) not in known:
-                raise OptionError(
-                    f"{option}={getattr(self, option)!r} is none of {', '.join(known)}", pass_name=self.name
-                )
-        if self.teacher is not None and not isinstance(self.teacher, nn.Module):
-            raise OptionError(f"the teacher must be a module, not {type(self.teacher).__name__}", pass_name=self.name)
-        if isinstance(self.temperature, bool) or not self.temperature > 0:
-            raise OptionError(f"temperature={self.temperature} must be positive", pass_name=self.name)
-        weights = tuple(self.weights)
-        if len(weights) != 3 or min(weights) < 0 or not any((*weights[1:], self.attention, self.embedding)):
+        super().__post_init__()
+        if not any((*self.weights[1:], self.attention, self.embedding)):
             raise OptionError(
-                f"weights={self.weights} are those of task, logits and hidden states: three numbers of at least 0, and "
-                "one of the last two, or attention or embedding, above it",
+                f"weights={self.weights} are those of task, logits and hidden states: one of the last two, or "
+                "attention or embedding, must be above 0",
                 pass_name=self.name,
             )
-        for option in ("attention", "embedding"):
-            if isinstance(getattr(self, option), bool) or not getattr(self, option) >= 0:
-                raise OptionError(f"{option}={getattr(self, option)} must be at least 0", pass_name=self.name)
         if self.attention and self.matching != "plain":
             raise OptionError(
                 'attention matrices belong to layers that go together: use matching="plain"', pass_name=self.name
             )
-        object.__setattr__(self, "weights", weights)
-        layers = self.teacher_layers
-        if isinstance(layers, (Mapping, FrozenMapping)):
-            items = dict(layers).items()
-            object.__setattr__(self, "teacher_layers", FrozenMapping({glob: tuple(chosen) for glob, chosen in items}))
-        elif layers is not None:
-            object.__setattr__(self, "teacher_layers", (layers,) if isinstance(layers, int) else tuple(layers))
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         if weights_borrowed(graph):
@@ -147,10 +129,9 @@ class DistillLayers(Pass):
         graph.add_submodule(PATH, module)
         streams = [[block.stream_out for block in stack.blocks] for stack in students] if self.weights[2] else []
         gates = [[_gates(graph, block) for block in stack.blocks] for stack in students]
+        more = (*self._more(students), _read_projections(graph, projections))
         with graph.graph.inserting_before(graph.graph.output_node()):
-            node = graph.graph.call_module(
-                PATH, (loss, logits, streams, gates, _tensor_inputs(graph), *self._more(students))
-            )
+            node = graph.graph.call_module(PATH, (loss, logits, streams, gates, _tensor_inputs(graph), *more))
         node.meta["val"] = fx.value(loss)
         graph.graph.output_node().replace_input_with(loss, node)
         yield from self._changes(students)
@@ -164,13 +145,11 @@ class DistillLayers(Pass):
     def _compares_layers(self) -> bool:
         return bool(self.weights[2] or self.attention or self.embedding)
 
-    def _more(self, students: list[Stack]) -> tuple[list[Any], ...]:
-        """The further arguments of the loss."""
+    def _more(self, students: list[Stack]) -> tuple[list[Any], list[Any]]:
+        """The arguments of the losses of attention matrices and of embeddings."""
         blocks = [stack.blocks for stack in students] if self.attention else []
         calls = [[[_operands(call) for call in _attentions(block)] for block in row] for row in blocks]
-        if self.embedding:
-            return calls, [stack.blocks[0].stream_in for stack in students]
-        return (calls,) if calls else ()
+        return calls, [stack.blocks[0].stream_in for stack in students] if self.embedding else []
 
     def _changes(self, students: list[Stack]) -> Iterable[Change]:
         for stack in students:
@@ -316,6 +295,7 @@ def end_distillation(gm: GraphModule) -> bool:
     if node is None:
         return False
     fx.replace(node, node.args[0])  # type: ignore[arg-type]
+    fx.eliminate_dead_code(gm)
     gm.delete_submodule(PATH)
     return True
 
@@ -338,6 +318,18 @@ def attach_teacher(gm: GraphModule, teacher: nn.Module) -> None:
     logits: Any = node.args[1]
     item._attach(gm, node, item._frozen(gm, teacher, students), students, logits)
     gm.recompile()
+
+
+def _read_projections(gm: GraphModule, projections: list[list[nn.Linear]]) -> list[list[tuple[Node, Node]]]:
+    """The nodes of weight and bias of every projection, read in the graph as all that can be trained."""
+
+    def read(stack: int, at: int, leaf: str) -> Node:
+        return fx.insert_attribute(gm, f"{PATH}.projections.{stack}.{at}.{leaf}", before=gm.graph.output_node())
+
+    return [
+        [(read(stack, at, "weight"), read(stack, at, "bias")) for at in range(len(linears))]
+        for stack, linears in enumerate(projections)
+    ]
 
 
 def _gates(gm: GraphModule, block: Block) -> list[list[Node]]:

@@ -14,13 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
+from fxsparse import graph as fx
+from fxsparse.cost.backprop import BackpropGraph
+from fxsparse.cost.sizes import expression
 from fxsparse.errors import RewriteError
+from fxsparse.ops.flops import Operand, Product, Size
+from fxsparse.tracing.casting import convert
+
+Projection = tuple[Any, Any]
+"""Weight ``[teacher's width, student's width]`` and bias."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,24 @@ class Held:
 
     def __init__(self, module: nn.Module | None):
         self.module = module
+        self._counted: tuple[nn.Module, BackpropGraph] | None = None
+
+    def flops(self, inputs: Sequence[Operand]) -> Size:
+        """FLOPs of a call of the module, a graph module, with inputs of these shapes; 0 without a module."""
+        if self.module is None:
+            return 0
+        module = cast(GraphModule, self.module)
+        if self._counted is None or self._counted[0] is not module:
+            self._counted = (module, BackpropGraph(module))
+        graph, reads = self._counted[1], module.graph.find_nodes(op="placeholder")
+        shapes = {str(read.target): operand.shape for read, operand in zip(reads, inputs, strict=True)}
+        if all(isinstance(size, int) for shape in shapes.values() for size in shape):
+            return graph.forward(**shapes)
+        theirs = (map(expression, fx.value(read).shape) for read in reads)
+        pairs = (
+            pair for shape, own in zip(theirs, shapes.values(), strict=True) for pair in zip(shape, own, strict=True)
+        )
+        return graph.expression().xreplace({size: own for size, own in pairs if not isinstance(size, int)})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Held:
         return self
@@ -57,7 +84,7 @@ class Distillation(nn.Module):
     """The loss of a student; in evaluation mode it is the task's alone, and the teacher does not run.
 
     The teacher runs in evaluation mode and without gradients. It is in no ``state_dict`` and no ``parameters()``, and
-    follows the student to another device or dtype.
+    follows the student to another device.
 
     Args:
         losses: their weights.
@@ -73,8 +100,11 @@ class Distillation(nn.Module):
         self.projections = nn.ModuleList(nn.ModuleList(linears) for linears in projections)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Distillation:
-        if self.held.module is not None:
-            self.held.module._apply(fn)
+        teacher = self.held.module
+        if isinstance(teacher, GraphModule):
+            convert(teacher, fn, teacher._apply)
+        elif teacher is not None:
+            teacher._apply(fn)
         return super()._apply(fn, recurse)
 
     def forward(
@@ -86,6 +116,7 @@ class Distillation(nn.Module):
         inputs: Sequence[Tensor],
         attentions: Sequence[Sequence[Sequence[tuple[Any, ...]]]] = (),
         embeddings: Sequence[Tensor] = (),
+        projections: Sequence[Sequence[Projection]] = (),
     ) -> Tensor:
         """The loss to train on.
 
@@ -97,6 +128,7 @@ class Distillation(nn.Module):
             inputs: the input tensors of the teacher.
             attentions: for every stack and block the arguments of `attention_matrix` for each of its attentions.
             embeddings: for every stack the stream into its first block.
+            projections: for every stack those of `projections` as the graph reads them, which may detach them.
         """
         if not self.training:
             return loss
@@ -108,23 +140,61 @@ class Distillation(nn.Module):
         if logits is not None:
             total = total + self.losses.logits * divergence(logits, expected, self.losses.temperature)
         exist = [layers_exist(closing, loss.device) if any(closing) else None for closing in gates]
-        for streams, exists, wanted, projections in zip(stacks, exist, states, self.projections, strict=False):
-            total = total + self.losses.hidden * self._hidden(streams, wanted, [*projections.children()], exists)
+        for streams, exists, wanted, project in zip(stacks, exist, states, projections, strict=False):
+            total = total + self.losses.hidden * self._hidden(streams, wanted, project, exists)
         for calls, exists, wanted in zip(attentions, exist, matrices, strict=True) if attentions else ():
             total = total + self.losses.attention * attention_loss(calls, wanted, exists)
-        for stream, wanted, projections in zip(embeddings, embedded, self.projections, strict=False):
-            (*_, project) = [nn.Identity(), *projections.children()]
-            total = total + self.losses.embedding * F.mse_loss(project(stream), wanted)
+        for stream, wanted, project in zip(embeddings, embedded, projections, strict=False):
+            embedding = F.linear(stream, *project[-1]) if project else stream
+            total = total + self.losses.embedding * F.mse_loss(embedding, wanted)
         return total
 
     def _hidden(
-        self, streams: Sequence[Tensor], wanted: Sequence[Tensor], projections: list[Any], exists: Tensor | None
+        self,
+        streams: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        projections: Sequence[Projection],
+        exists: Tensor | None,
     ) -> Tensor:
         states = list(streams)
         if projections:
-            each = projections[: len(states)] if len(projections) >= len(states) else projections[:1] * len(states)
-            states = [project(state) for project, state in zip(each, states, strict=True)]
+            each = of_layers(projections, len(states))
+            states = [F.linear(state, *project) for project, state in zip(each, states, strict=True)]
         return layer_loss(states, wanted, exists) if self.losses.dynamic else paired_loss(states, wanted, exists)
+
+    def flops(
+        self,
+        out: Operand,
+        loss: Operand,
+        logits: Operand | None,
+        stacks: Sequence[Sequence[Operand]],
+        gates: Any,
+        inputs: Sequence[Operand],
+        attentions: Sequence[Sequence[Sequence[tuple[Any, ...]]]] = (),
+        embeddings: Sequence[Operand] = (),
+        projections: Sequence[Sequence[Projection]] = (),
+    ) -> Sequence[Product]:
+        """The products of a training step: the teacher's, which have no gradients, attention matrices, projections."""
+        products = [Product(self.held.flops(inputs), {}, "teacher")]
+        calls = [call for stack in attentions for layer in stack for call in layer]
+        for at, (query, key, *_) in enumerate(calls):
+            flops = 2 * query.numel * key.shape[-2]
+            products.append(Product(flops, {query: flops, key: flops}, f"attention{at}"))
+        projected: list[tuple[Operand, Projection]] = []
+        for streams, project in zip(stacks, projections, strict=False):
+            projected += zip(streams, of_layers(project, len(streams)), strict=False)
+        projected += [
+            (stream, project[-1]) for stream, project in zip(embeddings, projections, strict=False) if project
+        ]
+        for at, (stream, (weight, _)) in enumerate(projected):
+            flops = 2 * stream.numel * weight.shape[0]
+            products.append(Product(flops, {stream: flops, weight: flops}, f"projection{at}"))
+        return [*products, Product(0, dict.fromkeys(products, 0), "loss")]
+
+
+def of_layers(projections: Sequence[Projection], layers: int) -> Sequence[Projection]:
+    """The projection of each of so many layers: one each, or the first for all; none where there are none."""
+    return projections[:layers] if len(projections) >= layers else [*projections[:1]] * layers
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

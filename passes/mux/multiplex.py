@@ -16,14 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
+from annotated_types import Interval
 from torch.fx import GraphModule
 
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.derived_buffers import BORROWED
 from fxsparse.graph.record import Change
+from fxsparse.options import Glob, Positive, Seed, Share, Weight, Whole, shown
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
 from fxsparse.passes.mux.rewrite import PATH, Rewrite
@@ -31,8 +33,10 @@ from fxsparse.passes.mux.stages import Stages
 
 __all__ = ["DEMUXES", "MUXES", "PATH", "Multiplex"]
 
-MUXES = ("gaussian", "orthogonal", "binary", "attention", "unit")
-DEMUXES = ("keys", "mlp", "prefix", "repeat")
+Mux = Literal["gaussian", "orthogonal", "binary", "attention", "unit"]
+Demux = Literal["keys", "mlp", "prefix", "repeat"]
+MUXES, DEMUXES = get_args(Mux), get_args(Demux)
+Group = Annotated[int, Interval(ge=1, le=1024)]
 
 
 @dataclass(frozen=True)
@@ -72,53 +76,35 @@ class Multiplex(Pass):
 
     name: ClassVar[str] = "multiplex"
     cannot_follow: ClassVar[tuple[str, ...]] = ("multiplex", "select-tensors")
+    training_only: ClassVar[bool] = True
     no_module: ClassVar[str] = (
         "several inputs share one run through the layers, which no module of the model's class "
         "does; keep the graph form: fxsparse.save and fxsparse.load, torch.compile, torch.export"
     )
-    n: int = 2
-    mux: str = "gaussian"
-    demux: str = "keys"
-    layers: int = 2
+    n: Group = 2
+    mux: Mux = "gaussian"
+    demux: Demux = "keys"
+    layers: Annotated[int, Interval(ge=1, le=64)] = 2
     learned: bool = False
-    norm: float | None = None
-    ensemble: int = 1
-    stages: tuple[tuple[float, float, float], ...] = ()
-    ignore: tuple[int, ...] = ()
-    stack: str | None = None
-    seed: int = 0
+    norm: Positive | None = None
+    ensemble: Group = 1
+    stages: tuple[tuple[Share, Weight, Weight], ...] = ()
+    ignore: tuple[Whole, ...] = ()
+    stack: Glob | None = None
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        ignore = (self.ignore,) if isinstance(self.ignore, int) else self.ignore
-        object.__setattr__(self, "ignore", tuple(ignore))
-        for option in ("n", "layers", "ensemble"):
-            number = getattr(self, option)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise OptionError(f"{option}={number} must be a whole number of at least 1", pass_name=self.name)
-        for option, known in (("mux", MUXES), ("demux", DEMUXES)):
-            if getattr(self, option) not in known:
-                raise OptionError(
-                    f"{option}={getattr(self, option)!r} is none of {', '.join(known)}", pass_name=self.name
-                )
+        super().__post_init__()
         if self.n % self.ensemble:
             raise OptionError(f"ensemble={self.ensemble} does not divide n={self.n}", pass_name=self.name)
         if self.mux == "attention" and self.demux == "prefix":
             raise OptionError("mux=attention takes demux=keys or demux=mlp, not a prefix", pass_name=self.name)
-        if self.norm is not None and not self.norm > 0:
-            raise OptionError(f"norm={self.norm} must be positive", pass_name=self.name)
-        object.__setattr__(self, "stages", self._checked_stages())
-
-    def _checked_stages(self) -> tuple[tuple[float, float, float], ...]:
-        stages = tuple(tuple(map(float, stage)) for stage in self.stages)
-        ends = [stage[0] for stage in stages]
-        if any(len(stage) != 3 or min(stage) < 0 for stage in stages) or ends != sorted(set(ends)):
+        ends = [stage[0] for stage in self.stages]
+        if ends != sorted(set(ends)) or (ends and ends[-1] != 1):
             raise OptionError(
-                f"stages={self.stages} are (until, task, retrieval) with growing ends and weights of at least 0",
+                f"stages={shown(self.stages)} are (until, task, retrieval) whose ends grow and reach 1",
                 pass_name=self.name,
             )
-        if stages and ends[-1] != 1:
-            raise OptionError(f"the last of stages={self.stages} must end at 1", pass_name=self.name)
-        return stages  # type: ignore[return-value]
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         if graph.meta.get(BORROWED):
@@ -130,6 +116,10 @@ class Multiplex(Pass):
         if hasattr(graph, PATH):
             raise RewriteError(f"the model already has a module called {PATH}", pass_name=self.name, site=PATH)
         yield from Rewrite(self, graph).run()
+
+    @property
+    def needs_schedule(self) -> bool:
+        return bool(self.stages)
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if self.stages:

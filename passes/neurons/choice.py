@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from fxsparse.errors import RewriteError
 from fxsparse.graph.sharded import local_index, whole
 from fxsparse.passes.neurons.gather_units import Part, Site
 
-SCORES = ("magnitude", "weighted", "uniform")
-CHOICES = ("sampled", "top")
+Score = Literal["magnitude", "weighted", "uniform"]
+Choice = Literal["sampled", "top"]
 
 
 def kept_units(units: int, omission: float, multiple: int) -> int:

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Interval, MinLen
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -30,12 +31,13 @@ from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import META_KEY, Change, record_of, rewrote, skipped
 from fxsparse.graph.sharded import in_process_group, leave_to_ranks
 from fxsparse.graph.training_form import FORM_KEY, set_form
+from fxsparse.options import Count, Index, Seed
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
 from fxsparse.passes.neurons.choice import (
-    CHOICES,
-    SCORES,
+    Choice,
     Held,
+    Score,
     check_optimizer,
     choose,
     kept_units,
@@ -55,7 +57,8 @@ from fxsparse.passes.neurons.gather_units import (
 )
 from fxsparse.passes.nm.branch import Branch
 
-_STRUCTURES = ("heads", "channels")
+Structure = Literal["heads", "channels"]
+_Rate = Annotated[float, Interval(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -91,42 +94,27 @@ class SelectNeurons(Pass):
 
     name: ClassVar[str] = "select-neurons"
     cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
+    training_only: ClassVar[bool] = True
     no_module: ClassVar[str] = (
         "training computes a part of the units only, chosen as it goes; train the graph form. It "
         "evaluates the whole model: load fxsparse.dense_state_dict(gm) into the original for a module"
     )
-    omission: float = 0.3
-    score: str = "magnitude"
-    choice: str = "sampled"
-    structures: tuple[str, ...] = _STRUCTURES
-    rungs: int = 0
-    rung_steps: int | None = None
-    multiple: int = 64
-    head_multiple: int = 1
-    every: int = 1
-    decay: float = 0.9
+    omission: _Rate = 0.3
+    score: Score = "magnitude"
+    choice: Choice = "sampled"
+    structures: Annotated[tuple[Structure, ...], MinLen(1)] = ("heads", "channels")
+    rungs: Index = 0
+    rung_steps: Count | None = None
+    multiple: Count = 64
+    head_multiple: Count = 1
+    every: Count = 1
+    decay: _Rate = 0.9
     rescale: bool = False
-    seed: int = 0
-    now: float | None = None
+    seed: Seed = 0
+    now: _Rate | None = None
 
     def __post_init__(self) -> None:
-        for field in ("omission", "decay", "now"):
-            value = getattr(self, field)
-            if value is not None and (isinstance(value, bool) or not 0 <= value < 1):
-                raise OptionError(f"{field}={value} must lie in [0, 1)", pass_name=self.name)
-        for field, known in (("score", SCORES), ("choice", CHOICES)):
-            if getattr(self, field) not in known:
-                raise OptionError(
-                    f"{field}={getattr(self, field)!r} is none of {', '.join(known)}", pass_name=self.name
-                )
-        given = (self.structures,) if isinstance(self.structures, str) else tuple(self.structures)
-        object.__setattr__(self, "structures", given)
-        if not given or set(given) - set(_STRUCTURES):
-            raise OptionError(f"structures={list(given)} must be of {', '.join(_STRUCTURES)}", pass_name=self.name)
-        for field, least in (("rungs", 0), ("rung_steps", 1), ("multiple", 1), ("head_multiple", 1), ("every", 1)):
-            value = getattr(self, field)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise OptionError(f"{field}={value} must be a whole number, at least {least}", pass_name=self.name)
+        super().__post_init__()
         if self.rung_steps is not None and not self.rungs:
             raise OptionError("rung_steps needs rungs, the number of steps down", pass_name=self.name)
 
@@ -231,6 +219,10 @@ class SelectNeurons(Pass):
             buffers[magnitudes_name(site)] = torch.zeros(columns, device=device)
             buffers[batches_name(site)] = torch.zeros((), device=device)
         return buffers
+
+    @property
+    def needs_schedule(self) -> bool:
+        return True
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         yield _Selection(self, graph, optimizer, total_steps)

@@ -23,27 +23,28 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
-from fxsparse.errors import OptionError
 from fxsparse.graph.derived_buffers import BORROWED, Derived, derive
 from fxsparse.graph.record import Change, hold, rewrote, skipped
 from fxsparse.modules.sites import ModuleSite
-from fxsparse.ops.nm import Pattern
+from fxsparse.ops.nm import Pattern, PatternText
+from fxsparse.options import Count, Index
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.rules import ColumnMask
 from fxsparse.passes.nm.sparse_linear import (
     SparseLinear,
     dense_and_mask,
+    of_pass,
     replace_call,
     sparse_linears,
-    sparse_sites,
     store_column_mask,
 )
 from fxsparse.passes.pipeline import structure_only
@@ -67,21 +68,10 @@ class DoublePruneBackward(Pass):
 
     name: ClassVar[str] = "double-prune"
     must_follow: ClassVar[tuple[str, ...]] = ("nm-masks",)
-    pattern: str | None = None
-    every: int = 100
-    permutations: int = 0
-    permute_every: int = 100
-
-    def __post_init__(self) -> None:
-        if self.pattern is not None:
-            object.__setattr__(self, "pattern", str(Pattern.parse(str(self.pattern))))
-        if self.every < 0:
-            raise OptionError(f"every={self.every} must be 0 (static) or a number of steps", pass_name=self.name)
-        if self.permutations < 0 or self.permute_every < 1:
-            raise OptionError(
-                f"permutations={self.permutations} must not be negative, permute_every={self.permute_every} at least 1",
-                pass_name=self.name,
-            )
+    pattern: PatternText | None = None
+    every: Index = 100
+    permutations: Annotated[int, Interval(ge=0, le=100_000)] = 0
+    permute_every: Count = 100
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         done: set[str] = set()
@@ -151,8 +141,8 @@ class _Refresh(Event):
             self._search(0)
 
     def _weights(self) -> Iterator[tuple[SparseLinear | ModuleSite, Tensor, Tensor]]:
-        """The linears that are pruned twice, each with W^R and its mask."""
-        for linear in {linear.name: linear for linear in sparse_sites(self.gm)}.values():
+        """The linears that the pass prunes twice, each with W^R and its mask."""
+        for linear in of_pass(self.owner, self.gm):
             if linear["column_mask"] is not None:
                 yield linear, *dense_and_mask(self.gm, linear)
 

@@ -13,10 +13,11 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -27,10 +28,11 @@ from fxsparse.graph.derived_buffers import BORROWED
 from fxsparse.graph.graph_state import STATES, note, register_state
 from fxsparse.graph.record import Change, record_of, rewrote, skipped, substitute
 from fxsparse.modules.sites import STARTED, ModuleSite, module_sites
+from fxsparse.options import Globs, Seed, Share
 from fxsparse.passes.base import Pass, parse_passes, sites_of_others
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.branch import Branch
-from fxsparse.passes.nm.sparse_linear import SparseLinear, replace_call, sparse_linears
+from fxsparse.passes.nm.sparse_linear import SparseLinear, name_in_graph, replace_call, sparse_linears
 
 _WITH_BRANCH: dict[Any, Any] = {
     torch.ops.fxsparse.nm_linear.default: torch.ops.fxsparse.nm_linear_low_rank.default,
@@ -55,26 +57,19 @@ class AddLowRankBranches(Pass):
     """
 
     name: ClassVar[str] = "low-rank"
-    cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors",)
-    rank: int | None = None
-    ratio: float | None = None
-    start: float = 0.99
-    layers: tuple[str, ...] | None = None
-    seed: int = 0
+    cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors", "gates", "drop-dims")
+    rank: Annotated[int, Interval(ge=1, le=65_536)] | None = None
+    ratio: Annotated[float, Interval(gt=0, le=1)] | None = None
+    start: Share = 0.99
+    layers: Globs | None = None
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.layers is not None:
-            object.__setattr__(self, "layers", (self.layers,) if isinstance(self.layers, str) else tuple(self.layers))
+        super().__post_init__()
         if self.rank is not None and self.ratio is not None:
             raise OptionError("give rank or ratio, not both", pass_name=self.name)
         if self.rank is None and self.ratio is None:
             object.__setattr__(self, "ratio", 1 / 64)
-        if self.rank is not None and (isinstance(self.rank, bool) or self.rank != int(self.rank) or self.rank < 1):
-            raise OptionError(f"rank={self.rank} must be a positive whole number", pass_name=self.name)
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise OptionError(f"ratio={self.ratio} must lie in (0, 1]", pass_name=self.name)
-        if not 0 <= self.start <= 1:
-            raise OptionError(f"start={self.start} is a fraction of the training steps, in [0, 1]", pass_name=self.name)
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         if graph.meta.get(BORROWED):
@@ -86,20 +81,20 @@ class AddLowRankBranches(Pass):
             )
         candidates = self._candidates(graph)
         present = {name for name, _ in graph.named_parameters(remove_duplicate=False)}
-        done: set[str] = set()
+        mine: set[str] = set()
         for linear in candidates:
-            if linear.name in done:
+            if linear.name in mine:
                 continue
-            done.add(linear.name)
             if f"{linear.name}_down" in present:
                 yield skipped(linear.path, "already has a branch")
                 continue
+            mine.add(linear.name)
             rank = self.rank or max(1, round((self.ratio or 0) * min(linear.in_features, linear.out_features)))
             self._register(graph, linear, rank)
             when = "from the start" if self.start == 0 else f"from {self.start:.0%} of the steps on"
             yield rewrote(linear.path, f"rank {rank}, {when}")
         if self.start == 0:
-            insert_branches(graph, done)
+            insert_branches(graph, mine)
         waits = {linear.name for linear in waiting_branches(graph)}
         names = sorted(branch.weight for branch in live.sites(graph, Branch))
         register_state(graph, STARTED, names, set(names) - waits, start_branches, _started_earlier)
@@ -133,6 +128,10 @@ class AddLowRankBranches(Pass):
         fx.set_parameter(gm, f"{linear.name}_down", down)
         fx.set_parameter(gm, f"{linear.name}_up", up)
         live.enter(gm, Branch(linear.name, f"{linear.name}_down", f"{linear.name}_up"))
+
+    @property
+    def needs_schedule(self) -> bool:
+        return self.start > 0
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         yield _Start(graph, optimizer, round(self.start * total_steps), sites_of_others(self, graph))
@@ -213,7 +212,7 @@ def start_branches(gm: nn.Module, on: frozenset[str]) -> None:
         return
     if isinstance(gm, GraphModule):
         gm.recompile()
-    waits = {fx.module_path(_name_in_graph(linear)) for linear in waiting_branches(gm)}
+    waits = {fx.module_path(name_in_graph(linear)) for linear in waiting_branches(gm)}
     for entry in record_of(gm).entries:
         for item in parse_passes(entry.text):
             if isinstance(item, AddLowRankBranches) and not any(change.site in waits for change in entry.rewritten):
@@ -233,13 +232,9 @@ def waiting_branches(gm: nn.Module) -> Iterable[Linear | SparseLinear | ModuleSi
             yield linear
 
 
-def _name_in_graph(linear: Linear | SparseLinear | ModuleSite) -> str:
-    return linear.form.name if isinstance(linear, ModuleSite) else linear.name
-
-
 def insert_branches(gm: nn.Module, weights: Collection[str]) -> bool:
     """Makes the graph use the waiting branches of ``weights``, by their names in the graph; whether there were any."""
-    waiting = [linear for linear in waiting_branches(gm) if _name_in_graph(linear) in weights]
+    waiting = [linear for linear in waiting_branches(gm) if name_in_graph(linear) in weights]
     for linear in waiting:
         down, up = f"{linear.name}_down", f"{linear.name}_up"
         if isinstance(linear, ModuleSite):

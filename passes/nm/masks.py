@@ -18,9 +18,10 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Interval, MinLen
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -30,18 +31,17 @@ from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import Linear, live
 from fxsparse.graph.derived_buffers import BORROWED, Derived, derive
 from fxsparse.graph.record import Change, HeldWeight, hold, rewrote, skipped
-from fxsparse.ops.nm import Pattern, pack
-from fxsparse.passes.base import Pass, sites_of_others
+from fxsparse.ops.nm import WITH_KERNELS, Pattern, PatternText, pack
+from fxsparse.options import Count, Glob, Globs, Seed, Weight
+from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.branch import Additions
-from fxsparse.passes.nm.rules import CRITERIA, NMMask
+from fxsparse.passes.nm.rules import Criterion, NMMask
 from fxsparse.passes.nm.sparse_linear import sparse_linears
 from fxsparse.passes.nm.sparsegpt import Pruned, sparsegpt
 from fxsparse.passes.nm.sr_ste import DynamicMasks
 from fxsparse.passes.pipeline import structure_only
-from fxsparse.passes.text import FrozenMapping
 
-STORAGES = ("compressed", "masked")
 _ADAPTER = re.compile(r"(\w*lora|\w*vera|hira|lily|adamss|peanut|stride)_(\w+_)?[A-E]")  # PEFT's names of their parts
 
 
@@ -52,7 +52,8 @@ class InsertNMMasks(Pass):
     Attributes:
         pattern: ``"2:4"`` for all linears, or a mapping from globs over module paths to patterns,
             ``{"*.layers.[0-5].*": "2:4", "*.layers.[6-9].*": "2:8"}``; the first glob that matches a path counts,
-            and a path without a match stays dense.
+            and a path without a match stays dense. There are kernels for 1:2, 2:4, 1:4, 2:8 and 4:8; weights of other
+            patterns (2:16) are expanded, which saves memory and no time.
         criterion: which weights stay: ``magnitude``, ``random``, ``wanda`` (|weight| times the norm of its input over
             the calibration batches; Sun et al., arXiv 2306.11695), or ``sparsegpt``, which also changes those that stay
             so that outputs change little (Frantar and Alistarh, arXiv 2301.00774; `fxsparse.passes.nm.sparsegpt`).
@@ -79,44 +80,30 @@ class InsertNMMasks(Pass):
     """
 
     name: ClassVar[str] = "nm-masks"
-    cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors",)
-    pattern: Any = "2:4"
-    criterion: str = "magnitude"
-    storage: str = "compressed"
+    cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors", "gates", "drop-dims")
+    pattern: PatternText | Annotated[Mapping[Glob, PatternText], MinLen(1)] = "2:4"
+    criterion: Criterion = "magnitude"
+    storage: Literal["compressed", "masked"] = "compressed"
     transposable: bool = False
     dynamic: bool = False
-    every: int = 1
-    decay: float = 2e-4
-    dense_after: float = 1.0
-    exclude: tuple[str, ...] = ()
+    every: Count = 1
+    decay: Weight = 2e-4
+    dense_after: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    exclude: Globs = ()
     keep_first: bool = True
     keep_head: bool = True
     keep_adapters: bool = True
-    seed: int = 0
+    seed: Seed = 0
     calibration: Iterable[Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", _canonical(self.pattern))
-        object.__setattr__(self, "exclude", _globs(self.exclude))
-        for option, known in (("criterion", CRITERIA), ("storage", STORAGES)):
-            if getattr(self, option) not in known:
-                raise OptionError(
-                    f"{option}={getattr(self, option)!r} is none of {', '.join(known)}", pass_name=self.name
-                )
+        super().__post_init__()
         if self.dynamic and self.storage != "masked":
             raise OptionError('dynamic masks need the pruned weights: use storage="masked"', pass_name=self.name)
         if self.dynamic and self.criterion == "sparsegpt":
             raise OptionError(
                 "sparsegpt chooses masks once and changes the weights for them; dynamic masks follow magnitudes",
                 pass_name=self.name,
-            )
-        if self.every < 1:
-            raise OptionError(f"every={self.every} must be at least 1 step", pass_name=self.name)
-        if self.decay < 0:
-            raise OptionError(f"decay={self.decay} must not be negative", pass_name=self.name)
-        if isinstance(self.dense_after, bool) or not 0 < self.dense_after <= 1:
-            raise OptionError(
-                f"dense_after={self.dense_after} is a fraction of the training steps, in (0, 1]", pass_name=self.name
             )
         if self.dense_after < 1 and not self.dynamic:
             raise OptionError(
@@ -159,13 +146,13 @@ class InsertNMMasks(Pass):
                 return None, f"excluded by {glob!r}"
         if isinstance(self.pattern, str):
             return Pattern.parse(self.pattern), None
-        for glob, pattern in self.pattern:
+        for glob, pattern in dict(self.pattern).items():
             if fnmatch.fnmatchcase(linear.path, glob):
                 return Pattern.parse(pattern), None
         return None, "no glob of the pattern matches it"
 
     def _check_globs(self, paths: list[str]) -> None:
-        globs = [*self.exclude, *(() if isinstance(self.pattern, str) else (glob for glob, _ in self.pattern))]
+        globs = [*self.exclude, *(() if isinstance(self.pattern, str) else dict(self.pattern))]
         for glob in globs:
             if not any(fnmatch.fnmatchcase(path, glob) for path in paths):
                 shown = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
@@ -237,7 +224,9 @@ class InsertNMMasks(Pass):
         along_out = str(pattern) if self.transposable else ""
         hold(gm, [HeldWeight(name, storage, str(pattern), transposed, site[0].in_features, names, along_out)])
         kind = "transposable " if self.transposable else ""
-        return rewrote(site[0].path, f"{kind}{pattern}, {self.criterion}, {storage}{error}{dense_part}")
+        has_kernel = storage == "masked" or (pattern.n, pattern.m) in WITH_KERNELS
+        slow = "" if has_kernel else f"; no kernel multiplies by {pattern}, the weight is expanded"
+        return rewrote(site[0].path, f"{kind}{pattern}, {self.criterion}, {storage}{error}{dense_part}{slow}")
 
     def _call_masked(self, gm: GraphModule, linear: Linear) -> None:
         def masked(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
@@ -247,16 +236,20 @@ class InsertNMMasks(Pass):
         inputs = (linear.input, linear.weight, f"{linear.name}_mask", linear.bias)
         fx.replace(linear.node, fx.insert_function(gm, masked, *inputs, before=linear.node))
 
+    @property
+    def needs_schedule(self) -> bool:
+        return self.dynamic
+
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if self.dynamic:
             sparse_steps = round(self.dense_after * total_steps)
             yield DynamicMasks(
+                self,
                 graph,
                 decay=self.decay,
                 every=self.every,
                 transposable=self.transposable,
                 dense_from=sparse_steps if sparse_steps < total_steps else None,
-                others=sites_of_others(self, graph),
             )
 
 
@@ -265,26 +258,6 @@ def _call_compressed(gm: GraphModule, linear: Linear, pattern: Pattern) -> None:
     indices = fx.insert_attribute(gm, f"{linear.name}_indices", before=linear.node)
     args = (linear.input, values, indices, None, linear.bias, pattern.n, pattern.m)
     fx.replace_with_call(gm, linear.node, torch.ops.fxsparse.nm_linear.default, args)
-
-
-def _canonical(pattern: Any) -> str | FrozenMapping:
-    """A pattern's one spelling: text, or a mapping from globs to text."""
-    if isinstance(pattern, (str, Pattern)):
-        return str(Pattern.parse(str(pattern)))
-    if not isinstance(pattern, (Mapping, FrozenMapping)):
-        raise OptionError(
-            f"pattern={pattern!r} is neither n:m, such as 2:4 (2 of every 4 weights are kept), nor a mapping from "
-            "globs to such patterns",
-            pass_name=InsertNMMasks.name,
-        )
-    items = FrozenMapping(pattern)
-    if not items:
-        raise OptionError("a mapping of patterns must not be empty", pass_name=InsertNMMasks.name)
-    return FrozenMapping((glob, str(Pattern.parse(str(text)))) for glob, text in items)
-
-
-def _globs(globs: Any) -> tuple[str, ...]:
-    return (globs,) if isinstance(globs, str) else tuple(globs)
 
 
 def _sites(gm: GraphModule) -> list[list[Linear]]:

@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
-from fxsparse.errors import OptionError, RewriteError
+from fxsparse.errors import RewriteError
 from fxsparse.graph import Linear
 from fxsparse.graph.record import Change, rewrote, skipped
-from fxsparse.ops.nm import Pattern
-from fxsparse.ops.pruned_operands import MATRICES
+from fxsparse.ops.nm import Pattern, PatternText
+from fxsparse.ops.pruned_operands import Matrix
+from fxsparse.options import Globs
 from fxsparse.passes.base import Pass
 from fxsparse.passes.nm.branch import Additions
 
@@ -33,7 +34,8 @@ class PruneOperands(Pass):
     """Prunes the inputs of linears, or the gradients of their outputs, n:m in every step.
 
     Attributes:
-        matrix: ``inputs``, in the forward pass and in both products of the backward, or ``gradients``, in the backward.
+        matrix: ``inputs``, in the forward pass and in both products of the backward, or ``gradients``, in the backward;
+            weights are pruned by ``nm-masks,double-prune``.
         pattern: ``n:m``, along the dimension that each product sums over.
         exclude: globs over module paths of linears to leave alone.
         keep_first: leave the first linears after the input alone.
@@ -47,21 +49,11 @@ class PruneOperands(Pass):
     name: ClassVar[str] = "prune-operands"
     cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors",)
     no_module: ClassVar[str] = "it prunes what linears are given in every step, and no module does; keep the graph form"
-    matrix: str = "inputs"
-    pattern: str = "2:4"
-    exclude: tuple[str, ...] = ()
+    matrix: Matrix = "inputs"
+    pattern: PatternText = "2:4"
+    exclude: Globs = ()
     keep_first: bool = True
     keep_head: bool = True
-
-    def __post_init__(self) -> None:
-        if self.matrix not in MATRICES:
-            raise OptionError(
-                f"matrix={self.matrix!r} is none of {', '.join(MATRICES)}; weights are pruned by nm-masks,double-prune",
-                pass_name=self.name,
-            )
-        object.__setattr__(self, "pattern", str(Pattern.parse(str(self.pattern))))
-        exclude = (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude)
-        object.__setattr__(self, "exclude", exclude)
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         linears = list(fx.linears(graph))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fxsparse.ops.nm import Pattern, double_prune_mask, nm_mask, transposable_mask
 
-CRITERIA = ("magnitude", "random", "wanda", "sparsegpt")
+Criterion = Literal["magnitude", "random", "wanda", "sparsegpt"]
+CRITERIA = get_args(Criterion)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
+from fxsparse.graph import Linear
 from fxsparse.graph.record import HeldWeight, record_of
 from fxsparse.graph.sharded import whole
 from fxsparse.modules.sites import ModuleSite, module_sites
 from fxsparse.ops.nm import Pattern, pack_column_mask, unpack, unpack_mask
+from fxsparse.passes.base import Pass, sites_of_others
 
 COMPRESSED = (torch.ops.fxsparse.nm_linear.default, torch.ops.fxsparse.nm_linear_low_rank.default)
 MASKED = (torch.ops.fxsparse.masked_linear.default, torch.ops.fxsparse.masked_linear_low_rank.default)
@@ -88,6 +90,18 @@ def sparse_sites(model: nn.Module) -> Iterator[SparseLinear | ModuleSite]:
         yield from sparse_linears(model)
     else:
         yield from (site for site in module_sites(model) if site.form.m)
+
+
+def name_in_graph(linear: Linear | SparseLinear | ModuleSite) -> str:
+    """The name that a weight has, or had, in the graph."""
+    return linear.form.name if isinstance(linear, ModuleSite) else linear.name
+
+
+def of_pass(item: Pass, model: nn.Module) -> list[SparseLinear | ModuleSite]:
+    """The N:M linears, one for each weight, that no other pass of the same name has rewritten."""
+    others = sites_of_others(item, model)
+    weights = {linear.name: linear for linear in sparse_sites(model)}
+    return [linear for linear in weights.values() if fx.module_path(name_in_graph(linear)) not in others]
 
 
 def _weight_name(node: Node) -> str:

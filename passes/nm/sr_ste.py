@@ -13,48 +13,49 @@ reached. The masks are the state, so a checkpoint of the model carries it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxsparse import graph as fx
 from fxsparse.graph.sharded import cut_like, whole
 from fxsparse.modules.sites import ModuleSite
+from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.rules import NMMask
-from fxsparse.passes.nm.sparse_linear import SparseLinear, sparse_sites
+from fxsparse.passes.nm.sparse_linear import SparseLinear, of_pass
 
 
 class DynamicMasks(Event):
     """Moves the masks of the straight-through linears of a graph, or of its module form.
 
     Args:
+        owner: the pass, whose linears move.
         gm: the rewritten graph module or module.
         decay: the pull on pruned weights.
         every: optimizer steps between two masks.
         transposable: n of m along both dimensions.
         dense_from: the number of sparse steps; all later ones are dense. None if all are sparse.
-        others: module paths, as in the graph, of the linears that another pass moves.
     """
 
     def __init__(
         self,
+        owner: Pass,
         gm: nn.Module,
         *,
         decay: float,
         every: int,
         transposable: bool,
         dense_from: int | None = None,
-        others: Collection[str] = (),
     ):
-        self.gm, self.decay, self.every, self.transposable = gm, decay, every, transposable
-        self.dense_from, self.others = dense_from, others
+        self.owner, self.gm, self.decay, self.every, self.transposable = owner, gm, decay, every, transposable
+        self.dense_from = dense_from
         self.is_open = False
+        self.overlap: Tensor | float | None = None  # share of the kept weights that the masks before kept too
 
     def _weights(self) -> list[SparseLinear | ModuleSite]:
-        weights = {linear.name: linear for linear in sparse_sites(self.gm) if linear["straight_through"]}
-        return [linear for linear in weights.values() if fx.module_path(_in_graph(linear)) not in self.others]
+        return [linear for linear in of_pass(self.owner, self.gm) if linear["straight_through"]]
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
@@ -76,9 +77,15 @@ class DynamicMasks(Event):
         self.is_open = False  # after an earlier step was loaded
         if step % self.every:
             return
+        again: list[Tensor] = []
+        kept: list[Tensor] = []
         for linear in self._weights():
             rule = NMMask(linear.held.pattern, transposable=self.transposable, transposed=linear.held.transposed)
-            fx.attribute(self.gm, f"{linear.name}_mask").copy_(rule(whole(fx.attribute(self.gm, linear.name))))
+            mask, chosen = fx.attribute(self.gm, f"{linear.name}_mask"), rule(whole(fx.attribute(self.gm, linear.name)))
+            again.append((mask & chosen).sum())
+            kept.append(chosen.sum())
+            mask.copy_(chosen)
+        self.overlap = _total(again) / _total(kept) if kept else None
 
     def _open(self) -> None:
         """Lets every weight take part, in both passes."""
@@ -87,6 +94,19 @@ class DynamicMasks(Event):
             if linear["column_mask"] is not None:
                 fx.attribute(self.gm, f"{linear.name}_column_mask").fill_(True)
         self.is_open = True
+
+    def values(self) -> dict[str, float]:
+        return {} if self.overlap is None else {"mask_overlap": float(self.overlap)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"overlap": None if self.overlap is None else float(self.overlap)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.overlap = state["overlap"]
+
+
+def _total(counts: list[Tensor]) -> Tensor:
+    return torch.stack([count.to(counts[0].device) for count in counts]).sum()
 
 
 def _in_graph(linear: SparseLinear | ModuleSite) -> str:

@@ -16,9 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Interval, MinLen
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -30,12 +31,12 @@ from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.record import Change, rewrote, skipped
 from fxsparse.graph.sharded import cut_like, whole
+from fxsparse.options import Count, Globs, Seed, Share
 from fxsparse.passes.event import Event
 from fxsparse.passes.structured.hard_concrete import Gated, mask_name, mask_sparsity
-from fxsparse.passes.structured.sites import CLASHES, SCORES, Gating, Scorer, Sites, gate_sites, hidden_gate
+from fxsparse.passes.structured.sites import CLASHES, Gating, Score, Scorer, Sites, gate_sites, hidden_gate
 
-UNITS = ("hidden", "intermediate", "heads")
-RAMPS = ("cubic", "exponential")
+Unit = Literal["hidden", "intermediate", "heads"]
 _WHAT = {"hidden": "hidden dimensions", "intermediate": "channels", "heads": "heads"}
 
 
@@ -72,38 +73,24 @@ class DropDimensions(Gating):
     no_module: ClassVar[str] = (
         "dropped dimensions are masks in the graph and not yet smaller weights; run materialize first"
     )
-    fraction: float = 0.5
-    units: tuple[str, ...] = ("hidden",)
-    score: str = "platon"
-    ramp: str = "cubic"
-    begin: float = 0.1
-    end: float = 0.7
-    every: int = 10
-    beta1: float = 0.85
-    beta2: float = 0.95
-    multiple: int = 1
-    layers: tuple[str, ...] | None = None
-    seed: int = 0
+    fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.5
+    units: Annotated[tuple[Unit, ...], MinLen(1)] = ("hidden",)
+    score: Literal["platon", Score] = "platon"
+    ramp: Literal["cubic", "exponential"] = "cubic"
+    begin: Share = 0.1
+    end: Share = 0.7
+    every: Count = 10
+    beta1: Annotated[float, Interval(ge=0, lt=1)] = 0.85
+    beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.95
+    multiple: Count = 1
+    layers: Globs | None = None
+    seed: Seed = 0
     calibration: Iterable[Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._check_units(UNITS, "dropped")
-        if isinstance(self.fraction, bool) or not 0 < self.fraction < 1:
-            raise OptionError(f"fraction={self.fraction} must lie in (0, 1)", pass_name=self.name)
-        for name, known in (("score", ("platon", *SCORES)), ("ramp", RAMPS)):
-            if getattr(self, name) not in known:
-                raise OptionError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}", pass_name=self.name)
-        if not 0 <= self.begin <= self.end <= 1:
-            raise OptionError(
-                f"begin={self.begin} and end={self.end} are shares of the training, in this order", pass_name=self.name
-            )
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise OptionError(f"{name}={getattr(self, name)} must lie in [0, 1)", pass_name=self.name)
-        for name in ("every", "multiple"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name}={value} must be a whole number, at least 1", pass_name=self.name)
+        super().__post_init__()
+        if self.begin > self.end:
+            raise OptionError(f"begin={self.begin} must not be above end={self.end}", pass_name=self.name)
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         sites = self._find_sites(graph, "masks")
@@ -124,6 +111,7 @@ class DropDimensions(Gating):
             item for _, item in gate_sites(graph, sites, self.units, register, straight=self.score == "platon")
         ]
         live.enter(graph, *items, *(() if scores else (group for group, _ in groups)))
+        self._check_removable(graph, self.multiple)
         for group, _ in groups:
             left = self.left(group, self.fraction)
             if scores:
@@ -150,6 +138,10 @@ class DropDimensions(Gating):
         begin, end = self.begin * total_steps, self.end * total_steps
         x = min(1.0, max(0.0, (step - begin) / max(1.0, end - begin))) if step < end else 1.0
         return self.fraction * (1 - (1 - x) ** 3) if self.ramp == "cubic" else 1 - (1 - self.fraction) ** x
+
+    @property
+    def needs_schedule(self) -> bool:
+        return self.score == "platon"
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if live.sites(graph, Dimensions):

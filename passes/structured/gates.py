@@ -16,21 +16,23 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Interval, MinLen
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
-from fxsparse.errors import OptionError, RewriteError
+from fxsparse.errors import RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.record import Change, rewrote
 from fxsparse.graph.sharded import cut_like, leave_to_ranks, whole
+from fxsparse.options import Count, Globs, Positive, Seed, Share
 from fxsparse.passes.event import Event
 from fxsparse.passes.structured import hard_concrete
 from fxsparse.passes.structured.hard_concrete import Gated, mask_name
-from fxsparse.passes.structured.sites import CLASHES, SCORES, UNITS, Gating, Scorer, gate_sites, hidden_gate
+from fxsparse.passes.structured.sites import CLASHES, UNITS, Gating, Score, Scorer, Unit, gate_sites, hidden_gate
 
 
 @dataclass(frozen=True)
@@ -64,28 +66,18 @@ class GateStructures(Gating):
 
     name: ClassVar[str] = "gates"
     cannot_follow: ClassVar[tuple[str, ...]] = CLASHES
+    training_only: ClassVar[bool] = True
     no_module: ClassVar[str] = "gates are values in the graph and not yet smaller weights; run materialize first"
-    units: tuple[str, ...] = UNITS[:4]
-    target: float = 0.6
-    warmup: float = 0.3
-    lr: float = 0.1
-    reg_lr: float = 0.1
-    every: int = 50
-    score: str | None = None
-    layers: tuple[str, ...] | None = None
-    seed: int = 0
+    units: Annotated[tuple[Unit, ...], MinLen(1)] = UNITS[:4]
+    target: Annotated[float, Interval(ge=0, lt=1)] = 0.6
+    warmup: Share = 0.3
+    lr: Positive = 0.1
+    reg_lr: Positive = 0.1
+    every: Count = 50
+    score: Score | None = None
+    layers: Globs | None = None
+    seed: Seed = 0
     calibration: Iterable[Any] | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._check_units(UNITS, "gated")
-        if isinstance(self.target, bool) or not 0 <= self.target < 1:
-            raise OptionError(f"target={self.target} must lie in [0, 1)", pass_name=self.name)
-        if not 0 <= self.warmup <= 1:
-            raise OptionError(f"warmup={self.warmup} is a share of the training, in [0, 1]", pass_name=self.name)
-        if self.lr <= 0 or self.reg_lr <= 0 or self.every < 1:
-            raise OptionError("lr, reg_lr and every must be positive", pass_name=self.name)
-        if self.score is not None and self.score not in SCORES:
-            raise OptionError(f"score={self.score!r} is none of {', '.join(SCORES)}", pass_name=self.name)
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
         sites = self._find_sites(graph, "gates")
@@ -109,6 +101,7 @@ class GateStructures(Gating):
             reasons = "".join(f"; {change.site}: {change.detail}" for change in sites.skipped[:4])
             raise RewriteError(f"found nothing of {', '.join(self.units)} to gate{reasons}", pass_name=self.name)
         live.enter(graph, *sublayers)
+        self._check_removable(graph)
         self._check_reachable(graph)
         yield from sites.skipped
         if self.score is None:
@@ -138,6 +131,10 @@ class GateStructures(Gating):
                 "ask for less, gate more units, or close gates by a score",
                 pass_name=self.name,
             )
+
+    @property
+    def needs_schedule(self) -> bool:
+        return self.score is None
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         if self.score is None and live.sites(graph, Gated):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -67,7 +67,9 @@ class Gated(live.Live):
         per_group: parameters that go when all units of a group are gone (keys and values of an attention).
         groups: how many consecutive groups the units form.
         rest: parameters that go with the sublayer only (the bias of its output).
-        weights: the names of the parameters that hold its weights; it ends with them.
+        output: name of the weight that reads the units.
+        projections: rows of the weights that make its units; it ends with any of its weights.
+        columns: int64 ``[units, columns of each]``, of that weight as ``[out, in]``.
     """
 
     path: str
@@ -79,13 +81,25 @@ class Gated(live.Live):
     per_group: Count
     groups: int
     rest: Count
-    weights: tuple[str, ...]
+    output: str
+    projections: tuple[live.Rows, ...] = field(compare=False)
+    columns: Tensor = field(compare=False)
 
     def moved(self, old: str, new: str, rows: int) -> Gated:
-        return replace(self, weights=tuple(new if name == old else name for name in self.weights))
+        projections = tuple(part.moved(old, new, rows) for part in self.projections)
+        return replace(self, projections=projections, output=new if self.output == old else self.output)
 
     def without(self, gone: Callable[[str], bool]) -> Gated | None:
         return None if any(map(gone, self.weights)) else self
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the parameters that hold its weights."""
+        return tuple(dict.fromkeys((*(part.name for part in self.projections), self.output)))
+
+    @property
+    def is_attention(self) -> bool:
+        return any(part.kind == "query" for part in self.projections)
 
     @property
     def size(self) -> int:

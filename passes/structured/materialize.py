@@ -8,28 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.analysis.residual_streams import streams
-from fxsparse.analysis.structures import MLP, Attention, structures
+from fxsparse.analysis.structures import MLP, Attention, Columns, Rows
 from fxsparse.errors import RewriteError
-from fxsparse.graph import live
+from fxsparse.graph import Linear, live
 from fxsparse.graph.record import Change, rewrote, skipped
+from fxsparse.options import Glob, Written
 from fxsparse.passes.base import Pass
 from fxsparse.passes.distill.distill import end_distillation
 from fxsparse.passes.structured.drop_dims import Dimensions
 from fxsparse.passes.structured.hard_concrete import Gated, gate_names, gated, mask_name
 from fxsparse.passes.structured.hidden_dims import narrow
-from fxsparse.passes.structured.nodes import remove_gates
-from fxsparse.passes.structured.sites import hidden_gate
+from fxsparse.passes.structured.nodes import gated_nodes, remove_gates
 from fxsparse.passes.structured.slicing import remove_result, slice_attention, slice_mlp
-from fxsparse.passes.text import FrozenMapping
 from fxsparse.text import ranges
+
+_RANGE = r"[0-9]{1,9}(-[0-9]{1,9})?"
+Ranges = Annotated[str, Written("ranges (such as 0-3,7)", rf"({_RANGE}(,{_RANGE})*)?", also=(int,))]
 
 
 @dataclass(frozen=True)
@@ -48,47 +50,50 @@ class Materialize(Pass):
     must_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
     cannot_follow: ClassVar[tuple[str, ...]] = ("nm-masks", "low-rank")
     ends: ClassVar[tuple[str, ...]] = ("gates", "drop-dims", "distill")
-    kept: FrozenMapping | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.kept, Mapping):
-            object.__setattr__(self, "kept", FrozenMapping(self.kept))
+    kept: Mapping[Glob, Ranges] | None = None
 
     def rewrite(self, graph: GraphModule) -> Generator[Change, None, Materialize]:
         sublayers = gated(graph)
         masks = self._masks(graph)
         if end_distillation(graph):  # it reads the gates, and hidden states of widths that change
             yield rewrote("loss", "the task's own again: distillation ends with the gates")
+        acted_on = gated_nodes(graph)
         remove_gates(graph)
-        yield from self._narrow(graph, masks)
-        found = structures(graph)
-        sublayers_left: tuple[Attention | MLP, ...] = (*found.attentions, *found.mlps)
-        sites = {site.path: site for site in sublayers_left}
+        yield from self._narrow(graph, masks, acted_on)
         for item in filter(lambda item: item.gates, sublayers):
-            keep = masks[item.units] if item.units is not None else torch.ones(item.count, dtype=torch.bool)
-            open_ = bool(masks[item.layer].all()) if item.layer is not None else True
-            site = sites[item.path]
-            what = "heads" if isinstance(site, Attention) else "channels"
-            if not open_ or not bool(keep.any() or site.output.linear.bias is not None):
-                remove_result(graph, site.output.linear, item.path)
-                yield rewrote(item.path, "taken out")
-            elif not bool(keep.any()):
-                _slice(graph, site, torch.arange(item.count) == 0)
-                zeros = torch.zeros_like(graph.get_parameter(site.output.linear.name))
-                fx.set_parameter(graph, site.output.linear.name, zeros)
-                yield rewrote(item.path, f"none of {item.count} {what} counts; one stays, of weight 0, for the bias")
-            elif bool(keep.all()):
-                yield skipped(item.path, f"all {item.count} {what} stay")
-            else:
-                _slice(graph, site, keep)
-                yield rewrote(item.path, f"{int(keep.sum())} of {item.count} {what} stay")
+            yield self._take_out(graph, item, masks, acted_on)
         live.end(graph, Gated, Dimensions)
         if hasattr(graph, "sparsity"):
             del graph.sparsity
         present = {name for name, _ in (*graph.named_parameters(), *graph.named_buffers())}
         fx.eliminate_dead_code(graph)
         fx.delete_state(graph, {n for name in masks for n in (name, mask_name(name))} & present)
-        return Materialize(FrozenMapping({name: ranges(m.nonzero().flatten().tolist()) for name, m in masks.items()}))
+        return Materialize({name: ranges(m.nonzero().flatten().tolist()) for name, m in masks.items()})
+
+    def _take_out(
+        self, gm: GraphModule, item: Gated, masks: Mapping[str, Tensor], acted_on: Mapping[str, list[Node]]
+    ) -> Change:
+        """Takes out what the gates of a sublayer have closed."""
+        keep = masks[item.units] if item.units is not None else torch.ones(item.count, dtype=torch.bool)
+        is_open = item.layer is None or bool(masks[item.layer].all())
+        linears = {linear.name: linear for linear in fx.linears(gm)}
+        if missing := [name for name in item.weights if name not in linears]:
+            raise RewriteError(f"{missing[0]} is no dense linear any more", pass_name=self.name, site=item.path)
+        output = linears[item.output]
+        what = "heads" if item.is_attention else "channels"
+        if not is_open or not bool(keep.any() or output.bias is not None):
+            remove_result(gm, output, item.path)
+            return rewrote(item.path, "taken out")
+        if bool(keep.all()):
+            return skipped(item.path, f"all {item.count} {what} stay")
+        assert item.units is not None
+        (source, *_) = acted_on[item.units]
+        if bool(keep.any()):
+            _slice(gm, item, linears, source, keep)
+            return rewrote(item.path, f"{int(keep.sum())} of {item.count} {what} stay")
+        _slice(gm, item, linears, source, torch.arange(item.count) == 0)
+        fx.set_parameter(gm, item.output, torch.zeros_like(gm.get_parameter(item.output)))
+        return rewrote(item.path, f"none of {item.count} {what} counts; one stays, of weight 0, for the bias")
 
     def _masks(self, gm: GraphModule) -> dict[str, Tensor]:
         counts = {name: len(gm.get_buffer(mask_name(name))) for name in gate_names(gm)}
@@ -97,12 +102,15 @@ class Materialize(Pass):
         kept: dict[str, Any] = dict(self.kept)
         return {name: _mask(str(kept.get(name, "")), count) for name, count in counts.items()}
 
-    def _narrow(self, gm: GraphModule, masks: Mapping[str, Tensor]) -> Iterable[Change]:
-        """Takes hidden dimensions out, while all sublayers are there to find the streams by."""
+    def _narrow(
+        self, gm: GraphModule, masks: Mapping[str, Tensor], acted_on: Mapping[str, list[Node]]
+    ) -> Iterable[Change]:
+        """Takes hidden dimensions out, while all sublayers are there to follow the streams through."""
         names = [name for name in masks if name.endswith(".hidden_gate")]
-        found = {hidden_gate(stream): stream for stream in streams(gm)[0]} if names else {}
+        found = streams(gm)[0] if names else []
         for name in names:
-            stream, keep = found.get(name), masks[name]
+            keep = masks[name]
+            stream = next((stream for stream in found if any(node in stream.nodes for node in acted_on[name])), None)
             if stream is None:
                 raise RewriteError("the stream of these gates is no longer found", pass_name=self.name, site=name)
             if bool(keep.all()):
@@ -112,11 +120,14 @@ class Materialize(Pass):
                 yield rewrote(stream.path, f"{int(keep.sum())} of {stream.size} hidden dimensions stay")
 
 
-def _slice(gm: GraphModule, site: Attention | MLP, keep: Tensor) -> None:
-    if isinstance(site, Attention):
-        slice_attention(gm, site, keep)
+def _slice(gm: GraphModule, item: Gated, linears: Mapping[str, Linear], source: Node, keep: Tensor) -> None:
+    """Leaves some units of a sublayer, whose gate acted on ``source``."""
+    projections = tuple(Rows(linears[part.name], part.index, part.kind) for part in item.projections)
+    output = Columns(linears[item.output], item.columns)
+    if item.is_attention:
+        slice_attention(gm, Attention(item.path, source, item.count, item.groups, projections, output), keep)
     else:
-        slice_mlp(gm, site, keep)
+        slice_mlp(gm, MLP(item.path, item.count, projections, output), keep)
 
 
 def _mask(text: str, count: int) -> Tensor:

@@ -78,6 +78,18 @@ def _as(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
 
 
+def gated_nodes(gm: GraphModule) -> dict[str, list[Node]]:
+    """The nodes that gates act on, by the name of the gate; they are what is left once gates are taken out."""
+    acted_on: dict[str, list[Node]] = {}
+    for node in gm.graph.nodes:
+        if GATE_MARK in node.meta:
+            source = node
+            while GATE_MARK in source.meta:
+                source = source.args[0]
+            acted_on.setdefault(node.meta[GATE_MARK][2], []).append(source)
+    return acted_on
+
+
 def remove_gates(gm: GraphModule) -> None:
     """What is marked becomes what it acts on: right where every gate is open, or will be sliced."""
     for node in list(gm.graph.nodes):

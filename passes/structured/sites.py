@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from fxsparse.analysis.activation_norms import activation_norms
 from fxsparse.analysis.residual_streams import Stream, streams
 from fxsparse.analysis.structures import MLP, Attention, structures
 from fxsparse.analysis.units import activations, magnitudes, readers
-from fxsparse.errors import OptionError, RewriteError
-from fxsparse.graph import Linear
+from fxsparse.errors import RewriteError
+from fxsparse.graph import Linear, live
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import Change
 from fxsparse.passes.base import Pass
@@ -29,8 +29,9 @@ from fxsparse.passes.pipeline import structure_only
 from fxsparse.passes.structured.hard_concrete import Count, Gated
 from fxsparse.passes.structured.nodes import gate_stream, multiply, multiply_input
 
-UNITS = ("heads", "attention", "intermediate", "ffn", "hidden")
-SCORES = ("magnitude", "activation", "random")
+Unit = Literal["heads", "attention", "intermediate", "ffn", "hidden"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
+Score = Literal["magnitude", "activation", "random"]
 CLASHES = ("gates", "drop-dims", "nm-masks", "low-rank", "select-neurons", "select-tensors", "distill")
 """The passes that a pass with gates cannot follow."""
 
@@ -43,17 +44,6 @@ class Gating(Pass):
     units: tuple[str, ...]
     layers: tuple[str, ...] | None
 
-    def _check_units(self, known: Collection[str], what: str) -> None:
-        """Makes tuples of ``units`` and ``layers``; an OptionError where a unit is unknown, or none is given."""
-        for name in ("units", "layers"):
-            given = getattr(self, name)
-            if given is not None:
-                object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
-        unknown = [unit for unit in self.units if unit not in known]
-        if unknown or not self.units:
-            shown = ", ".join(map(str, unknown)) or "nothing"
-            raise OptionError(f"units={shown} cannot be {what}; there are: {', '.join(known)}", pass_name=self.name)
-
     def _find_sites(self, gm: GraphModule, state: str) -> Sites:
         """:func:`find_sites`; a RewriteError in a one-line call."""
         if weights_borrowed(gm):
@@ -63,6 +53,12 @@ class Gating(Pass):
                 pass_name=self.name,
             )
         return find_sites(gm, self.units, self.layers, self.name)
+
+    def _check_removable(self, gm: GraphModule, multiple: int = 1) -> None:
+        """A RewriteError where ``materialize`` could not take out what these gates close."""
+        from fxsparse.passes.structured.trial import check_removable  # it runs materialize, which knows these passes
+
+        check_removable(gm, self.name, multiple)
 
 
 @dataclass(frozen=True)
@@ -191,8 +187,11 @@ def _counted(site: Site, units: str | None, layer: str | None, stream: Stream | 
     is_attention = isinstance(site, Attention)
     heads, groups = (site.heads, site.kv_heads) if is_attention else (site.channels, site.channels)  # type: ignore[union-attr]
     gate = hidden_gate(stream) if stream is not None else None
-    weights = tuple(dict.fromkeys(linear.name for linear in _linears(site)))
-    return Gated(site.path, units, layer, gate, heads, per_unit, per_group, groups, rest, weights)
+    projections = tuple(
+        live.Rows(rows.linear.name, int(rows.linear.transposed), rows.index, rows.kind) for rows in site.projections
+    )
+    holds = (heads, per_unit, per_group, groups, rest)
+    return Gated(site.path, units, layer, gate, *holds, output.linear.name, projections, output.index)
 
 
 class Scorer:

@@ -75,6 +75,24 @@ def test_layers_that_are_alike_are_probed_once_and_the_answer_stays_with_the_gra
     assert len(counted.shapes) == before
 
 
+def test_rewrites_schedules_and_rungs_do_not_probe_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rewrite finds serves the next one, the events of a schedule, and every rung of a ladder."""
+    family, gm = traced("opt")
+    structures(gm)
+    counted = Counted(monkeypatch)
+    batch = family.make_batch()
+    for passes, steps in (("gates{target=0.5}", 2), ("select-neurons{omission=0.5,rungs=2,multiple=4}", 4)):
+        rewritten = fxsparse.rewrite(gm, passes)
+        optimizer = torch.optim.SGD(rewritten.parameters(), lr=0.1)
+        schedule = fxsparse.Schedule(rewritten, optimizer, total_steps=steps)
+        for _ in range(steps):
+            rewritten(**batch).loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    assert not counted.shapes
+
+
 class Attend(nn.Module):
     """Attention whose queries ``fn`` changes."""
 

@@ -334,7 +334,7 @@ def test_any_pass_may_add_derived_state_and_constants() -> None:
 )
 def test_state_the_optimizer_cannot_have_seen_is_refused(passes: Any, message: str) -> None:
     with pytest.raises(RewriteError, match=message):
-        torch.compile(Block(), **one_line(passes))(torch.randn(3, 16))
+        torch.compile(Broken(), **one_line(passes))(torch.randn(3, 16))
 
 
 def test_a_graph_that_cannot_be_retraced_runs_as_it_was_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,15 @@ def test_text_tells_options_apart() -> None:
         ({"lower": "dense"}, "maps operators to implementations"),
         ({"compiler": "tvm"}, "aot_eager"),
         ({"fallback": 1}, "fallback=1"),
+        ({"fallback": "no"}, "fallback='no' must be true or false"),
+        ({"tune": float("nan")}, "tune=nan must be a number of at least 0"),
+        ({"tune": "long"}, "tune='long' must be a number"),
+        ({"lower": {3: "dense"}}, "unknown operator 3"),
+        ({5: "dense"}, "options.* must be a mapping"),
         ({"passes": 3}, "not int"),
+        ({"passes": "nm-masks{decay=nan}"}, "decay=nan must be a number of at least 0"),
+        ({"passes": "nm-masks{keep_first=x}"}, "keep_first='x' must be true or false"),
+        ({"recipe": 3}, "recipe=3 must be a text"),
         ({"passes": "unheard-of"}, "unknown pass 'unheard-of'"),
         ({"recipe": "slop"}, "did you mean 'slope'"),
         ({"recipe": "slope", "passes": "nm-masks"}, "not both"),
@@ -86,12 +94,24 @@ def test_unknown_mode_is_refused() -> None:
         BackendOptions.parse(None, "fastest")
 
 
-def test_errors_reach_the_caller_unwrapped_even_when_dynamo_suppresses_errors() -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unheard_of": 1}, "unheard_of"),
+        ({"passes": "nm-masks{decay=nan}"}, "nm-masks: decay=nan"),
+        ({"passes": "low-rank{rank=inf}"}, "low-rank: rank=inf"),
+        ({"passes": ["["], "fallback": True}, "expected a pass name"),
+        ({"tune": "x", "fallback": True}, "tune='x'"),
+    ],
+)
+def test_errors_reach_the_caller_unwrapped_even_when_dynamo_suppresses_errors(
+    options: dict[str, object], message: str
+) -> None:
     x = torch.randn(2, 8)
-    compiled = torch.compile(nn.Linear(8, 8), backend="fxsparse", options={"unheard_of": 1})
+    compiled = torch.compile(nn.Linear(8, 8), backend="fxsparse", options=options)
     with torch._dynamo.config.patch(suppress_errors=True):
         for _ in range(2):
-            with pytest.raises(OptionError, match="unheard_of"):
+            with pytest.raises(OptionError, match=message):
                 compiled(x)
 
 

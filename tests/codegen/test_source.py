@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import py_compile
 from pathlib import Path
 
 import pytest
@@ -71,19 +72,57 @@ def test_cache_directory_is_the_users_choice(monkeypatch, tmp_path):
     assert source.cache_dir() == tmp_path / "xdg" / "fxsparse"
 
 
-def test_processes_may_write_at_once(tmp_path):
-    script = (
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('source', {source.__file__!r})\n"
-        "source = importlib.util.module_from_spec(spec); spec.loader.exec_module(source)\n"
-        "for i in range(200):\n"
-        "    path = source.write('x', f'VALUE = {i % 5}\\n' + '#' * 20000)\n"
-        "    assert path.read_text().startswith(f'VALUE = {i % 5}') and len(path.read_text()) == 20010\n"
-    )
-    environment = {**os.environ, "FXSPARSE_CACHE_DIR": str(tmp_path)}
-    workers = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(4)]
-    assert [worker.wait() for worker in workers] == [0] * 4
+def _write_often() -> None:
+    for i in range(200):
+        path = source.write("x", f"VALUE = {i % 5}\n" + "#" * 20000)
+        assert path.read_text().startswith(f"VALUE = {i % 5}") and len(path.read_text()) == 20010
+
+
+def test_processes_may_write_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
+    workers = [multiprocessing.get_context("fork").Process(target=_write_often) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
     assert len(list((tmp_path / "kernels").iterdir())) == 5
+
+
+def test_the_cache_runs_only_what_the_user_wrote(monkeypatch, tmp_path):
+    """No byte code beside a source, no changed or undecodable source, no folder of others, no links."""
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path / "cache"))
+    text = "ANSWER = 'mine'\n"
+    path = source.write("trusted", text)
+    assert (path.parent.stat().st_mode | path.parents[1].stat().st_mode) & 0o777 == 0o700
+    other = tmp_path / "other.py"
+    other.write_text("ANSWER = 'theirs'\n")
+    cached = Path(importlib.util.cache_from_source(str(path)))
+    py_compile.compile(str(other), str(cached), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    assert source.load(path).ANSWER == "mine"
+    before = cached.read_bytes()
+    for content in (b"ANSWER = 'theirs'\n", b"\xff\xfe"):
+        path = source.write(f"changed_{content[0]}", text)
+        path.write_bytes(content)
+        with pytest.raises(ImportError, match="was changed after it was written"):
+            source.load(path)
+        assert source.write(f"changed_{content[0]}", text).read_text() == text
+        assert source.load(path).ANSWER == "mine"
+    assert list(cached.parent.iterdir()) == [cached] and cached.read_bytes() == before
+    path.unlink()
+    path.symlink_to(other)
+    source.write(f"changed_{content[0]}", text)
+    assert not path.is_symlink() and "theirs" in other.read_text()
+    path.with_suffix(".lock").symlink_to(other)
+    with pytest.raises(OSError), source.locked(path):
+        pass
+    path.parent.chmod(0o770)
+    with pytest.raises(source.Untrusted, match="is not yours alone"):
+        source.write("x", text)
+    path.parent.rename(tmp_path / "elsewhere")
+    path.parent.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(source.Untrusted, match="is not yours alone"):
+        source.write("x", text)
 
 
 def test_what_the_generator_refuses():

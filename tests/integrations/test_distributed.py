@@ -1,13 +1,13 @@
 """Training on several ranks equals training in one process on the joined batch, for every recipe.
 
-Two processes train each recipe under ``DistributedDataParallel`` and under ``fully_shard``, with two micro-batches to a
-step and clipped gradients. All recipes share one pair of processes, because starting it takes longer than training.
+Two processes train each recipe under ``DistributedDataParallel`` and under ``fully_shard``, of the whole graph and of
+the blocks of its module form, with two micro-batches to a step and clipped gradients. All recipes share one pair of
+processes, because starting it takes longer than training.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,9 @@ import fxsparse
 from fxsparse.errors import OptionError
 from fxsparse.graph.record import record_of
 from fxsparse.graph.sharded import whole
+from tests.support.clients import WHOLE_MATRIX, cells, refused_or
 from tests.support.ranks import on_ranks
-from tests.support.recipes import RECIPES, TOTAL, Training, batch, loss_of
-
-WHOLE_MATRIX = os.environ.get("FXSPARSE_WHOLE_MATRIX") == "1"
-"""Every recipe under every engine, instead of a sample."""
+from tests.support.recipes import RECIPES, TOTAL, Training, batch, language, loss_of
 
 RANKS, MICRO = 2, 2
 
@@ -92,12 +90,16 @@ def wrap(recipe: str, engine: str) -> tuple[Training, nn.Module]:
     """A training, and the model that an engine runs.
 
     ``unused`` lets DistributedDataParallel look for unused parameters; ``inside`` shards a module around the graph
-    module, and gathers parameters anew for the backward pass.
+    module, and gathers parameters anew for the backward pass; ``module`` shards the blocks of the module form.
     """
-    gm = RECIPES[recipe].rewrite()
+    gm: Any = RECIPES[recipe].rewrite()
+    if engine == "module":
+        gm = fxsparse.to_module(gm, language())
     model: nn.Module = Outer(gm) if "inside" in engine else gm
-    if engine.startswith("fsdp"):
+    if not engine.startswith("ddp"):
         mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        for block in gm.blocks if engine == "module" else ():
+            fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward="inside" in engine)
     training = Training.start(RECIPES[recipe], gm)
     if engine.startswith("ddp"):
@@ -120,8 +122,9 @@ def on_a_rank(rank: int, pairs: list[tuple[str, str]], saved: list[tuple[str, in
 
 
 @functools.cache
-def alone(recipe: str) -> dict[str, Any]:
-    training = Training.start(RECIPES[recipe])
+def alone(recipe: str, as_module: bool = False) -> dict[str, Any]:
+    gm = RECIPES[recipe].rewrite()
+    training = Training.start(RECIPES[recipe], fxsparse.to_module(gm, language()) if as_module else gm)
     training.build_schedule()
     return result(training, train(training, training.gm, TOTAL))
 
@@ -180,7 +183,28 @@ def _loaded_by_one(saved: list[tuple[str, int]], folder: Path) -> dict[Any, Any]
 # --- tests ------------------------------------------------------------------------------------------------------------
 
 EXACT = [name for name, recipe in RECIPES.items() if not recipe.by_batch]
-ENGINES = ("ddp", "ddp unused", "fsdp", "fsdp inside")
+COLUMNS = {
+    "static N:M": "nm",
+    "SR-STE": "sr-ste",
+    "double-prune": "double-prune",
+    "low-rank": "branches",
+    "gates": "gates",
+    "dimensions": "dims",
+    "tensors": "tensors",
+    "neurons": "neurons",
+    "mux": "mux",
+    "distill": "distill",
+    "drop-layers": "dropped",
+}
+"""The recipes here that stand for those in the columns of the table of clients."""
+ROWS = {"ddp": cells("DDP"), "fsdp": cells("FSDP2"), "module": cells("FSDP2, module"), "checkpoints": cells("DCP")}
+
+
+def promised(row: str) -> list[str]:
+    """The recipes that a row of the table says train like in one process."""
+    return [COLUMNS[column] for column, reason in (cell.values for cell in ROWS[row]) if reason is None]
+
+
 SAMPLE = [
     ("gates", "ddp unused"),
     ("tensors-branches", "ddp"),
@@ -189,13 +213,23 @@ SAMPLE = [
     ("dims", "fsdp"),
     ("tensors", "fsdp"),
     ("neurons", "fsdp"),
+    ("branches", "module"),
 ]
 SAVED = [("branches", 12), ("gates", 12), ("dims", 12), ("neurons", 14), ("tensors", 10), ("branches", 6)]
 
-
 PARTS: dict[str, tuple[list[tuple[str, str]], list[tuple[str, int]]]] = {"sample": (SAMPLE, SAVED[:1])}
 if WHOLE_MATRIX:
-    PARTS = {engine: ([(recipe, engine) for recipe in EXACT], []) for engine in ENGINES} | {"checkpoints": ([], SAVED)}
+    ENGINES = ("ddp", "ddp unused", "fsdp", "fsdp inside")
+    PARTS = {engine: ([(recipe, engine) for recipe in EXACT], []) for engine in ENGINES}
+    PARTS["module"] = ([(recipe, "module") for recipe in (*promised("module"), "dense-branches")], [])
+    others = [(recipe, 12) for recipe in promised("checkpoints") if recipe not in dict(SAVED)]
+    PARTS["checkpoints"] = ([], [*SAVED, *others])
+    assert {*promised("ddp"), *promised("fsdp")} <= {*EXACT}
+
+
+@pytest.mark.parametrize(("column", "reason"), ROWS["module"])
+def test_the_module_form_trains_or_is_refused(column: str, reason: str | None) -> None:
+    refused_or(reason, lambda: alone(COLUMNS[column], as_module=True))
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -207,7 +241,7 @@ def test_ranks_train_like_one_process_and_checkpoints_load_with_other_numbers_of
     for results in on_ranks(tmp_path / "ranks", on_a_rank, pairs, saved, tmp_path):
         assert len(results) == len(pairs)
         for pair, ours in results.items():
-            check(ours, alone(pair[0]), pair)
+            check(ours, alone(pair[0], as_module=pair[1] == "module"), pair)
     loads = [_loaded_by_one(saved, tmp_path)]
     if WHOLE_MATRIX and saved:
         loads += on_ranks(tmp_path / "four", loaded_on_a_rank, 4, saved, tmp_path, ranks=4)

@@ -16,9 +16,10 @@ from torch import nn
 from torch.fx import GraphModule
 
 import fxsparse
-from fxsparse.errors import CheckpointError, FxsparseError
+from fxsparse.errors import CheckpointError, FxsparseError, OptionError
 from fxsparse.graph.record import record_of
 from tests.support.families import FAMILIES
+from tests.support.traced import traced
 
 
 def net() -> nn.Sequential:
@@ -257,8 +258,10 @@ def test_wrapped_models_are_taken(wrapper: str, process_group: None, tmp_path: P
     assert dense.keys() == model.state_dict().keys()
     assert fxsparse.count_flops(wrapped).step == fxsparse.count_flops(gm).step
     fxsparse.Schedule(wrapped, torch.optim.SGD(wrapped.parameters(), lr=0.1), total_steps=2)
-    if wrapper == "ddp":
-        assert fxsparse.explain(wrapped) == fxsparse.explain(gm)
+    explained = fxsparse.explain(wrapped)
+    assert explained.startswith(fxsparse.explain(gm))
+    assert ("no graph was compiled" in explained) == wrapper.startswith("compile")
+    assert fxsparse.record_of(wrapped) is fxsparse.record_of(gm)
     assert fxsparse.forget_dropped(torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, gm) == 0
     gates = rewritten_encoder("gates{target=0.5}")
     assert torch.equal(fxsparse.sparsity_loss(torch.compile(gates, backend="eager")), fxsparse.sparsity_loss(gates))
@@ -269,7 +272,9 @@ def rewritten_encoder(passes: str) -> GraphModule:
     return fxsparse.rewrite(family.model, passes, kwargs=family.make_batch())
 
 
-@pytest.mark.parametrize("function", ["save", "dense_state_dict", "count_flops", "sparsity_loss", "Schedule"])
+@pytest.mark.parametrize(
+    "function", ["save", "dense_state_dict", "count_flops", "sparsity_loss", "Schedule", "record_of"]
+)
 def test_a_model_that_was_never_rewritten_gets_a_sentence(function: str, tmp_path: Path) -> None:
     model = net()
     more = {"save": (tmp_path / "x",), "Schedule": (torch.optim.SGD(model.parameters(), lr=0.1),)}.get(function, ())
@@ -277,6 +282,18 @@ def test_a_model_that_was_never_rewritten_gets_a_sentence(function: str, tmp_pat
     with pytest.raises(FxsparseError, match=rf"fxsparse\.{function} takes a model .*fxsparse\.rewrite\(model, passes"):
         getattr(fxsparse, function)(model, *more, **options)
     assert "neither rewritten nor compiled" in fxsparse.explain(model)
+
+
+def test_a_module_that_holds_a_rewritten_one_is_told_which_to_pass() -> None:
+    with pytest.raises(CheckpointError, match=r"takes the rewritten model itself: pass the 1 of this Sequential"):
+        fxsparse.dense_state_dict(nn.Sequential(nn.Tanh(), rewritten("nm-masks")))
+
+
+def test_checkpointing_that_trainers_switch_on_needs_marked_blocks() -> None:
+    _, base = traced("llama")
+    with pytest.raises(OptionError, match=r'fxsparse\.rewrite\(gm, "recompute"\)'):
+        base.gradient_checkpointing_enable()
+    fxsparse.rewrite(base, "recompute").gradient_checkpointing_enable()
 
 
 def test_sharded_parameters_are_refused_by_name(process_group: None, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fxsparse.errors import CheckpointError, RewriteError
 from fxsparse.modules.sites import STARTED, module_sites
 from fxsparse.ops.nm import Pattern, satisfies
 from fxsparse.passes import DropLayers
+from tests.support.clients import batches, by_hand, cells, llama, refused_or, rewritten
 from tests.support.families import VOCABULARY, Family
 from tests.support.ranks import on_ranks
 from tests.support.traced import traced
@@ -134,6 +135,45 @@ def test_lora_trains_beside_weights_that_keep_their_zeros(name: str, targets: li
     assert torch.equal(plain(**batch).logits, before)
     for key, tensor in fxsparse.dense_state_dict(plain).items():
         assert torch.equal(tensor, dense[key]), key
+
+
+def adapted_by_hand(adapted: nn.Module, module: nn.Module) -> list[nn.Parameter]:
+    """Gives ``module`` adapters of the values of those in ``adapted``, by hooks; returns their parameters."""
+    trained = []
+    for path, layer in adapted.named_modules():
+        if hasattr(layer, "lora_A"):
+            down, up = (nn.Parameter(part["default"].weight.detach().clone()) for part in (layer.lora_A, layer.lora_B))
+            scale = layer.scaling["default"]
+            module.get_submodule(path.removeprefix("base_model.model.")).register_forward_hook(
+                lambda _, args, y, down=down, up=up, scale=scale: y + args[0] @ down.t() @ up.t() * scale
+            )
+            trained += [down, up]
+    return trained
+
+
+@pytest.mark.parametrize(("recipe", "reason"), cells("PEFT"))
+def test_adapters_beside_every_recipe_train_as_by_hand(recipe: str, reason: str | None) -> None:
+    """The recipe is trained first; then only adapters are, and the rewritten weights stay what they are."""
+    gm = rewritten(recipe)
+    by_hand(gm, autocast=False)
+
+    def run() -> None:
+        module = fxsparse.to_module(gm, llama()).eval()
+        twin, before = copy.deepcopy(module).requires_grad_(False), copy.deepcopy(module.state_dict())
+        adapted = lora(module, ["q_proj", "up_proj"])
+        ours, theirs = [p for p in adapted.parameters() if p.requires_grad], adapted_by_hand(adapted, twin)
+        assert len(ours) == len(theirs) == 4 * len(twin.model.layers)
+        for model, trained in ((adapted, ours), (twin, theirs)):
+            optimizer = torch.optim.AdamW(trained, lr=1e-2)
+            for batch in batches()[:4]:
+                optimizer.zero_grad()
+                model(**batch).loss.backward()
+                optimizer.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        after = adapted.unload().state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+    refused_or(reason, run)
 
 
 @pytest.mark.parametrize("safe", [False, True])
@@ -293,6 +333,8 @@ def test_a_module_is_written_and_read_compressed(name: str, passes: list[Any], p
     else:
         fxsparse.save_pretrained(module, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["fxsparse"]["modules"]
+    with pytest.raises((OSError, ValueError), match=r"fxsparse\.from_pretrained"):
+        type(module).from_pretrained(tmp_path)
     read: Any = fxsparse.from_pretrained(tmp_path)
     assert type(read) is type(module) and str(read) == str(module)
     assert fxsparse.explain(read) == fxsparse.explain(gm)
@@ -301,6 +343,9 @@ def test_a_module_is_written_and_read_compressed(name: str, passes: list[Any], p
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     held = {t.untyped_storage().data_ptr(): t.nbytes for t in module.state_dict().values()}
     assert size < sum(held.values()) + 40_000
+    read.save_pretrained(tmp_path / "again")
+    with pytest.raises((OSError, ValueError), match=r"fxsparse\.from_pretrained"):
+        type(module).from_pretrained(tmp_path / "again")
     half: Any = fxsparse.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {site.module.part(site.leaf, "values").dtype for site in module_sites(half) if site.compressed} <= {
         torch.bfloat16

@@ -212,12 +212,12 @@ def test_composes_with_masks_and_saves(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"configuration": "every-other"}, "none of max-gap"),
+        ({"configuration": "every-other"}, "one of max-gap"),
         ({"fraction": 0.5, "count": 1}, "one of fraction"),
         ({"fraction": 1.0}, r"\(0, 1\)"),
-        ({"count": 0}, "positive"),
-        ({"indices": (-1,)}, "numbers of layers"),
-        ({"indices": ()}, "numbers of layers"),
+        ({"count": 0}, "whole number of at least 1"),
+        ({"indices": (-1,)}, r"indices\[0\]=-1 must be a whole number of at least 0"),
+        ({"indices": ()}, "not empty"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:

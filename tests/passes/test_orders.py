@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,19 +15,19 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import fxsparse
+from fxsparse import graph as fx
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
-from fxsparse.graph.record import record_of
+from fxsparse.graph.record import Change, record_of, rewrote
 from fxsparse.graph.trainable import trained
 from fxsparse.graph.training_form import training_graph
 from fxsparse.passes import DistillLayers, Pass
 from fxsparse.passes.base import pass_classes
 from fxsparse.passes.neurons.gather_units import Site
 from fxsparse.passes.order import misplaced, working_order, works
-from fxsparse.passes.structured.drop_dims import Dimensions
 from fxsparse.passes.structured.hard_concrete import Gated, close, gate_names, mask_name
 from tests.support import families
-from tests.support.orders import batch_of, family, shape_of, traced
+from tests.support.orders import batch_of, shape_of, traced
 
 MAKE = ("bert", "opt", "llama")
 
@@ -68,20 +70,6 @@ def _logits(gm: GraphModule, name: str) -> Tensor:
 # --- sites stay true while the graph changes --------------------------------------------------------------------------
 
 DIMS = "drop-dims{units=[hidden,intermediate,heads],begin=0.0,end=1.0,every=2}"
-
-
-@pytest.mark.parametrize("name", MAKE)
-def test_dimensions_are_chosen_on_weights_that_were_compressed_afterwards(name: str) -> None:
-    """The compressed model scores the values that stayed; pruned weights add nothing to the score of the masked one."""
-    compressed = _rewritten(name, [DIMS, "nm-masks"])
-    masked = _rewritten(name, [DIMS, "nm-masks{storage=masked}"])
-    assert live.sites(compressed, Dimensions)
-    losses = _train(compressed, name)
-    assert losses == pytest.approx(_train(masked, name), abs=1e-5)
-    masks = _masks(compressed)
-    assert masks == _masks(masked)
-    for group in live.sites(compressed, Dimensions):
-        assert sum(masks[group.gate]) == group.count // 2
 
 
 @pytest.mark.parametrize("passes", ["gates{units=[heads,intermediate],score=magnitude}", "gates", DIMS])
@@ -220,12 +208,20 @@ def test_branches_of_two_passes_start_at_their_own_steps(starts: tuple[float, fl
         for start, glob in zip(starts, ("fc1", "fc2"), strict=True):
             parts = [name for name, _ in gm.named_parameters() if f"{glob}.weight_" in name]
             assert len(parts) == 6 and (used.issuperset(parts) if step >= 4 * start else used.isdisjoint(parts))
-        replayed = fxsparse.replay(record_of(gm), copy.deepcopy(family("opt").model), kwargs=batch_of("opt"))
+        replayed = fxsparse.replay(record_of(gm), copy.deepcopy(traced("opt")))
         assert shape_of(replayed) == shape_of(gm)
         gm(**batch_of("opt", seed=step)).loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+
+
+def test_a_branch_waits_for_its_own_pass() -> None:
+    """One that starts at once leaves alone what has a branch that starts later."""
+    texts = ['low-rank{rank=2,start=0.5,layers=["*.1.fc1"]}', 'low-rank{rank=2,start=0,layers=["*fc1"]}']
+    gm = _rewritten("opt", texts)
+    used = {str(node.target) for node in gm.graph.find_nodes(op="get_attr") if str(node.target).endswith("_up")}
+    assert used == {f"model.decoder.layers.{layer}.fc1.weight_up" for layer in (0, 2)}
 
 
 def test_branches_have_no_branches() -> None:
@@ -256,6 +252,27 @@ def test_masks_of_two_passes_follow_their_own_options() -> None:
     schedule.step()
     now = [gm.get_buffer(f"model.decoder.layers.1.{glob}.weight_mask") for glob in ("fc1", "fc2")]
     assert torch.equal(masks[0], now[0]) and not torch.equal(masks[1], now[1])
+
+
+def test_two_double_prunings_follow_their_own_options() -> None:
+    texts = [
+        'nm-masks{storage=masked,exclude=["*fc2"]}',
+        "double-prune{pattern=2:4,every=3}",
+        "nm-masks{storage=masked}",
+        "double-prune{pattern=1:4,every=1}",
+    ]
+    gm = _rewritten("opt", texts)
+    schedule = fxsparse.Schedule(gm, torch.optim.SGD(gm.parameters(), lr=0.1), total_steps=4)
+    names = [f"model.decoder.layers.1.{leaf}.weight" for leaf in ("fc1", "fc2")]
+    before = [gm.get_buffer(f"{name}_column_mask").clone() for name in names]
+    with torch.no_grad():
+        for name in names:
+            gm.get_parameter(name).copy_(torch.randn_like(gm.get_parameter(name)))
+    schedule.step()
+    first, second = (gm.get_buffer(f"{name}_column_mask") for name in names)
+    assert torch.equal(first, before[0]) and not torch.equal(second, before[1])
+    for mask, kept in ((first, 2), (second, 1)):
+        assert int(mask.unflatten(0, (-1, 4)).sum(1).max()) == kept
 
 
 @pytest.mark.parametrize("choice", ['tensors=["*.0.*"]', "last_layers=1"])
@@ -357,10 +374,14 @@ def test_recommended_orders_work(names: list[str]) -> None:
     assert _logits(gm, "opt").isfinite().all()
 
 
-def test_materialize_refuses_compressed_weights_before_anything_happens() -> None:
-    gm = _rewritten("opt", ["gates{score=magnitude}", "nm-masks"])
-    with pytest.raises(RewriteError, match=r"materialize: cannot follow nm-masks; .* is gates,materialize,nm-masks"):
-        fxsparse.rewrite(gm, "materialize")
+@pytest.mark.parametrize("later", ["nm-masks", 'low-rank{layers=["*fc1"]}'])
+def test_weights_whose_gates_are_not_yet_taken_out_take_no_other_form(later: str) -> None:
+    """`materialize` could not cut them, which would be found out after the training."""
+    name = later.partition("{")[0]
+    for gates in ("gates{score=magnitude}", DIMS):
+        order = f"{gates.partition('{')[0]},materialize,{name}"
+        with pytest.raises(RewriteError, match=rf"{name}: cannot follow .*; the order that works is {order}"):
+            _rewritten("opt", [gates, later])
 
 
 # --- what the orders rest on ------------------------------------------------------------------------------------------
@@ -388,6 +409,33 @@ def test_heads_of_grouped_queries_are_taken_out_twice() -> None:
         _close_heads(gm, closed)
         small = fxsparse.rewrite(gm, "materialize")
         assert float((_logits(small, name) - _logits(gm, name)).abs().max()) < 1e-5
+
+
+@dataclass(frozen=True)
+class WatchChannels(Pass):
+    """A pass of somebody else's that keeps the mean of what the last linears of MLPs read."""
+
+    name: ClassVar[str] = "test-watch-channels"
+
+    def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        for linear in [linear for linear in fx.linears(graph) if linear.path.endswith("fc2")]:
+            fx.set_buffer(graph, f"{linear.path}.seen", torch.zeros(()))
+
+            def watch(x: Tensor, seen: Tensor) -> Tensor:
+                return seen.copy_(x.detach().mean())
+
+            fx.insert_function(graph, watch, linear.input, f"{linear.path}.seen", before=linear.node)
+            yield rewrote(linear.path, "watched")
+
+
+@pytest.mark.parametrize("units", ["intermediate,heads", "ffn,attention"])
+def test_gates_are_taken_out_where_they_were_put(units: str) -> None:
+    """The sites are those that the gates were put on, also where the graph looks different by now."""
+    gm = _rewritten("opt", [f"gates{{units=[{units}],score=magnitude,target=0.4}}", WatchChannels()])
+    small = fxsparse.rewrite(gm, "materialize")
+    assert any(change.rewritten for change in record_of(small).entries[-1].changes)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in gm.parameters())
+    assert float((_logits(small, "opt") - _logits(gm, "opt")).abs().max()) < 1e-5
 
 
 def _close_heads(gm: GraphModule, closed: list[int]) -> None:

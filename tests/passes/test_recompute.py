@@ -190,7 +190,7 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
 
 def test_what_cannot_be_recomputed_is_refused() -> None:
     for every in (0, -1, True, 1.5):
-        with pytest.raises(OptionError, match="positive whole number"):
+        with pytest.raises(OptionError, match=f"every={every} must be a whole number of at least 1"):
             fxsparse.Pipeline([f"recompute{{every={every}}}".replace("True", "true")])
     _, gm = traced("sequential")
     with pytest.raises(RewriteError, match="has no stack of blocks"):

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxsparse
+from fxsparse import graph as fx
 from fxsparse.cost.backprop import BackpropGraph
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.record import record_of
@@ -183,6 +184,29 @@ def test_the_one_line_call_works_across_graph_breaks() -> None:
 def test_last_layers(family: str, block: str, outside: set[str]) -> None:
     gm = fxsparse.rewrite(traced(family)[1], [SelectTensors(last_layers=1)])
     assert set(trained(gm)) == {name for name in trainable(gm) if name.startswith(block)} | outside
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("opt", {"lm_head.weight"}),
+        ("llama", {"model.embed_tokens.weight", "lm_head.weight"}),
+        ("t5", {"lm_head.weight"}),
+        ("bert", {"bert.embeddings.word_embeddings.weight", "classifier.weight", "classifier.bias"}),
+    ],
+)  # fmt: skip
+def test_ft_top2_trains_the_embedding_and_the_head(family: str, names: set[str]) -> None:
+    gm = fxsparse.rewrite(traced(family)[1], fxsparse.recipe("ft-top2"))
+    aliases = fx.parameter_names(gm)
+    assert {name for key, every in aliases.items() for name in every if every[0] in trained(gm)} >= names
+    assert len(trained(gm)) == len({id(gm.get_parameter(name)) for name in names})
+
+
+def test_ft_top2_needs_an_embedding_or_a_head() -> None:
+    _, gm = traced("sequential")
+    gm.get_parameter("layers.6.weight").requires_grad_(False)
+    with pytest.raises(RewriteError, match="no trainable table that looks inputs up and no trainable head"):
+        fxsparse.rewrite(gm, fxsparse.recipe("ft-top2"))
 
 
 def test_bert_keeps_its_head_with_the_last_layers() -> None:
@@ -416,15 +440,16 @@ def test_a_checkpoint_resumes_with_the_same_choice(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("select-tensors{rho=0.0}", r"rho=0\.0 must lie in \(0, 1\]"),
-        ("select-tensors{rho=1.2}", r"rho=1\.2 must lie in \(0, 1\]"),
+        ("select-tensors{rho=0.0}", r"rho=0\.0 must be a number in \(0, 1\]"),
+        ("select-tensors{rho=1.2}", r"rho=1\.2 must be a number in \(0, 1\]"),
         ("select-tensors{rho=0.3}", r"costs more than 0\.3 .*the least possible is 0\.33"),
         ("select-tensors{every=3}", "need rho"),
         ("select-tensors{rho=0.5,every=3,times=2}", "every or times, not both"),
         ("select-tensors{rho=0.5,times=0}", "times=0"),
         ("select-tensors{last_layers=0}", "last_layers=0"),
         ("select-tensors{tensors=[a],last_layers=1}", "tensors or last_layers, not both"),
-        ("select-tensors{rho=0.5,metric=size}", "none of importance, delta, gradient"),
+        ("select-tensors{embeddings_and_head=true,last_layers=1}", "last_layers or embeddings_and_head, not both"),
+        ("select-tensors{rho=0.5,metric=size}", "one of importance, delta, gradient"),
         ("select-tensors{tensors=[lm_head.wait]}", "matches no parameter; did you mean 'lm_head.weight'"),
         ("select-tensors,nm-masks", "the order that works is nm-masks,select-tensors"),
         ("select-tensors,low-rank{layers=[\"*fc1\"]}", "the order that works is low-rank,select-tensors"),

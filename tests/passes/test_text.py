@@ -10,9 +10,9 @@ import pytest
 from torch.fx import GraphModule
 
 from fxsparse.errors import OptionError, RewriteError
+from fxsparse.options import FrozenMapping
 from fxsparse.passes import AddLowRankBranches, Change, DoublePruneBackward, InsertNMMasks, Pass, Pipeline
 from fxsparse.passes.base import pass_classes
-from fxsparse.passes.text import FrozenMapping
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,24 @@ def test_text_is_what_a_person_would_write() -> None:
         ("nm-masks{seed=1,seed=2}", "option 'seed' is given twice"),
         ("nm-masks{pattern={fc1:2:4}}", "expected a string in double quotes"),
         ("nm-masks{pattern=4:2}", "4:2"),
-        ("nm-masks{criterion=best}", "criterion='best' is none of magnitude, random, wanda"),
+        ("nm-masks{criterion=best}", "criterion='best' must be one of magnitude, random, wanda"),
         ("nm-masks{dynamic=true}", 'storage="masked"'),
         ("nm-masks{every=0}", "every=0"),
         ("nm-masks{decay=-1.0}", "decay"),
-        ("nm-masks{pattern={}}", "must not be empty"),
+        ("nm-masks{pattern={}}", "a mapping from texts to .*not empty"),
         ("double-prune{every=-1}", "every=-1"),
         ("low-rank{rank=4,ratio=0.5}", "rank or ratio, not both"),
         ("low-rank{rank=0}", "rank=0"),
         ("low-rank{ratio=2.0}", r"\(0, 1\]"),
+        ("nm-masks{decay=nan}", "decay=nan must be a number of at least 0"),
+        ("nm-masks{every=2.5}", "every=2.5 must be a whole number of at least 1"),
+        ("nm-masks{keep_first=x}", "keep_first='x' must be true or false"),
+        ('nm-masks{pattern={"a":2:4,"a":1:4}}', "key 'a' is given twice"),
+        (r'nm-masks{exclude="\q"}', "a string that JSON does not know .* at position 21"),
+        ("nm-masks{exclude=" + "[" * 100_000, "more than 8 lists inside each other"),
+        ("nm-masks{seed=" + "9" * 5000 + "}", r"seed='9+\.\.\.9+' must be a whole number"),
+        (",".join(["recompute"] * 1001), "more than 1000 passes"),
+        ("x" * 2**24 + "y", "characters, at most"),
         ("low-rank{start=1.5}", r"\[0, 1\]"),
     ],
 )

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -45,8 +44,20 @@ TESTED_IN: dict[str, str] = {
     "Trainer, callback": "tests/integrations/test_clients.py",
     "accelerate": "tests/integrations/test_clients.py",
     "Lightning": "tests/integrations/test_clients.py",
+    "PEFT": "tests/modules/test_clients.py",
+    "DDP": "tests/integrations/test_distributed.py",
+    "FSDP2": "tests/integrations/test_distributed.py",
+    "FSDP2, module": "tests/integrations/test_distributed.py",
+    "DCP": "tests/integrations/test_distributed.py",
+    "compile": "tests/integrations/test_compiled_training.py",
+    "compile, whole step": "tests/integrations/test_compiled_training.py",
+    "compile, max-autotune": "tests/integrations/test_compiled_training.py",
+    "compile, reduce-overhead": "tests/integrations/test_compiled_training.py",
 }
 """The file that tests each row of the table."""
+
+WHOLE_MATRIX = os.environ.get("FXSPARSE_WHOLE_MATRIX") == "1"
+"""Every recipe under every client, instead of a sample."""
 
 STEPS, ACCUMULATE, CLIP, RATE = 4, 2, 0.5, 1e-2
 
@@ -66,18 +77,20 @@ def reasons() -> dict[str, str]:
 def cells(client: str, sample: Sequence[str] | None = None) -> list[Any]:
     """Parameters ``recipe, reason`` for every cell of a row; the reason is None where the cell says ``yes``.
 
-    ``sample`` names the recipes that always run; the others run if ``FXSPARSE_ALL_CLIENTS`` is set.
+    ``sample`` names the recipes that always run; the others, and those that were not run yet (``?``), run if
+    ``FXSPARSE_WHOLE_MATRIX=1`` is set.
     """
     row, words = table()[client], reasons()
-    everything = sample is None or os.environ.get("FXSPARSE_ALL_CLIENTS", "0") not in {"", "0"}
     return [
-        pytest.param(recipe, None if cell == "yes" else words[cell], id=recipe)
+        pytest.param(recipe, None if cell in {"yes", "?"} else words[cell], id=recipe)
         for recipe, cell in row.items()
-        if everything or recipe in sample
+        if WHOLE_MATRIX or (cell != "?" and (sample is None or recipe in sample))
     ]
 
 
 def llama(layers: int = 2) -> Any:
+    import transformers
+
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64,
@@ -121,8 +134,38 @@ def seed(step: int) -> None:
     torch.manual_seed(100 + step)
 
 
-def by_hand(gm: GraphModule, autocast: bool = True) -> list[float]:
+def optimizer_step(
+    gm: nn.Module, run: Callable[..., Any], optimizer: torch.optim.Optimizer, micro: Sequence[Any], autocast: bool
+) -> Tensor:
+    """One step on the micro-batches, with clipped gradients and the sparsity loss of gates; returns the loss."""
+    total = torch.zeros(())
+    for batch in micro:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = run(**batch).loss
+        loss = loss.float() / ACCUMULATE
+        loss.backward()
+        total = total + loss.detach()
+    nn.utils.clip_grad_norm_(gm.parameters(), CLIP)
+    if has_gates(gm):
+        fxsparse.sparsity_loss(gm).backward()
+    optimizer.step()
+    return total
+
+
+def by_hand(
+    gm: GraphModule,
+    autocast: bool = True,
+    *,
+    run: Callable[..., Any] | None = None,
+    step_of: Callable[..., Tensor] = optimizer_step,
+) -> list[float]:
     """Trains by a loop of plain torch: accumulation, bf16, clipping, the schedule, and the sparsity loss of gates.
+
+    Args:
+        gm: the rewritten model.
+        autocast: whether in bf16.
+        run: what is called in the place of ``gm``, such as its compiled form.
+        step_of: what makes a step, `optimizer_step` or its compiled form.
 
     Returns:
         the losses of the steps.
@@ -135,19 +178,8 @@ def by_hand(gm: GraphModule, autocast: bool = True) -> list[float]:
     for step in range(STEPS):
         seed(step + 1)
         micro = data[step * ACCUMULATE : (step + 1) * ACCUMULATE]
-        total = 0.0
-        for batch in micro:
-            schedule.observe(batch)
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = gm(**batch).loss
-            loss = loss.float() / ACCUMULATE
-            loss.backward()
-            total += loss.item()
-        losses.append(total)
-        nn.utils.clip_grad_norm_(gm.parameters(), CLIP)
-        if has_gates(gm):
-            fxsparse.sparsity_loss(gm).backward()
-        optimizer.step()
+        schedule.observe(micro[0])
+        losses.append(float(step_of(gm, run or gm, optimizer, micro, autocast)))
         schedule.step()
         optimizer.zero_grad()
     schedule.remove()

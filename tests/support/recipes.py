@@ -121,6 +121,8 @@ RECIPES = {
     "distill": _of("drop-layers{count=1}", _distill(matching="plain", teacher_layers=(0, 2))),
     "distill-dynamic": _of("drop-layers{count=1}", _distill(), by_batch=True),
     "gates-distill": _of("gates{target=0.4,every=4}", _distill(matching="plain", teacher_layers=(0, 1, 2)), gated=True),
+    "nm": _of("nm-masks{keep_first=false}"),
+    "dropped": _of("drop-layers{indices=[1]}"),
 }
 
 

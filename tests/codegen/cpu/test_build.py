@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fxsparse.codegen import source
 from fxsparse.codegen.cpu import build, instruction_sets, launch, loaded
 from fxsparse.codegen.cpu.instruction_sets import ALL, AVX2, AVX512, PORTABLE
 from fxsparse.codegen.cpu.spec import NMGradInput, NMGradValues, NMLinear, Tile
@@ -114,6 +115,15 @@ def test_libraries_are_built_once(cache, capfd):
     assert capfd.readouterr().err.count("building add") == 2
 
 
+@compiles
+def test_damaged_libraries_are_built_anew(cache, capfd):
+    _, target = build.library("add", ADD)
+    whole = target.read_bytes()
+    target.write_bytes(whole[: len(whole) // 2])
+    assert build.library("add", ADD)[1] == target and target.read_bytes() == whole
+    assert capfd.readouterr().err.count("building add") == 2
+
+
 def _build(results: multiprocessing.Queue) -> None:
     results.put(str(build.library("add", ADD)[1]))
 
@@ -151,7 +161,7 @@ def test_a_failing_build_is_a_reason(fresh, monkeypatch):
 
 @compiles
 def test_a_folder_of_others_is_not_trusted(fresh):
-    folder = build.private_folder()
+    folder = source.private_folder("cpu")
     folder.chmod(0o777)
     assert "is not yours alone" in str(launch.unavailable("nm_linear", torch.float32, 2, 4))
 

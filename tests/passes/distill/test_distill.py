@@ -11,10 +11,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxsparse
+from fxsparse.cost.backprop import BackpropGraph
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.record import record_of
+from fxsparse.graph.trainable import fully_trained, trainable, trained
 from fxsparse.passes import (
     DistillLayers,
     DropLayers,
@@ -285,11 +289,11 @@ def test_distilling_anew_after_the_gates_are_cut() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"matching": "random"}, "none of dynamic, plain"),
-        ({"projection": "linear"}, "none of none, shared"),
-        ({"temperature": 0}, "positive"),
-        ({"weights": (1, 0, 0)}, "three numbers"),
-        ({"teacher": "bert"}, "must be a module"),
+        ({"matching": "random"}, "one of dynamic, plain"),
+        ({"projection": "linear"}, "one of none, shared"),
+        ({"temperature": 0}, "a number above 0"),
+        ({"weights": (1, 0, 0)}, "one of the last two"),
+        ({"teacher": "bert"}, "must be of type Module"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
@@ -429,7 +433,7 @@ def test_what_attention_distillation_refuses() -> None:
     with pytest.raises(OptionError, match='use matching="plain"'):
         DistillLayers(attention=1.0)
     for option in ("attention", "embedding"):
-        with pytest.raises(OptionError, match=f"{option}=-1.0 must be at least 0"):
+        with pytest.raises(OptionError, match=f"{option}=-1.0 must be a number of at least 0"):
             DistillLayers(matching="plain", **{option: -1.0})
     narrow = fxsparse.rewrite(base, "gates{units=[heads],target=0.3,score=magnitude},materialize")
     with pytest.raises(RewriteError, match="compared head by head"):
@@ -450,3 +454,58 @@ def test_attention_is_not_compared_where_heads_are_left_out() -> None:
     gm.train()(**family.make_batch()).loss.backward()
     with pytest.raises(RewriteError, match=r"distill: does not go with an earlier pass.*also read by distillation"):
         fxsparse.rewrite(traced("opt")[1], ["select-neurons{omission=0.5}", item])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("bert", {"weights": (1.0, 0.5, 1.0), "projection": "shared"}),
+        ("opt", {"matching": "plain", "weights": (1, 1, 1), "projection": "per-layer", "attention": 1, "embedding": 1}),
+    ],
+)
+def test_a_step_costs_what_the_counter_counts(name: str, options: dict[str, Any]) -> None:
+    """The teacher, attention matrices and projections included, for any tensors that are trained, at other sizes."""
+    family, base = traced(name)
+    gm = fxsparse.rewrite(base, [DistillLayers(base, **options)]).train()
+    graph = BackpropGraph(gm)
+    assert not fxsparse.count_flops(gm).uncounted
+    batch = family.make_batch(batch=3, seq=12)
+    sizes = {key: tuple(value.shape) for key, value in batch.items()}
+    names = sorted(graph.trainable)
+    projections = [name for name in names if name.startswith("distillation.") and name.endswith("weight")]
+    assert projections
+    for chosen in (names, projections, names[:1], [*names[::7], projections[-1]]):
+        for parameter_name, parameter in gm.named_parameters():
+            parameter.requires_grad_(parameter_name in chosen)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            loss = gm(**batch).loss
+            forward = counter.get_total_flops()
+            loss.backward()
+        assert graph.forward(**sizes) == forward
+        assert graph.cost(chosen, **sizes) == counter.get_total_flops() - forward
+        symbols = {
+            symbol: fxsparse.count_flops(gm, **sizes).sizes[str(symbol)] for symbol in graph.expression().free_symbols
+        }
+        assert graph.expression().xreplace(symbols) == forward
+
+
+def test_tensors_are_selected_beside_a_teacher() -> None:
+    """Projections are among them; what is not chosen is not trained."""
+    family, base = traced("opt")
+    item = DistillLayers(base, weights=(0.5, 0.2, 1.0), projection="per-layer")
+    gm = fxsparse.rewrite(base, [item, "select-tensors{rho=0.85,every=1}"]).train()
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
+    schedule = fxsparse.Schedule(gm, optimizer, total_steps=2)
+    batch = family.make_batch()
+    schedule.observe(batch)
+    chosen = set(trained(gm))
+    everything = {name for name, _ in gm.named_parameters()}
+    assert chosen and chosen < everything
+    before = {name: parameter.detach().clone() for name, parameter in gm.named_parameters()}
+    gm(**batch).loss.backward()
+    optimizer.step()
+    moved = {name for name, parameter in gm.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved and moved <= chosen
+    full = BackpropGraph(fully_trained(gm), trainable=trainable(gm))
+    budget = full.budget(0.85)
+    assert full.cost(chosen) <= budget < full.full()

@@ -125,7 +125,7 @@ def test_what_is_said_and_refused() -> None:
     assert "transposable 2:4, magnitude, masked, dense from 60% of the steps on" in fxsparse.explain(gm)
     assert "dense_after=0.6" in record_of(gm).text
     for options in ({"dense_after": 0.0}, {"dense_after": 1.5}, {"dense_after": True}):
-        with pytest.raises(OptionError, match="fraction of the training steps"):
+        with pytest.raises(OptionError, match=r"must be a number in \(0, 1\]"):
             InsertNMMasks(storage="masked", dynamic=True, **options)
     with pytest.raises(OptionError, match="needs the pruned weights alive"):
         InsertNMMasks(dense_after=0.5)
@@ -248,7 +248,7 @@ def test_orders_need_masked_weights() -> None:
     static = fxsparse.rewrite(net(), "nm-masks{storage=masked},double-prune{permutations=5}", (x,))
     assert len(record_of(static).entries[1].rewritten) == 2
     for options in ({"permutations": -1}, {"permute_every": 0}):
-        with pytest.raises(OptionError, match="permutations"):
+        with pytest.raises(OptionError, match=f"{next(iter(options))}="):
             DoublePruneBackward(**options)
 
 

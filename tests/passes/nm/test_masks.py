@@ -73,6 +73,14 @@ def test_columns_that_do_not_divide_are_skipped_with_the_number() -> None:
     assert [weight.name for weight in record_of(gm).weights] == ["4.weight"]
 
 
+def test_patterns_without_a_kernel_say_so() -> None:
+    passes = [InsertNMMasks({"0": "2:16", "2": "2:8"}, keep_first=False)]
+    gm = fxsparse.rewrite(chain(32, 32, 32, 4), passes, (torch.randn(2, 32),))
+    details = {change.site: change.detail for change in record_of(gm).entries[0].rewritten}
+    assert details["0"].endswith("no kernel multiplies by 2:16, the weight is expanded")
+    assert "kernel" not in details["2"]
+
+
 def test_a_shared_weight_serves_all_its_linears() -> None:
     model = chain(8, 16, 16, 16, 4)
     model[4].weight = model[2].weight

@@ -216,13 +216,13 @@ def test_multiples_text_and_record() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fraction": 0.0}, r"must lie in \(0, 1\)"),
-        ({"fraction": 1.0}, r"must lie in \(0, 1\)"),
-        ({"units": "attention"}, "units=attention cannot be dropped"),
-        ({"score": "best"}, "none of platon, magnitude"),
-        ({"ramp": "steep"}, "none of cubic, exponential"),
-        ({"begin": 0.8, "end": 0.3}, "in this order"),
-        ({"beta1": 1.0}, "must lie in"),
+        ({"fraction": 0.0}, r"must be a number in \(0, 1\)"),
+        ({"fraction": 1.0}, r"must be a number in \(0, 1\)"),
+        ({"units": "attention"}, "units='attention' must be a list of any of hidden"),
+        ({"score": "best"}, "one of platon, magnitude"),
+        ({"ramp": "steep"}, "one of cubic, exponential"),
+        ({"begin": 0.8, "end": 0.3}, "must not be above end"),
+        ({"beta1": 1.0}, "must be a number in"),
         ({"every": 0}, "at least 1"),
     ],
 )

@@ -333,12 +333,12 @@ def test_what_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"units": ("tails",)}, "units=tails cannot be gated"),
-        ({"units": ()}, "units=nothing"),
-        ({"target": 1.0}, "must lie in"),
-        ({"score": "best"}, "none of magnitude, activation, random"),
-        ({"warmup": 2.0}, "share of the training"),
-        ({"lr": 0.0}, "must be positive"),
+        ({"units": ("tails",)}, r"units\[0\]='tails' must be one of heads"),
+        ({"units": ()}, "not empty"),
+        ({"target": 1.0}, "must be a number in"),
+        ({"score": "best"}, "one of magnitude, activation, random"),
+        ({"warmup": 2.0}, r"a number in \[0, 1\]"),
+        ({"lr": 0.0}, "a number above 0"),
     ],
 )
 def test_options_that_mean_nothing(options: dict[str, Any], message: str) -> None:
