@@ -1,10 +1,10 @@
 """The one-line call on a whole model: ``torch.compile(model, backend="fxsparse", options={"recipe": "sat"})``.
 
 Passes whose state follows from the weights run on each of Dynamo's graphs (``one_line``). Others need the whole model
-and state that lasts. Where one of Dynamo's graphs is all of a model's ``forward``, and such a pass or a schedule asks for
-it, the model is rewritten as by `fxsparse.rewrite`, and what passes add is registered with it
-(`fxsparse.graph.added_state`). Dynamo's graph itself is then not compiled. In its place stands a function that calls the
-rewritten graph module, compiled, with the arguments of the call:
+and state that lasts. Where one of Dynamo's graphs is all of a model's ``forward``, and such a pass or a schedule
+asks for it, the model is rewritten as by `fxsparse.rewrite`, and what passes add is registered with it
+(`fxsparse.graph.added_state`). Dynamo's graph itself is then not compiled. In its place stands a function that calls
+the rewritten graph module, compiled, with the arguments of the call:
 
     forward of the model, in Dynamo's code
         outputs = graph(inputs)           -> WholeModel.__call__ -> torch.compile(rewritten)(*arguments)
