@@ -39,7 +39,6 @@ def resident() -> int:
 
 def held(gm: nn.Module, optimizer: Any) -> dict[str, int]:
     """What could grow: objects, hooks, texts of code."""
-    gc.unfreeze()
     gc.collect()
     hooks = sum(len(item) for module in gm.modules() for name, item in vars(module).items() if name.endswith("hooks"))
     hooks += len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)

@@ -178,9 +178,9 @@ def forget(model: nn.Module) -> None:
     state = added_state_of(inner)
     if state is None:
         raise OptionError("fxsparse.forget: no one-line call has added anything to this model")
-    for name, wanted in state.asked.items():
-        inner.get_parameter(name).requires_grad_(wanted)
     del inner._modules[NAME]
+    for name in state.trained:
+        inner.get_parameter(name).requires_grad_()
 
 
 @dataclass(frozen=True)

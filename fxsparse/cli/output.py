@@ -7,17 +7,15 @@ Results go to standard output: tables where that is a terminal, plain text where
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
 
+from fxsparse import files
 from fxsparse.document import Document
 
 
@@ -84,30 +82,21 @@ def check_free(path: Path, force: bool) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` that takes its place when the block ends well, and is removed when it does not."""
-    path = path.absolute()
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    """A folder to write files to, which take the place of those in ``path`` when the block ends well."""
+    existed = path.exists()
     try:
-        yield unfinished
-        mask = os.umask(0)
-        os.umask(mask)
-        unfinished.chmod(0o777 & ~mask)
-        previous = unfinished.with_name(f"{unfinished.name}.previous")
-        if path.exists():
-            path.rename(previous)
-        unfinished.rename(path)
-        if previous.is_dir():
-            shutil.rmtree(previous)
+        with files.unfinished(path, path.name) as unfinished:
+            yield unfinished
+            files.put_all(unfinished, path, [entry.name for entry in path.iterdir() if entry.is_file()])
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if not existed:
+            with suppress(OSError):
+                path.rmdir()  # which only an empty one lets happen
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place when the block ends well, and is removed when it does not."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """A file to write to, which takes the place of ``path`` when the block ends well."""
+    with files.unfinished(path.parent, path.name) as unfinished:
+        yield unfinished / path.name
+        files.put(unfinished / path.name, path)

@@ -32,26 +32,27 @@ class AddedState(nn.Module):
         passes: the text of its passes.
         scheduled: whether there is a schedule, or its absence was said.
         waiting: called with the graph module once there is one.
-        asked: ``requires_grad`` of the parameters that passes froze, as it was, by name.
+        trained: the names of the parameters that were trained before any pass froze some.
         flags: the modules of the model, each with the graph's module of its name, which reads its mode.
         shared: the tensors of the model that the graph reads, by name.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        vars(self).update(graph=None, passes="", scheduled=False, waiting=[], asked={}, flags=[], shared={})
+        vars(self).update(graph=None, passes="", scheduled=False, waiting=[], trained=frozenset(), flags=[], shared={})
 
     graph: GraphModule | None
     passes: str
     waiting: list[Callable[[GraphModule], None]]
     scheduled: bool
-    asked: dict[str, bool]
+    trained: frozenset[str]
     flags: list[tuple[nn.Module, nn.Module]]
     shared: dict[str, Tensor]
 
     def hold(self, graph: GraphModule, model: nn.Module, passes: str) -> None:
         """Registers what ``graph`` has beyond ``model``, from which it was made, and tells who waits for it."""
-        _read_of_model(graph, model, self.asked)
+        self.trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        _read_of_model(graph, model)
         with set_aside(model):
             theirs = {id(tensor) for tensor in tensors_of(model).values()}
         for path, module in graph.named_modules():
@@ -132,7 +133,7 @@ def set_aside(model: nn.Module) -> Iterator[None]:
             model.add_module(NAME, state)
 
 
-def _read_of_model(graph: GraphModule, model: nn.Module, asked: dict[str, bool]) -> None:
+def _read_of_model(graph: GraphModule, model: nn.Module) -> None:
     """Puts the model's own parameters back where a pass made others of the same memory to freeze some of them."""
     names = parameter_names(graph)
     for name, parameter in model.named_parameters():
@@ -146,9 +147,7 @@ def _read_of_model(graph: GraphModule, model: nn.Module, asked: dict[str, bool])
             or twin.shape != parameter.shape
         ):
             continue
-        if twin.requires_grad != parameter.requires_grad:
-            asked.setdefault(name, parameter.requires_grad)
-            parameter.requires_grad_(twin.requires_grad)
+        parameter.requires_grad_(twin.requires_grad)
         for alias in names[id(twin)]:
             at, _, key = alias.rpartition(".")
             graph.get_submodule(at).register_parameter(key, parameter)

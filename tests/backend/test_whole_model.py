@@ -232,3 +232,13 @@ def test_recipes_mix_with_passes_and_text() -> None:
     fast(**batch())
     entries = fxsparse.record_of(fast._orig_mod._fxsparse.graph).entries
     assert [entry.text.partition("{")[0] for entry in entries] == ["nm-masks", "double-prune", "low-rank"]
+
+
+def test_forget_trains_again_what_a_schedule_froze() -> None:
+    model = Net()
+    fast = torch.compile(model, **one_line("select-tensors{rho=0.5}"))
+    trained = Trained(fast, 2)
+    trained.step(batch(), 0)
+    assert not all(parameter.requires_grad for parameter in model.parameters())
+    fxsparse.forget(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
