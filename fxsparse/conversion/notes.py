@@ -12,14 +12,14 @@ from torch.fx import GraphModule
 
 from fxsparse import graph as fx
 from fxsparse import typed
+from fxsparse.conversion import folders
+from fxsparse.conversion.depth import CONFIG_KEY
+from fxsparse.conversion.heads import Heads
+from fxsparse.conversion.width import misfits_of
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.graph_state import STATES, follow, register_state, state_buffers
 from fxsparse.graph.record import FORMAT, META_KEY, NAMES_KEY, Record, record_of
-from fxsparse.integrations import folders
-from fxsparse.integrations.depth import CONFIG_KEY
-from fxsparse.integrations.heads import Heads
-from fxsparse.integrations.width import misfits_of
 from fxsparse.modules.held import Form
 from fxsparse.modules.sites import STARTED
 from fxsparse.modules.spec import dense_shapes, put_in, specs_of
