@@ -51,7 +51,7 @@ class AddedState(nn.Module):
 
     def hold(self, graph: GraphModule, model: nn.Module, passes: str) -> None:
         """Registers what ``graph`` has beyond ``model``, from which it was made, and tells who waits for it."""
-        _read_of_model(graph, model, self.asked)
+        read_of_model(graph, model, self.asked)
         with set_aside(model):
             theirs = {id(tensor) for tensor in tensors_of(model).values()}
         for path, module in graph.named_modules():
@@ -132,7 +132,7 @@ def set_aside(model: nn.Module) -> Iterator[None]:
             model.add_module(NAME, state)
 
 
-def _read_of_model(graph: GraphModule, model: nn.Module, asked: dict[str, bool]) -> None:
+def read_of_model(graph: GraphModule, model: nn.Module, asked: dict[str, bool]) -> None:
     """Puts the model's own parameters back where a pass made others of the same memory to freeze some of them."""
     names = parameter_names(graph)
     for name, parameter in model.named_parameters():
