@@ -73,7 +73,11 @@ def compress(
     Raises:
         TraceError, RewriteError: as of `fxsparse.rewrite` and `fxsparse.to_module`; or the model is wrapped or sharded
             already. The model is as it was.
+        OptionError: the model was rewritten with dense weights before.
     """
+    state = added_state_of(model)
+    if state is not None and state.graph is not None:
+        raise _other_passes(state.passes, "dense", "call fxsparse.forget(model) first, and torch.compile anew")
     wrapper = next((type(module).__name__ for module in among if type(module).__name__ in _WRAPPERS), None)
     if wrapper is not None or any(map(is_sharded, model.parameters())):
         raise RewriteError(
@@ -82,7 +86,6 @@ def compress(
         )
     with torch.inference_mode(False):
         compress_in_place(traced_and_rewritten(model, pipeline, arguments, keywords), model, str(pipeline))
-    state = added_state_of(model)
     if state is not None:
         del model._modules[NAME]
         for bind in state.waiting:
@@ -95,18 +98,18 @@ def is_compressed(model: Any, options: BackendOptions) -> bool:
     Raises:
         OptionError: they are not, but others are; or these are, with weights in another form.
     """
-    form, noted, state = module_form_of(model), in_place(model), added_state_of(model)
-    if form is not None and (noted is not None or options.weights == "compressed"):
-        passes, weights = record_of(form).text if noted is None else noted.passes, "compressed"
-    elif state is not None and state.graph is not None and options.weights == "compressed":
-        passes, weights = state.passes, "dense"
-    else:
+    form, noted = module_form_of(model), in_place(model)
+    if form is None or (options.weights == "dense" and noted is None):
         return False
-    if (passes, weights) == (str(options.pipeline), options.weights):
+    passes = record_of(form).text if noted is None else noted.passes
+    if options.weights == "compressed" and passes == str(options.pipeline):
         return True
-    instead = (
-        "call fxsparse.forget(model) first, and torch.compile anew"
-        if form is None or noted is not None
-        else "leave passes out of the options: the model holds what fxsparse.to_module gave it"
-    )
-    raise OptionError(f'the model was compiled with passes={passes!r} and weights="{weights}" before; {instead}')
+    if noted is None:
+        instead = "leave passes out of the options, for the model holds what fxsparse.to_module gave it"
+    else:
+        instead = "call fxsparse.forget(model) first, and torch.compile anew"
+    raise _other_passes(passes, "compressed", instead)
+
+
+def _other_passes(passes: str, weights: str, instead: str) -> OptionError:
+    return OptionError(f'the model was rewritten with passes={passes!r} and weights="{weights}" before; {instead}')

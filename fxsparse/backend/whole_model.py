@@ -353,11 +353,14 @@ class Call:
         assert model is not None
         frames = list(_callers(sys._getframe(2)))
         modules = [(frame, _first_argument(frame)) for frame in frames]
-        at, forward = next((at, frame) for at, (frame, first) in enumerate(modules) if first is model)
-        entry = next(frame for frame in frames[at:] if frame.f_code.co_name == "compile_wrapper")
+        at, entry = next((at, frame) for at, frame in enumerate(frames) if frame.f_code.co_name == "compile_wrapper")
+        forward = next((frame for frame, first in modules[:at] if first is model), None)
         context, function = entry.f_locals["self"], entry.f_locals["fn"]
-        arguments, keywords = _arguments(forward, model)
         method = function if "forward" in vars(model) else type(model).forward.__get__(model)
+        if forward is not None:
+            arguments, keywords = _arguments(forward, model)
+        else:  # Dynamo compiles a function around a module whose class is torch's own
+            arguments, keywords, method = entry.f_locals["args"], dict(entry.f_locals["kwargs"]), function
         among = tuple(first for _, first in modules if isinstance(first, nn.Module))
         return cls(model, arguments, keywords, context(method), getattr(context, "_dynamic", None), among)
 

@@ -141,7 +141,7 @@ def _check(gm: GraphModule, model: nn.Module) -> None:
         raise RewriteError(f"the model itself is a linear, in whose place another would stand; {INSTEAD}")
     changed = _changed(gm, model, {name for weight in weights for name in weight.names})
     if changed is not None:
-        raise RewriteError(f"it changes {changed} of the model; {INSTEAD}", pass_name=_who_changed(gm, model))
+        raise RewriteError(f"it changes {changed} of the model; {INSTEAD}", pass_name=_who_changed(gm))
     try:
         to_module(gm, model)  # a trial on a copy without values of its own, which is compared with the graph
     except RewriteError as error:
@@ -164,11 +164,11 @@ def _changed(gm: GraphModule, model: nn.Module, in_other_form: set[str]) -> str 
     return None
 
 
-def _who_changed(gm: GraphModule, model: nn.Module) -> str:
-    """The pass that changed the number of parameters at a site which is no weight in another form."""
+def _who_changed(gm: GraphModule) -> str:
+    """The last pass that changed the number of parameters at a site which is no weight in another form."""
     held = {fx.module_path(name) for weight in weights_of(gm) for name in weight.names}
     entries = record_of(gm).entries
-    for entry in entries:
+    for entry in reversed(entries):  # sites of earlier passes may be gone
         elsewhere = any(change.site not in held for change in entry.rewritten)
         if entry.before.parameters != entry.after.parameters and elsewhere:
             return entry.text.partition("{")[0]

@@ -70,6 +70,10 @@ class AddedState(nn.Module):
         for bind in waiting:
             bind(graph)
 
+    def forward(self, x: Any) -> Any:
+        """Nothing; a model that calls all of its parts in turn, such as ``nn.Sequential``, calls this one too."""
+        return x
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in type(self).__annotations__:  # a graph module that is assigned would become a submodule
             vars(self)[name] = value
