@@ -37,7 +37,7 @@ from fxsparse.graph.record import record_of
 from fxsparse.graph.training_form import FORM_KEY
 from fxsparse.modules.spec import take_out
 from fxsparse.ops.operator import operator_name
-from fxsparse.passes.base import parse_passes
+from fxsparse.passes.base import Pass, parse_passes
 from fxsparse.passes.nm.sparse_linear import COMPRESSED, MASKED
 from fxsparse.passes.order import acting
 
@@ -100,8 +100,7 @@ def to_module(gm: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def _check_passes(gm: GraphModule) -> None:
-    passes = [item for entry in record_of(gm).entries for item in parse_passes(entry.text)]
-    for item in (passes[position] for position in acting([item.name for item in passes])):
+    for item in acting_passes(gm):
         if item.no_module:
             raise RewriteError(f"cannot become modules: {item.no_module}", pass_name=item.name)
     for node in gm.graph.nodes:
@@ -109,8 +108,14 @@ def _check_passes(gm: GraphModule) -> None:
         if name and node.target not in (*COMPRESSED, *MASKED):
             raise RewriteError(f"no module holds the operator {name}; keep the graph form", site=fx.stack_path(node))
     if FORM_KEY in gm.meta:
-        names = ", ".join(item.name for item in passes)
+        names = ", ".join(entry.text.partition("{")[0] for entry in record_of(gm).entries)
         raise RewriteError(f"the graph runs another form in training, which modules cannot (its passes: {names})")
+
+
+def acting_passes(gm: GraphModule) -> list[Pass]:
+    """The passes that still have a part in the graph."""
+    passes = [item for entry in record_of(gm).entries for item in parse_passes(entry.text)]
+    return [passes[position] for position in acting([item.name for item in passes])]
 
 
 def _state_names(model: nn.Module) -> dict[str, Any]:

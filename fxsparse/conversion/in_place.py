@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxsparse import graph as fx
-from fxsparse.conversion.convert import to_module
+from fxsparse.conversion.convert import acting_passes, to_module
 from fxsparse.conversion.notes import note, remove_notes
 from fxsparse.conversion.weights import hold, weights_of
 from fxsparse.errors import RewriteError
@@ -143,7 +143,11 @@ def _check(gm: GraphModule, model: nn.Module) -> None:
     if changed is not None:
         raise RewriteError(f"it changes {changed} of the model; {INSTEAD}", pass_name=_who_changed(gm))
     try:
-        to_module(gm, model)  # a trial on a copy without values of its own, which is compared with the graph
+        module = to_module(gm, model)  # a trial on a copy without values of its own, which is compared with the graph
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+        for item in acting_passes(gm):
+            if item.needs_schedule:  # what a schedule of modules refuses is refused now
+                list(item.schedule(module, optimizer, 1000))
     except RewriteError as error:
         told = RewriteError(f"{error}; {INSTEAD}")
         told.pass_name, told.site = error.pass_name, error.site
