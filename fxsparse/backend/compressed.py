@@ -24,7 +24,7 @@ from fxsparse.conversion.in_place import compress_in_place, in_place
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.added_state import NAME, added_state_of
 from fxsparse.graph.record import record_of
-from fxsparse.graph.sharded import is_sharded
+from fxsparse.graph.sharded import is_fully_sharded
 from fxsparse.graph.wrapped import module_form_of
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def compress(
     if state is not None and state.graph is not None:
         raise _other_passes(state.passes, "dense", "call fxsparse.forget(model) first, and torch.compile anew")
     wrapper = next((type(module).__name__ for module in among if type(module).__name__ in _WRAPPERS), None)
-    if wrapper is not None or any(map(is_sharded, model.parameters())):
+    if wrapper is not None or any(map(is_fully_sharded, model.modules())):
         raise RewriteError(
             f'weights="compressed" replaces parameters that {wrapper or "fully_shard"} already knows; call the '
             "compiled model once, under torch.no_grad(), before it is wrapped or sharded"

@@ -143,7 +143,8 @@ def _check(gm: GraphModule, model: nn.Module) -> None:
     if changed is not None:
         raise RewriteError(f"it changes {changed} of the model; {INSTEAD}", pass_name=_who_changed(gm))
     try:
-        module = to_module(gm, model)  # a trial on a copy without values of its own, which is compared with the graph
+        # A trial on a copy without values of its own, which is compared with the graph.
+        module: Any = to_module(gm, model)
         optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
         for item in acting_passes(gm):
             if item.needs_schedule:  # what a schedule of modules refuses is refused now

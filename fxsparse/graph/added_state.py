@@ -31,7 +31,7 @@ class AddedState(nn.Module):
         graph: the rewritten graph module; None until the model is first called.
         passes: the text of its passes.
         scheduled: whether there is a schedule, or its absence was said.
-        waiting: called with the graph module once there is one.
+        waiting: called with the graph module once there is one, or with the model once it is compressed in place.
         asked: ``requires_grad`` of the parameters that passes froze, as it was, by name.
         flags: the modules of the model, each with the graph's module of its name, which reads its mode.
         shared: the tensors of the model that the graph reads, by name.
@@ -43,7 +43,7 @@ class AddedState(nn.Module):
 
     graph: GraphModule | None
     passes: str
-    waiting: list[Callable[[GraphModule], None]]
+    waiting: list[Callable[[nn.Module], None]]
     scheduled: bool
     asked: dict[str, bool]
     flags: list[tuple[nn.Module, nn.Module]]

@@ -311,6 +311,10 @@ def test_a_wrapped_model_is_refused(one_rank: None) -> None:
     fast = torch.compile(Net().eval(), **compressed())
     with pytest.raises(RewriteError, match=r"DistributedDataParallel.*before it is wrapped"):
         nn.parallel.DistributedDataParallel(fast)(**batch())
+    sharded = Net().eval()
+    torch.distributed.fsdp.fully_shard(sharded)
+    with pytest.raises(RewriteError, match=r"fully_shard.*before it is wrapped"):
+        torch.compile(sharded, **compressed())(**batch())
     fast(**batch())
     nn.parallel.DistributedDataParallel(fast)(**batch())["loss"].backward()
     assert fast._orig_mod.up.weight_values.grad is not None
