@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from fxsparse import graph as fx
-from fxsparse.backend.whole_model import add_new_parameters, compiled_to_rewrite
+from fxsparse.backend.first_call import compiled_to_rewrite
+from fxsparse.backend.whole_model import add_new_parameters
+from fxsparse.conversion.optimizer_state import follow_weights
 from fxsparse.errors import CheckpointError, OptionError
 from fxsparse.graph.added_state import added_state_of, attach_state
 from fxsparse.graph.record import Entry, record_of
@@ -42,7 +44,8 @@ class Schedule:
 
     The schedule of ``torch.compile(model, backend="fxsparse", options={"recipe": ...})`` may be built before the first
     call, which rewrites the model. It starts then, and gives the optimizer the parameters that passes added, each in
-    the group of the parameter beside it.
+    the group of the parameter beside it. With ``"weights": "compressed"`` the compressed values take the places of the
+    dense weights in the optimizer, also where it was built before that call and has state of them.
 
     Buffers change in place. A change of the graph itself (low-rank branches start) recompiles the graph module, and
     a running ``torch.compile`` notices. Under gradient accumulation, call :meth:`step` once per optimizer step.
@@ -100,6 +103,7 @@ class Schedule:
         """Builds the events of a rewritten graph module, or of a module made of one."""
         optimizer, signals = self._optimizer, self._signals
         self._gm = rewritten
+        follow_weights(optimizer, rewritten)
         add_new_parameters(rewritten, optimizer)
         parameters = {id(parameter) for parameter in rewritten.parameters()}
         if not any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"]):

@@ -15,9 +15,9 @@ LAYERS = (
     "modules",
     "analysis cost tracing codegen",
     "passes lowering",
-    "recipes",
+    "recipes conversion",
     "backend",
-    "rewriting schedule checkpoint dense_state reporting conversion history inspection page autoprumux integrations",
+    "rewriting schedule checkpoint dense_state reporting history inspection page autoprumux integrations",
     "cli",
     "__main__",
 )

@@ -2,7 +2,8 @@
 
 Dynamo's graph goes down this list; every step leaves a graph that torch takes for one of Dynamo's own:
 
-1. with ``options={"passes": ...}``: to the training IR, through the passes, and back (``one_line``);
+1. with ``options={"passes": ...}``: to the training IR, through the passes, and back (``one_line``), or the whole model
+   is rewritten at its first call (``whole_model``, ``compressed``);
 2. frozen N:M weights run from compressed form where that pays (``lower``);
 3. what the graph needs beyond Dynamo's inputs is looked up by the weights' identity on every call (``runtime_state``);
 4. the rest is Inductor's, which inlines the references of our operators (``inductor``, ``inline``).
@@ -25,10 +26,11 @@ from torch._dynamo import eval_frame
 from torch.fx import GraphModule
 
 from fxsparse.backend.compiled import CompiledGraph, Origin, compiled_graphs, forget_all, record_launches
+from fxsparse.backend.compressed import CompressedModel, is_compressed
 from fxsparse.backend.inductor import config_patches
 from fxsparse.backend.one_line import RewrittenGraph
 from fxsparse.backend.options import BackendOptions
-from fxsparse.backend.whole_model import ONE_LINE, WholeModel, part_of, with_dense_weights
+from fxsparse.backend.whole_model import ONE_LINE, Part, WholeModel, part_of, with_dense_weights
 from fxsparse.errors import FxsparseError, LoweringError, OptionError, RewriteError
 from fxsparse.graph.added_state import added_state_of
 from fxsparse.graph.dynamo import copy_dynamo_graph, state_names
@@ -50,10 +52,11 @@ def fxsparse(
         gm: the graph.
         example_inputs: its real inputs.
         options: ``passes`` (text, Pass objects, a list of either, a Pipeline) or ``recipe`` (a name): what to rewrite
-            in every graph, with the weights staying the model's own; ``lower`` (operator -> implementation): pins a
-            choice, or excludes some; ``tune`` (seconds): how long a graph may measure products nobody measured before;
-            ``fallback``: False makes a graph that cannot be lowered an error; ``compiler``: ``inductor``,
-            ``aot_eager`` or ``eager``; any option of Inductor.
+            in every graph; ``weights``: ``dense``, the default, lets them stay the model's own, N:M ones masked;
+            ``compressed`` puts compressed ones into the model at the first call (``compressed``); ``lower`` (operator
+            -> implementation): pins a choice, or excludes some; ``tune`` (seconds): how long a graph may measure
+            products nobody measured before; ``fallback``: False makes a graph that cannot be lowered an error;
+            ``compiler``: ``inductor``, ``aot_eager`` or ``eager``; any option of Inductor.
         mode: as for Inductor.
 
     Returns:
@@ -65,9 +68,11 @@ def fxsparse(
     try:
         parsed = BackendOptions.parse(options, mode)
         origin = Origin.of_current_call()
-        if parsed.pipeline is None:
+        if parsed.pipeline is None or is_compressed(origin.module, parsed):
             return _compile_graph(gm, list(example_inputs), parsed, origin)
         part = part_of(gm, origin.target)
+        if parsed.weights == "compressed":
+            return _compressing(gm, parsed, part)
         try:
             if part is not None or added_state_of(origin.module) is None:
                 return _compile_graph(gm, list(example_inputs), parsed, origin)
@@ -82,9 +87,20 @@ def fxsparse(
         return _raising(error)
 
 
+def _compressing(gm: GraphModule, options: BackendOptions, part: Part | None) -> Callable[..., Any]:
+    """What compresses the model when it is first called; a part of a model is refused."""
+    if part is not None:
+        raise OptionError(
+            f'weights="compressed" rewrites a whole model at its first call, and this is a part only: {part}. Begin '
+            "with a call that is one graph, or call fxsparse.rewrite, and then fxsparse.to_module or torch.compile"
+        )
+    assert options.pipeline is not None
+    return CompressedModel(gm, options.pipeline)
+
+
 def _compiler(options: Mapping[str, Any], mode: str | None) -> Callable[..., Callable[..., Any]]:
     """Compiles a rewritten graph module with the options of the call, less its passes."""
-    rest = {name: value for name, value in options.items() if name not in ("passes", "recipe")}
+    rest = {name: value for name, value in options.items() if name not in ("passes", "recipe", "weights")}
 
     def compile(graph: GraphModule, dynamic: bool | None) -> Callable[..., Any]:
         return torch.compile(graph, backend="fxsparse", options=rest, mode=mode, dynamic=dynamic)
@@ -116,8 +132,9 @@ def _compile_graph(
     gm: GraphModule, example_inputs: list[Any], options: BackendOptions, origin: Origin
 ) -> Callable[..., Any]:
     report = CompiledGraph(str(gm.meta.get("dynamo_compile_id") or ""), options)
-    if isinstance(origin.module, GraphModule) and ONE_LINE in origin.module.meta:
-        report.record = record_of(origin.module)
+    module = origin.module
+    if module is not None and (options.weights == "compressed" or _is_of_one_line(module)):
+        report.record = record_of(module)
     rewritten = _run_passes(gm, example_inputs, options, origin.module, report)
     before, slots = (rewritten.module, rewritten.slots) if rewritten is not None else (gm, [])
     names = rewritten.names if rewritten is not None else state_names(gm, example_inputs, origin.module)
@@ -138,10 +155,14 @@ def _compile_graph(
     return inner
 
 
+def _is_of_one_line(module: nn.Module) -> bool:
+    return isinstance(module, GraphModule) and ONE_LINE in module.meta
+
+
 def _run_passes(
     gm: GraphModule, example_inputs: list[Any], options: BackendOptions, root: nn.Module | None, report: CompiledGraph
 ) -> RewrittenGraph | None:
-    if options.pipeline is None:
+    if options.pipeline is None or options.weights == "compressed":  # the passes are in the model's modules
         return None
     try:
         rewritten = RewrittenGraph(options.pipeline, gm, example_inputs, root)

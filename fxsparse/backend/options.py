@@ -15,7 +15,7 @@ from fxsparse.options import Weight, check_fields, checked, shown
 if TYPE_CHECKING:
     from fxsparse.passes.pipeline import Pipeline
 
-OURS = ("passes", "recipe", "lower", "tune", "fallback", "compiler")
+OURS = ("passes", "recipe", "weights", "lower", "tune", "fallback", "compiler")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class BackendOptions:
 
     Attributes:
         pipeline: the passes to run on every graph, None for the bare call.
+        weights: ``dense``, the model's own and masked, or ``compressed``, which replaces them at the first call.
         lower: the implementation that is pinned, by operator.
         tune: seconds that a graph may spend on measuring products nobody measured before.
         fallback: whether a graph that cannot be lowered runs as it was; otherwise that is an error.
@@ -32,6 +33,7 @@ class BackendOptions:
     """
 
     pipeline: Pipeline | None = None
+    weights: Literal["dense", "compressed"] = "dense"
     lower: tuple[tuple[str, str], ...] = ()
     tune: Weight = 30.0
     fallback: bool = True
@@ -40,6 +42,8 @@ class BackendOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.weights == "compressed":
+            _check_compresses(self.pipeline)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> BackendOptions:
@@ -50,7 +54,7 @@ class BackendOptions:
         """
         theirs = dict(checked("options", options, Mapping[str, Any] | None) or {})
         ours = {name: theirs.pop(name) for name in OURS if name in theirs}
-        plain = {name: ours[name] for name in ("tune", "fallback", "compiler") if name in ours}
+        plain = {name: ours[name] for name in ("weights", "tune", "fallback", "compiler") if name in ours}
         if plain.get("tune", 0) in (None, False):
             plain["tune"] = 0.0
         return cls(pipeline=_pipeline(ours), lower=_lower(ours.get("lower")), inductor=_inductor(theirs, mode), **plain)
@@ -85,6 +89,18 @@ def _pipeline(ours: Mapping[str, Any]) -> Pipeline | None:
     items = [passes] if isinstance(passes, (Pass, str)) else passes
     flat = [part for item in items for part in (item.passes if isinstance(item, Pipeline) else (item,))]
     return Pipeline(flat) if flat else None
+
+
+def _check_compresses(pipeline: Pipeline | None) -> None:
+    if pipeline is None:
+        raise OptionError('weights="compressed" is for the passes of a call, and there are none: give passes or recipe')
+    for item in pipeline.passes:
+        if getattr(item, "storage", "compressed") != "compressed":
+            raise OptionError(
+                'weights="compressed" has no place for pruned weights, which storage="masked" keeps (as dynamic masks '
+                "need): leave out one of the two",
+                pass_name=item.name,
+            )
 
 
 def _lower(lower: Any) -> tuple[tuple[str, str], ...]:

@@ -24,22 +24,23 @@ import sys
 import threading
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from fxsparse.backend.compiled import Origin, options_of
+from fxsparse.backend.compiled import Origin
+from fxsparse.conversion.in_place import in_place, restore_in_place
 from fxsparse.errors import OptionError, RewriteError, TraceError
 from fxsparse.graph.added_state import NAME, AddedState, added_state_of, attach_state
 from fxsparse.graph.record import TRACE_KEY
-from fxsparse.graph.wrapped import unwrapped_module
+from fxsparse.graph.wrapped import module_form_of, unwrapped_module
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -134,13 +135,7 @@ def rewritten(
                 "call fxsparse.forget(model) first, and torch.compile anew"
             )
         return state
-    from fxsparse.tracing.trace import trace
-
-    try:
-        traced = trace(model, arguments, keywords)
-    except TraceError:
-        traced = trace(model, arguments, keywords, dynamic_batch=False)
-    graph = pipeline(traced)
+    graph = traced_and_rewritten(model, pipeline, arguments, keywords)
     theirs = {id(parameter) for parameter in model.parameters()}
     own = [name for name, parameter in graph.named_parameters() if id(parameter) not in theirs]
     if own and any(isinstance(module, nn.parallel.DistributedDataParallel) for module in among):
@@ -152,6 +147,19 @@ def rewritten(
     state = attach_state(model)
     state.hold(graph, model, str(pipeline))
     return state
+
+
+def traced_and_rewritten(
+    model: nn.Module, pipeline: Pipeline, arguments: tuple[Any, ...], keywords: Mapping[str, Any]
+) -> GraphModule:
+    """The graph of ``model`` after the passes, traced for any batch size if that can be."""
+    from fxsparse.tracing.trace import trace
+
+    try:
+        traced = trace(model, arguments, keywords)
+    except TraceError:
+        traced = trace(model, arguments, keywords, dynamic_batch=False)
+    return pipeline(traced)
 
 
 def with_dense_weights(pipeline: Pipeline) -> Pipeline:
@@ -168,6 +176,9 @@ def forget(model: nn.Module) -> None:
     Weights that were trained stay as trained. ``requires_grad`` of parameters that passes froze is set again. The next
     call of ``torch.compile(model, backend="fxsparse", ...)`` may name other passes; what was compiled before is void.
 
+    After ``weights="compressed"`` linears have dense weights again, zero where they were pruned and with the low-rank
+    branches that had started added. These are new parameters, of which an optimizer has to be told.
+
     Args:
         model: the model, or what ``torch.compile`` or ``DistributedDataParallel`` made of it.
 
@@ -175,44 +186,16 @@ def forget(model: nn.Module) -> None:
         OptionError: no one-line call added anything to the model.
     """
     inner = unwrapped_module(model)
+    form = module_form_of(inner)
+    if form is not None and in_place(form) is not None:
+        restore_in_place(form)
+        return
     state = added_state_of(inner)
     if state is None:
         raise OptionError("fxsparse.forget: no one-line call has added anything to this model")
     del inner._modules[NAME]
-    for name in state.trained:
-        inner.get_parameter(name).requires_grad_()
-
-
-@dataclass(frozen=True)
-class CompiledToRewrite:
-    """A compiled model that its passes will rewrite when it is first called."""
-
-    model: nn.Module
-    pipeline: Pipeline
-
-    def rewrite(self, batch: Any) -> None:
-        """Rewrites the model now, for the inputs in ``batch``: a mapping, a tuple or a tensor."""
-        keywords = dict(batch) if isinstance(batch, Mapping) else {}
-        arguments = () if keywords else tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-        rewritten(self.model, self.pipeline, arguments, keywords, ())
-
-
-def compiled_to_rewrite(model: Any) -> CompiledToRewrite | None:
-    """``model`` as one whose first call will rewrite it; None if it was rewritten, or was not compiled with passes."""
-    inner = unwrapped_module(model)
-    state = added_state_of(inner)
-    if not isinstance(inner, nn.Module) or (state is not None and state.graph is not None):
-        return None
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
-    if not isinstance(model, OptimizedModule) and getattr(model, "_compiled_call_impl", None) is None:
-        return None
-    if isinstance(inner, GraphModule) and TRACE_KEY in inner.meta:
-        return None
-    options = options_of(model)
-    if options is None or options.pipeline is None:
-        return None
-    return CompiledToRewrite(inner, with_dense_weights(options.pipeline))
+    for name, wanted in state.asked.items():
+        inner.get_parameter(name).requires_grad_(wanted)
 
 
 def add_new_parameters(graph: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -239,8 +222,33 @@ def _nearness(name: str, other: str) -> int:
 # --- in the place of Dynamo's graph -----------------------------------------------------------------------------------
 
 
-class WholeModel:
-    """Runs the rewritten model in the place of a graph of Dynamo's.
+class ReplacedGraph(ABC):
+    """Stands in the place of a graph of Dynamo's, which is all of a model's ``forward``.
+
+    Args:
+        gm: Dynamo's graph.
+    """
+
+    def __init__(self, gm: GraphModule):
+        self.count = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+        self.places: list[str | None] | None = None
+
+    def __call__(self, *inputs: Any) -> list[Any]:
+        stage = getattr(_rehearsal, "stage", None)
+        if stage is not None:
+            return stage.stand_ins(self.count)
+        call = Call.current()
+        if self.places is None:
+            self.places = _rehearse(call, self.count)
+        return _outputs(self.places, call.model, self.run(call, inputs))
+
+    @abstractmethod
+    def run(self, call: Call, inputs: Sequence[Any]) -> Any:
+        """What the model's ``forward`` returns for a call; ``inputs`` are those of the graph."""
+
+
+class WholeModel(ReplacedGraph):
+    """Runs the rewritten model.
 
     Args:
         gm: Dynamo's graph.
@@ -256,18 +264,11 @@ class WholeModel:
         names: Mapping[int, str],
         compile: Callable[[GraphModule, bool | None], Callable[..., Any]],
     ):
-        self.outputs = len(gm.graph.output_node().args[0])  # type: ignore[arg-type]
+        super().__init__(gm)
         self.pipeline, self.names, self.compile = pipeline, dict(names), compile
-        self.places: list[str | None] | None = None
         self.compiled: weakref.WeakKeyDictionary[nn.Module, Callable[..., Any]] = weakref.WeakKeyDictionary()
 
-    def __call__(self, *inputs: Any) -> list[Any]:
-        stage = getattr(_rehearsal, "stage", None)
-        if stage is not None:
-            return stage.stand_ins(self.outputs)
-        call = _Call.current()
-        if self.places is None:
-            self.places = _rehearse(call, self.outputs)
+    def run(self, call: Call, inputs: Sequence[Any]) -> Any:
         state = rewritten(call.model, self.pipeline, call.arguments, call.keywords, call.among)
         assert state.graph is not None
         self._share(state, inputs)
@@ -276,7 +277,7 @@ class WholeModel:
         run = self.compiled.get(state)
         if run is None:
             run = self.compiled[state] = self.compile(state.graph, call.dynamic)
-        return self._outputs(call.model, run(*call.arguments, **call.keywords))
+        return run(*call.arguments, **call.keywords)
 
     def _share(self, state: AddedState, inputs: Sequence[Any]) -> None:
         """Lets the graph read the tensors that the model has now."""
@@ -298,24 +299,25 @@ class WholeModel:
                 stacklevel=2,
             )
 
-    def _outputs(self, model: nn.Module, result: Any) -> list[Any]:
-        assert self.places is not None
-        leaves = {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(result)[0]}
-        outputs = []
-        for place in self.places:
-            if place is None or place.startswith(".buffer "):
-                outputs.append(None if place is None else model.get_buffer(place.removeprefix(".buffer ")))
-            elif place in leaves:
-                outputs.append(leaves[place])
-            elif "past_key_values" in place or "cache" in place.lower():
-                _warn_of_cache()
-                outputs.append(None)
-            else:
-                raise RewriteError(
-                    f"this call returns {place.lstrip('.')}, which the first call did not, and the graph is that of "
-                    "the first call: call fxsparse.forget(model), and begin with a call like this one"
-                )
-        return outputs
+
+def _outputs(places: Sequence[str | None], model: nn.Module, result: Any) -> list[Any]:
+    """The outputs of Dynamo's graph, found where they are in what ``forward`` returned."""
+    leaves = {pytree.keystr(path): leaf for path, leaf in pytree.tree_flatten_with_path(result)[0]}
+    outputs = []
+    for place in places:
+        if place is None or place.startswith(".buffer "):
+            outputs.append(None if place is None else model.get_buffer(place.removeprefix(".buffer ")))
+        elif place in leaves:
+            outputs.append(leaves[place])
+        elif "past_key_values" in place or "cache" in place.lower():
+            _warn_of_cache()
+            outputs.append(None)
+        else:
+            raise RewriteError(
+                f"this call returns {place.lstrip('.')}, which the first call did not, and the graph is that of "
+                "the first call: call fxsparse.forget(model), and begin with a call like this one"
+            )
+    return outputs
 
 
 def _warn_of_cache() -> None:
@@ -326,7 +328,7 @@ def _warn_of_cache() -> None:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """A call of a compiled model that is running.
 
     Attributes:
@@ -345,17 +347,20 @@ class _Call:
     among: tuple[nn.Module, ...]
 
     @classmethod
-    def current(cls) -> _Call:
+    def current(cls) -> Call:
         """Reads the stack: Dynamo's code tells a graph its tensors, and neither the model nor its arguments."""
         model = Origin.of_current_call().module
         assert model is not None
         frames = list(_callers(sys._getframe(2)))
         modules = [(frame, _first_argument(frame)) for frame in frames]
-        at, forward = next((at, frame) for at, (frame, first) in enumerate(modules) if first is model)
-        entry = next(frame for frame in frames[at:] if frame.f_code.co_name == "compile_wrapper")
+        at, entry = next((at, frame) for at, frame in enumerate(frames) if frame.f_code.co_name == "compile_wrapper")
+        forward = next((frame for frame, first in modules[:at] if first is model), None)
         context, function = entry.f_locals["self"], entry.f_locals["fn"]
-        arguments, keywords = _arguments(forward, model)
         method = function if "forward" in vars(model) else type(model).forward.__get__(model)
+        if forward is not None:
+            arguments, keywords = _arguments(forward, model)
+        else:  # Dynamo compiles a function around a module whose class is torch's own
+            arguments, keywords, method = entry.f_locals["args"], dict(entry.f_locals["kwargs"]), function
         among = tuple(first for _, first in modules if isinstance(first, nn.Module))
         return cls(model, arguments, keywords, context(method), getattr(context, "_dynamic", None), among)
 
@@ -396,7 +401,7 @@ class _Stage:
         return self.tensors
 
 
-def _rehearse(call: _Call, count: int) -> list[str | None]:
+def _rehearse(call: Call, count: int) -> list[str | None]:
     """Where each output of Dynamo's graph is in what ``forward`` returns, or which buffer it becomes."""
     buffers = [(module, name, buffer) for module in call.model.modules() for name, buffer in module._buffers.items()]
     stage = _rehearsal.stage = _Stage()

@@ -24,12 +24,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxsparse import graph as fx
+from fxsparse.conversion.depth import CONFIG_KEY
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.graph_state import STATES, end_state, state_buffers
 from fxsparse.graph.record import META_KEY, HeldWeight, record_of
 from fxsparse.graph.training_form import FORM_KEY, TRAINING_ONLY
-from fxsparse.integrations.depth import CONFIG_KEY
 from fxsparse.modules.held import Held
 from fxsparse.modules.sites import module_sites
 from fxsparse.modules.spec import place, take_out

@@ -6,9 +6,9 @@ The result is built from a copy of the model that takes the graph's tensors inst
 |---|---|
 | a copy of the modules; a tensor that the graph no longer has stays without values | `_copied` |
 | lists without the layers that were dropped, numbered anew, and their configuration | `_shorten`, `_configure` |
-| numbers of features and heads follow smaller weights | ``fxsparse.integrations.resizing``, ``heads`` |
+| numbers of features and heads follow smaller weights | ``fxsparse.conversion.resizing``, ``heads`` |
 | weights in another form are held by modules of ours | ``fxsparse.conversion.weights`` |
-| it is compared with the graph on random inputs | ``fxsparse.integrations.comparison`` |
+| it is compared with the graph on random inputs | ``fxsparse.conversion.comparison`` |
 
 Passes whose part no module can hold say so themselves (``Pass.no_module``).
 """
@@ -25,19 +25,19 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
+from fxsparse.conversion.comparison import difference
+from fxsparse.conversion.depth import CONFIG_KEY, Shortened, parts, renumber, shortened_lists, with_layers
+from fxsparse.conversion.heads import Heads, choose_heads, heads_of
 from fxsparse.conversion.notes import is_pretrained, note
+from fxsparse.conversion.resizing import resize
 from fxsparse.conversion.weights import hold, weights_of
+from fxsparse.conversion.width import narrower_configs
 from fxsparse.errors import CheckpointError, RewriteError
 from fxsparse.graph.record import record_of
 from fxsparse.graph.training_form import FORM_KEY
-from fxsparse.integrations.comparison import difference
-from fxsparse.integrations.depth import CONFIG_KEY, Shortened, parts, renumber, shortened_lists, with_layers
-from fxsparse.integrations.heads import Heads, choose_heads, heads_of
-from fxsparse.integrations.resizing import resize
-from fxsparse.integrations.width import narrower_configs
 from fxsparse.modules.spec import take_out
 from fxsparse.ops.operator import operator_name
-from fxsparse.passes.base import parse_passes
+from fxsparse.passes.base import Pass, parse_passes
 from fxsparse.passes.nm.sparse_linear import COMPRESSED, MASKED
 from fxsparse.passes.order import acting
 
@@ -100,8 +100,7 @@ def to_module(gm: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def _check_passes(gm: GraphModule) -> None:
-    passes = [item for entry in record_of(gm).entries for item in parse_passes(entry.text)]
-    for item in (passes[position] for position in acting([item.name for item in passes])):
+    for item in acting_passes(gm):
         if item.no_module:
             raise RewriteError(f"cannot become modules: {item.no_module}", pass_name=item.name)
     for node in gm.graph.nodes:
@@ -109,8 +108,14 @@ def _check_passes(gm: GraphModule) -> None:
         if name and node.target not in (*COMPRESSED, *MASKED):
             raise RewriteError(f"no module holds the operator {name}; keep the graph form", site=fx.stack_path(node))
     if FORM_KEY in gm.meta:
-        names = ", ".join(item.name for item in passes)
+        names = ", ".join(entry.text.partition("{")[0] for entry in record_of(gm).entries)
         raise RewriteError(f"the graph runs another form in training, which modules cannot (its passes: {names})")
+
+
+def acting_passes(gm: GraphModule) -> list[Pass]:
+    """The passes that still have a part in the graph."""
+    passes = [item for entry in record_of(gm).entries for item in parse_passes(entry.text)]
+    return [passes[position] for position in acting([item.name for item in passes])]
 
 
 def _state_names(model: nn.Module) -> dict[str, Any]:

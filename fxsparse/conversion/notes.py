@@ -12,14 +12,14 @@ from torch.fx import GraphModule
 
 from fxsparse import graph as fx
 from fxsparse import typed
+from fxsparse.conversion import folders
+from fxsparse.conversion.depth import CONFIG_KEY
+from fxsparse.conversion.heads import Heads
+from fxsparse.conversion.width import misfits_of
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
-from fxsparse.graph.graph_state import STATES, follow, register_state, state_buffers
+from fxsparse.graph.graph_state import STATES, end_state, follow, register_state, state_buffers
 from fxsparse.graph.record import FORMAT, META_KEY, NAMES_KEY, Record, record_of
-from fxsparse.integrations import folders
-from fxsparse.integrations.depth import CONFIG_KEY
-from fxsparse.integrations.heads import Heads
-from fxsparse.integrations.width import misfits_of
 from fxsparse.modules.held import Form
 from fxsparse.modules.sites import STARTED
 from fxsparse.modules.spec import dense_shapes, put_in, specs_of
@@ -54,6 +54,23 @@ def note(module: Any, gm: GraphModule, config: Any, heads: Heads) -> None:
     setattr(module.config, CONFIG_KEY, {"heads": before["heads"] if config is None else heads})
     setattr(module.config, CONFIG_KEY, described(module))
     folders.save_readably(module)
+
+
+def remove_notes(module: Any) -> None:
+    """Takes away what `note` gave the module."""
+    end_state(module, STARTED)
+    module.meta = {key: item for key, item in module.meta.items() if not str(key).startswith("fxsparse")}
+    if not module.meta:
+        del module.meta
+    for hooks, hook in (
+        (module._forward_pre_hooks, _before_call),
+        (module._load_state_dict_post_hooks, _after_load),
+    ):
+        for key in [key for key, registered in hooks.items() if registered is hook]:
+            del hooks[key]
+    if is_pretrained(module):
+        vars(module.config).pop(CONFIG_KEY, None)
+        vars(module).pop("save_pretrained", None)
 
 
 def _mark(module: Any, record: Record, names: Mapping[str, str]) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
+from fxsparse.conversion.depth import Shortened, renumber
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
-from fxsparse.integrations.depth import Shortened, renumber
 from fxsparse.modules.held import PARTS, Form, Held
 from fxsparse.modules.linears import Product
 from fxsparse.modules.spec import linear_kind, place

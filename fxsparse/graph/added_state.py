@@ -31,28 +31,28 @@ class AddedState(nn.Module):
         graph: the rewritten graph module; None until the model is first called.
         passes: the text of its passes.
         scheduled: whether there is a schedule, or its absence was said.
-        waiting: called with the graph module once there is one.
-        trained: the names of the parameters that were trained before any pass froze some.
+        waiting: called with the graph module once there is one, or with the model once it is compressed in place.
+        asked: ``requires_grad`` of the model's parameters as it was before passes froze some, by name.
         flags: the modules of the model, each with the graph's module of its name, which reads its mode.
         shared: the tensors of the model that the graph reads, by name.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        vars(self).update(graph=None, passes="", scheduled=False, waiting=[], trained=frozenset(), flags=[], shared={})
+        vars(self).update(graph=None, passes="", scheduled=False, waiting=[], asked={}, flags=[], shared={})
 
     graph: GraphModule | None
     passes: str
-    waiting: list[Callable[[GraphModule], None]]
+    waiting: list[Callable[[nn.Module], None]]
     scheduled: bool
-    trained: frozenset[str]
+    asked: dict[str, bool]
     flags: list[tuple[nn.Module, nn.Module]]
     shared: dict[str, Tensor]
 
     def hold(self, graph: GraphModule, model: nn.Module, passes: str) -> None:
         """Registers what ``graph`` has beyond ``model``, from which it was made, and tells who waits for it."""
-        self.trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-        _read_of_model(graph, model)
+        self.asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        read_of_model(graph, model)
         with set_aside(model):
             theirs = {id(tensor) for tensor in tensors_of(model).values()}
         for path, module in graph.named_modules():
@@ -70,6 +70,10 @@ class AddedState(nn.Module):
         waiting, self.waiting = self.waiting, []
         for bind in waiting:
             bind(graph)
+
+    def forward(self, x: Any) -> Any:
+        """Nothing; a model that calls all of its parts in turn, such as ``nn.Sequential``, calls this one too."""
+        return x
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in type(self).__annotations__:  # a graph module that is assigned would become a submodule
@@ -133,7 +137,7 @@ def set_aside(model: nn.Module) -> Iterator[None]:
             model.add_module(NAME, state)
 
 
-def _read_of_model(graph: GraphModule, model: nn.Module) -> None:
+def read_of_model(graph: GraphModule, model: nn.Module) -> None:
     """Puts the model's own parameters back where a pass made others of the same memory to freeze some of them."""
     names = parameter_names(graph)
     for name, parameter in model.named_parameters():

@@ -8,7 +8,7 @@ these sizes. In both cases the result is a module of the model's class: ``genera
 
 `save_pretrained` goes through three steps: depth (`shortened_lists`, `with_layers`), width (`narrower_configs`), and
 building the module and comparing it with the graph (`_build`, `difference`). How a folder is written so that nothing is
-lost, and read so that nothing is believed unchecked, is in `fxsparse.integrations.folders`.
+lost, and read so that nothing is believed unchecked, is in `fxsparse.conversion.folders`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
+from fxsparse.conversion import folders
+from fxsparse.conversion.comparison import difference
+from fxsparse.conversion.depth import CONFIG_KEY, renumber, renumbered, shortened_lists, with_layers
+from fxsparse.conversion.heads import Heads, choose_heads, heads_of
 from fxsparse.conversion.notes import described, restored
+from fxsparse.conversion.resizing import resize, sizes_of
+from fxsparse.conversion.width import misfits_of, narrower_configs, shapes_of
 from fxsparse.dense_state import dense_state_dict
 from fxsparse.errors import CheckpointError
 from fxsparse.graph.record import FORMAT
-from fxsparse.integrations import folders
-from fxsparse.integrations.comparison import difference
-from fxsparse.integrations.depth import CONFIG_KEY, renumber, renumbered, shortened_lists, with_layers
-from fxsparse.integrations.heads import Heads, choose_heads, heads_of
-from fxsparse.integrations.resizing import resize, sizes_of
-from fxsparse.integrations.width import misfits_of, narrower_configs, shapes_of
 from fxsparse.modules.sites import module_sites
 from fxsparse.ops.nm import validate
 

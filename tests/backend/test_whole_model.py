@@ -226,6 +226,15 @@ def test_training_without_a_schedule_says_so() -> None:
         torch.compile(Net().eval(), **one_line(LOW_RANK))(**batch())
 
 
+def test_a_module_of_torch_itself_is_rewritten() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
+    x = torch.randn(4, 16)
+    gm = fxsparse.rewrite(copy.deepcopy(model), with_dense_weights(Pipeline(LOW_RANK)), args=(x,))
+    fast = torch.compile(model, **one_line(LOW_RANK))
+    for _ in range(2):  # what is added to it becomes one of its parts
+        torch.testing.assert_close(fast(x), gm(x))
+
+
 def test_recipes_mix_with_passes_and_text() -> None:
     masks = Pipeline("nm-masks{keep_first=false,keep_head=false}")
     fast = torch.compile(Net().eval(), **one_line([masks, "double-prune", AddLowRankBranches(rank=2)]))

@@ -56,7 +56,7 @@ def resize(
     Args:
         model: changed in place.
         sizes: the shapes of all its parameters.
-        heads: the key and bias heads that attentions select, see `fxsparse.integrations.heads`.
+        heads: the key and bias heads that attentions select, see `fxsparse.conversion.heads`.
 
     Raises:
         CheckpointError: the rows of an attention's projections are not a whole number of heads.

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fxsparse import files, stored, typed
+from fxsparse.conversion.depth import CONFIG_KEY
 from fxsparse.errors import CheckpointError
 from fxsparse.graph.record import Record, up_to_date
-from fxsparse.integrations.depth import CONFIG_KEY
 from fxsparse.modules.spec import Spec
 
 VARIANT = "fxsparse"

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
-from fxsparse.integrations.depth import parts
-from fxsparse.integrations.heads import attention_calls
-from fxsparse.integrations.resizing import sizes_of
+from fxsparse.conversion.depth import parts
+from fxsparse.conversion.heads import attention_calls
+from fxsparse.conversion.resizing import sizes_of
 
 _FEED_FORWARD = ("inner", "intermediate", "ffn")
 
