@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -93,16 +94,30 @@ def part_of(gm: GraphModule, target: Any) -> Part | None:
     if reason is not None and reason.graph_break:
         frame = reason.user_stack[-1] if reason.user_stack else None
         where = f"{frame.filename}:{frame.lineno}" if frame else ""
-        return Part(f"Dynamo breaks it: {reason.reason.strip().splitlines()[0]}", where)
+        return Part(f"Dynamo breaks it: {_told(reason.reason)}", where)
     resumed = _RESUMED.match(translator.f_code.co_name)
     if resumed is not None:
         return Part("Dynamo broke it before", f"{translator.f_code.co_filename}:{resumed['line']}")
     if len(output.graph.find_nodes(op="placeholder")) != len(gm.graph.find_nodes(op="placeholder")):
         return Part("DistributedDataParallel lets Dynamo split it; set torch._dynamo.config.optimize_ddp = False")
-    values = output.root_tx.f_locals
+    code, values = output.root_tx.f_code, output.root_tx.f_locals
+    owner = values.get(code.co_varnames[0]) if code.co_argcount else None
+    if isinstance(owner, nn.Module) and owner is not target:
+        where = f"{code.co_filename}:{code.co_firstlineno}"
+        return Part(f"Dynamo gave up the model's forward and compiles {type(owner).__name__} by itself", where)
     if any("Cache" in type(leaf).__name__ for leaf in pytree.tree_leaves(values, is_leaf=_is_cache)):
         return Part("it was given a cache of keys and values")
     return None
+
+
+def _told(reason: str) -> str:
+    """A reason of Dynamo's in a line. One that only says that a step failed stands for the last that it counted."""
+    told = reason.strip().splitlines()
+    counted = list(counters["graph_break"])
+    if told[0] == "step_unsupported" and counted:
+        told = [line.strip() for line in counted[-1].splitlines()]
+    context = (line for line in told[1:] if line.startswith("Developer debug context: "))
+    return "; ".join((told[0], *(line.removeprefix("Developer debug context: ") for line in context)))
 
 
 def _is_cache(item: Any) -> bool:

@@ -231,7 +231,7 @@ def test_what_is_refused() -> None:
     optimizer, batch = torch.optim.AdamW(gm.parameters(), lr=1e-3), family.make_batch()
     before = everything(gm, optimizer)
     for options, message in (
-        ({"metric": "size"}, "none of importance, delta, gradient"),
+        ({"metric": "size"}, "must be one of importance, delta, gradient"),
         ({"tensors": ["lm_head.wieght"]}, "did you mean"),
         ({"rho": 0.2}, r"the least possible is 0\.33"),
         ({"rho": 1.5}, r"\(0, 1\]"),

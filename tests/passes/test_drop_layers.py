@@ -268,8 +268,10 @@ def test_text_form() -> None:
     assert str(fxsparse.recipe("layerchop")) == "drop-layers{configuration=max-gap,fraction=0.5}"
 
 
-def test_a_one_line_call_is_refused() -> None:
-    compiled = torch.compile(deep(4), backend="fxsparse", options={"passes": "drop-layers", "compiler": "eager"})
-    with pytest.raises(Exception, match=r"fxsparse\.rewrite"):
-        compiled(torch.randn(3, 6))
+def test_a_one_line_call_drops_them_too() -> None:
+    model, x = deep(4).eval(), torch.randn(3, 6)
+    gm = fxsparse.rewrite(copy.deepcopy(model), "drop-layers", (x,))
+    compiled = torch.compile(model, backend="fxsparse", options={"passes": "drop-layers", "compiler": "eager"})
+    torch.testing.assert_close(compiled(x), gm(x))
+    assert not torch.allclose(compiled(x), model(x))
     torch._dynamo.reset()
