@@ -138,7 +138,7 @@ def _branches(gm: nn.Module) -> dict[str, bool]:
         sites = [site for site in module_sites(gm) if site.form.started]
         for site in sites:
             with_branch = {other.parameter_name for other in sites}
-            _refuse_elsewhere(site.form.name, set(_names_of(gm, site.parameter_name)) - with_branch)
+            _refuse_elsewhere(site.name, set(_names_of(gm, site.parameter_name)) - with_branch)
         return {site.form.name: site.form.transposed for site in sites}
     linears: dict[str, set[Node]] = {}
     transposed = {weight.name: weight.transposed for weight in record_of(gm).weights}

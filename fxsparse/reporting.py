@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
+from fxsparse import typed
 from fxsparse.backend.compiled import CompiledGraph, compiled_graphs
 from fxsparse.document import Document, Line, Table
 from fxsparse.graph.record import Change, Costs, Entry, Record, record_of
@@ -224,12 +224,12 @@ def record_data(record: Record) -> dict[str, Any]:
                 "milliseconds": entry.milliseconds,
                 "rewritten": [{"site": change.site, "detail": change.detail} for change in entry.rewritten],
                 "skipped": [{"site": change.site, "reason": change.detail} for change in entry.skipped],
-                "before": asdict(entry.before),
-                "after": asdict(entry.after),
+                "before": typed.write(entry.before),
+                "after": typed.write(entry.after),
             }
             for entry in record.entries
         ],
-        "weights": [asdict(weight) for weight in record.weights],
+        "weights": typed.write(record.weights),
     }
 
 

@@ -205,8 +205,8 @@ def _flip_settings(saved: Saved, draw: random.Random) -> None:
     path.write_text(text[:at] + chr(ord(text[at]) ^ (1 << draw.randrange(3))) + text[at + 1 :])
 
 
-def _record(change: Callable[[dict[str, Any], random.Random], Any]) -> Callable[[Saved, random.Random], None]:
-    """A record that was changed on purpose, with checksums that are right."""
+def _record(change: Callable[[dict[str, Any], random.Random], str | None]) -> Callable[[Saved, random.Random], None]:
+    """A record that was changed on purpose, or the text in its place, with checksums that are right."""
 
     def damage(saved: Saved, draw: random.Random) -> None:
         file = stored.read(saved.place)
@@ -218,8 +218,8 @@ def _record(change: Callable[[dict[str, Any], random.Random], Any]) -> Callable[
     return damage
 
 
-def _settings(change: Callable[[dict[str, Any], random.Random], Any]) -> Callable[[Saved, random.Random], None]:
-    """Settings that were changed on purpose, without the checksum."""
+def _settings(change: Callable[[dict[str, Any], random.Random], str | None]) -> Callable[[Saved, random.Random], None]:
+    """Settings that were changed on purpose, or the text in their place, without the checksum."""
 
     def damage(saved: Saved, draw: random.Random) -> None:
         path = saved.place / "config.json"
@@ -234,6 +234,10 @@ def _set(data: Any, item: Any, *path: Any) -> None:
     for step in path[:-1]:
         data = data[step]
     data[path[-1]] = item
+
+
+def _drop(data: dict[str, Any], name: str) -> None:
+    del data[name]
 
 
 def _pass(record: dict[str, Any], text: str) -> None:
@@ -253,7 +257,7 @@ _FILE: dict[str, Callable[[Saved, random.Random], None]] = {
     "a wrong type": _record(
         lambda r, d: _set(r, d.choice([3, "x"]), *d.choice([("entries",), ("weights", 0), ("entries", 0, "before")]))
     ),
-    "a missing field": _record(lambda r, d: r["weights"][0].pop(d.choice(["name", "storage", "pattern", "names"]))),
+    "a missing field": _record(lambda r, d: _drop(r["weights"][0], d.choice(["name", "storage", "pattern", "names"]))),
     "another size": _record(lambda r, d: _set(r, d.choice([-4, 0, 4, 10**12]), "weights", 0, "in_features")),
     "another pattern": _record(lambda r, d: _set(r, d.choice(["1:4", "x", f"2:{10**20}"]), "weights", 0, "pattern")),
     "a later format": _record(lambda r, d: _set(r, d.randint(3, 10**6), "format")),

@@ -158,7 +158,11 @@ def test_files_that_do_not_fit_say_why(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has unknown extra"):
         load(damaged)
     stored.write(damaged, {**tensors, key: torch.zeros(3)}, record)
-    with pytest.raises(CheckpointError, match=f"has other shapes for {key}"):
+    with pytest.raises(CheckpointError, match=rf"{key} is \[3\], expected \[{tensors[key].shape[0]}, "):
+        load(damaged)
+    bias = "model.decoder.layers.1.fc1.bias"
+    stored.write(damaged, {**tensors, bias: torch.zeros(3)}, record)
+    with pytest.raises(CheckpointError, match=f"has other shapes for {bias}"):
         load(damaged)
     save_file(tensors, damaged)
     with pytest.raises(CheckpointError, match="holds no record"):

@@ -129,7 +129,7 @@ def _graph(gm: GraphModule) -> GraphModule:
     fx.eliminate_dead_code(twin)
     waiting = {part for branch in live.sites(gm, Branch) for part in (branch.down, branch.up)}  # not started
     fx.delete_state(twin, (before | waiting) - fx.state_read(twin))
-    for weight in held.values():
+    for weight in reversed(held.values()):
         _name_as_original(twin, weight)
     twin.graph.lint()
     twin.recompile()
@@ -177,10 +177,11 @@ def _name_as_original(gm: GraphModule, weight: HeldWeight) -> None:
     if made not in tensors or not tensors.keys().isdisjoint(weight.names):
         return
     fx.delete(gm, made)
-    first, *others = weight.names
-    parameter = fx.set_parameter(gm, first, tensors[made])
-    for name in others:
-        gm.get_submodule(fx.module_path(name)).register_parameter(name.rpartition(".")[2], parameter)
+    first, parameter = weight.names[0], nn.Parameter(tensors[made])
+    for name in weight.names:
+        path, _, leaf = name.rpartition(".")
+        gm.get_submodule(path).register_parameter(leaf, parameter)
+        fx.put_first(gm.get_submodule(path), leaf)
     for node in gm.graph.find_nodes(op="get_attr"):
         node.target = first if node.target == made else node.target
 

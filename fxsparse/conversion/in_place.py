@@ -111,8 +111,7 @@ def restore_in_place(model: nn.Module) -> None:
         dense = list(_dense_again(model, asked))
     take_out(model)
     for module, leaf, parameter in dense:
-        del module._parameters[leaf]
-        module._parameters = {leaf: parameter, **module._parameters}  # an optimizer's state goes by their order
+        module._parameters[leaf] = parameter  # in its place: an optimizer's state goes by their order
     remove_notes(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(asked.get(name, parameter.requires_grad))

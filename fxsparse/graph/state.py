@@ -73,6 +73,12 @@ def replace_parameter(gm: nn.Module, names: Collection[str], tensor: Tensor) -> 
     return parameter
 
 
+def put_first(module: nn.Module, leaf: str) -> None:
+    """Makes a parameter the first of its module, as a weight is before its bias; `set_parameter` makes it the last."""
+    parameter = module._parameters.pop(leaf)
+    module._parameters = {leaf: parameter, **module._parameters}
+
+
 def set_buffer(gm: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """Registers ``tensor`` as the persistent buffer called ``name``, on the submodule that owns the name."""
     owner, leaf = _owner(gm, name)

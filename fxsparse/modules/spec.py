@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxsparse import typed
+from fxsparse.graph.state import put_first
 from fxsparse.modules.held import PARTS, Form, Held
 from fxsparse.modules.linears import LINEARS, Product
 from fxsparse.modules.reading import read_by
@@ -115,13 +116,14 @@ def take_out(model: nn.Module) -> None:
     """Makes plain modules of those that hold weights in another form; in place, their weights are without values."""
     for module in [module for module in model.modules() if isinstance(module, Held)]:
         forms = vars(module).pop("forms")
-        for leaf, form in forms.items():
+        for leaf, form in reversed(forms.items()):
             for part in PARTS:
                 module._parameters.pop(f"{leaf}_{part}", None)
                 module._buffers.pop(f"{leaf}_{part}", None)
             shape = (form.in_features, form.out_features) if form.transposed else (form.out_features, form.in_features)
             weight = nn.Parameter(torch.empty(shape, device="meta"))
             module._parameters[leaf] = module._parameters.get(leaf, weight)
+            put_first(module, leaf)
         kinds: Any = type(module).__mro__
         module.__class__ = next(kind for kind in kinds if not issubclass(kind, Held) and kind not in Held.__mro__)
 

@@ -325,7 +325,7 @@ def validate(
     """
     if in_features % pattern.m:
         raise CheckpointError(f"{name}: {in_features} columns are not a multiple of {pattern.m}, as {pattern} needs")
-    rows = values.shape[0] if values.dim() else 0
+    rows = next((part.shape[0] for part in (values, indices) if part.dim() == 2), 0)
     kept = pattern.kept(in_features)
     _check_state(f"{name}_values", values, (rows, kept))
     if not values.is_floating_point():

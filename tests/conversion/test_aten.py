@@ -93,6 +93,16 @@ def test_weights_stored_the_other_way_round_and_shared_ones() -> None:
         torch.testing.assert_close(plain.state_dict(), dict(fxsparse.dense_state_dict(gm)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["opt", "gpt2"])
+def test_parameters_are_in_the_order_of_the_model(name: str) -> None:
+    """An optimizer's state goes by it, and a reader expects the weight before its bias."""
+    family, base = traced(name)
+    gm = fxsparse.rewrite(base, NM)
+    for model in (gm, fxsparse.to_module(gm, family.model)):
+        order = [name for name, _ in fxsparse.to_aten(model).named_parameters()]
+        assert len(order) > 20 and order == [name for name, _ in family.model.named_parameters()]
+
+
 @pytest.mark.parametrize("passes", ["nm-masks,double-prune", "nm-masks{storage=masked},low-rank{rank=2,start=0.5}"])
 def test_modules_become_those_of_the_model(passes: str) -> None:
     model, batch = clients.llama(), clients.make_batch()

@@ -392,12 +392,16 @@ def test_refusals(tmp_path: Path) -> None:
     family, base = traced("sequential")
     with pytest.raises(CheckpointError, match="no Hugging Face model"):
         fxsparse.save_pretrained(base, family.model, tmp_path)
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist; fxsparse\.save_pretrained would"):
         fxsparse.from_pretrained(tmp_path)
     family, base = traced("opt")
     gates = fxsparse.rewrite(base, [GateStructures(score="random")])
-    with pytest.raises(CheckpointError, match=r"outputs of up to .* differ"):
+    with pytest.raises(CheckpointError, match=r"gates and masked dimensions .*\"materialize\""):
         fxsparse.save_pretrained(gates, family.model, tmp_path)
+    family, base = traced("bert")
+    multiplexed = fxsparse.rewrite(base, "multiplex{n=2}")
+    with pytest.raises(CheckpointError, match=r"outputs of up to .* differ"):
+        fxsparse.save_pretrained(multiplexed, family.model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

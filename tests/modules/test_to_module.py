@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxsparse
-from fxsparse.errors import OptionError, RewriteError
+from fxsparse import graph as fx
+from fxsparse import stored
+from fxsparse.errors import CheckpointError, OptionError, RewriteError
 from fxsparse.modules.held import Held
 from fxsparse.modules.linears import CompressedLinear, LowRankLinear, MaskedLinear
 from fxsparse.modules.sites import module_sites
@@ -33,6 +35,7 @@ RECIPES = {
     "masked": "nm-masks{pattern=2:4,storage=masked},double-prune,low-rank{rank=2,start=0}",
     "SR-STE": "nm-masks{pattern=2:4,storage=masked,dynamic=true}",
     "dense with branches": "low-rank{rank=3,start=0,layers=*}",
+    "dense with branches, not the head": "low-rank{rank=3,start=0,layers=*.*}",
 }
 
 
@@ -71,6 +74,18 @@ def assert_computes_the_same(module: nn.Module, gm: GraphModule, make_batch: Cal
         torch.testing.assert_close(ours[key], gradient, rtol=1e-4, atol=1e-6)
 
 
+def is_tied(model: nn.Module) -> bool:
+    """Whether the head's weight is that of the embedding."""
+    return any(len(names) > 1 for names in fx.parameter_names(model).values())
+
+
+def assert_refuses_to_merge_the_head(*models: nn.Module) -> None:
+    """A branch beside a tied head has no place in the weight that the embedding reads."""
+    for model in models:
+        with pytest.raises(CheckpointError, match=r"^\S+ has a low-rank branch, .* reads the same weight without it"):
+            fxsparse.dense_state_dict(model)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", CORE_FAMILIES)
 def test_linears_become_modules_with_the_graphs_state(name: str, recipe: str) -> None:
@@ -86,6 +101,9 @@ def test_linears_become_modules_with_the_graphs_state(name: str, recipe: str) ->
     tied = {key for key in set(mine) ^ set(theirs) if "branch" not in recipe}
     assert not tied and all(mine[key] is theirs[key] for key in set(mine) & set(theirs))
     assert {id(p) for p in module.parameters()} == {id(p) for p in gm.parameters()}
+    if recipe == "dense with branches" and is_tied(family.model):
+        assert_refuses_to_merge_the_head(gm, module)
+        return
     dense = fxsparse.dense_state_dict(module)
     assert dense.keys() == original.keys()
     for key, tensor in fxsparse.dense_state_dict(gm).items():
@@ -425,7 +443,8 @@ def test_copies_and_files_are_complete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["t5", "gpt2"])
 def test_save_writes_what_the_graph_would(name: str, tmp_path: Path) -> None:
-    """Also of a model whose layers have other numbers than in the graph, and with tied weights that have branches."""
+    """Also of a model whose layers have other numbers than in the graph, and with a branch beside a tied head, which
+    the file keeps apart and no dense weights hold."""
     family, base = traced(name)
     original = copy.deepcopy(family.model)
     drop = DropLayers(indices={"encoder.*": (0,), "decoder.*": (0,)} if name == "t5" else (0,))
@@ -433,11 +452,18 @@ def test_save_writes_what_the_graph_would(name: str, tmp_path: Path) -> None:
     randomise_branches(gm)
     module = fxsparse.to_module(gm, family.model)
     fxsparse.save(module, tmp_path / "model.safetensors")
+    fxsparse.save(gm, tmp_path / "graph.safetensors")
+    written, wanted = (stored.read(tmp_path / f"{form}.safetensors").tensors for form in ("model", "graph"))
+    assert written.keys() == wanted.keys() and all(torch.equal(written[key], wanted[key]) for key in wanted)
     batch = family.make_batch(batch=3)
     loaded = fxsparse.load(tmp_path / "model.safetensors", original, kwargs=family.make_batch(batch=4))
     torch.testing.assert_close(output(loaded.eval()(**batch)), output(module.eval()(**batch)), rtol=1e-5, atol=1e-6)
+    assert_refuses_to_merge_the_head(gm, module, loaded)
+    gm = fxsparse.rewrite(base, [drop, "nm-masks", "low-rank{rank=2,start=0,layers=*.*}"])
+    randomise_branches(gm)
+    dense = fxsparse.dense_state_dict(fxsparse.to_module(gm, family.model))
     for key, tensor in fxsparse.dense_state_dict(gm).items():
-        assert torch.equal(tensor, fxsparse.dense_state_dict(module)[key])
+        assert torch.equal(tensor, dense[key])
 
 
 def test_casting_keeps_indices_and_masks() -> None:
