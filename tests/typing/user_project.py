@@ -48,7 +48,7 @@ def train(gm: GraphModule, batches: Iterable[dict[str, torch.Tensor]]) -> None:
     schedule = fxsparse.Schedule(gm, optimizer, total_steps=10)
     for batch in batches:
         loss: torch.Tensor = gm(**batch).loss
-        loss.backward()
+        torch.autograd.backward(loss)  # Tensor.backward has no types
         optimizer.step()
         schedule.step(loss)
     fxsparse.save(gm, "model.safetensors")
