@@ -214,19 +214,23 @@ class Oracle:
     rho: bool = False
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
     """The model's own parameters by their first names, which layers that move up keep."""
+    rewritten: set[str] = field(default_factory=set)
+    """The sites that the pass being followed rewrote."""
 
     # --- the passes ---
 
     def apply(self, gm: GraphModule) -> None:
         """Follows the record of ``gm``."""
-        for item in parse_passes(record_of(gm).text):
-            getattr(self, "_" + item.name.replace("-", "_"))(item, gm)
+        for entry in record_of(gm).entries:
+            self.rewritten = {change.site for change in entry.rewritten}
+            for item in parse_passes(entry.text):
+                getattr(self, "_" + item.name.replace("-", "_"))(item, gm)
         self.read(gm, None)
 
     def _nm_masks(self, item: Any, gm: GraphModule) -> None:
         for held in record_of(gm).weights:
             linear = self.linears[held.name]
-            if linear.pattern is None:
+            if held.name.rpartition(".")[0] in self.rewritten:
                 pattern = Pattern.parse(held.pattern)
                 linear.pattern = (pattern.n, pattern.m)
                 linear.straight, linear.decay, linear.every = item.dynamic, item.decay, item.every
@@ -242,7 +246,7 @@ class Oracle:
     def _low_rank(self, item: Any, gm: GraphModule) -> None:
         for branch in live.sites(gm, Branch):
             linear = self.linears[branch.weight]
-            if linear.down is None:
+            if branch.weight.rpartition(".")[0] in self.rewritten:
                 linear.down = nn.Parameter(gm.get_parameter(branch.down).detach().clone())
                 linear.up = nn.Parameter(gm.get_parameter(branch.up).detach().clone())
                 linear.starts_after, linear.started = round(item.start * STEPS), item.start == 0
