@@ -214,6 +214,8 @@ class Oracle:
     rho: bool = False
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
     """The model's own parameters by their first names, which layers that move up keep."""
+    numbers: dict[str, list[int]] = field(default_factory=dict)
+    """The numbers of the layers that are left, by the path of their list."""
     rewritten: set[str] = field(default_factory=set)
     """The sites that the pass being followed rewrote."""
 
@@ -269,7 +271,9 @@ class Oracle:
     def _drop_layers(self, item: Any, gm: GraphModule) -> None:
         for path in BLOCKS[self.name]:
             layers = self.model.get_submodule(path)
-            left = [layer for number, layer in enumerate(layers) if number not in item.indices]
+            numbers = self.numbers.get(path, list(range(len(layers))))
+            left = [layer for number, layer in zip(numbers, layers, strict=True) if number not in item.indices]
+            self.numbers[path] = [number for number in numbers if number not in item.indices]
             names = {f"{path}.{number}." for number in item.indices}
             self.linears = {n: at for n, at in self.linears.items() if not any(n.startswith(gone) for gone in names)}
             self.sites = {n: at for n, at in self.sites.items() if not any(f"{n}.".startswith(gone) for gone in names)}
