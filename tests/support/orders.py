@@ -118,14 +118,16 @@ def traced(name: str) -> GraphModule:
 
 @functools.cache
 def teacher(name: str) -> GraphModule:
-    """The family's model with other weights, traced, and in plain torch for the oracle."""
+    """The family's model with other weights, as a graph, and in plain torch for the oracle."""
     model = copy.deepcopy(family(name).model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(7)
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    composed.TEACHERS[name] = copy.deepcopy(model).eval()
-    return fxsparse.trace(model, kwargs=batch_of(name), dynamic_sequence=False)
+    composed.TEACHERS[name] = model.eval()
+    gm = copy.deepcopy(traced(name))
+    gm.load_state_dict(model.state_dict())
+    return gm
 
 
 @functools.cache
@@ -193,13 +195,14 @@ class Result:
     order: str = ""
 
 
-def cell(name: str, variants: Sequence[str], *, backend: str | None = None) -> Result:
+def cell(name: str, variants: Sequence[str], *, backend: str | None = None, exported: bool = True) -> Result:
     """The result of an order of variants on a family; an AssertionError says what is wrong.
 
     Args:
         name: of the family.
         variants: in their order.
         backend: also trains the model under ``torch.compile`` with this backend.
+        exported: also runs the second on the plain model that the first leaves, traced anew.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -212,7 +215,7 @@ def cell(name: str, variants: Sequence[str], *, backend: str | None = None) -> R
         _survives_saving(name, gm)
         if backend is not None:
             _same_compiled(name, copy.deepcopy(gm), copy.deepcopy(gm), backend)
-        if len(variants) == 2 and variants[0] in PLAIN:
+        if exported and len(variants) == 2 and variants[0] in PLAIN:
             _same_as_exported(name, *variants)
         oracle = _oracle(name, gm)
         _trains(name, gm, oracle)
@@ -340,13 +343,25 @@ def _with(item: Pass | str, name: str, **options: Any) -> Pass | str:
 
 
 def _same_in_two_steps(name: str, tried: Sequence[Pass | str], gm: GraphModule) -> None:
-    twice = copy.deepcopy(traced(name))
-    for item in tried:
-        twice = fxsparse.rewrite(twice, [item])
+    *earlier, last = tried
+    twice = fxsparse.rewrite(_step_by_step(name, earlier), [last])
     assert shape_of(twice) == shape_of(gm), "another graph in two steps"
     mine, theirs = gm.state_dict(), twice.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
     assert str(Pipeline.parse(fxsparse.record_of(gm).text)) == fxsparse.record_of(twice).text
+
+
+_STEPS: dict[tuple[str, str], GraphModule] = {}
+"""Families and passes that ran one by one; cells share the first ones."""
+
+
+def _step_by_step(name: str, passes: Sequence[Pass | str]) -> GraphModule:
+    if not passes:
+        return traced(name)
+    key = (name, _text(passes))
+    if key not in _STEPS:
+        _STEPS[key] = fxsparse.rewrite(_step_by_step(name, passes[:-1]), [passes[-1]])
+    return _STEPS[key]
 
 
 PLAIN = ("layers", "materialize", "end-distill")
