@@ -36,6 +36,8 @@ class Pass(PassBase):
         name: the pass in text.
         must_follow: names of passes; one of them must have run before.
         cannot_follow: names of passes after which this one cannot run.
+        crowded_out_by: names of passes that, run on all layers before or after this one, leave it nothing to do. They
+            go together where options keep them apart, and no refusal recommends an order of both.
         ends: names of passes whose part in the model is over after this one, so that they may run again.
         training_only: whether training computes something else in every step, which an exported program cannot.
         no_module: why no module of the model's class can hold this pass's part, and what to do; empty if one can.
@@ -44,6 +46,7 @@ class Pass(PassBase):
     name: ClassVar[str]
     must_follow: ClassVar[tuple[str, ...]] = ()
     cannot_follow: ClassVar[tuple[str, ...]] = ()
+    crowded_out_by: ClassVar[tuple[str, ...]] = ()
     ends: ClassVar[tuple[str, ...]] = ()
     training_only: ClassVar[bool] = False
     no_module: ClassVar[str] = ""

@@ -131,8 +131,11 @@ class DropLayers(Pass):
             present = {block.index: block for block in stack.blocks}
             unknown = [number for number in value if number not in present]
             if unknown:
+                left = f"its layers are {', '.join(map(str, present))}: name some of them with indices="
+                if layers == 1:
+                    left = f"its only layer is {stack.blocks[0].index}, which must stay: leave this pass out"
                 raise RewriteError(
-                    f"has no layer {', '.join(map(str, unknown))}; its layers are {', '.join(map(str, present))}",
+                    f"has no layer {', '.join(map(str, unknown))}; {left}",
                     pass_name=self.name,
                     site=stack.path,
                 )

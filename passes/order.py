@@ -6,6 +6,8 @@ A recommendation is searched for among the few orders a person would try, and on
     the refused pass earlier                           nm-masks,select-tensors
     what ends the earlier pass in between              distill,end-distill,distill
     the refused pass and what ends it, both earlier    gates,materialize,nm-masks
+
+A pass that another leaves nothing to do, unless options keep them apart, is left out of it.
 """
 
 from __future__ import annotations
@@ -48,9 +50,36 @@ def acting(names: Sequence[str]) -> list[int]:
     return [at for at, name in enumerate(names) if not any(name in later for later in ends[at + 1 :])]
 
 
+def crowded_out(name: str, done: Sequence[str]) -> list[str]:
+    """The passes of ``done`` that others of it, or ``name``, leave nothing to do unless options keep them apart."""
+    return [other for other in dict.fromkeys(done) if _crowding(other, (name, *done))]
+
+
+def _crowding(name: str, others: Sequence[str]) -> list[str]:
+    cls = _class(name)
+    return [] if cls is None else [other for other in cls.crowded_out_by if other in others]
+
+
 def working_order(name: str, done: Sequence[str]) -> list[str] | None:
-    """An order of ``done`` and ``name``, perhaps with a pass that ends one of them, that is not refused."""
-    return next((order for order in _orders(name, list(done)) if works(order)), None)
+    """An order of ``done`` and ``name``, perhaps with a pass that ends one of them, that is not refused; without the
+    passes that are crowded out."""
+    if _crowding(name, done):
+        return None
+    out = crowded_out(name, done)
+    others = [other for other in done if other not in out]
+    return next((order for order in _orders(name, others) if works(order)), None)
+
+
+def advice(name: str, done: Sequence[str]) -> str:
+    """What to do about a pass that cannot run after ``done``."""
+    order = working_order(name, done)
+    if order is None:
+        return "leave one of them out"
+    apart = [
+        f"{other} goes with {' and '.join(_crowding(other, (name, *done)))} only on different layers"
+        for other in crowded_out(name, done)
+    ]
+    return "; ".join([f"the order that works is {','.join(order)}", *apart])
 
 
 def _orders(name: str, done: list[str]) -> Iterator[list[str]]:

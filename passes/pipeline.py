@@ -25,7 +25,7 @@ from fxsparse.graph.training_form import TRAINING_ONLY, follow_edit
 from fxsparse.options import shown
 from fxsparse.passes.base import Pass, outcome, parse_passes, pass_classes
 from fxsparse.passes.failure import failure
-from fxsparse.passes.order import acting, after, misplaced, working_order
+from fxsparse.passes.order import acting, advice, after, misplaced
 from fxsparse.tracing.casting import note_rewrite
 
 STRUCTURE_ONLY = "fxsparse_structure_only"
@@ -133,9 +133,7 @@ class Pipeline:
         for item in self.passes:
             problem = misplaced(item.name, done)
             if problem is not None:
-                order = working_order(item.name, done)
-                advice = f"the order that works is {','.join(order)}" if order else "leave one of them out"
-                raise RewriteError(f"{problem}; {advice}", pass_name=item.name)
+                raise RewriteError(f"{problem}; {advice(item.name, done)}", pass_name=item.name)
             done = after(done, item.name)
 
 

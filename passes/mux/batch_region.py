@@ -137,10 +137,12 @@ def _check_nothing_else_leaves(region: Region, batch: set[sympy.Symbol], outside
             for reader in readers:
                 reader.replace_input_with(node, outside)
             continue
+        advice = "trace with use_cache=False, output_hidden_states=False and output_attentions=False"
+        if readers[0].op == "call_module":  # a loss of distillation
+            advice = "distil logits alone with weights=(a, b, 0)"
         raise RewriteError(
             f"{node.name} is computed inside the repeated core and read outside it, by {readers[0].name}; at another "
-            "batch size nothing but the core's last hidden states may leave it. Trace with use_cache=False, "
-            "output_hidden_states=False and output_attentions=False",
+            f"batch size nothing but the core's last hidden states may leave it: {advice}",
             pass_name=_PASS,
             site=fx.stack_path(node),
         )

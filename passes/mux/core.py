@@ -33,12 +33,14 @@ def choose(lists: list[Stack], wanted: str | None) -> Stack:
         return lists[paths.index(wanted)]
     if not lists:
         raise RewriteError(
-            "the model has no repeated core: no list of blocks that pass one stream of hidden states on",
+            "the model has no repeated core: no list of two or more blocks that pass one stream of hidden states on; "
+            "leave this pass out",
             pass_name=_PASS,
         )
     if len(lists) > 1:
         raise RewriteError(
-            f"the model has several lists of blocks, {', '.join(paths)}; choose one with stack=", pass_name=_PASS
+            "the model has several lists of blocks; choose one with " + " or ".join(f"stack={path}" for path in paths),
+            pass_name=_PASS,
         )
     return lists[0]
 

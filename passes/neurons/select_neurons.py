@@ -94,6 +94,7 @@ class SelectNeurons(Pass):
 
     name: ClassVar[str] = "select-neurons"
     cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
+    crowded_out_by: ClassVar[tuple[str, ...]] = ("nm-masks",)
     training_only: ClassVar[bool] = True
     no_module: ClassVar[str] = (
         "training computes a part of the units only, chosen as it goes; train the graph form. It "
@@ -131,7 +132,9 @@ class SelectNeurons(Pass):
                 pass_name=self.name,
             )
         if FORM_KEY in graph.meta or any(entry.text.startswith(self.name) for entry in record_of(graph).entries):
-            raise RewriteError("neurons are selected already; one pass holds all options", pass_name=self.name)
+            raise RewriteError(
+                "neurons are selected already; leave one of them out: one pass holds all options", pass_name=self.name
+            )
         return self.install(graph)
 
     def install(self, graph: GraphModule) -> list[Change]:
@@ -175,9 +178,11 @@ class SelectNeurons(Pass):
         changes = list(all_found.skipped)
         if not found:
             reasons = "; ".join(map(str, changes[:4]))
+            masked = "; keep nm-masks off some of them with exclude=" if record_of(gm).weights else ""
             raise RewriteError(
                 f"the model has no {' and no '.join(self.structures)} that can be left out one by one"
-                + (f" ({reasons})" if reasons else ": no attention or MLP block of dense linears"),
+                + (f" ({reasons})" if reasons else ": no attention or MLP block of dense linears")
+                + masked,
                 pass_name=self.name,
             )
         uses = _uses(gm)
@@ -283,7 +288,8 @@ def _lost(sites: Iterable[Site], reason: str) -> RewriteError:
     paths = list(dict.fromkeys(site.path for site in sites))
     shown = ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
     return RewriteError(
-        f"it could no longer leave out units of {shown}; keep the later pass off these linears ({reason})",
+        f"it could no longer leave out units of {shown}; keep the later pass off these linears with its exclude= "
+        f"or layers=, or choose others with structures= ({reason})",
         pass_name=SelectNeurons.name,
     )
 

@@ -155,8 +155,11 @@ def test_a_second_drop_names_layers_as_the_first() -> None:
     model = deep(6)
     gm = fxsparse.rewrite(model, [DropLayers(indices=(1, 2)), DropLayers(indices=(4,))], (torch.randn(3, 6),))
     assert {name.partition(".")[0] for name in gm.state_dict()} == {"0", "3", "5"}
-    with pytest.raises(RewriteError, match="has no layer 2; its layers are 0, 3, 5"):
+    with pytest.raises(RewriteError, match="has no layer 2; its layers are 0, 3, 5: name some of them with indices="):
         fxsparse.rewrite(gm, [DropLayers(indices=(2,))])
+    gm = fxsparse.rewrite(gm, [DropLayers(indices=(0, 5))])
+    with pytest.raises(RewriteError, match="has no layer 5; its only layer is 3, which must stay: leave this pass out"):
+        fxsparse.rewrite(gm, [DropLayers(indices=(5,))])
 
 
 def test_batch_norms_of_dropped_layers_go_with_them() -> None:

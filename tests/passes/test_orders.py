@@ -384,6 +384,26 @@ def test_weights_whose_gates_are_not_yet_taken_out_take_no_other_form(later: str
             _rewritten("opt", [gates, later])
 
 
+def test_a_recommended_order_leaves_out_what_another_pass_leaves_nothing_to_do() -> None:
+    """Masks on every layer leave no dense heads and channels to choose among; the passes go together apart."""
+    passes = ["nm-masks,double-prune,low-rank", NEURONS, "gates"]
+    order = "gates,materialize,nm-masks,double-prune,low-rank"
+    apart = "select-neurons goes with nm-masks only on different layers"
+    with pytest.raises(RewriteError, match=f"the order that works is {order}; {apart}$"):
+        _rewritten("opt", passes)
+    with pytest.raises(RewriteError, match="keep nm-masks off some of them with exclude="):
+        _rewritten("opt", passes[:2])
+    gm = _rewritten("opt", ['nm-masks{exclude=["*self_attn*"]}', NEURONS])
+    assert any(change.site.endswith("self_attn") for change in record_of(gm).entries[-1].rewritten)
+
+
+def test_multiplexing_says_what_distillation_reads() -> None:
+    teacher = traced("opt")
+    with pytest.raises(RewriteError, match=r"by distillation;.*: distil logits alone with weights=\(a, b, 0\)"):
+        _rewritten("opt", [DistillLayers(teacher), "multiplex"])
+    _rewritten("opt", [DistillLayers(teacher, weights=(0.5, 0.5, 0.0)), "multiplex"])
+
+
 # --- what the orders rest on ------------------------------------------------------------------------------------------
 
 

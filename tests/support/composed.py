@@ -214,19 +214,25 @@ class Oracle:
     rho: bool = False
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
     """The model's own parameters by their first names, which layers that move up keep."""
+    numbers: dict[str, list[int]] = field(default_factory=dict)
+    """The numbers of the layers that are left, by the path of their list."""
+    rewritten: set[str] = field(default_factory=set)
+    """The sites that the pass being followed rewrote."""
 
     # --- the passes ---
 
     def apply(self, gm: GraphModule) -> None:
         """Follows the record of ``gm``."""
-        for item in parse_passes(record_of(gm).text):
-            getattr(self, "_" + item.name.replace("-", "_"))(item, gm)
+        for entry in record_of(gm).entries:
+            self.rewritten = {change.site for change in entry.rewritten}
+            for item in parse_passes(entry.text):
+                getattr(self, "_" + item.name.replace("-", "_"))(item, gm)
         self.read(gm, None)
 
     def _nm_masks(self, item: Any, gm: GraphModule) -> None:
         for held in record_of(gm).weights:
             linear = self.linears[held.name]
-            if linear.pattern is None:
+            if held.name.rpartition(".")[0] in self.rewritten:
                 pattern = Pattern.parse(held.pattern)
                 linear.pattern = (pattern.n, pattern.m)
                 linear.straight, linear.decay, linear.every = item.dynamic, item.decay, item.every
@@ -242,7 +248,7 @@ class Oracle:
     def _low_rank(self, item: Any, gm: GraphModule) -> None:
         for branch in live.sites(gm, Branch):
             linear = self.linears[branch.weight]
-            if linear.down is None:
+            if branch.weight.rpartition(".")[0] in self.rewritten:
                 linear.down = nn.Parameter(gm.get_parameter(branch.down).detach().clone())
                 linear.up = nn.Parameter(gm.get_parameter(branch.up).detach().clone())
                 linear.starts_after, linear.started = round(item.start * STEPS), item.start == 0
@@ -265,7 +271,9 @@ class Oracle:
     def _drop_layers(self, item: Any, gm: GraphModule) -> None:
         for path in BLOCKS[self.name]:
             layers = self.model.get_submodule(path)
-            left = [layer for number, layer in enumerate(layers) if number not in item.indices]
+            numbers = self.numbers.get(path, list(range(len(layers))))
+            left = [layer for number, layer in zip(numbers, layers, strict=True) if number not in item.indices]
+            self.numbers[path] = [number for number in numbers if number not in item.indices]
             names = {f"{path}.{number}." for number in item.indices}
             self.linears = {n: at for n, at in self.linears.items() if not any(n.startswith(gone) for gone in names)}
             self.sites = {n: at for n, at in self.sites.items() if not any(f"{n}.".startswith(gone) for gone in names)}

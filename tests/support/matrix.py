@@ -53,9 +53,9 @@ def sample(cells: Sequence[Key], count: int, seed: int) -> list[Key]:
     draw = random.Random(seed)
     families = list(dict.fromkeys(name for name, _ in cells))
     chosen: list[Key] = []
+    used: dict[tuple[int, str], int] = {}
     for name in families:
         own = [cell for cell in cells if cell[0] == name]
-        used: dict[tuple[int, str], int] = {}
         for _ in range(count // len(families)):
             cell = min(own, key=lambda c: (used.get((0, c[1][0]), 0) + used.get((1, c[1][-1]), 0), draw.random()))
             own.remove(cell)

@@ -4,7 +4,7 @@ A cell of the matrix is a family, and two variants of passes in their order. It 
 
     =     rewritten, and four training steps, evaluation and every parameter equal those of an oracle in plain torch
     ~     rewritten, without an oracle: the same in one step and in two, and after saving and loading
-    R     refused before anything happened, and the order that the refusal recommends is rewritten and trains
+    R     refused before anything happened, and the order or action that the refusal recommends is rewritten and trains
 
 and anything else is an error. Where the first leaves a plain model, the second on that model, exported, must agree.
 """
@@ -16,9 +16,10 @@ import functools
 import re
 import tempfile
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,9 +28,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import fxsparse
-from fxsparse.analysis.structures import structures
+from fxsparse.analysis.blocks import stacks
+from fxsparse.analysis.structures import Attention, structures
 from fxsparse.errors import RewriteError
 from fxsparse.passes import DistillLayers, Pass, Pipeline
+from fxsparse.passes.base import parse_passes
 from fxsparse.passes.distill.distill import attach_teacher
 from tests.support import composed, families, multiplexed
 from tests.support.composed import STEPS, EqualDraws, Oracle, differences, oracle_of
@@ -115,14 +118,16 @@ def traced(name: str) -> GraphModule:
 
 @functools.cache
 def teacher(name: str) -> GraphModule:
-    """The family's model with other weights, traced, and in plain torch for the oracle."""
+    """The family's model with other weights, as a graph, and in plain torch for the oracle."""
     model = copy.deepcopy(family(name).model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(7)
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    composed.TEACHERS[name] = copy.deepcopy(model).eval()
-    return fxsparse.trace(model, kwargs=batch_of(name), dynamic_sequence=False)
+    composed.TEACHERS[name] = model.eval()
+    gm = copy.deepcopy(traced(name))
+    gm.load_state_dict(model.state_dict())
+    return gm
 
 
 @functools.cache
@@ -164,7 +169,7 @@ def _satisfied(needs: str, done: Sequence[str]) -> bool:
 
 def _by_name(name: str, order: Sequence[str], tried: Sequence[Pass | str]) -> list[Pass | str]:
     """The passes of a recommended order, with the options of those that were tried."""
-    with_options = {str(item).partition("{")[0]: item for item in tried}
+    with_options = {_name(item): item for item in tried}
     plain: dict[str, Pass | str] = {
         "low-rank": passes_of(name, ["adapters"])[0],
         "distill": DistillLayers(teacher(name)),
@@ -181,8 +186,8 @@ class Result:
 
     Attributes:
         symbol: ``=``, ``~`` or ``R``.
-        reason: of a refusal, without the order that it recommends.
-        order: the recommended order, which was rewritten, trained and evaluated; empty where there is none.
+        reason: of a refusal, without what it recommends.
+        order: the recommended order or action, which was rewritten, trained and evaluated.
     """
 
     symbol: str
@@ -190,13 +195,14 @@ class Result:
     order: str = ""
 
 
-def cell(name: str, variants: Sequence[str], *, backend: str | None = None) -> Result:
+def cell(name: str, variants: Sequence[str], *, backend: str | None = None, exported: bool = True) -> Result:
     """The result of an order of variants on a family; an AssertionError says what is wrong.
 
     Args:
         name: of the family.
         variants: in their order.
         backend: also trains the model under ``torch.compile`` with this backend.
+        exported: also runs the second on the plain model that the first leaves, traced anew.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -209,7 +215,7 @@ def cell(name: str, variants: Sequence[str], *, backend: str | None = None) -> R
         _survives_saving(name, gm)
         if backend is not None:
             _same_compiled(name, copy.deepcopy(gm), copy.deepcopy(gm), backend)
-        if len(variants) == 2 and variants[0] in PLAIN:
+        if exported and len(variants) == 2 and variants[0] in PLAIN:
             _same_as_exported(name, *variants)
         oracle = _oracle(name, gm)
         _trains(name, gm, oracle)
@@ -232,31 +238,130 @@ def _oracle(name: str, gm: GraphModule) -> Oracle | None:
     return oracle_of(name, family(name).model, sites(name), gm)
 
 
-ADVICE = re.compile("leave one of them out|keep the later pass off|with weights=|layers=|no heads")
-"""What refusals say that recommend no order."""
+def _refused(name: str, tried: Sequence[Pass | str], message: str, depth: int = 0) -> Result:
+    """A refusal, whose advice is followed: the order that it recommends must work, or one of the actions it names. A
+    further refusal may ask for an option (``stack=`` of a model with several stacks), but recommend no other order."""
+    reason, advised = _advice(name, tried, message)
+    problems = []
+    for text, passes in advised:
+        problem = _problem(name, passes, depth) if not depth or "=" in text else "no option"
+        if problem is None:
+            return Result("R", reason, text)
+        problems.append(f"{text}: {problem}")
+    raise AssertionError(f"refused with advice that does not work: {message} -> {'; '.join(problems)}")
 
 
-def _refused(name: str, tried: Sequence[Pass | str], message: str) -> Result:
-    order = re.search(r"the order that works is ([\w,-]+)", message)
-    if order is None:
-        assert ADVICE.search(message), f"refused without advice: {message}"
-        return Result("R", message)
-    passes = _by_name(name, order[1].split(","), tried)
-    if (name, _text(passes)) not in _RIGHT:
+def _problem(name: str, passes: Sequence[Pass | str], depth: int) -> str | None:
+    """Why passes do not work; None where they are rewritten, train and evaluate, or do with a further option."""
+    if (name, _text(passes)) in _RIGHT:
+        return None
+    try:
         gm = fxsparse.rewrite(copy.deepcopy(traced(name)), passes)
+    except RewriteError as refusal:
+        if depth == 2:
+            return str(refusal)
+        _refused(name, passes, str(refusal), depth + 1)
+    else:
         _trains(name, gm, _oracle(name, gm))
-        _RIGHT.add((name, _text(passes)))
-    return Result("R", message[: order.start()].rstrip("; "), order[1])
+    _RIGHT.add((name, _text(passes)))
+    return None
+
+
+Advised = list[tuple[str, list[Pass | str]]]
+"""What a refusal says to do, in words, and the passes that it then comes to."""
+
+
+def _advice(name: str, tried: Sequence[Pass | str], message: str) -> tuple[str, Advised]:
+    """The reason of a refusal, and each thing that it says to do."""
+    for pattern, follow in _ADVICE.items():
+        if match := re.search(pattern, message):
+            return message[: match.start()].rstrip("; :"), follow(name, tried, message, match)
+    raise AssertionError(f"refused without advice: {message}")
+
+
+def _in_order(name: str, tried: Sequence[Pass | str], message: str, match: re.Match[str]) -> Advised:
+    return [(match[1], _by_name(name, match[1].split(","), tried))]
+
+
+def _without_hidden_states(name: str, tried: Sequence[Pass | str], message: str, match: re.Match[str]) -> Advised:
+    numbers = match[1].replace("a", "0.5").replace("b", "0.2")
+    weights = tuple(map(float, numbers.split(",")))
+    return [(f"weights=({match[1]})", [_with(item, "distill", weights=weights) for item in tried])]
+
+
+def _one_stack(name: str, tried: Sequence[Pass | str], message: str, match: re.Match[str]) -> Advised:
+    paths = re.findall(r"stack=([\w.]+)", match[0])
+    return [(f"stack={path}", [_with(item, "multiplex", stack=path) for item in tried]) for path in paths]
+
+
+def _another_layer(name: str, tried: Sequence[Pass | str], message: str, match: re.Match[str]) -> Advised:
+    at, number = _refused_at(tried, message), int(match[1].split(", ")[-1])
+    return [
+        (f"indices=[{number}]", [*tried[:at], _with(tried[at], "drop-layers", indices=(number,)), *tried[at + 1 :]])
+    ]
+
+
+def _apart(name: str, tried: Sequence[Pass | str], message: str, match: re.Match[str]) -> Advised:
+    """Heads are left out, and only what is no part of an attention is pruned."""
+    attentions = [site for site in sites(name).values() if isinstance(site, Attention)]
+    used = {part.linear.name for site in attentions for part in (site.output, *site.projections)}
+    exclude = tuple(sorted(weight.removesuffix(".weight") for weight in used))
+    passes = [_with(item, "nm-masks", exclude=exclude) for item in tried]
+    return [("exclude=", [_with(item, "select-neurons", structures=("heads",)) for item in passes])]
+
+
+def _one_less(name: str, tried: Sequence[Pass | str], message: str, match: re.Match[str]) -> Advised:
+    at = range(len(tried)) if "one" in match[0] else [_refused_at(tried, message)]
+    return [(match[0], [item for place, item in enumerate(tried) if place != gone]) for gone in at]
+
+
+_ADVICE: dict[str, Callable[[str, Sequence[Pass | str], str, re.Match[str]], Advised]] = {
+    r"the order that works is ([\w,-]+)": _in_order,
+    r"weights=\(((?:0|a), (?:1|b), 0)\)": _without_hidden_states,
+    r"choose one with stack=[\w.]+( or stack=[\w.]+)*": _one_stack,
+    r"its layers are ([\d, ]+): name some of them with indices=": _another_layer,
+    r"keep nm-masks off some of them with exclude=|keep the later pass off": _apart,
+    r"leave (one of them|this pass) out": _one_less,
+}
+"""The advice of refusals, and how it is followed."""
+
+
+def _name(item: Pass | str) -> str:
+    return str(item).partition("{")[0]
+
+
+def _refused_at(tried: Sequence[Pass | str], message: str) -> int:
+    """The position of the pass that refused, the last of its name."""
+    return max(at for at, item in enumerate(tried) if _name(item) == message.partition(":")[0])
+
+
+def _with(item: Pass | str, name: str, **options: Any) -> Pass | str:
+    """A pass with other options if it is called ``name``, else as it is."""
+    if _name(item) != name:
+        return item
+    return replace(parse_passes(item)[0] if isinstance(item, str) else item, **options)
 
 
 def _same_in_two_steps(name: str, tried: Sequence[Pass | str], gm: GraphModule) -> None:
-    twice = copy.deepcopy(traced(name))
-    for item in tried:
-        twice = fxsparse.rewrite(twice, [item])
+    *earlier, last = tried
+    twice = fxsparse.rewrite(_step_by_step(name, earlier), [last])
     assert shape_of(twice) == shape_of(gm), "another graph in two steps"
     mine, theirs = gm.state_dict(), twice.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
     assert str(Pipeline.parse(fxsparse.record_of(gm).text)) == fxsparse.record_of(twice).text
+
+
+_STEPS: dict[tuple[str, str], GraphModule] = {}
+"""Families and passes that ran one by one; cells share the first ones."""
+
+
+def _step_by_step(name: str, passes: Sequence[Pass | str]) -> GraphModule:
+    if not passes:
+        return traced(name)
+    key = (name, _text(passes))
+    if key not in _STEPS:
+        _STEPS[key] = fxsparse.rewrite(_step_by_step(name, passes[:-1]), [passes[-1]])
+    return _STEPS[key]
 
 
 PLAIN = ("layers", "materialize", "end-distill")
@@ -282,7 +387,7 @@ def _before(name: str, first: str) -> list[Pass | str]:
 
 def _same_as_exported(name: str, first: str, second: str) -> None:
     """The second pass on the graph of the first, and on the plain model that this is exported to."""
-    later = passes_of(name, [first, second])[len(passes_of(name, [first])) :]
+    later = _possible(name, first, passes_of(name, [first, second])[len(passes_of(name, [first])) :])
     losses, logits = [], []
     for start in _plain(name, first):
         gm = fxsparse.rewrite(copy.deepcopy(start), later)
@@ -291,6 +396,19 @@ def _same_as_exported(name: str, first: str, second: str) -> None:
             logits.append(gm.eval()(**batch_of(name, seed=9, batch=5)).logits)
     torch.testing.assert_close(*losses, rtol=2e-5, atol=2e-6, msg=lambda m: f"losses of the exported model: {m}")
     torch.testing.assert_close(*logits, rtol=1e-4, atol=2e-5, msg=lambda m: f"evaluation of the exported model: {m}")
+
+
+def _possible(name: str, first: str, later: list[Pass | str]) -> list[Pass | str]:
+    """The passes that mean the same on a plain model: there one layer alone is no stack, and has no hidden states to
+    compare. Where it refuses, what it advises."""
+    gm, plain = _plain(name, first)
+    if {stack.path for stack in stacks(gm)} != {stack.path for stack in stacks(plain)}:
+        later = [_with(item, "distill", weights=(0.5, 0.2, 0.0)) for item in later]
+    try:
+        fxsparse.rewrite(copy.deepcopy(plain), later)
+    except RewriteError as refusal:
+        ((_, later),) = _advice(name, later, str(refusal))[1]
+    return later
 
 
 def shape_of(gm: GraphModule) -> list[str]:
