@@ -397,6 +397,16 @@ def test_a_recommended_order_leaves_out_what_another_pass_leaves_nothing_to_do()
     assert any(change.site.endswith("self_attn") for change in record_of(gm).entries[-1].rewritten)
 
 
+def test_a_recommended_order_holds_passes_that_others_ended() -> None:
+    """The one that ended them needs them."""
+    assert working_order("gates", ["distill", "end-distill", "select-neurons", "multiplex"]) == [
+        *("distill", "end-distill", "gates", "materialize", "select-neurons", "multiplex")
+    ]
+    assert working_order("gates", ["gates", "materialize", "nm-masks"]) == [
+        *("gates", "materialize", "gates", "materialize", "nm-masks")
+    ]
+
+
 def test_multiplexing_says_what_distillation_reads() -> None:
     teacher = traced("opt")
     with pytest.raises(RewriteError, match=r"by distillation;.*: distil logits alone with weights=\(a, b, 0\)"):

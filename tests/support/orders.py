@@ -244,7 +244,7 @@ def _refused(name: str, tried: Sequence[Pass | str], message: str, depth: int = 
     reason, advised = _advice(name, tried, message)
     problems = []
     for text, passes in advised:
-        problem = _problem(name, passes, depth) if not depth or "=" in text else "no option"
+        problem = _problem(name, passes, depth) if not depth or "=" in text else "is advised by a second refusal"
         if problem is None:
             return Result("R", reason, text)
         problems.append(f"{text}: {problem}")
