@@ -305,7 +305,7 @@ def _apart(name: str, tried: Sequence[Pass | str], message: str, match: re.Match
     """Heads are left out, and only what is no part of an attention is pruned."""
     attentions = [site for site in sites(name).values() if isinstance(site, Attention)]
     used = {part.linear.name for site in attentions for part in (site.output, *site.projections)}
-    exclude = tuple(sorted(weight.removesuffix(".weight") for weight in used))
+    exclude = tuple(sorted({re.sub(r"\b\d+\b", "*", weight.removesuffix(".weight")) for weight in used}))
     passes = [_with(item, "nm-masks", exclude=exclude) for item in tried]
     return [("exclude=", [_with(item, "select-neurons", structures=("heads",)) for item in passes])]
 
