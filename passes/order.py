@@ -50,9 +50,9 @@ def acting(names: Sequence[str]) -> list[int]:
     return [at for at, name in enumerate(names) if not any(name in later for later in ends[at + 1 :])]
 
 
-def crowded_out(name: str, done: Sequence[str]) -> list[str]:
-    """The passes of ``done`` that others of it, or ``name``, leave nothing to do unless options keep them apart."""
-    return [other for other in dict.fromkeys(done) if _crowding(other, (name, *done))]
+def crowded_out(name: str, ran: Sequence[str]) -> list[str]:
+    """The passes of ``ran`` that others of it, or ``name``, leave nothing to do unless options keep them apart."""
+    return [other for other in dict.fromkeys(ran) if _crowding(other, (name, *ran))]
 
 
 def _crowding(name: str, others: Sequence[str]) -> list[str]:
@@ -60,40 +60,40 @@ def _crowding(name: str, others: Sequence[str]) -> list[str]:
     return [] if cls is None else [other for other in cls.crowded_out_by if other in others]
 
 
-def working_order(name: str, done: Sequence[str]) -> list[str] | None:
-    """An order of ``done`` and ``name``, perhaps with a pass that ends one of them, that is not refused; without the
-    passes that are crowded out."""
-    if _crowding(name, done):
+def working_order(name: str, ran: Sequence[str]) -> list[str] | None:
+    """An order of the passes that ran, those that were ended too, and ``name``, perhaps with a pass that ends one of
+    them, that is not refused; without the passes that are crowded out."""
+    if _crowding(name, ran):
         return None
-    out = crowded_out(name, done)
-    others = [other for other in done if other not in out]
+    out = crowded_out(name, ran)
+    others = [other for other in ran if other not in out]
     return next((order for order in _orders(name, others) if works(order)), None)
 
 
-def advice(name: str, done: Sequence[str]) -> str:
-    """What to do about a pass that cannot run after ``done``."""
-    order = working_order(name, done)
+def advice(name: str, ran: Sequence[str]) -> str:
+    """What to do about a pass that cannot run after those that ran."""
+    order = working_order(name, ran)
     if order is None:
         return "leave one of them out"
     apart = [
-        f"{other} goes with {' and '.join(_crowding(other, (name, *done)))} only on different layers"
-        for other in crowded_out(name, done)
+        f"{other} goes with {' and '.join(_crowding(other, (name, *ran)))} only on different layers"
+        for other in crowded_out(name, ran)
     ]
     return "; ".join([f"the order that works is {','.join(order)}", *apart])
 
 
-def _orders(name: str, done: list[str]) -> Iterator[list[str]]:
+def _orders(name: str, ran: list[str]) -> Iterator[list[str]]:
     cls = _class(name)
     assert cls is not None
-    for first in cls.must_follow if not set(cls.must_follow) & set(done) else ():
+    places = acting(ran)
+    for first in cls.must_follow if not set(cls.must_follow) & {ran[place] for place in places} else ():
         yield [first, name]
-    clashes = [place for place, other in enumerate(done) if other in cls.cannot_follow]
-    for place in clashes[:1]:
-        before, later = done[:place], done[place:]
+    for place in [place for place in places if ran[place] in cls.cannot_follow][:1]:
+        before, later = ran[:place], ran[place:]
         yield [*before, name, *later]
-        for ender in _enders(done[place]):
-            yield [*before, done[place], ender, *done[place + 1 :], name]
-            yield [*done, ender, name]
+        for ender in _enders(ran[place]):
+            yield [*before, ran[place], ender, *ran[place + 1 :], name]
+            yield [*ran, ender, name]
         for ender in _enders(name):
             yield [*before, name, ender, *later]
 

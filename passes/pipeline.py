@@ -127,14 +127,15 @@ class Pipeline:
         return copy
 
     def _check_order(self, gm: GraphModule) -> None:
+        ran = [entry.text.partition("{")[0] for entry in record_of(gm).entries]
         done: list[str] = []
-        for entry in record_of(gm).entries:
-            done = after(done, entry.text.partition("{")[0])
+        for name in ran:
+            done = after(done, name)
         for item in self.passes:
             problem = misplaced(item.name, done)
             if problem is not None:
-                raise RewriteError(f"{problem}; {advice(item.name, done)}", pass_name=item.name)
-            done = after(done, item.name)
+                raise RewriteError(f"{problem}; {advice(item.name, ran)}", pass_name=item.name)
+            done, ran = after(done, item.name), [*ran, item.name]
 
 
 def _again(gm: GraphModule, passes: str) -> GraphModule:

@@ -26,6 +26,7 @@ named by their fully qualified name, ``node.meta["val"]`` is a fake tensor with 
 from fxsparse.graph.edit import (
     eliminate_dead_code,
     insert_attribute,
+    insert_buffer,
     insert_call,
     insert_function,
     insert_module,
@@ -89,6 +90,7 @@ __all__ = [
     "head_linears",
     "input_embeddings",
     "insert_attribute",
+    "insert_buffer",
     "insert_call",
     "insert_function",
     "insert_module",

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch.utils import _pytree as pytree
 from fxsparse.graph.function import function_graph
 from fxsparse.graph.function_key import Flag
 from fxsparse.graph.sharded import is_sharded
-from fxsparse.graph.state import SharedByCopies, attribute
+from fxsparse.graph.state import SharedByCopies, attribute, set_buffer
 from fxsparse.graph.traits import switches_mode
 from fxsparse.graph.values import example_of, fake_mode, stack_path
 
@@ -44,6 +45,17 @@ def insert_attribute(gm: GraphModule, name: str, *, before: Node) -> Node:
         node = gm.graph.get_attr(name)
     node.meta = {"val": _fake(fake_mode(gm), tensor.detach()), **_inherited(before)}
     return node
+
+
+def insert_buffer(gm: GraphModule, name: str, tensor: torch.Tensor, *, before: Node) -> Node:
+    """A ``get_attr`` node of ``tensor`` as a persistent buffer on the model's device, called ``name`` or, where the
+    graph reads a tensor by that name, ``name_1``, ``name_2``, ..."""
+    used = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+    free = next(name for name in names if name not in used)
+    device = next((parameter.device for parameter in gm.parameters()), torch.device("cpu"))
+    set_buffer(gm, free, tensor.to(device))
+    return insert_attribute(gm, free, before=before)
 
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:

@@ -33,19 +33,20 @@ def narrow(gm: GraphModule, stream: Stream, keep: Tensor) -> None:
     Raises:
         RewriteError: a constant of the graph does not follow.
     """
-    index = keep.nonzero().flatten()
     leaving = [node for node in stream.nodes if any(user.op == "output" for user in node.users)]
     lost = losses_of_stream(stream, keep)
     changed = _narrow_state(gm, stream, keep)
     first = next(node for node in gm.graph.nodes if node.op == "call_function")
-    for node, axes in stream.nodes.items():
-        if node.op == "placeholder":
-            chosen = _selected(gm, node, axes[-1], index, f"{stream.path}.hidden_kept", before=first)
+    entering = [(node, axes) for node, axes in stream.nodes.items() if node.op == "placeholder"]
+    if entering:
+        kept = _index(gm, f"{stream.path}.hidden_kept", keep.nonzero().flatten(), before=first)
+        for node, axes in entering:
+            chosen = _selected(gm, node, axes[-1], kept, before=first)
             node.replace_all_uses_with(chosen, delete_user_cb=functools.partial(operator.is_not, chosen))
             changed.append(chosen)
     follow(gm, lost, changed, stream.path)
-    for node in leaving:
-        _widen(gm, node, stream, keep)
+    if leaving:
+        _widen(gm, leaving, stream, keep)
 
 
 def _narrow_state(gm: GraphModule, stream: Stream, keep: Tensor) -> list[Node]:
@@ -81,23 +82,26 @@ def _set(gm: GraphModule, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-def _selected(gm: GraphModule, node: Node, axis: int, index: Tensor, name: str, *, before: Node) -> Node:
-    device = next(gm.parameters()).device
-    fx.set_buffer(gm, name, index.to(device))
-    read = fx.insert_attribute(gm, name, before=before)
+def _index(gm: GraphModule, name: str, index: Tensor, *, before: Node) -> Node:
+    read = fx.insert_buffer(gm, name, index, before=before)
+    read.meta.pop("nn_module_stack", None)  # outside of the blocks, as the model's own inputs and outputs are
+    return read
+
+
+def _selected(gm: GraphModule, node: Node, axis: int, read: Node, *, before: Node) -> Node:
     chosen = fx.insert_call(gm, aten.index_select.default, (node, axis, read), like=before)
-    for new in (read, chosen):  # outside of the blocks, as the model's own inputs and outputs are
-        new.meta.pop("nn_module_stack", None)
+    chosen.meta.pop("nn_module_stack", None)
     return chosen
 
 
-def _widen(gm: GraphModule, node: Node, stream: Stream, keep: Tensor) -> None:
-    """Fills the dimensions of an output that are gone with zeros."""
-    (output,) = (user for user in node.users if user.op == "output")
-    axis = stream.nodes[node][-1]
-    one = fx.insert_call(gm, aten.slice.Tensor, (node, axis, 0, 1), like=output)
-    zero = fx.insert_call(gm, aten.zeros_like.default, (one,), like=output)
-    padded = fx.insert_call(gm, aten.cat.default, ([node, zero], axis), like=output)
+def _widen(gm: GraphModule, leaving: list[Node], stream: Stream, keep: Tensor) -> None:
+    """Fills the dimensions of outputs that are gone with zeros."""
+    output = gm.graph.output_node()
     places = torch.where(keep, keep.cumsum(0) - 1, int(keep.sum()))
-    wide = _selected(gm, padded, axis, places, f"{stream.path}.hidden_places", before=output)
-    output.replace_input_with(node, wide)
+    read = _index(gm, f"{stream.path}.hidden_places", places, before=output)
+    for node in leaving:
+        axis = stream.nodes[node][-1]
+        one = fx.insert_call(gm, aten.slice.Tensor, (node, axis, 0, 1), like=output)
+        zero = fx.insert_call(gm, aten.zeros_like.default, (one,), like=output)
+        padded = fx.insert_call(gm, aten.cat.default, ([node, zero], axis), like=output)
+        output.replace_input_with(node, _selected(gm, padded, axis, read, before=output))

@@ -192,7 +192,7 @@ def _match_keys(
     is_even = len(sizes.unique()) == 1 and (each == 1 or int(sizes[0]) == shared)
     if is_even and key_of_head is None:
         return []
-    index = _index(gm, f"{site.replace('.', '_')}_key_of_head", position, sdpa)
+    index = fx.insert_buffer(gm, f"{site.replace('.', '_')}_key_of_head", position, before=sdpa)
     args: list[Any] = list(sdpa.args)
     for place in (1, 2):
         args[place] = fx.insert_call(gm, aten.index_select.default, (args[place], 1, index), like=sdpa)
@@ -206,13 +206,7 @@ def _slice_mask(gm: GraphModule, attention: Attention, keep: Tensor) -> list[Nod
     mask, sdpa = attention.mask_of_heads, attention.sdpa
     if mask is None:
         return []
-    index = _index(gm, f"{sdpa.name}_mask_heads", keep.nonzero().flatten(), sdpa)
+    index = fx.insert_buffer(gm, f"{sdpa.name}_mask_heads", keep.nonzero().flatten(), before=sdpa)
     chosen = fx.insert_call(gm, aten.index_select.default, (mask, len(shape_of(mask)) - 3, index), like=sdpa)
     sdpa.replace_input_with(mask, chosen)
     return [chosen]
-
-
-def _index(gm: GraphModule, name: str, index: Tensor, sdpa: Node) -> Node:
-    device = next((parameter.device for parameter in gm.parameters()), torch.device("cpu"))
-    fx.set_buffer(gm, name, index.to(device))
-    return fx.insert_attribute(gm, name, before=sdpa)

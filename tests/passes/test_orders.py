@@ -397,6 +397,32 @@ def test_a_recommended_order_leaves_out_what_another_pass_leaves_nothing_to_do()
     assert any(change.site.endswith("self_attn") for change in record_of(gm).entries[-1].rewritten)
 
 
+@pytest.mark.parametrize(
+    ("family", "gates"),
+    [
+        ("t5", "gates{target=0.4,score=magnitude}"),
+        ("opt", "gates{target=0.4,score=magnitude}"),
+        ("opt", "drop-dims{units=[hidden],fraction=0.25,score=magnitude}"),
+    ],
+    ids=["t5-gates", "opt-gates", "opt-hidden"],
+)
+def test_structures_that_are_taken_out_twice_are_the_masked_ones(family: str, gates: str) -> None:
+    """What the second `materialize` leaves of a mask of heads is chosen from what the first left."""
+    masked = _rewritten(family, [gates, "materialize", gates])
+    small = fxsparse.rewrite(masked, "materialize")
+    torch.testing.assert_close(_logits(small, family), _logits(masked, family), rtol=1e-4, atol=1e-5)
+
+
+def test_a_recommended_order_holds_passes_that_others_ended() -> None:
+    """The one that ended them needs them."""
+    assert working_order("gates", ["distill", "end-distill", "select-neurons", "multiplex"]) == [
+        *("distill", "end-distill", "gates", "materialize", "select-neurons", "multiplex")
+    ]
+    assert working_order("gates", ["gates", "materialize", "nm-masks"]) == [
+        *("gates", "materialize", "gates", "materialize", "nm-masks")
+    ]
+
+
 def test_multiplexing_says_what_distillation_reads() -> None:
     teacher = traced("opt")
     with pytest.raises(RewriteError, match=r"by distillation;.*: distil logits alone with weights=\(a, b, 0\)"):

@@ -5,7 +5,7 @@
     python -m tests.support.matrix --pairs            without the triples
 
 Results are kept line by line in a file, so a run that stops goes on with the next cell. A cell that is neither equal
-nor refused with an order that works is an error: it is printed at the end and run again the next time. One in
+nor refused with advice that works is an error: it is printed at the end and run again the next time. One in
 `COMPILED` cells also trains under ``torch.compile``. The page is written once every cell has a result.
 """
 
@@ -173,13 +173,13 @@ methods. Rows are first, columns second. What a variant needs runs before it, wh
   methods.
 - `~`: the same without such a model, which multiplexing has for BERT and OPT.
 - a number: refused before anything happens, for a reason listed [below](#refusals). The order that the refusal
-  recommends was rewritten, trained and evaluated in the same way.
+  recommends, or the option that it asks for, was rewritten, trained and evaluated in the same way.
 
 Each order that is not refused also gives the same graph and state when its passes run one by one, and the same outputs
 after saving, loading and so replaying it. Where the first pass leaves a plain model (layers, materialize, end-distill),
 the second gives the same on that model, exported with `to_module` and traced anew. One order in {compiled} was also
 trained under `torch.compile`. `python -m tests.support.matrix` runs all of them and writes this page; the test suite
-runs a sample.
+runs a sample, another one every day.
 """
 
 THREE = """

@@ -244,7 +244,7 @@ def _refused(name: str, tried: Sequence[Pass | str], message: str, depth: int = 
     reason, advised = _advice(name, tried, message)
     problems = []
     for text, passes in advised:
-        problem = _problem(name, passes, depth) if not depth or "=" in text else "no option"
+        problem = _problem(name, passes, depth) if not depth or "=" in text else "is advised by a second refusal"
         if problem is None:
             return Result("R", reason, text)
         problems.append(f"{text}: {problem}")
@@ -305,7 +305,7 @@ def _apart(name: str, tried: Sequence[Pass | str], message: str, match: re.Match
     """Heads are left out, and only what is no part of an attention is pruned."""
     attentions = [site for site in sites(name).values() if isinstance(site, Attention)]
     used = {part.linear.name for site in attentions for part in (site.output, *site.projections)}
-    exclude = tuple(sorted(weight.removesuffix(".weight") for weight in used))
+    exclude = tuple(sorted({re.sub(r"\b\d+\b", "*", weight.removesuffix(".weight")) for weight in used}))
     passes = [_with(item, "nm-masks", exclude=exclude) for item in tried]
     return [("exclude=", [_with(item, "select-neurons", structures=("heads",)) for item in passes])]
 
