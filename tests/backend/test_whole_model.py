@@ -98,7 +98,8 @@ def test_one_line_trains_as_two_steps_do(family: str, recipe: str) -> None:
     with torch.no_grad():
         evaluated = [each.model.eval()(**inputs)["loss"] for each in pair]
     torch.testing.assert_close(evaluated[0], evaluated[1], rtol=0, atol=0)
-    assert len(compiled_graphs(fast)) == len(compiled_graphs(two_steps))
+    if WHOLE:  # without AOTAutograd the graphs of rungs that are over are not dropped
+        assert len(compiled_graphs(fast)) == len(compiled_graphs(two_steps))
 
 
 def test_what_is_added_lasts_and_is_the_models_own() -> None:
