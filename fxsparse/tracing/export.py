@@ -97,6 +97,8 @@ def _export(model: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
             stack.enter_context(context)
         stack.enter_context(_named(model, inputs[1]))
         stack.enter_context(_checkpoints_noted())
+        # With free sizes hardly an entry is found again, and making one takes as long as what it would save.
+        stack.enter_context(torch._dynamo.config.patch(fake_tensor_cache_enabled=False))
         return torch.export.export(model, *inputs, dynamic_shapes=shapes, strict=False)
 
 
