@@ -1,6 +1,7 @@
 """What every test gets: a seed, one thread, no compiled graphs of other tests, and no GPU tests without a GPU.
 
-The suite runs in one process for each core, eight at most; a file, a test or a choice by ``-k`` runs in this one.
+The suite runs in one process for each core, eight at most, and takes slow tests in turn (`tests.support.sampling`); a
+file, a test or a choice by ``-k`` runs whole, in this process.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 
 # Read when torch is first imported. One thread each, because workers use all cores; and Inductor believes what the
@@ -19,14 +21,29 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 import pytest
 import torch
 
+from tests.support import sampling
+
+
+def is_chosen(config: pytest.Config) -> bool:
+    """Whether the tests were chosen: a file, a test, or by name."""
+    return bool(config.option.keyword) or any(".py" in arg for arg in config.args)
+
+
+def pytest_configure() -> None:
+    os.environ.setdefault("FXSPARSE_TEST_DAY", str(date.today().toordinal()))  # workers that start later have it too
+
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Starting workers takes longer than most single files do."""
-    chosen = config.option.keyword or any(".py" in arg for arg in config.args)
-    return 0 if chosen else min(8, len(os.sched_getaffinity(0)))
+    return 0 if is_chosen(config) else min(8, len(os.sched_getaffinity(0)))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not is_chosen(config) and not config.option.markexpr and os.environ.get("FXSPARSE_TEST_ALL") != "1":
+        day = int(os.environ["FXSPARSE_TEST_DAY"])
+        taken = sampling.taken([item.nodeid for item in items], day, sampling.read())
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in taken])
+        items[:] = [item for item in items if item.nodeid in taken]
     if torch.cuda.is_available():
         return
     for item in items:
