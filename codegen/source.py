@@ -14,6 +14,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import shutil
 import stat
 import sys
 import time
@@ -73,9 +74,18 @@ def write(name: str, text: str) -> Path:
 
 def replace(path: Path, text: str) -> None:
     """Writes a file so that no reader ever sees a part of it."""
+    clear(path)
     with files.unfinished(path.parent, path.name) as part:
         (part / path.name).write_text(text)
         os.replace(part / path.name, path)
+
+
+def clear(path: Path) -> None:
+    """Removes a link or a folder that stands where a file of the cache belongs."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    elif path.is_dir():
+        shutil.rmtree(path)
 
 
 @contextlib.contextmanager
@@ -87,7 +97,9 @@ def locked(path: Path, patience: float = 5.0) -> Iterator[None]:
     """
     import fcntl
 
-    handle = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    lock = path.with_suffix(".lock")
+    clear(lock)
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         until = time.monotonic() + patience
         while True:

@@ -77,8 +77,9 @@ def sequentially(
     walk.read(batches)
     stages = _stages(gm, sites)
     starts = [walk.place[stage[0].node] for stage in stages]
-    walk.forward(0, starts[0] if starts else 0)
-    for stage, start, end in zip(stages, starts, [*starts[1:], None], strict=True):
+    ends: list[int | None] = [*starts, None]
+    walk.forward(0, ends[0] or 0)
+    for stage, start, end in zip(stages, starts, ends[1:], strict=True):
         sums = walk.observe(stage, start)
         members = {linear.node for linear in stage}
         for site in sites:

@@ -10,11 +10,13 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.fuzz import cases, texts
+from tests.fuzz import caches, cases, checkpoints, texts
 
 KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], tuple[str, str]]]] = {
     "models": (cases.cases, cases.check),
     "texts": (texts.texts, texts.check),
+    "checkpoints": (checkpoints.damages, checkpoints.check),
+    "caches": (caches.damages, caches.check),
 }
 """How a case is drawn, and what checks it: it returns what became of the case and more about it, or raises."""
 

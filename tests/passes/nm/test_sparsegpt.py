@@ -231,3 +231,10 @@ def test_refusals() -> None:
     gm = sparsify(base, [x])
     with pytest.raises(RewriteError, match=r"sparsegpt needs calibration"):
         fxsparse.replay(record_of(gm), Chain(2), (x,))
+
+
+def test_without_a_linear_to_prune_nothing_changes() -> None:
+    model, x = nn.Linear(8, 8), torch.randn(2, 8)
+    gm = fxsparse.rewrite(model, [InsertNMMasks(criterion="sparsegpt", exclude=("*",), calibration=[x])], (x,))
+    assert torch.equal(gm(x), model(x))
+    assert not record_of(gm).weights
