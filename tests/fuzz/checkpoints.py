@@ -7,6 +7,7 @@ of another model, which is then loaded; it must not break anything else.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import resource
@@ -105,7 +106,7 @@ def _forge(path: Path, damage: Damage) -> None:
     record = json.loads(file.texts["fxsparse"])
     for place, number, value in damage.steps:
         if damage.kind == "record":
-            record = _changed(record, place, number, value)
+            record = _changed(record, place, number, copy.deepcopy(value))
         elif tensors:
             _change_tensor(tensors, place, number)
     stored.write(path, tensors, {**file.texts, "fxsparse": json.dumps(record)})
