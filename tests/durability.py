@@ -20,6 +20,7 @@ import random
 import resource
 import signal
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import fxsparse
 from fxsparse import stored
@@ -45,6 +47,7 @@ class Saved:
 
     def __init__(self, folder: Path, pretrained: bool):
         family, base = traced("opt")
+        tqdm.set_lock(threading.RLock())  # its own is shared with forked processes, and a killed one keeps it
         self.pretrained = pretrained
         self.model: Any = fxsparse.rewrite(base, PASSES)
         if pretrained:
@@ -314,12 +317,12 @@ def main() -> None:
     parser.add_argument("--disks", type=int, default=10)
     parser.add_argument("--damaged", type=int, default=250, help="files, and as many folders")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("save", "save_pretrained"), help="one of the two")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        for pretrained in (False, True):
-            draw, saved = random.Random(args.seed), Saved(Path(folder), pretrained)
-            name = "save_pretrained" if pretrained else "save"
+        for name in (args.only,) if args.only else ("save", "save_pretrained"):
+            draw, saved = random.Random(args.seed), Saved(Path(folder), name == "save_pretrained")
             print(f"{name}: {saved.seconds * 1e3:.0f} ms, {saved.size:,} bytes", flush=True)
             print(f"  kills: {dict(kills(saved, args.kills, draw))}", flush=True)
             print(f"  full disks: {dict(full_disks(saved, args.disks, draw))}", flush=True)
