@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
-from fxsparse.analysis.structures import MLP, Attention, structures
+from fxsparse.analysis.structures import MLP, Attention, Structures, structures
 from fxsparse.cost.flops import costs
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph import live
@@ -178,11 +178,10 @@ class SelectNeurons(Pass):
         changes = list(all_found.skipped)
         if not found:
             reasons = "; ".join(map(str, changes[:4]))
-            masked = "; keep nm-masks off some of them with exclude=" if record_of(gm).weights else ""
             raise RewriteError(
                 f"the model has no {' and no '.join(self.structures)} that can be left out one by one"
                 + (f" ({reasons})" if reasons else ": no attention or MLP block of dense linears")
-                + masked,
+                + f"; {self._instead(gm, all_found)}",
                 pass_name=self.name,
             )
         uses = _uses(gm)
@@ -214,6 +213,14 @@ class SelectNeurons(Pass):
                     why = "the omission rate is 0" if self.rate == 0 else f"rounded to a multiple of {multiple}"
                     changes.append(skipped(site.path, f"{what} take part: {why}"))
         return sites, changes
+
+    def _instead(self, gm: GraphModule, found: Structures) -> str:
+        """What to do where nothing that was asked for can be left out."""
+        others = {"heads": found.attentions, "channels": found.mlps}
+        for kind in sorted(others.keys() - set(self.structures)):
+            if others[kind]:
+                return f"choose {kind} with structures=[{kind}]"
+        return "keep nm-masks off some of them with exclude=" if record_of(gm).weights else "leave this pass out"
 
     def _buffers(self, gm: GraphModule, site: Site, units: Tensor) -> dict[str, Tensor]:
         device = fx.attribute(gm, site.output.name).device

@@ -374,7 +374,7 @@ class Oracle:
         """The gradients of a step; the loss."""
         for name, parameter in self.parameters().items():
             parameter.grad = None
-            if not name.startswith("multiplex."):
+            if self.rho or not name.startswith("multiplex."):  # of the multiplexer some are never trained
                 parameter.requires_grad_(not self._is_frozen(name))
         loss = self.loss(batch)
         loss.backward()

@@ -29,7 +29,7 @@ from torch.fx import GraphModule
 
 import fxsparse
 from fxsparse.analysis.blocks import stacks
-from fxsparse.analysis.structures import Attention, structures
+from fxsparse.analysis.structures import MLP, Attention, structures
 from fxsparse.errors import RewriteError
 from fxsparse.passes import DistillLayers, Pass, Pipeline
 from fxsparse.passes.base import parse_passes
@@ -260,7 +260,10 @@ def _problem(name: str, passes: Sequence[Pass | str], depth: int) -> str | None:
     except RewriteError as refusal:
         if depth == 2:
             return str(refusal)
-        _refused(name, passes, str(refusal), depth + 1)
+        try:
+            _refused(name, passes, str(refusal), depth + 1)
+        except AssertionError as error:
+            return str(error)
     else:
         _trains(name, gm, _oracle(name, gm))
     _RIGHT.add((name, _text(passes)))
@@ -302,12 +305,20 @@ def _another_layer(name: str, tried: Sequence[Pass | str], message: str, match: 
 
 
 def _apart(name: str, tried: Sequence[Pass | str], message: str, match: re.Match[str]) -> Advised:
-    """Heads are left out, and only what is no part of an attention is pruned."""
-    attentions = [site for site in sites(name).values() if isinstance(site, Attention)]
-    used = {part.linear.name for site in attentions for part in (site.output, *site.projections)}
-    exclude = tuple(sorted({re.sub(r"\b\d+\b", "*", weight.removesuffix(".weight")) for weight in used}))
-    passes = [_with(item, "nm-masks", exclude=exclude) for item in tried]
-    return [("exclude=", [_with(item, "select-neurons", structures=("heads",)) for item in passes])]
+    """Heads are left out, and only what is no part of an attention is pruned; or channels, and what is no part of an
+    MLP."""
+    found: Advised = []
+    for kind, structure in ((Attention, "heads"), (MLP, "channels")):
+        chosen = [site for site in sites(name).values() if isinstance(site, kind)]
+        used = {part.linear.name for site in chosen for part in (site.output, *site.projections)}
+        exclude = tuple(sorted({re.sub(r"\b\d+\b", "*", weight.removesuffix(".weight")) for weight in used}))
+        passes = [_with(item, "nm-masks", exclude=exclude) for item in tried]
+        found.append((f"exclude= ({structure})", [_with(i, "select-neurons", structures=(structure,)) for i in passes]))
+    return found
+
+
+def _others(name: str, tried: Sequence[Pass | str], message: str, match: re.Match[str]) -> Advised:
+    return [(match[0], [_with(item, "select-neurons", structures=(match[1],)) for item in tried])]
 
 
 def _one_less(name: str, tried: Sequence[Pass | str], message: str, match: re.Match[str]) -> Advised:
@@ -321,6 +332,7 @@ _ADVICE: dict[str, Callable[[str, Sequence[Pass | str], str, re.Match[str]], Adv
     r"choose one with stack=[\w.]+( or stack=[\w.]+)*": _one_stack,
     r"its layers are ([\d, ]+): name some of them with indices=": _another_layer,
     r"keep nm-masks off some of them with exclude=|keep the later pass off": _apart,
+    r"choose \w+ with structures=\[(\w+)\]": _others,
     r"leave (one of them|this pass) out": _one_less,
 }
 """The advice of refusals, and how it is followed."""
