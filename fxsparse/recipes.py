@@ -11,7 +11,7 @@ from fxsparse.options import checked, shown
 from fxsparse.passes import DistillLayers, Pipeline
 
 RECIPES: dict[str, str] = {
-    # SLoPe (arXiv 2405.16325). Without branches it also works in the one-line call, whose optimizer holds no branches.
+    # SLoPe (arXiv 2405.16325), without and with its lazy branches.
     "slope": "nm-masks{pattern=2:4},double-prune",
     "slope-low-rank": "nm-masks{pattern=2:4},double-prune,low-rank{ratio=0.015625}",
     # Bi-Mask (arXiv 2302.06058): SR-STE's masks, and W^R pruned once more in a searched order of its rows.

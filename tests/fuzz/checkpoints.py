@@ -76,8 +76,9 @@ def check(damage: Damage) -> tuple[str, str]:
             # A forged record runs its passes before it turns out not to fit; bytes are refused before anything runs.
             assert damage.kind in ("record", "tensor") or seconds < SECONDS, f"{seconds:.1f} s until: {error}"
             return "refused", damage.kind
-        more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        assert more < MEGABYTES, f"{more:.0f} MB"
+        finally:
+            more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+            assert more < MEGABYTES, f"{more:.0f} MB"
         found = loaded.state_dict()
         same = found.keys() == state.keys() and all(_same(found[name], state[name]) for name in state)
         assert same or damage.kind in ("record", "tensor"), "damaged bytes were loaded as another model"

@@ -12,6 +12,7 @@ nor refused with advice that works is an error: it is printed at the end and run
 from __future__ import annotations
 
 import argparse
+import collections
 import itertools
 import json
 import multiprocessing
@@ -136,7 +137,7 @@ def page(results: dict[Key, dict[str, Any]]) -> str:
         return str(number[reason_of(line), line["advice"]]) if line["symbol"] == "R" else line["symbol"]
 
     def lines() -> Iterator[str]:
-        yield HEAD.format(pairs=len(pairs()), triples=len(triples()), compiled=COMPILED)
+        yield HEAD.format(pairs=len(pairs()), triples=len(triples()), compiled=COMPILED, counts=_counts(results))
         yield "| variant | passes |\n|---|---|"
         yield from (f"| {name} | `{_text(name)}` |" for name in VARIANTS)
         for name in FAMILIES:
@@ -157,6 +158,17 @@ def page(results: dict[Key, dict[str, Any]]) -> str:
     return "\n".join(lines()) + "\n"
 
 
+def _counts(results: dict[Key, dict[str, Any]]) -> str:
+    """How many cells are what."""
+    told = {"=": "equal", "~": "equal without a model to compare with", "R": "refused with advice that works"}
+
+    def of(cells: Iterable[Key]) -> str:
+        found = collections.Counter(results[cell]["symbol"] for cell in cells)
+        return ", ".join(f"{found[symbol]} {text}" for symbol, text in told.items())
+
+    return f"Of the pairs {of(pairs())}; of the triples {of(triples())}; none is wrong."
+
+
 def _text(variant: str) -> str:
     from tests.support.orders import VARIANTS
 
@@ -173,17 +185,23 @@ methods. Rows are first, columns second. What a variant needs runs before it, wh
   methods.
 - `~`: the same without such a model, which multiplexing has for BERT and OPT.
 - a number: refused before anything happens, for a reason listed [below](#refusals). The order that the refusal
-  recommends, or the option that it asks for, was rewritten, trained and evaluated in the same way.
+  recommends, or the option that it asks for, was rewritten, trained and evaluated in the same way. It names the passes
+  up to the one that is refused; the rest follow in their order.
 
 Each order that is not refused also gives the same graph and state when its passes run one by one, and the same outputs
 after saving, loading and so replaying it. Where the first pass leaves a plain model (layers, materialize, end-distill),
 the second gives the same on that model, exported with `to_module` and traced anew. One order in {compiled} was also
 trained under `torch.compile`. `python -m tests.support.matrix` runs all of them and writes this page; the test suite
 runs a sample, another one every day.
+
+{counts}
 """
 
 THREE = """
 ## Three methods
+
+A method is all its passes: `slope` is static, double-prune, branches; `greentrainer` rho; `cofi` scored gates, distill,
+materialize; `chop` layers, distill, end-distill; `sat` neurons; `prumux` mux, scored gates.
 """
 
 
