@@ -25,7 +25,7 @@ ROOT = "tests/"
 
 def period(seconds: float) -> int:
     """In how many days a case of a test that takes so long runs once."""
-    return next((days for limit, days in ((SLOW, 1), (2, 2), (4, 3), (10, 4)) if seconds < limit), 6)
+    return next((days for limit, days in ((SLOW, 1), (2, 3), (4, 4), (10, 6)) if seconds < limit), 8)
 
 
 def test_of(case: str) -> str:
