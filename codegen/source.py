@@ -74,13 +74,18 @@ def write(name: str, text: str) -> Path:
 
 def replace(path: Path, text: str) -> None:
     """Writes a file so that no reader ever sees a part of it."""
-    clear(path)
     with files.unfinished(path.parent, path.name) as part:
         (part / path.name).write_text(text)
-        os.replace(part / path.name, path)
+        place(part / path.name, path)
 
 
-def clear(path: Path) -> None:
+def place(made: Path, path: Path) -> None:
+    """Moves a finished file to its place, whatever stands there."""
+    _clear(path)
+    os.replace(made, path)
+
+
+def _clear(path: Path) -> None:
     """Removes a link or a folder that stands where a file of the cache belongs."""
     if path.is_symlink():
         path.unlink(missing_ok=True)
@@ -98,7 +103,7 @@ def locked(path: Path, patience: float = 5.0) -> Iterator[None]:
     import fcntl
 
     lock = path.with_suffix(".lock")
-    clear(lock)
+    _clear(lock)
     handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         until = time.monotonic() + patience

@@ -147,8 +147,7 @@ def _compile(command: Sequence[str], file: Path, target: Path) -> None:
             first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
             raise BuildError(f"{command[0]} cannot build {file.name}: {first.strip()}")
         source.replace(_sum(target), hashlib.sha256(made.read_bytes()).hexdigest())
-        source.clear(target)
-        os.replace(made, target)
+        source.place(made, target)
 
 
 def _sum(target: Path) -> Path:

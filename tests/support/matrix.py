@@ -149,7 +149,7 @@ def page(results: dict[Key, dict[str, Any]]) -> str:
         yield "\n## Refusals\n\n| | reason | executed instead |\n|---|---|---|"
         for (reason, order), at in number.items():
             yield f"| {at} | {reason.replace('|', '/')} | {f'`{order}`' if order else ''} |"
-        yield THREE
+        yield THREE + "; ".join(f"`{name}` is {', '.join(variants)}" for name, variants in RECIPES.items()) + ".\n"
         yield "| methods | " + " | ".join(FAMILIES) + " |\n" + "|---" * (len(FAMILIES) + 1) + "|"
         for three in itertools.permutations(RECIPES, 3):
             order = tuple(itertools.chain(*(RECIPES[recipe] for recipe in three)))
@@ -200,9 +200,7 @@ runs a sample, another one every day.
 THREE = """
 ## Three methods
 
-A method is all its passes: `slope` is static, double-prune, branches; `greentrainer` rho; `cofi` scored gates, distill,
-materialize; `chop` layers, distill, end-distill; `sat` neurons; `prumux` mux, scored gates.
-"""
+A method is all its passes: """
 
 
 def main() -> None:

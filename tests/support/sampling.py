@@ -21,6 +21,8 @@ TABLE = Path(__file__).parents[1] / "durations.json"
 SLOW = 1.2
 """Seconds of a case from which on its test is in the table."""
 ROOT = "tests/"
+SAMPLES = ("passes/test_matrix.py", "test_fuzz.py")
+"""Files that are samples themselves, other ones each day: they always run."""
 
 
 def period(seconds: float) -> int:
@@ -63,7 +65,8 @@ def averages(report: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    slow = {test: round(seconds, 1) for test, seconds in averages(Path(sys.argv[1])).items() if seconds >= SLOW}
+    times = averages(Path(sys.argv[1]))
+    slow = {test: round(s, 1) for test, s in times.items() if s >= SLOW and not test.startswith(SAMPLES)}
     TABLE.write_text(json.dumps(slow, indent=0, sort_keys=True) + "\n")
     print(f"{TABLE}: {len(slow)} tests")
 
