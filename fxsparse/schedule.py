@@ -99,6 +99,11 @@ class Schedule:
         if state is not None:
             state.scheduled = True
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether the model is rewritten; a compiled one is at its first call."""
+        return self._gm is not None
+
     def _bind(self, rewritten: Any) -> None:
         """Builds the events of a rewritten graph module, or of a module made of one."""
         optimizer, signals = self._optimizer, self._signals

@@ -30,9 +30,10 @@ from fxsparse.backend.compressed import CompressedModel, is_compressed
 from fxsparse.backend.inductor import config_patches
 from fxsparse.backend.one_line import RewrittenGraph
 from fxsparse.backend.options import BackendOptions
+from fxsparse.backend.registered_states import registered
 from fxsparse.backend.whole_model import ONE_LINE, Part, WholeModel, part_of, with_dense_weights
 from fxsparse.errors import FxsparseError, LoweringError, OptionError, RewriteError
-from fxsparse.graph.added_state import added_state_of
+from fxsparse.graph.added_state import wants_whole
 from fxsparse.graph.dynamo import copy_dynamo_graph, state_names
 from fxsparse.graph.record import record_of
 from fxsparse.graph.runtime_state import Slot, invalidate
@@ -74,7 +75,7 @@ def fxsparse(
         if parsed.weights == "compressed":
             return _compressing(gm, parsed, part)
         try:
-            if part is not None or added_state_of(origin.module) is None:
+            if part is not None or not wants_whole(origin.module):
                 return _compile_graph(gm, list(example_inputs), parsed, origin)
         except RewriteError as error:
             if isinstance(error, OptionError):
@@ -148,6 +149,9 @@ def _compile_graph(
     del fixed
     if any(choice.implementation in LAUNCHING for choice in report.choices):
         inner = record_launches(inner, report.launches)
+    if rewritten is not None and module is not None:
+        passes = str(with_dense_weights(rewritten.pipeline))
+        slots = [registered(slot, rewritten.names, passes) for slot in slots]
     if rewritten is not None or extra:
         dense = _Dense(before, slots, report) if extra else None
         inner = _with_states(inner, [*slots, *extra], rewritten, dense)

@@ -41,6 +41,7 @@ from fxsparse.conversion.in_place import in_place, restore_in_place
 from fxsparse.errors import OptionError, RewriteError, TraceError
 from fxsparse.graph.added_state import NAME, AddedState, added_state_of, attach_state
 from fxsparse.graph.record import TRACE_KEY
+from fxsparse.graph.runtime_state import forget_states
 from fxsparse.graph.wrapped import module_form_of, unwrapped_module
 
 if TYPE_CHECKING:
@@ -143,13 +144,10 @@ def rewritten(
         OptionError: the model was rewritten by other passes before.
     """
     state = added_state_of(model)
-    if state is not None and state.graph is not None:
-        if state.passes != str(pipeline):
-            raise OptionError(
-                f"the model was compiled with passes={state.passes!r} before, and what they added to it would be lost; "
-                "call fxsparse.forget(model) first, and torch.compile anew"
-            )
-        return state
+    if state is not None:
+        state.check_passes(str(pipeline))
+        if state.graph is not None:
+            return state
     graph = traced_and_rewritten(model, pipeline, arguments, keywords)
     theirs = {id(parameter) for parameter in model.parameters()}
     own = [name for name, parameter in graph.named_parameters() if id(parameter) not in theirs]
@@ -209,6 +207,7 @@ def forget(model: nn.Module) -> None:
     if state is None:
         raise OptionError("fxsparse.forget: no one-line call has added anything to this model")
     del inner._modules[NAME]
+    forget_states(inner)
     for name, wanted in state.asked.items():
         inner.get_parameter(name).requires_grad_(wanted)
 

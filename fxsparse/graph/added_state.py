@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxsparse.errors import OptionError
 from fxsparse.graph.state import parameter_names, tensors_of
 
 NAME = "_fxsparse"
@@ -61,6 +62,9 @@ class AddedState(nn.Module):
                     _owner(self, path).register_parameter(name, parameter)
             for name, buffer in module._buffers.items():
                 if buffer is not None and id(buffer) not in theirs:
+                    chosen = self.find(f"{path}.{name}" if path else name)
+                    if chosen is not None:  # for a part of the model, before the whole was rewritten
+                        buffer.copy_(chosen)
                     persistent = name not in module._non_persistent_buffers_set
                     _owner(self, path).register_buffer(name, buffer, persistent=persistent)
         vars(self).update(graph=graph, passes=passes, shared=tensors_of(model))
@@ -70,6 +74,32 @@ class AddedState(nn.Module):
         waiting, self.waiting = self.waiting, []
         for bind in waiting:
             bind(graph)
+
+    def check_passes(self, passes: str) -> None:
+        """Notes which passes the model is rewritten by; both forms of the one-line call share what they add.
+
+        Raises:
+            OptionError: the model was rewritten by others.
+        """
+        if self.passes not in ("", passes):
+            raise OptionError(
+                f"the model was compiled with passes={self.passes!r} before, and what they added to it would be lost; "
+                "call fxsparse.forget(model) first, and torch.compile anew"
+            )
+        self.passes = passes
+
+    def find(self, name: str) -> Tensor | None:
+        """The buffer that passes added under ``name``; None if they added none."""
+        path, _, leaf = name.rpartition(".")
+        owner: nn.Module | None = self
+        for part in filter(None, path.split(".")):
+            owner = None if owner is None else owner._modules.get(part)
+        return None if owner is None else owner._buffers.get(leaf)
+
+    def register(self, name: str, buffer: Tensor) -> None:
+        """Registers a buffer that passes added to a part of the model."""
+        path, _, leaf = name.rpartition(".")
+        _owner(self, path).register_buffer(leaf, buffer)
 
     def forward(self, x: Any) -> Any:
         """Nothing; a model that calls all of its parts in turn, such as ``nn.Sequential``, calls this one too."""
@@ -112,6 +142,12 @@ def added_state_of(model: Any) -> AddedState | None:
     """What a one-line call added to ``model``; None if there was none."""
     state = model._modules.get(NAME) if isinstance(model, nn.Module) else None
     return state if isinstance(state, AddedState) else None
+
+
+def wants_whole(model: Any) -> bool:
+    """Whether ``model`` was rewritten as a whole, or a schedule waits for that; what parts of it added does not say."""
+    state = added_state_of(model)
+    return state is not None and (state.graph is not None or state.scheduled)
 
 
 def attach_state(model: nn.Module) -> AddedState:

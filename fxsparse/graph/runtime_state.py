@@ -1,6 +1,6 @@
 """State of weights (masks, compressed copies) that compiled graphs take as extra inputs at run time.
 
-    call(args) -> Slot.get(args) -> weights = args[positions] -> _table[ids of the weights] -> _Entry -> extra inputs
+    call(args) -> Slot.get(args) -> weights = args[positions] -> _table[ids of the weights] -> Entry -> extra inputs
 
 Parameters are plain inputs of a compiled graph. After a graph break one compiled graph serves several identical layers,
 so a mask fixed at compile time would silently belong to the wrong layer. Each call therefore looks up the state of the
@@ -14,13 +14,13 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 _lock = threading.RLock()
-_table: dict[tuple[int, ...], _Entry] = {}
+_table: dict[tuple[int, ...], Entry] = {}
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ class StaticStates:
     def __hash__(self) -> int:  # needed on every call of a compiled graph, so it is cached
         return self._hash
 
-    def get(self, entry: _Entry, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def get(self, entry: Entry, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         tensors = entry.groups.get(self)
         if tensors is None or tensors[0].device != weights[0].device:
             tensors = self._compute(entry, weights)
         return tensors
 
-    def _compute(self, entry: _Entry, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _compute(self, entry: Entry, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         with _lock, torch.no_grad():
             plain = [weight.detach() for weight in weights]
             for state in self.states:
@@ -85,7 +85,7 @@ class FollowedStates:
 
     rule: Callable[..., tuple[Tensor, ...] | None]
 
-    def get(self, entry: _Entry, weights: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    def get(self, entry: Entry, weights: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         if any(weight.is_inference() for weight in weights):  # an inference tensor has no version counter
             return None
         stamp = tuple((weight._version, weight.data_ptr(), weight.device) for weight in weights)
@@ -96,13 +96,21 @@ class FollowedStates:
         return stamped[1]
 
 
-class _Entry:
-    """The states computed so far for one group of weights."""
+class Entry:
+    """The states computed so far for one group of weights.
 
-    __slots__ = ("followed", "groups", "known", "references")
+    Attributes:
+        references: to the weights.
+        known: static states.
+        groups: the same, by what asks for them together.
+        followed: states that follow their weights, with the stamp of the weights.
+        registered: where static states are registered with a model, by what asks for them.
+    """
+
+    __slots__ = ("followed", "groups", "known", "references", "registered")
 
     def __init__(self, weights: Sequence[Tensor], key: tuple[int, ...]):
-        def forget(_: Any, table: dict[tuple[int, ...], _Entry] = _table) -> None:
+        def forget(_: Any, table: dict[tuple[int, ...], Entry] = _table) -> None:
             if table.get(key) is self:
                 del table[key]
 
@@ -110,17 +118,18 @@ class _Entry:
         self.known: dict[State, Tensor] = {}
         self.groups: dict[StaticStates, tuple[Tensor, ...]] = {}
         self.followed: dict[FollowedStates, tuple[Any, tuple[Tensor, ...] | None]] = {}
+        self.registered: dict[Any, Any] = {}
 
     def is_of(self, weights: Sequence[Tensor]) -> bool:
         return all(reference() is weight for reference, weight in zip(self.references, weights, strict=True))
 
 
-def _entry_of(weights: Sequence[Tensor]) -> _Entry:
+def _entry_of(weights: Sequence[Tensor]) -> Entry:
     key = tuple(map(id, weights))
     entry = _table.get(key)
     if entry is None or not entry.is_of(weights):
         with _lock:
-            entry = _table[key] = _Entry(weights, key)
+            entry = _table[key] = Entry(weights, key)
     return entry
 
 
@@ -129,6 +138,13 @@ class Constants:
     """Tensors that depend on no weight, the same for every call."""
 
     tensors: tuple[Tensor, ...]
+
+
+class States(Protocol):
+    """Computes or finds the states of one group of weights."""
+
+    def get(self, entry: Entry, weights: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """The states, or None if the contents of the weights no longer fit."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +158,7 @@ class Slot:
     """
 
     positions: tuple[int, ...]
-    states: StaticStates | FollowedStates | Constants
+    states: States | Constants
     names: tuple[str, ...]
 
     def get(self, args: Sequence[Any]) -> tuple[Tensor, ...] | None:
@@ -159,8 +175,18 @@ def invalidate(model: torch.nn.Module) -> None:
     Those are writes through ``.data``, NumPy or DLPack. In-place operations, ``load_state_dict`` and replaced
     parameters are noticed without it.
     """
-    weights = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     with _lock:
-        for key, entry in list(_table.items()):
-            if weights & set(key):
-                entry.followed.clear()
+        for key in _keys_of(model):
+            _table[key].followed.clear()
+
+
+def forget_states(model: torch.nn.Module) -> None:
+    """Drops all states of a model's weights, so that masks are chosen anew when a compiled graph next needs them."""
+    with _lock:
+        for key in _keys_of(model):
+            del _table[key]
+
+
+def _keys_of(model: torch.nn.Module) -> list[tuple[int, ...]]:
+    weights = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    return [key for key in _table if weights & set(key)]

@@ -83,6 +83,11 @@ def graph_module_of(
         path = next((path for path, part in parts if isinstance(part, GraphModule) and META_KEY in part.meta), None)
         if path is not None:
             raise error(f"{function} takes the rewritten model itself: pass the {path} of this {name}")
+        if added_state_of(inner) is not None:
+            raise error(
+                f"{function} takes a model that was rewritten as a whole, and passes ran on graphs of this {name}: "
+                "build fxsparse.Schedule(compiled, optimizer, total_steps=...) before the first call"
+            )
         raise error(
             f"{function} takes a model that fxsparse.trace or fxsparse.rewrite returned, and this {name} is not one: "
             "call gm = fxsparse.rewrite(model, passes, kwargs=batch) first, and train and pass on gm"

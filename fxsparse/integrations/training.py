@@ -16,6 +16,7 @@ The sparsity loss reaches gates and multipliers only. Its gradient is added afte
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import shutil
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx import GraphModule
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -96,9 +98,9 @@ class FxsparseCallback(TrainerCallback, ExportableState):
         self.stop()
         self.schedule = Schedule(model, optimizer, total_steps=total_steps, signals=self.signals)
         self._optimizer = inner
-        if any(type(event).observe is not Event.observe for event in self.schedule.events.values()):
-            module = fx.unwrapped(model)
-            self._hook = module.register_forward_pre_hook(_Observer(self.schedule), with_kwargs=True)
+        waits = not self.schedule.is_bound  # for the first call, whose passes are not known to want batches yet
+        if waits or any(type(event).observe is not Event.observe for event in self.schedule.events.values()):
+            self._hook = _observed(model, _Observer(self.schedule))
         return self.schedule
 
     def stop(self) -> None:
@@ -217,6 +219,34 @@ class _Observer:
                 self.schedule.observe(kwargs or args)
             finally:
                 self.is_busy = False
+
+
+class _CompiledCall:
+    """Shows an observer the calls of a module that ``module.compile(...)`` compiled together with its hooks."""
+
+    def __init__(self, module: nn.Module, observer: _Observer):
+        self.module, compiled = module, module._compiled_call_impl
+
+        @functools.wraps(compiled)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            observer(module, args, kwargs)
+            return compiled(*args, **kwargs)
+
+        module._compiled_call_impl, self.compiled = call, compiled
+
+    def remove(self) -> None:
+        self.module._compiled_call_impl = self.compiled
+
+
+def _observed(model: nn.Module, observer: _Observer) -> Any:
+    """Shows ``observer`` the calls of a model, outside of what is compiled; a handle that can be removed."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        return _CompiledCall(model, observer)
+    if isinstance(fx.unwrapped(model), GraphModule) or not isinstance(model, OptimizedModule):
+        model = fx.unwrapped(model)
+    return model.register_forward_pre_hook(observer, with_kwargs=True)
 
 
 def _has_trained_gates(gm: nn.Module) -> bool:

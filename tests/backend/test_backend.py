@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fxsparse import graph as fx
 from fxsparse.backend.backend import compiled_graphs
+from fxsparse.backend.whole_model import forget
 from fxsparse.errors import LoweringError, RewriteError
 from fxsparse.graph import runtime_state
 from fxsparse.graph.derived_buffers import Derived, derive
@@ -238,12 +239,20 @@ def test_masks_stay_while_weights_train_and_follow_both_modes() -> None:
     )
 
 
-def test_replaced_weights_get_masks_of_their_own() -> None:
+def test_replaced_weights_get_the_masks_of_the_model_and_new_ones_once_it_forgets() -> None:
     model, x = Block(), torch.randn(4, 16)
     compiled = torch.compile(model, **one_line())
     compiled(x)
-    model.up.weight = nn.Parameter(torch.randn_like(model.up.weight))
+    masks = {name: model.state_dict()[f"_fxsparse.{name}.weight_mask"].clone() for name in ("up", "down")}
+    model.up.weight = nn.Parameter(torch.randn_like(model.up.weight))  # as load_state_dict(assign=True) does
+    expected = masked_copy(model, compiled)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            expected.get_submodule(name).weight.copy_(model.get_submodule(name).weight * mask)
+    torch.testing.assert_close(compiled(x), expected(x))
+    forget(model)
     torch.testing.assert_close(compiled(x), masked_copy(model, compiled)(x))
+    assert not torch.equal(model.state_dict()["_fxsparse.up.weight_mask"], masks["up"])
 
 
 def test_tied_weights_share_a_mask() -> None:
