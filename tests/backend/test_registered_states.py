@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxsparse
-from fxsparse.errors import OptionError
+from fxsparse.errors import FxsparseError, OptionError
 from tests.support.families import FAMILIES
 
 MASKS = "nm-masks{keep_first=false,keep_head=false}"
@@ -109,6 +109,15 @@ def test_copies_and_other_dtypes_keep_the_masks() -> None:
         assert torch.allclose(other(x), expected, atol=1e-6)
         doubles = other.double()(x.double())
     assert doubles.dtype is torch.float64 and torch.allclose(doubles.float(), expected, atol=1e-6)
+
+
+def test_what_needs_a_whole_model_says_how_it_comes_to_one() -> None:
+    model = Blocks()
+    compiled = one_line(model)
+    compiled(torch.randn(5, 16))
+    for function in (fxsparse.dense_state_dict, fxsparse.count_flops):
+        with pytest.raises(FxsparseError, match=r"graphs of this Blocks: build fxsparse\.Schedule"):
+            function(compiled)
 
 
 def test_forget_takes_the_masks_out_and_other_passes_need_it() -> None:
