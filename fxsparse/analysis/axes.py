@@ -97,7 +97,7 @@ def _changes(removed: Removed, targets: Sequence[Node], axis: int) -> dict[Node,
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         # Above zero, so that what is clipped there shows as well.
-        drawn = {source: torch.rand(section.shape(source)) + 0.5 for source in removed}
+        drawn = {source: section.draw(source, torch.rand) + 0.5 for source in removed}
         holes = {source: drawn[source].index_fill(axis, index, torch.nan) for source, index in removed.items()}
         whole, broken = (section.run(values, stand_ins) for values in (drawn, holes))
     return {

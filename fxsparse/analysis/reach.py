@@ -29,7 +29,7 @@ def reached(section: Section, target: Node, axis: int, units: Tensor) -> list[Te
     Returns:
         bool ``[sets, rows]``, from gradients at random values: what a rectifier happens to close is missed.
     """
-    drawn = {source: torch.randn(section.shape(source), requires_grad=True) for source in section.sources}
+    drawn = {source: section.draw(source, torch.randn).requires_grad_() for source in section.sources}
     # In-place operators may write into a copy, not into what gradients are taken of.
     values = {source: value.clone() for source, value in drawn.items()}
     result = section.run(values, {})[target]
@@ -53,7 +53,7 @@ def changed(section: Section, source: Node, target: Node, axis: int, count: int)
     """
     units, stand_ins = torch.eye(count, dtype=torch.bool), dict[Node, Any]()
     with torch.no_grad():
-        first = torch.randn(section.shape(source))
+        first = section.draw(source, torch.randn)
         other = torch.randn_like(first)
         base = section.run({source: first}, stand_ins)[target]
         seen = torch.zeros(count, base.shape[-1], dtype=torch.bool)
