@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.analysis.blocks import Block, Stack, stacks
-from fxsparse.analysis.structures import SDPA
+from fxsparse.analysis.products import SDPA
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import Change, record_of, rewrote

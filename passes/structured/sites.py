@@ -139,11 +139,7 @@ def gate_sites(
         if unit in own:
             units_name = f"{site.path}.{unit}_gate"
             register(unit, units_name, count)
-            mark = (unit, site.path, units_name)
-            if isinstance(site, Attention):
-                multiply(gm, site.sdpa, units_name, (count, 1, 1), mark, straight)
-            else:
-                multiply_input(gm, output.node, output.input, units_name, mark, straight)
+            multiply_input(gm, output, units_name, site.output.index, (unit, site.path, units_name), straight)
         if layer in own:
             layer_name = f"{site.path}.{layer}_gate"
             register(layer, layer_name, 1)
