@@ -13,7 +13,7 @@ their own. Where the two products are one call whose heads have an axis, few pos
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
+from fxsparse.analysis.axes import Mixed, losses_of_unit
 from fxsparse.analysis.probing import nearest, shape_of
 from fxsparse.analysis.products import SDPA, activation_products
 from fxsparse.analysis.reach import Runs, changed, reached
@@ -75,7 +76,7 @@ class Attention:
 
     Attributes:
         path: module path.
-        heads: of queries.
+        heads: of queries; where those of a group can go together only, groups.
         kv_heads: of keys and values; query head h reads ``h // (heads // kv_heads)``.
         projections: of queries, keys and values; one linear may hold several.
         output: the linear that reads all heads.
@@ -167,6 +168,9 @@ class _Graph:
             if len(index) == 1:
                 self._check_single(factors, rows)
         heads, kv_heads, projections = _projections(rows, len(index), self.linears)
+        if heads > kv_heads > 1 and not self._go_alone(factors, projections):
+            heads, index = kv_heads, index.reshape(kv_heads, -1)
+            projections = tuple(replace(part, index=part.index.reshape(kv_heads, -1)) for part in projections)
         path = common_path([*(part.linear.path for part in projections), output.path])
         return Attention(path or fx.stack_path(ends[0]), heads, kv_heads, projections, Columns(output, index))
 
@@ -199,6 +203,19 @@ class _Graph:
             if source not in self.linears:
                 raise NotSeparable(f"its {kind} comes from {_name(source)}, which is no dense linear")
 
+    def _go_alone(self, factors: _Factors, projections: Iterable[Rows]) -> bool:
+        """Whether a single query head of a group can go: one view may hold groups and their heads as two axes."""
+        rows = {part.linear.name: part.index[0] for part in projections if part.kind == "query"}
+        for factor, (kind, sources) in factors.items():
+            removed = {source: rows[self.linears[source].name] for source in sources if kind == "query"}
+            if not removed:
+                continue
+            section = Section({source: but_last(source) for source in removed}, [factor], _POSITIONS)
+            key = ("one head", tuple(tuple(index.tolist()) for index in removed.values()), section.key)
+            if not remembered(self.gm, key, partial(_is_apart, removed, factor)):
+                return False
+        return True
+
     def _check_single(self, factors: _Factors, rows: _Touched) -> None:
         """Refuses a single head that more rows make than its scores are sums over: it is several."""
         queries = {factor for factor, (kind, _) in factors.items() if kind == "query"}
@@ -217,6 +234,14 @@ class _Graph:
         for linear in self.linears.values():
             if linear.name in names and linear.node not in sources:
                 raise NotSeparable(f"{linear.name} is used more than once")
+
+
+def _is_apart(rows: Mapping[Node, Tensor], factor: Node) -> bool:
+    try:
+        losses_of_unit(rows, [factor], 1)
+    except Mixed:
+        return False
+    return True
 
 
 def _name(node: Node) -> str:
@@ -354,8 +379,10 @@ def _projections(touched: _Touched, heads: int, linears: Mapping[Node, Linear]) 
     of_weights: dict[tuple[str, str], tuple[Linear, Tensor]] = {}
     for (source, kind), rows in touched.items():
         linear = linears[source]
-        others = [known for (name, of), (_, known) in of_weights.items() if name == linear.name and of != kind]
-        own = rows & ~torch.stack(others).any(0).any(0) if others else rows  # of queries that are keys elsewhere, once
+        own = rows
+        for (name, of), (_, known) in of_weights.items():
+            if name == linear.name and of != kind:
+                own = own & ~known.any(0)  # queries that are keys elsewhere count once
         first, known = of_weights.get((linear.name, kind), (linear, torch.zeros_like(rows)))
         of_weights[linear.name, kind] = (first, known | own)
     groups = {at: _groups(rows) for at, (_, rows) in of_weights.items() if bool(rows.any())}

@@ -9,9 +9,11 @@ Which arguments hold sizes is said in `fxsparse.graph.traits`; which axes lose w
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +187,7 @@ def _propagate(gm: GraphModule, changed: Collection[Node], nodes: Iterable[Node]
         before = node.meta.get("val")
         try:
             # Composite operators see symbolic sizes only through the Python dispatcher, in torch 2.11.
-            with fake_mode(gm), enable_python_dispatcher(), torch.no_grad():
+            with _quiet(), fake_mode(gm), enable_python_dispatcher(), torch.no_grad():
                 after = node.target(*_example(gm, node.args), **_example(gm, node.kwargs))  # type: ignore[operator]
         except Exception as error:
             raise DoesNotFit(node, error) from error
@@ -194,6 +196,18 @@ def _propagate(gm: GraphModule, changed: Collection[Node], nodes: Iterable[Node]
             dirty.add(node)
     if _assumed_equalities(gm) != guards:
         raise CannotResize("smaller sizes would hold for some batch sizes only: a constant was missed")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch from logging tracebacks of errors that are caught here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _example(gm: GraphModule, arg: Any) -> Any:

@@ -206,14 +206,12 @@ def _gather_rows(gm: GraphModule, found: Attention | MLP, site: Site, linears: S
     lost = _losses(linears, site, source, omitted)
     patches = patches_for(lost)
     sizes = {node: _sizes(node) for node in path}
-    changed = []
+    changed = _select_beside(gm, site, lost) if isinstance(found, Attention) else []
     parts = {part.name: part for part in site.projections}
     for linear in linears:
         part = parts[linear.name]
         rows = fx.insert_attribute(gm, rows_name(part), before=linear.node)
         changed.append(_gather(gm, linear, linear.input, rows, None))
-    if isinstance(found, Attention):
-        changed += _select_beside(gm, site, lost)
     resize(gm, patches, changed, nodes=path)
     inside = {*path, *changed, found.output.linear.node}
     for node in path:

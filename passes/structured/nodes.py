@@ -162,6 +162,9 @@ class _StreamGate:
             keys: Any = demux.args[1]
             if keys in self.axes and keys not in self.zero:
                 demux.replace_input_with(keys, self._gated(keys, demux))
+        for linear in fx.linears(self.gm):  # of a table of positions
+            if linear.input in self.axes and linear.input not in self.zero and self._is_constant(linear.input):
+                linear.node.replace_input_with(linear.input, self._gated(linear.input, linear.node))
         for mean in means:
             _marked(fx.transform(self.gm, mean, _times, self.shares[1]), mean, self.mark)
 

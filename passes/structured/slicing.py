@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.analysis.axes import losses
-from fxsparse.analysis.probing import shape_of
+from fxsparse.analysis.probing import between, shape_of
+from fxsparse.analysis.sections import Section
 from fxsparse.analysis.structures import MLP
 from fxsparse.errors import RewriteError
 from fxsparse.graph import Linear, traits
@@ -66,24 +67,49 @@ def follow(gm: GraphModule, lost: Losses, changed: Iterable[Node], site: str) ->
 def remove_result(gm: GraphModule, linear: Linear, site: str) -> None:
     """Takes out what a linear adds to a stream: the sum reads the stream alone.
 
+    What lies between the two, a norm perhaps, is run on zeros and must give zeros.
+
     Raises:
-        RewriteError: the linear's result is not added to anything.
+        RewriteError: the linear's result is not added to anything, or zeros do not stay zeros on the way.
     """
-    node = linear.node
-    while True:
-        users = [user for user in node.users if isinstance(user.meta.get("val"), Tensor)]
-        if len(users) != 1:
+    reached, pending = {linear.node}, [linear.node]
+    for node in pending:  # in order of execution, until a sum takes all of them in
+        for user in sorted(node.users):
+            if user not in reached and _has_tensor(user):
+                reached.add(user)
+                pending.append(user)
+    for total in sorted(reached):
+        term, stream = _terms(total, reached)
+        if term is None or stream is None:
+            continue
+        inside = {linear.node, *between({linear.node}, [term])}
+        readers = {user for node in inside for user in node.users if _has_tensor(user) or user.op == "output"}
+        if readers - inside - {total}:
             raise RewriteError("its result is read more than once, so it cannot be taken out", site=site)
-        (user,) = users
-        if user.target in (aten.add.Tensor, aten.add_.Tensor):
-            others = [arg for arg in user.args[:2] if arg is not node]
-            if len(others) == 1 and isinstance(others[0], Node) and shape_of(others[0]) == shape_of(user):
-                fx.replace(user, others[0])
-                return
-        keeps = traits.keeps_zero(user)
-        if keeps != "any" and not (keeps == "first" and user.args[0] is node):
-            raise RewriteError(f"its result goes into {user.target}, not into a sum with its stream", site=site)
-        node = user
+        section = Section({linear.node: ()}, [term], 0)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            result = section.run({linear.node: torch.zeros(section.shape(linear.node))}, {})[term]
+        if bool(result.ne(0).any()):
+            raise RewriteError(
+                "what is done to its result makes something of zeros, so it cannot be taken out", site=site
+            )
+        fx.replace(total, stream)
+        return
+    raise RewriteError("its result goes into no sum with its stream", site=site)
+
+
+def _has_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (Tensor, tuple, list))
+
+
+def _terms(node: Node, reached: set[Node]) -> tuple[Node | None, Node | None]:
+    """Of a sum, the term that was reached and the one, of the sum's shape, that was not; None for any other node."""
+    if node.target not in (aten.add.Tensor, aten.add_.Tensor):
+        return None, None
+    terms = [term for term in node.args[:2] if isinstance(term, Node)]
+    term = next((term for term in terms if term in reached), None)
+    stream = next((other for other in terms if other not in reached and shape_of(other) == shape_of(node)), None)
+    return term, stream
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -107,20 +133,51 @@ def take(gm: GraphModule, linear: Linear, axis: int, removed: Tensor) -> list[No
     """Takes some rows (axis 0) or columns (1) out of a linear's weight, and out of its bias; gives what changed."""
     size = linear.out_features if axis == 0 else linear.in_features
     index = torch.ones(size, dtype=torch.bool).index_fill(0, removed.flatten(), False).nonzero().flatten()
-    _replace_parameter(gm, linear.weight, 1 - axis if linear.transposed else axis, index)
+    changed = _replace_state(gm, linear.weight, 1 - axis if linear.transposed else axis, index)
     if axis == 1 or linear.bias is None:
-        return [linear.weight]
-    bias = fx.read_of(linear.bias)
-    if bias.op != "get_attr" or len(bias.users) != 1:
-        raise RewriteError("its bias is computed or shared, so its rows cannot be taken out", site=linear.path)
-    _replace_parameter(gm, bias, 0, index)
-    return [linear.weight, bias]
+        return changed
+    return [*changed, *_take_bias(gm, fx.read_of(linear.bias), index, linear)]
 
 
-def _replace_parameter(gm: GraphModule, read: Node, axis: int, index: Tensor) -> None:
-    old = gm.get_parameter(str(read.target))
-    new = old.detach().index_select(axis, index.to(old.device))
+def _take_bias(gm: GraphModule, bias: Node, index: Tensor, linear: Linear) -> list[Node]:
+    """Leaves some positions of a bias: of what is read, of the parts that are joined to one, of zeros like one."""
+    if bias.op == "get_attr":
+        own = {other.node for other in fx.linears(gm) if other.name == linear.name}
+        readers = {user for read in fx.reads(gm)[id(fx.attribute(gm, str(bias.target)))] for user in read.users}
+        if any(user not in own and user.target is not aten.cat.default and not _is_like(user) for user in readers):
+            raise RewriteError("its bias is shared, so its rows cannot be taken out", site=linear.path)
+        return _replace_state(gm, bias, 0, index)
+    if _is_like(bias):
+        return []  # as long as what it is like
+    if bias.target is aten.cat.default:
+        changed, begin = [bias], 0
+        for part in bias.args[0]:  # type: ignore[union-attr]
+            end = begin + shape_of(part)[0]  # type: ignore[arg-type]
+            inside = index[(index >= begin) & (index < end)] - begin
+            changed += _take_bias(gm, part, inside, linear)  # type: ignore[arg-type]
+            begin = end
+        return changed
+    rows = fx.insert_buffer(gm, f"{linear.node.name}_bias_rows", index, before=linear.node)
+    chosen = fx.insert_call(gm, aten.index_select.default, (bias, 0, rows), like=linear.node)
+    linear.node.replace_input_with(bias, chosen)
+    return [chosen]
+
+
+def _is_like(node: Node) -> bool:
+    """Whether of another tensor a node reads sizes alone, as ``zeros_like`` does."""
+    return bool(traits.of(node.target).shaped_like)
+
+
+def _replace_state(gm: GraphModule, read: Node, axis: int, index: Tensor) -> list[Node]:
+    """Leaves some positions of a parameter or buffer; gives the nodes that read it."""
+    old, name = fx.attribute(gm, str(read.target)), str(read.target)
     reads = fx.reads(gm)[id(old)]
-    fx.set_parameter(gm, str(read.target), new, requires_grad=old.requires_grad)
+    new: Tensor = old.detach().index_select(axis, index.to(old.device))
+    if isinstance(old, nn.Parameter):
+        fx.set_parameter(gm, name, new, requires_grad=old.requires_grad)
+    else:
+        path, _, leaf = name.rpartition(".")
+        gm.get_submodule(path)._buffers[leaf] = new
     for each in reads:
         each.meta = {**each.meta, "val": fx.fake_mode(gm).from_tensor(new, static_shapes=True)}
+    return reads

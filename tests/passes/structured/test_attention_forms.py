@@ -111,6 +111,70 @@ class Grouped(nn.Module):
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+class Together(Block):
+    """Groups and their heads are two axes of one view, as in Falcon: a head cannot go without its group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(DIM, 2 * DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        every = self.qkv(self.norm(x)).unflatten(-1, (2, 4, -1))
+        heads = (every[..., :2, :].flatten(2, 3), every[..., 2, :], every[..., 3, :])
+        query, key, value = (part.transpose(1, 2) for part in heads)
+        mixed = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Joined(Block):
+    """A bias made of three, as BEiT has it; the parts of another come from a split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList([torch.randn(DIM), torch.randn(DIM)])
+        self.register_buffer("of_keys", torch.zeros(DIM), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.parts[0], self.of_keys, self.parts[1]])
+        every = F.linear(self.norm(x), self.qkv.weight, bias).unflatten(-1, (3, HEADS, -1))
+        query, key, value = every.permute(2, 0, 3, 1, 4)
+        x = x + self.proj(self.attend(query, key, value).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class PostNorm(Block):
+    """What a sublayer adds is normalised first, as in Gemma 2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        every = self.qkv(self.norm(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        mixed = self.proj(self.attend(*every).transpose(1, 2).flatten(2))
+        x = x + mixed * (mixed.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Relative(Block):
+    """Scores of content and of positions, whose keys the same projection makes, as in DeBERTa-v2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(13, DIM))
+        self.query, self.key, self.value = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        y = self.norm(x)
+        query, key, value = (
+            linear(y).unflatten(-1, (HEADS, -1)).transpose(1, 2) for linear in (self.query, self.key, self.value)
+        )
+        places = self.key(self.positions).unflatten(-1, (HEADS, -1)).transpose(0, 1)
+        distance = (torch.arange(tokens)[:, None] - torch.arange(tokens)).clamp(-6, 6) + 6
+        scores = query @ key.mT / 3
+        scores = scores + (query @ places.mT).gather(-1, distance.expand(batch, HEADS, tokens, tokens))
+        x = x + self.proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
 class Torch(nn.Module):
     """Torch's own attention, with the weights that it is asked for or without."""
 
@@ -152,11 +216,13 @@ class Form:
         model: seeded and small.
         batch: its arguments for a batch size.
         kv_heads: of keys and values.
+        heads: of queries.
     """
 
     model: Callable[[], nn.Module]
     batch: Callable[[int], dict[str, Any]]
     kv_heads: int = HEADS
+    heads: int = HEADS
 
 
 def _tokens(batch: int) -> dict[str, Any]:
@@ -171,6 +237,10 @@ FORMS: dict[str, Form] = {
     "einsum": Form(lambda: Layers(Einsum), _tokens),
     "grouped": Form(lambda: Layers(Grouped), _tokens, 2),
     "multi-query": Form(lambda: Layers(lambda: Grouped(1)), _tokens, 1),
+    "together": Form(lambda: Layers(Together), _tokens, 2, 2),
+    "joined": Form(lambda: Layers(Joined), _tokens),
+    "post-norm": Form(lambda: Layers(PostNorm), _tokens),
+    "relative": Form(lambda: Layers(Relative), _tokens),
     "torch": Form(lambda: Layers(lambda: Torch(False)), _tokens),
     "torch with weights": Form(lambda: Layers(lambda: Torch(True)), _tokens),
     "encoder": Form(lambda: _encoder(True), lambda batch: {"src": torch.randn(batch, 7, DIM)}),
@@ -207,7 +277,7 @@ def assert_same(one: nn.Module, other: nn.Module, name: str) -> None:
 def test_every_attention_is_found(name: str, gm: GraphModule) -> None:
     found = structures(gm)
     assert not found.skipped
-    assert [(site.heads, site.kv_heads) for site in found.attentions] == [(HEADS, FORMS[name].kv_heads)] * 2
+    assert [(site.heads, site.kv_heads) for site in found.attentions] == [(FORMS[name].heads, FORMS[name].kv_heads)] * 2
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -217,7 +287,7 @@ def test_a_closed_gate_is_columns_of_zeros(name: str, gm: GraphModule) -> None:
     plain = copy.deepcopy(gm).eval()
     assert len(gated(gates)) == len(found) == 2
     for item, site in zip(gated(gates), found, strict=True):
-        mask = (torch.rand(HEADS) < 0.5).float()
+        mask = (torch.rand(site.heads) < 0.5).float()
         gates.get_buffer(mask_name(item.units)).copy_(mask)
         weight = plain.get_parameter(site.output.linear.name)
         columns = weight.data if site.output.linear.transposed else weight.data.t()
@@ -232,7 +302,8 @@ def test_materialized_equals_gated(name: str, units: str, gm: GraphModule) -> No
     for gate in gate_names(gates):
         mask = gates.get_buffer(mask_name(gate))
         mask.copy_(torch.rand(len(mask)) < 0.6)
-        mask[int(torch.randint(len(mask), ()))] = 1
+        order = torch.randperm(len(mask))
+        mask[order[:1]], mask[order[1:2]] = 1, 0
     small = fxsparse.rewrite(gates, "materialize").eval()
     entry = small.meta["fxsparse"].entries[-1]
     assert entry.rewritten and entry.after.parameters < entry.before.parameters
@@ -251,8 +322,9 @@ def test_dropped_dimensions_are_taken_out(name: str, gm: GraphModule) -> None:
 def test_heads_that_take_part_are_as_without_the_others(name: str, gm: GraphModule) -> None:
     """A step with some heads computes, and gives gradients, as the model does with the others' columns at zero."""
     found = structures(gm).attentions
-    if FORMS[name].kv_heads == 1:
-        with pytest.warns(UserWarning, match="has a single unit"):
+    reason = "has a single unit" if FORMS[name].kv_heads == 1 else "bias of .* is computed"
+    if FORMS[name].kv_heads == 1 or name == "joined":
+        with pytest.warns(UserWarning, match=reason):
             fxsparse.rewrite(gm, "select-neurons{omission=0.5,structures=[heads]}")
         return
     neurons = fxsparse.rewrite(gm, "select-neurons{omission=0.5,structures=[heads]}")
