@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
+from fxsparse.analysis.inventory import unreported, weighted
 from fxsparse.cost.flops import costs
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.exclusive import exclusive, random_state_kept
@@ -174,6 +175,7 @@ def _follow_in_training(item: Pass, gm: GraphModule) -> None:
 def _run(item: Pass, gm: GraphModule, before: Costs) -> Costs:
     """Runs one pass on ``gm`` itself and records it; returns the costs after it."""
     read_before = fx.state_read(gm)
+    sites = weighted(gm) if item.rest else []
     start = time.perf_counter()
     try:
         changes, recorded = outcome(item, gm)
@@ -191,5 +193,6 @@ def _run(item: Pass, gm: GraphModule, before: Costs) -> Costs:
     if not any(change.rewritten for change in changes) and not structure_only(gm):  # a load finds what was recorded
         reasons = list({change.detail: str(change) for change in changes}.values())
         warnings.warn(f"{item} rewrote nothing ({'; '.join(reasons[:4]) or 'it found no site'})", stacklevel=4)
+    changes = (*changes, *unreported(changes, sites, item.rest))
     append(gm, Entry(str(recorded), changes, before, after, milliseconds))
     return after

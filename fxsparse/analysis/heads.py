@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.analysis.axes import Mixed, losses_of_unit
-from fxsparse.analysis.probing import nearest, shape_of
+from fxsparse.analysis.probing import between, nearest, shape_of
 from fxsparse.analysis.products import SDPA, activation_products
 from fxsparse.analysis.reach import Runs, changed, reached
 from fxsparse.analysis.sections import Section, remembered
@@ -114,6 +114,17 @@ def attention_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], Attenti
         yield fx.stack_path(ends[0]) or ends[0].name, partial(graph.attention, ends, readers)
 
 
+def attending(gm: GraphModule) -> set[Node]:
+    """The nodes of a graph that lie between the products of an attention, and these products."""
+    graph = _Graph(gm)
+    found: set[Node] = set()
+    for ends in graph.sites().values():
+        chain = graph.chain(ends)
+        for end in ends:
+            found |= {*chain, *between(chain - {end}, [end])}
+    return found
+
+
 class _Graph:
     """The products of a graph."""
 
@@ -174,8 +185,8 @@ class _Graph:
         path = common_path([*(part.linear.path for part in projections), output.path])
         return Attention(path or fx.stack_path(ends[0]), heads, kv_heads, projections, Columns(output, index))
 
-    def _factors(self, ends: Iterable[Node]) -> dict[Node, tuple[str, tuple[Node, ...]]]:
-        """The operands of an attention's products that linears make: their kind, and the linears."""
+    def chain(self, ends: Iterable[Node]) -> set[Node]:
+        """The products that make some, without a weight in between, and these."""
         inside: set[Node] = set()
         pending = list(ends)
         while pending:
@@ -183,8 +194,12 @@ class _Graph:
             if product not in inside:
                 inside.add(product)
                 pending += self._sources(product) & self.products.keys()
+        return inside
+
+    def _factors(self, ends: Iterable[Node]) -> dict[Node, tuple[str, tuple[Node, ...]]]:
+        """The operands of an attention's products that linears make: their kind, and the linears."""
         found: dict[Node, tuple[str, tuple[Node, ...]]] = {}
-        for node in sorted(inside):
+        for node in sorted(self.chain(ends)):
             factors = [factor for factor, _ in self.products[node].factors]
             sources = [[factor] if factor in self.stops else nearest(factor, self.stops) for factor in factors]
             computed = [bool(self.products.keys() & set(each)) for each in sources]

@@ -18,8 +18,19 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.analysis.blocks import stacks
-from fxsparse.analysis.heads import Attention, Columns, NotSeparable, Rows, attention_sites, but_last, common_path
+from fxsparse.analysis.heads import (
+    Attention,
+    Columns,
+    NotSeparable,
+    Rows,
+    attending,
+    attention_sites,
+    but_last,
+    common_path,
+)
+from fxsparse.analysis.inventory import softmaxes
 from fxsparse.analysis.probing import between, nearest, shape_of
+from fxsparse.analysis.products import activation_product
 from fxsparse.analysis.reach import reached
 from fxsparse.analysis.sections import Section, remembered
 from fxsparse.graph import Linear, traits
@@ -27,6 +38,19 @@ from fxsparse.graph.record import Change, skipped
 
 _DRAWS = 32
 _POSITIONS = 2  # at which every unit is probed in a draw
+_ACTIVATIONS = {
+    "gelu",
+    "relu",
+    "silu",
+    "sigmoid",
+    "tanh",
+    "hardswish",
+    "leaky_relu",
+    "elu",
+    "mish",
+    "softplus",
+    "relu6",
+}
 _T = TypeVar("_T")
 
 __all__ = ["MLP", "Attention", "Columns", "Rows", "Structures", "attentions", "mlps", "structures"]
@@ -80,7 +104,14 @@ def structures(gm: GraphModule) -> Structures:
     """
     heads, no_heads = _found(attention_sites(gm))
     channels, no_channels = _found(_mlp_sites(gm))
-    return Structures(tuple(heads), tuple(channels), (*no_heads, *no_channels))
+    return Structures(tuple(heads), tuple(channels), (*no_heads, *_not_looked_at(gm), *no_channels))
+
+
+def _not_looked_at(gm: GraphModule) -> Iterable[Change]:
+    """Softmaxes before a product that are no attention's, counted in another way than these are found."""
+    known = attending(gm)
+    paths = {fx.stack_path(node) or node.name: None for node in softmaxes(gm) if node not in known}
+    return [skipped(path, "it has a softmax before a product, and is not told to be an attention") for path in paths]
 
 
 def _found(sites: Iterable[tuple[str, Callable[[], _T]]]) -> tuple[list[_T], list[Change]]:
@@ -106,15 +137,46 @@ def _mlp_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], MLP]]]:
             continue  # a pooler, a head: not a part of the repeated core
         sources = nearest(linear.input, linears)
         path = between(set(sources), [linear.input]) if sources else []
-        if not sources or linear.input in sources or not all(map(_keeps_channels, path)):
+        if not sources or linear.input in sources:
             continue
-        own = {linear.node, *path}
-        if any(user not in own and not _is_size(user) for node in (*sources, *path) for user in node.users):
-            continue  # something else reads the channels, so they are a stream, not an MLP's own
-        beside = {source for node in path for source in node.all_input_nodes} - {*sources, *path}
-        if any(source in computed and not _is_size(source) for source in beside):
-            continue  # a stream joins in
-        yield linear.path, partial(_mlp, gm, linear, sources, linears)
+        reason = _why_not(linear, sources, path, computed)
+        if reason is None:
+            yield linear.path, partial(_mlp, gm, linear, sources, linears)
+        elif any(map(_is_activation, path)) and not any(_attends(node) or _is_sum(node, computed) for node in path):
+            yield linear.path, partial(_refuse, reason)
+
+
+def _why_not(linear: Linear, sources: list[Node], path: list[Node], computed: set[Node]) -> str | None:
+    """Why what a linear reads is not the channels of an MLP; None if it may be."""
+    if mixing := [node for node in path if not _keeps_channels(node)]:
+        return f"its channels are not only worked on one by one: {mixing[0].name} ({mixing[0].target}) is between"
+    own = {linear.node, *path}
+    for node in (*sources, *path):
+        if others := [user for user in node.users if user not in own and not _is_size(user)]:
+            return f"its channels are also read by {others[0].name}"
+    beside = {source for node in path for source in node.all_input_nodes} - {*sources, *path}
+    joining = [source for source in beside if source in computed and not _is_size(source)]
+    return f"its channels meet {min(joining).name}, which its linears do not make" if joining else None
+
+
+def _refuse(reason: str) -> MLP:
+    raise NotSeparable(reason)
+
+
+def _is_activation(node: Node) -> bool:
+    return str(node.target).removeprefix("aten.").partition(".")[0].rstrip("_") in _ACTIVATIONS
+
+
+def _is_sum(node: Node, computed: set[Node]) -> bool:
+    """Whether a stream goes on here."""
+    return (
+        str(node.target).startswith("aten.add")
+        and sum(source in computed and not _is_size(source) for source in node.all_input_nodes) > 1
+    )
+
+
+def _attends(node: Node) -> bool:
+    return activation_product(node) is not None
 
 
 def _keeps_channels(node: Node) -> bool:

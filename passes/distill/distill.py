@@ -75,6 +75,7 @@ class DistillLayers(Pass):
     """
 
     name: ClassVar[str] = "distill"
+    rest: ClassVar[str] = "no states of it are compared"
     cannot_follow: ClassVar[tuple[str, ...]] = ("distill", "select-tensors")
     training_only: ClassVar[bool] = True
     no_module: ClassVar[str] = "its loss reads a teacher and hidden states; run end-distill first"

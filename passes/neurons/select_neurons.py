@@ -95,6 +95,7 @@ class SelectNeurons(Pass):
     """
 
     name: ClassVar[str] = "select-neurons"
+    rest: ClassVar[str] = "has no units of its own that were asked for and can be taken apart"
     cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
     crowded_out_by: ClassVar[tuple[str, ...]] = ("nm-masks",)
     training_only: ClassVar[bool] = True

@@ -69,6 +69,7 @@ class DropDimensions(Gating):
     """
 
     name: ClassVar[str] = "drop-dims"
+    rest: ClassVar[str] = "has no units of its own that were asked for and can be taken apart"
     cannot_follow: ClassVar[tuple[str, ...]] = CLASHES
     no_module: ClassVar[str] = (
         "dropped dimensions are masks in the graph and not yet smaller weights; run materialize first"

@@ -48,6 +48,7 @@ class Materialize(Pass):
     """
 
     name: ClassVar[str] = "materialize"
+    rest: ClassVar[str] = "has no gates of its own"
     must_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
     cannot_follow: ClassVar[tuple[str, ...]] = ("nm-masks", "low-rank")
     ends: ClassVar[tuple[str, ...]] = ("gates", "drop-dims", "distill")
