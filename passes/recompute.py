@@ -43,7 +43,6 @@ class Recompute(Pass):
     """
 
     name: ClassVar[str] = "recompute"
-    rest: ClassVar[str] = "not recomputed, it is in no block"
     every: Count = 1
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:

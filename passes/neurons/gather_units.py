@@ -87,6 +87,10 @@ class Site(live.Live):
         return self.output.name
 
     @property
+    def weights(self) -> tuple[str, ...]:
+        return tuple(part.name for part in self.parts)
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         return (*self.projections, self.output)
 

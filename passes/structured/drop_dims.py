@@ -167,6 +167,10 @@ class Dimensions(live.Live):
     count: int
     rows: tuple[live.Rows, ...]
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return tuple(part.name for part in self.rows)
+
     def moved(self, old: str, new: str, rows: int) -> Dimensions:
         return replace(self, rows=tuple(part.moved(old, new, rows) for part in self.rows))
 

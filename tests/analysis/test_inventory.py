@@ -26,7 +26,6 @@ PASSES = (
     "select-neurons{multiple=4}",
     "drop-layers{indices=[0]}",
     "prune-operands",
-    "recompute",
 )
 
 
