@@ -178,7 +178,7 @@ class _Heads:
                 if not torch.equal(positions, most):
                     self._index(node, operand, axis, most, positions)
             result = (product.result.index(label), most.nonzero().flatten())
-            if node.target is SDPA:
+            if node.target is SDPA and product.factors[1][1][result[0]] != label:
                 self._match_groups(node, result[0], most, lost)
         return result
 
