@@ -104,7 +104,8 @@ def structures(gm: GraphModule) -> Structures:
     """
     heads, no_heads = _found(attention_sites(gm))
     channels, no_channels = _found(_mlp_sites(gm))
-    return Structures(tuple(heads), tuple(channels), (*no_heads, *_not_looked_at(gm), *no_channels))
+    left = dict.fromkeys((*no_heads, *_not_looked_at(gm), *no_channels))  # a module that runs twice is named once
+    return Structures(tuple(heads), tuple(channels), tuple(left))
 
 
 def _not_looked_at(gm: GraphModule) -> Iterable[Change]:
@@ -188,6 +189,10 @@ def _is_size(node: Node) -> bool:
 
 
 def _mlp(gm: GraphModule, linear: Linear, sources: list[Node], linears: dict[Node, Linear]) -> MLP:
+    own = {linear.name, *(linears[source].name for source in sources)}
+    for other in linears.values():
+        if other.name in own and other.node not in (linear.node, *sources):
+            raise NotSeparable(f"{other.name} is used more than once")
     channels = linear.in_features
     bits = max(1, (channels - 1).bit_length())
     section = Section({source: but_last(source) for source in sources}, [linear.input], _POSITIONS * 2 * bits)

@@ -9,11 +9,9 @@ Which arguments hold sizes is said in `fxsparse.graph.traits`; which axes lose w
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import operator
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxsparse.graph import traits
 from fxsparse.graph.state import attribute
-from fxsparse.graph.values import arguments, fake_mode, set_argument, value
+from fxsparse.graph.values import arguments, fake_mode, quiet, set_argument, value
 
 Lost = Mapping[int, Tensor]
 """The axes of a tensor that become shorter: for each, int64 ``[size]``, how many positions go at every position."""
@@ -187,7 +185,7 @@ def _propagate(gm: GraphModule, changed: Collection[Node], nodes: Iterable[Node]
         before = node.meta.get("val")
         try:
             # Composite operators see symbolic sizes only through the Python dispatcher, in torch 2.11.
-            with _quiet(), fake_mode(gm), enable_python_dispatcher(), torch.no_grad():
+            with quiet(), fake_mode(gm), enable_python_dispatcher(), torch.no_grad():
                 after = node.target(*_example(gm, node.args), **_example(gm, node.kwargs))  # type: ignore[operator]
         except Exception as error:
             raise DoesNotFit(node, error) from error
@@ -196,18 +194,6 @@ def _propagate(gm: GraphModule, changed: Collection[Node], nodes: Iterable[Node]
             dirty.add(node)
     if _assumed_equalities(gm) != guards:
         raise CannotResize("smaller sizes would hold for some batch sizes only: a constant was missed")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps torch from logging tracebacks of errors that are caught here."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _example(gm: GraphModule, arg: Any) -> Any:
