@@ -41,6 +41,8 @@ class Pass(PassBase):
         ends: names of passes whose part in the model is over after this one, so that they may run again.
         training_only: whether training computes something else in every step, which an exported program cannot.
         no_module: why no module of the model's class can hold this pass's part, and what to do; empty if one can.
+        rest: the reason that a pipeline records for every weight which the changes name nowhere; empty for a pass that
+            is not about weights.
     """
 
     name: ClassVar[str]
@@ -50,6 +52,7 @@ class Pass(PassBase):
     ends: ClassVar[tuple[str, ...]] = ()
     training_only: ClassVar[bool] = False
     no_module: ClassVar[str] = ""
+    rest: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Checks every option against its annotation; one of a subclass calls this first."""

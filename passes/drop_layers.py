@@ -60,6 +60,7 @@ class DropLayers(Pass):
     """
 
     name: ClassVar[str] = "drop-layers"
+    rest: ClassVar[str] = "stays, it is in no stack of layers"
     cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors", "distill", "multiplex")
     configuration: Configuration = "max-gap"
     fraction: _Fraction | Mapping[Glob, _Fraction] | None = None

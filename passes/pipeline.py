@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
+from fxsparse.analysis.inventory import unreported, weighted
 from fxsparse.cost.flops import costs
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.exclusive import exclusive, random_state_kept
@@ -171,9 +172,16 @@ def _follow_in_training(item: Pass, gm: GraphModule) -> None:
         raise RewriteError(f"does not go with an earlier pass: {error}", pass_name=item.name) from error
 
 
+def _acted_on(gm: GraphModule) -> set[str]:
+    """The names of the weights that passes act on."""
+    return {name for site in live.sites(gm, live.Live) for name in site.weights}  # type: ignore[type-abstract]
+
+
 def _run(item: Pass, gm: GraphModule, before: Costs) -> Costs:
     """Runs one pass on ``gm`` itself and records it; returns the costs after it."""
     read_before = fx.state_read(gm)
+    sites = weighted(gm) if item.rest else []
+    acted_on = _acted_on(gm)
     start = time.perf_counter()
     try:
         changes, recorded = outcome(item, gm)
@@ -191,5 +199,8 @@ def _run(item: Pass, gm: GraphModule, before: Costs) -> Costs:
     if not any(change.rewritten for change in changes) and not structure_only(gm):  # a load finds what was recorded
         reasons = list({change.detail: str(change) for change in changes}.values())
         warnings.warn(f"{item} rewrote nothing ({'; '.join(reasons[:4]) or 'it found no site'})", stacklevel=4)
+    own = acted_on ^ _acted_on(gm)  # sites that the pass entered, or ended
+    left = [site for site in sites if not site.names & own]
+    changes = (*changes, *unreported(changes, left, item.rest))
     append(gm, Entry(str(recorded), changes, before, after, milliseconds))
     return after

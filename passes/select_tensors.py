@@ -82,6 +82,7 @@ class SelectTensors(Pass):
     """
 
     name: ClassVar[str] = "select-tensors"
+    rest: ClassVar[str] = "takes no gradient"
     # Gates that do not train never close, and dimensions are scored by the gradients of all weights.
     cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
     ends: ClassVar[tuple[str, ...]] = ("select-tensors",)

@@ -1,9 +1,9 @@
 """Which axes of a graph become shorter, and by how much, when something is taken out of it.
 
 What is taken out are rows of linears, heads of an attention, channels of an MLP, or dimensions of a residual stream.
-Rows and heads are probed: with NaN in their place, an axis on which some positions change and others do not is one that
-loses those. Views, splits, norms of single heads and rotary positions need no case of their own. A residual stream
-knows its axes.
+Rows and heads are probed: with NaN in their place, an axis on which some positions change is one that loses those, but
+for positions that change as well with NaN in the place of all that stays. Views, splits, norms of single heads and
+rotary positions need no case of their own. A residual stream knows its axes.
 """
 
 from __future__ import annotations
@@ -33,19 +33,18 @@ class Mixed(Exception):
         super().__init__(f"{node.name} mixes units")
 
 
-def losses(removed: Removed, targets: Sequence[Node], axis: int = -1) -> Losses:
+def losses(removed: Removed, targets: Sequence[Node], axis: int | Mapping[Node, int] = -1) -> Losses:
     """What the nodes between some sources and some targets lose when positions of the sources go.
 
     Args:
         removed: of each source, along ``axis``; nothing of a source that has none.
         targets: the last nodes to look at.
-        axis: of the sources.
+        axis: of all sources, or of each.
 
     Returns:
         for the sources and all nodes on a way to a target, 1 at every position that goes.
     """
-    changes = _changes(removed, targets, axis)
-    return {node: [_partly(changed) for changed in results] for node, results in changes.items()}
+    return {node: [_lost(*marks) for marks in results] for node, results in _changes(removed, targets, axis).items()}
 
 
 def losses_of_unit(removed: Removed, targets: Sequence[Node], count: int) -> Losses:
@@ -57,21 +56,16 @@ def losses_of_unit(removed: Removed, targets: Sequence[Node], count: int) -> Los
     Raises:
         Mixed: what a unit changes is not some positions of a single axis, so that units could not go one by one.
     """
-    changes = _changes(removed, targets, -1)
-    found = {node: [_partly(changed) for changed in results] for node, results in changes.items()}
-    for node, results in changes.items():
-        for changed, lost in zip(results, found[node], strict=True):
-            if bool(changed.any()) and not any(_is_all(changed, axis, positions) for axis, positions in lost.items()):
+    found: dict[Node, list[Lost]] = {}
+    for node, results in _changes(removed, targets, -1).items():
+        found[node] = [_lost(*marks) for marks in results]
+        for (changed, _), lost in zip(results, found[node], strict=True):
+            if bool(changed.any()) and len(lost) != 1:
                 raise Mixed(node)
     return {
         node: [{axis: count * positions for axis, positions in lost.items()} for lost in results]
         for node, results in found.items()
     }
-
-
-def _is_all(changed: Tensor, axis: int, positions: Tensor) -> bool:
-    """Whether what changed is exactly some positions of an axis."""
-    return bool(changed.eq(positions.bool().view([-1 if at == axis else 1 for at in range(changed.dim())])).all())
 
 
 def losses_of_stream(stream: Stream, keep: Tensor) -> Losses:
@@ -84,12 +78,14 @@ def lost_of(keep: Tensor, size: int) -> Tensor:
     return (~keep).long().repeat(size // len(keep))
 
 
-def _changes(removed: Removed, targets: Sequence[Node], axis: int) -> dict[Node, list[Tensor]]:
-    """For each result of each node, which of its elements change; bool."""
-    removed = {source: index for source, index in removed.items() if len(index)}
-    others = {
-        source: [at for at in range(len(sizes(source)) - 1) if at != axis % len(sizes(source))] for source in removed
-    }
+def _changes(
+    removed: Removed, targets: Sequence[Node], axis: int | Mapping[Node, int]
+) -> dict[Node, list[tuple[Tensor, Tensor]]]:
+    """For each result of each node, which of its elements change with what goes, and with what stays; bool."""
+    if not any(map(len, removed.values())):
+        return {}
+    along = {source: (axis if isinstance(axis, int) else axis[source]) % len(sizes(source)) for source in removed}
+    others = {source: [at for at in range(len(sizes(source)) - 1) if at != along[source]] for source in removed}
     section = Section(others, targets, _POSITIONS)
     if not section.nodes:
         return {}
@@ -97,11 +93,19 @@ def _changes(removed: Removed, targets: Sequence[Node], axis: int) -> dict[Node,
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         # Above zero, so that what is clipped there shows as well.
-        drawn = {source: torch.rand(section.shape(source)) + 0.5 for source in removed}
-        holes = {source: drawn[source].index_fill(axis, index, torch.nan) for source, index in removed.items()}
-        whole, broken = (section.run(values, stand_ins) for values in (drawn, holes))
+        drawn = {source: section.draw(source, torch.rand) + 0.5 for source in removed}
+        gone, left = dict(drawn), dict(drawn)
+        for source, index in removed.items():
+            goes = torch.zeros(drawn[source].shape[along[source]], dtype=torch.bool).index_fill(0, index, True)
+            for broken, positions in ((gone, goes), (left, ~goes)):
+                places = positions.nonzero().flatten()
+                broken[source] = drawn[source].index_fill(along[source], places, torch.nan)
+        whole, goes_there, stays_there = (section.run(values, stand_ins) for values in (drawn, gone, left))
     return {
-        node: [_changed(a, b) for a, b in zip(_results(whole[node]), _results(broken[node]), strict=True)]
+        node: [
+            (_changed(a, b), _changed(a, c))
+            for a, b, c in zip(*(_results(run[node]) for run in (whole, goes_there, stays_there)), strict=True)
+        ]
         for node in (*removed, *section.nodes)
     }
 
@@ -116,7 +120,15 @@ def _changed(a: Tensor, b: Tensor) -> Tensor:
     return a.ne(b) & ~(a.isnan() & b.isnan()) if a.is_floating_point() else a.ne(b)
 
 
-def _partly(changed: Tensor) -> Lost:
-    """The axes of which some positions change and others do not."""
-    marks = {axis: changed.movedim(axis, 0).unsqueeze(-1).flatten(1).any(1) for axis in range(changed.dim())}
-    return {axis: at.long() for axis, at in marks.items() if bool(at.any()) and not bool(at.all())}
+def _lost(changed: Tensor, stays: Tensor) -> Lost:
+    """The axes of which some positions change, with what goes alone, and others do not."""
+    lost = {}
+    for axis in range(changed.dim()):
+        goes = _along(changed, axis) & ~_along(stays, axis)
+        if bool(goes.any()) and not bool(goes.all()):
+            lost[axis] = goes.long()
+    return lost
+
+
+def _along(marks: Tensor, axis: int) -> Tensor:
+    return marks.movedim(axis, 0).unsqueeze(-1).flatten(1).any(1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxsparse import graph as fx
+from fxsparse.graph import traits
 
 
 def nearest(target: Node, stops: Collection[Node]) -> list[Node]:
@@ -114,12 +115,18 @@ def stand_in(node: Node, lengths: Mapping[int, int] | None = None) -> Any:
 
 
 def held_integers(node: Node) -> Tensor | None:
-    """The parameter or buffer that a node reads, if it holds numbers: which positions are read is structure."""
+    """The parameter or buffer that a node reads, or copies, if it holds integers: which positions are read is
+    structure."""
+    example = node.meta.get("val")
+    while node.op == "call_function" and traits.of(node.target).copies:
+        node = node.all_input_nodes[0]
     if node.op != "get_attr" or node.graph.owning_module is None:
         return None
     held = fx.attribute(node.graph.owning_module, str(node.target))
     if not isinstance(held, Tensor) or held.is_floating_point() or held.is_meta:
         return None
+    if isinstance(example, Tensor) and example.dtype != held.dtype:
+        return None if example.is_floating_point() else held.detach().cpu().to(example.dtype)
     return held.detach().cpu()
 
 

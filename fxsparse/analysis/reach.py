@@ -29,7 +29,7 @@ def reached(section: Section, target: Node, axis: int, units: Tensor) -> list[Te
     Returns:
         bool ``[sets, rows]``, from gradients at random values: what a rectifier happens to close is missed.
     """
-    drawn = {source: torch.randn(section.shape(source), requires_grad=True) for source in section.sources}
+    drawn = {source: section.draw(source, torch.randn).requires_grad_() for source in section.sources}
     # In-place operators may write into a copy, not into what gradients are taken of.
     values = {source: value.clone() for source, value in drawn.items()}
     result = section.run(values, {})[target]
@@ -53,7 +53,7 @@ def changed(section: Section, source: Node, target: Node, axis: int, count: int)
     """
     units, stand_ins = torch.eye(count, dtype=torch.bool), dict[Node, Any]()
     with torch.no_grad():
-        first = torch.randn(section.shape(source))
+        first = section.draw(source, torch.randn)
         other = torch.randn_like(first)
         base = section.run({source: first}, stand_ins)[target]
         seen = torch.zeros(count, base.shape[-1], dtype=torch.bool)
@@ -86,3 +86,52 @@ def _note(seen: Tensor, axes: tuple[int, ...] | None, marks: Tensor, place: int)
     for begin in range(0, len(by_position), len(seen)):
         part = by_position[begin : begin + len(seen)]
         seen[: len(part)] |= part
+
+
+class Runs:
+    """A section run on random values: which rows of its sources reach columns of a target, and the other way round.
+
+    Nothing is assumed of positions: a question takes a pass. What a rectifier happens to close is missed.
+
+    Args:
+        section: has ``target`` among its targets.
+        target: its last axis is that of columns.
+    """
+
+    def __init__(self, section: Section, target: Node):
+        self.section, self.target = section, target
+        self._stand_ins: dict[Node, Any] = {}
+        self._values = {source: self._draw(source).requires_grad_() for source in section.sources}
+        self._result = self._run({source: value.clone() for source, value in self._values.items()})
+        self._weights = torch.rand_like(self._result) + 0.5
+
+    def _draw(self, source: Node) -> Tensor:
+        # Near zero, so that a softmax closes nothing.
+        return self.section.draw(source, torch.randn) * 0.5
+
+    def _run(self, values: dict[Node, Tensor]) -> Tensor:
+        result: Tensor = self.section.run(values, self._stand_ins)[self.target]
+        return result
+
+    def rows(self, columns: Tensor) -> dict[Node, Tensor]:
+        """By source, the rows, bool, that any of some columns, bool, depends on."""
+        wanted = (self._result * self._weights)[..., columns].sum()
+        gradients = torch.autograd.grad(wanted, list(self._values.values()), retain_graph=True, allow_unused=True)
+        return {
+            source: torch.zeros(value.shape[-1], dtype=torch.bool) if gradient is None else _any(gradient.ne(0))
+            for (source, value), gradient in zip(self._values.items(), gradients, strict=True)
+        }
+
+    def columns(self, rows: dict[Node, Tensor]) -> Tensor:
+        """The columns, bool, that depend on some rows, bool, of sources."""
+        with torch.no_grad():
+            values = {
+                source: torch.where(rows[source], self._draw(source), value) if source in rows else value.clone()
+                for source, value in self._values.items()
+            }
+            result = self._run(values)
+            return _any(result.ne(self._result) & ~(result.isnan() & self._result.isnan()))
+
+
+def _any(marks: Tensor) -> Tensor:
+    return marks.flatten(0, -2).any(0)

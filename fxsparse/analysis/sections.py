@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -66,6 +66,19 @@ class Section:
     def shape(self, node: Node) -> tuple[int, ...]:
         """The sizes at which a tensor of the section, or one that it reads, takes part."""
         return _with(shape_of(node), self._lengths.get(node, {}) if self.positions else {})
+
+    def draw(self, node: Node, draw: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        """Random values of a source, in the memory layout that the traced ones have: capture leaves copies out that
+        change nothing there, and what follows may need it.
+
+        Args:
+            node: a source.
+            draw: makes values of a shape, such as ``torch.randn``.
+        """
+        shape = self.shape(node)
+        strides = [number(stride) for stride in fx.value(node).stride()]
+        order = sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis))
+        return draw([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(len(shape))])
 
     def run(self, values: Mapping[Node, Tensor], stand_ins: dict[Node, Any]) -> dict[Node, Any]:
         """Runs the section; see `probing.evaluate`."""
@@ -151,8 +164,17 @@ class Section:
             values,
             stand_ins,
             arguments=written,
-            make=lambda node: stand_in(node, lengths.get(node)),
+            make=lambda node: self._stand_in(node, lengths.get(node)),
         )
+
+    def _stand_in(self, node: Node, lengths: Mapping[int, int] | None) -> Any:
+        """`probing.stand_in`; a mask lets through what is computed here."""
+        made = stand_in(node, lengths)
+        if not isinstance(made, Tensor) or made.dtype is not torch.bool:
+            return made
+        inside = {*self.sources, *self.nodes}
+        hides = any(user in inside and _is_replaced(user, node, inside) for user in node.users)
+        return torch.full_like(made, not hides) if hides else made
 
 
 def remembered(gm: GraphModule, key: tuple[Any, ...], answer: Callable[[], _T]) -> _T:
@@ -274,6 +296,14 @@ def _tensors(node: Node) -> list[Tensor]:
 
 def _leaves(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _is_replaced(node: Node, mask: Node, inside: Collection[Node]) -> bool:
+    """Whether a call puts something else, where ``mask`` is true, in the place of what is computed inside."""
+    written = fx.arguments(node) if traits.of(node.target).axes == "pointwise" else {}
+    if written.get("mask") is mask:
+        return True
+    return written.get("condition") is mask and written["self"] not in inside and written["other"] in inside
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import sympy
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -136,6 +137,18 @@ def _indexed(node: Node) -> list[list[Axis]]:
     return [[(source, axis), (node, axis - old + new)] for axis in range(len(indices), old)]
 
 
+def _gathered(node: Node) -> list[list[Axis]]:
+    """``gather``: along one axis the result has the positions of the index, along the others those of both."""
+    arguments = fx.arguments(node)
+    source, index, rank = arguments["self"], arguments["index"], len(sizes(node))
+    dim = arguments["dim"] % rank
+    groups: list[list[Axis]] = []
+    for axis in range(rank):
+        is_tied = axis != dim and _expression(sizes(source)[axis]) == _expression(sizes(index)[axis])
+        groups.append([(node, axis), (index, axis), *([(source, axis)] if is_tied else [])])
+    return groups
+
+
 def _reduced(node: Node) -> list[list[Axis]]:
     """The axes that are summed over end there, alone in their group."""
     source: Any = node.args[0]
@@ -211,6 +224,7 @@ _Tie = Callable[[Node], Iterable[Sequence[Axis]]]
 _OURS: dict[Any, _Tie] = {
     mux.overload: _mux,
     demux_linear.overload: _demux,
+    torch.ops.aten.gather.default: _gathered,
 }
 
 _BY_AXES: dict[traits.Axes | None, _Tie] = {

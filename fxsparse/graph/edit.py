@@ -32,7 +32,7 @@ from fxsparse.graph.function_key import Flag
 from fxsparse.graph.sharded import is_sharded
 from fxsparse.graph.state import SharedByCopies, attribute, set_buffer
 from fxsparse.graph.traits import switches_mode
-from fxsparse.graph.values import example_of, fake_mode, stack_path
+from fxsparse.graph.values import example_of, fake_mode, quiet, stack_path
 
 TRACED = "fxsparse_traced"
 """In ``gm.meta``: graphs of functions that were inserted, so that equal ones are traced once."""
@@ -197,7 +197,7 @@ def refresh(gm: GraphModule, node: Node) -> None:
     """Recomputes the fake value of a call from the fake values of its arguments."""
     # Composite operators see symbolic sizes only through the Python dispatcher, in torch 2.11.
     symbolic = enable_python_dispatcher() if _is_composite(node.target) else contextlib.nullcontext()
-    with fake_mode(gm), symbolic, torch.no_grad():
+    with quiet(), fake_mode(gm), symbolic, torch.no_grad():
         node.meta["val"] = node.target(*example_of(node.args), **example_of(node.kwargs))  # type: ignore[operator]
 
 
@@ -205,6 +205,8 @@ def refresh(gm: GraphModule, node: Node) -> None:
 def _is_composite(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
+    if target is torch.ops.aten.baddbmm.default:  # its meta function expands
+        return True
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), str(key).rpartition(".")[2])
 

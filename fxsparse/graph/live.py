@@ -29,6 +29,11 @@ KEY = "fxsparse_live"
 class Live(ABC):
     """What a pass knows about a site: plain data, with parameters by their names."""
 
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the weights that the pass acts on here."""
+        return ()
+
     @abstractmethod
     def moved(self, old: str, new: str, rows: int) -> Live:
         """The site once the parameter ``old`` is held as ``new``, whose dimension ``rows`` is that of outputs."""

@@ -9,7 +9,10 @@ Which arguments hold sizes is said in `fxsparse.graph.traits`; which axes lose w
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -21,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxsparse.graph import traits
 from fxsparse.graph.state import attribute
-from fxsparse.graph.values import arguments, fake_mode, set_argument, value
+from fxsparse.graph.values import arguments, fake_mode, quiet, set_argument, value
 
 Lost = Mapping[int, Tensor]
 """The axes of a tensor that become shorter: for each, int64 ``[size]``, how many positions go at every position."""
@@ -31,6 +34,15 @@ Losses = Mapping[Node, Sequence[Lost]]
 
 Patches = dict[Node, dict[str, Any]]
 """New arguments of calls, by the names in their schemas."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A size that a graph computes, of which a share is left: ``whole * left // of``."""
+
+    whole: Node
+    left: int
+    of: int
 
 
 class CannotResize(Exception):
@@ -59,8 +71,20 @@ def resize(gm: GraphModule, patches: Patches, changed: Iterable[Node], nodes: It
     """
     for node, patch in patches.items():
         for name, item in patch.items():
-            set_argument(node, name, item)
+            set_argument(node, name, [_computed(size, node) for size in item] if isinstance(item, list) else item)
     _propagate(gm, {*patches, *changed}, gm.graph.nodes if nodes is None else nodes)
+
+
+def _computed(size: Any, before: Node) -> Any:
+    """A size as an argument of a call; a share of one is computed before the call."""
+    if not isinstance(size, Share):
+        return size
+    with before.graph.inserting_before(before):
+        part = before.graph.call_function(operator.mul, (size.whole, size.left))
+        left = before.graph.call_function(operator.floordiv, (part, size.of))
+    part.meta = {**size.whole.meta, "val": size.whole.meta["val"] * size.left}
+    left.meta = {**size.whole.meta, "val": part.meta["val"] // size.of}
+    return left
 
 
 # --- sizes that are written down --------------------------------------------------------------------------------------
@@ -107,7 +131,13 @@ def _shorter(sizes: Sequence[Any], lost: Lost, first: int) -> list[Any]:
     new = list(sizes)
     for axis, count in lost.items():
         at = axis - first
-        if 0 <= at < len(new) and isinstance(new[at], int) and new[at] != -1:
+        if not 0 <= at < len(new):
+            continue
+        if isinstance(new[at], Node):  # heads merged with the batch
+            whole = len(count)
+            common = math.gcd(whole - int(count.sum()), whole)
+            new[at] = Share(new[at], (whole - int(count.sum())) // common, whole // common)
+        elif new[at] != -1:
             new[at] -= int(count.sum())
     return new
 
@@ -155,7 +185,7 @@ def _propagate(gm: GraphModule, changed: Collection[Node], nodes: Iterable[Node]
         before = node.meta.get("val")
         try:
             # Composite operators see symbolic sizes only through the Python dispatcher, in torch 2.11.
-            with fake_mode(gm), enable_python_dispatcher(), torch.no_grad():
+            with quiet(), fake_mode(gm), enable_python_dispatcher(), torch.no_grad():
                 after = node.target(*_example(gm, node.args), **_example(gm, node.kwargs))  # type: ignore[operator]
         except Exception as error:
             raise DoesNotFit(node, error) from error

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,3 +66,15 @@ def fake_mode(gm: GraphModule) -> FakeTensorMode:
         if isinstance(fake, FakeTensor):
             return fake.fake_mode
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps torch from logging the tracebacks of operators that fail on fake values: whoever tries them says why."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -26,13 +26,14 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.analysis.blocks import Block, Stack, stacks
-from fxsparse.analysis.structures import SDPA
+from fxsparse.analysis.inventory import softmaxes
+from fxsparse.analysis.products import SDPA
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import Change, record_of, rewrote
 from fxsparse.options import FrozenMapping, Glob, Index, Positive, Weight
 from fxsparse.passes.base import Pass, parse_passes
-from fxsparse.passes.distill.losses import Distillation, Losses, attention_matrix
+from fxsparse.passes.distill.losses import Distillation, Losses, matrix_of
 from fxsparse.passes.distill.teacher import frozen_teacher, logits_of, loss_of, tapped
 from fxsparse.passes.pipeline import structure_only
 from fxsparse.passes.structured.hard_concrete import mask_name
@@ -75,6 +76,7 @@ class DistillLayers(Pass):
     """
 
     name: ClassVar[str] = "distill"
+    rest: ClassVar[str] = "no states of it are compared"
     cannot_follow: ClassVar[tuple[str, ...]] = ("distill", "select-tensors")
     training_only: ClassVar[bool] = True
     no_module: ClassVar[str] = "its loss reads a teacher and hidden states; run end-distill first"
@@ -353,20 +355,22 @@ def _gate(gm: GraphModule, name: str, product: Node) -> Node:
 
 
 def _attentions(block: Block) -> list[Node]:
-    """The attentions of a block, in order of execution."""
-    calls = [node for node in block.stream_in.graph.nodes if node in block.nodes and node.target is SDPA]
+    """The attentions of a block, in order of execution: calls of ``scaled_dot_product_attention``, and softmaxes."""
+    graph: Any = block.stream_in.graph.owning_module
+    calls = [node for node in softmaxes(graph) if node in block.nodes]
     if not calls:
         raise RewriteError(
-            "it calls no scaled_dot_product_attention whose matrix could be compared; load the model with "
-            'attn_implementation="sdpa", or leave attention=0',
+            "it has no softmax before a product, so no attention matrix that could be compared; leave attention=0",
             pass_name=DistillLayers.name,
             site=block.path,
         )
-    return calls
+    return sorted(calls)
 
 
 def _operands(call: Node) -> tuple[Any, ...]:
-    """The arguments of `attention_matrix` for an attention."""
+    """What `matrix_of` takes for an attention."""
+    if call.target is not SDPA:
+        return (call,)
     named = fx.arguments(call)
     return tuple(named.get(name) for name in ("query", "key", "attn_mask", "is_causal", "scale"))
 
@@ -375,17 +379,30 @@ def _matrices(teacher: GraphModule, mine: Block, other: Block) -> list[Node]:
     """The nodes of the attention matrices of a teacher's block, inserted, to compare with a student's."""
     ours, theirs = _attentions(mine), _attentions(other)
     sizes = [[_matrix_sizes(call) for call in calls] for calls in (ours, theirs)]
-    if len(ours) != len(theirs) or not all(all(map(_agree, *pair)) for pair in zip(*sizes, strict=True)):
+    if len(ours) != len(theirs) or not all(_fit(*pair) for pair in zip(*sizes, strict=True)):
         raise RewriteError(
             f"its attention matrices have sizes {sizes[0]}, those of the teacher's {other.path} {sizes[1]}; they are "
             "compared head by head, so leave attention=0",
             pass_name=DistillLayers.name,
             site=mine.path,
         )
-    return [fx.insert_function(teacher, attention_matrix, *_operands(call), before=call) for call in theirs]
+    return [
+        fx.insert_function(teacher, _matrix, *_operands(call), before=call if call.target is SDPA else call.next)
+        for call in theirs
+    ]
+
+
+def _matrix(*operands: Any) -> Tensor:
+    return matrix_of(operands)
+
+
+def _fit(mine: tuple[Any, ...], theirs: tuple[Any, ...]) -> bool:
+    return len(mine) == len(theirs) and all(map(_agree, mine, theirs))
 
 
 def _matrix_sizes(call: Node) -> tuple[Any, ...]:
+    if call.target is not SDPA:
+        return tuple(fx.value(call).shape)
     query, key = (fx.value(operand).shape for operand in _operands(call)[:2])
     return (*query[:-1], key[-2])
 

@@ -126,7 +126,7 @@ class Distillation(nn.Module):
             stacks: for every stack the stream out of every block, ``[..., dim]``.
             gates: for every stack and block the gates, as `layers_exist` takes them.
             inputs: the input tensors of the teacher.
-            attentions: for every stack and block the arguments of `attention_matrix` for each of its attentions.
+            attentions: for every stack and block what `matrix_of` takes, for each of its attentions.
             embeddings: for every stack the stream into its first block.
             projections: for every stack those of `projections` as the graph reads them, which may detach them.
         """
@@ -176,7 +176,8 @@ class Distillation(nn.Module):
     ) -> Sequence[Product]:
         """The products of a training step: the teacher's, which have no gradients, attention matrices, projections."""
         products = [Product(self.held.flops(inputs), {}, "teacher")]
-        calls = [call for stack in attentions for layer in stack for call in layer]
+        every = [call for stack in attentions for layer in stack for call in layer]
+        calls = [call for call in every if len(call) > 1]  # of a softmax, the matrix is there
         for at, (query, key, *_) in enumerate(calls):
             flops = 2 * query.numel * key.shape[-2]
             products.append(Product(flops, {query: flops, key: flops}, f"attention{at}"))
@@ -202,6 +203,11 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     mine = F.log_softmax(student.flatten(0, -2).float() / temperature, -1)
     theirs = F.log_softmax(teacher.flatten(0, -2).float() / temperature, -1)
     return F.kl_div(mine, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+def matrix_of(operands: Sequence[Any]) -> Tensor:
+    """The matrix of an attention: of a fused one from the arguments of `attention_matrix`, else it is there."""
+    return operands[0].float() if len(operands) == 1 else attention_matrix(*operands)
 
 
 def attention_matrix(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
@@ -233,7 +239,7 @@ def attention_loss(
 ) -> Tensor:
     """Summed MSE of attention matrices; those of a layer that does not exist count nothing."""
     layers = [
-        torch.stack([F.mse_loss(attention_matrix(*mine), theirs) for mine, theirs in zip(*layer, strict=True)]).sum()
+        torch.stack([F.mse_loss(matrix_of(mine), theirs) for mine, theirs in zip(*layer, strict=True)]).sum()
         for layer in zip(calls, wanted, strict=True)
     ]
     errors = torch.stack(layers)

@@ -75,6 +75,7 @@ class Multiplex(Pass):
     """
 
     name: ClassVar[str] = "multiplex"
+    rest: ClassVar[str] = "runs for every row, it is outside of the layers that are multiplexed"
     cannot_follow: ClassVar[tuple[str, ...]] = ("multiplex", "select-tensors")
     training_only: ClassVar[bool] = True
     no_module: ClassVar[str] = (

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxsparse import graph as fx
 from fxsparse.analysis.blocks import stacks
+from fxsparse.analysis.inventory import softmaxes
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.record import Change, rewrote
@@ -239,6 +240,15 @@ class Rewrite:
             prefix = mask[..., :1, :].expand(*[-1] * (mask.dim() - 2), self.n, -1)
             return torch.cat([prefix, mask[..., : -self.n, :]], -2)
 
+        sdpa = aten.scaled_dot_product_attention.default
+        for node in softmaxes(self.gm):
+            if node in self.core.nodes and node.target is not sdpa:
+                raise RewriteError(
+                    "its scores are masked before a softmax, and demux=prefix moves the masks of "
+                    'scaled_dot_product_attention only; use attn_implementation="sdpa", or demux=keys or mlp',
+                    pass_name=self.owner.name,
+                    site=fx.stack_path(node),
+                )
         masks: dict[Node, Node] = {}
         for node in self.core.nodes:
             mask = mask_of(node) if node.target is aten.scaled_dot_product_attention.default else None

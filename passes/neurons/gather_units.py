@@ -19,8 +19,9 @@ from fxsparse.analysis.axes import Mixed, losses_of_unit
 from fxsparse.analysis.probing import between, shape_of
 from fxsparse.analysis.structures import MLP, Attention
 from fxsparse.graph import Linear, live, traits
-from fxsparse.graph.resize import CannotResize, DoesNotFit, Patches, patches_for, resize
+from fxsparse.graph.resize import CannotResize, DoesNotFit, Losses, patches_for, resize
 from fxsparse.ops.gather_linear import gather_linear
+from fxsparse.passes.structured.slice_heads import applications, heads_beside, select
 
 aten = torch.ops.aten
 
@@ -86,6 +87,10 @@ class Site(live.Live):
         return self.output.name
 
     @property
+    def weights(self) -> tuple[str, ...]:
+        return tuple(part.name for part in self.parts)
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         return (*self.projections, self.output)
 
@@ -131,6 +136,10 @@ def heads_name(site: Site) -> str:
     return f"{site.output.name}_heads"
 
 
+def units_name(site: Site) -> str:
+    return f"{site.output.name}_units"
+
+
 def magnitudes_name(site: Site) -> str:
     return f"{site.output.name}_magnitudes"
 
@@ -145,6 +154,7 @@ def selection(site: Site, units: Tensor) -> dict[str, Tensor]:
     buffers[columns_name(site)] = site.output.of(units)
     if site.kind == "heads":
         buffers[heads_name(site)] = site.heads.to(units.device)[units].flatten().sort().values
+        buffers[units_name(site)] = units.sort().values
     return buffers
 
 
@@ -166,7 +176,7 @@ def shrink(gm: GraphModule, found: Attention | MLP, site: Site, kept: int, *, ob
     Raises:
         CannotShrink: a size between the linears does not follow from the number of units; ``gm`` is half edited then.
     """
-    linears = list({rows.linear.node: rows.linear for rows in found.projections}.values())
+    linears = linears_of(gm, found)[:-1]
     try:
         _gather_rows(gm, found, site, linears, site.units - kept)
     except DoesNotFit as error:
@@ -186,18 +196,26 @@ def shrink(gm: GraphModule, found: Attention | MLP, site: Site, kept: int, *, ob
     _gather(gm, output, source, None, columns)
 
 
+def linears_of(gm: GraphModule, found: Attention | MLP) -> list[Linear]:
+    """The linears of a structure, the output last."""
+    if isinstance(found, Attention):
+        return [*applications(gm, found), found.output.linear]
+    return [*{rows.linear.node: rows.linear for rows in found.projections}.values(), found.output.linear]
+
+
 def _gather_rows(gm: GraphModule, found: Attention | MLP, site: Site, linears: Sequence[Linear], omitted: int) -> None:
     """Lets the projections compute the rows of chosen units, and all up to the output linear follow."""
     source = found.output.linear.input
     path = between({linear.node for linear in linears}, [source])
-    patches = _patches(linears, site, source, omitted)
+    lost = _losses(linears, site, source, omitted)
+    patches = patches_for(lost)
     sizes = {node: _sizes(node) for node in path}
-    changed = []
-    for part, linear in zip(site.projections, linears, strict=True):
+    changed = _select_beside(gm, site, lost) if isinstance(found, Attention) else []
+    parts = {part.name: part for part in site.projections}
+    for linear in linears:
+        part = parts[linear.name]
         rows = fx.insert_attribute(gm, rows_name(part), before=linear.node)
         changed.append(_gather(gm, linear, linear.input, rows, None))
-    if isinstance(found, Attention):
-        changed += _select_mask(gm, found, site)
     resize(gm, patches, changed, nodes=path)
     inside = {*path, *changed, found.output.linear.node}
     for node in path:
@@ -236,30 +254,31 @@ def _observe(gm: GraphModule, site: Site, source: Node, before: Node) -> None:
     fx.insert_call(gm, aten.add_.Tensor, (batches, 1), like=before)
 
 
-def _select_mask(gm: GraphModule, found: Attention, site: Site) -> list[Node]:
-    """A mask with a head axis loses the heads left out, at this attention only."""
-    mask, sdpa = found.mask_of_heads, found.sdpa
-    if mask is None:
-        return []
-    heads = fx.insert_attribute(gm, heads_name(site), before=sdpa)
-    smaller = fx.insert_call(gm, aten.index_select.default, (mask, len(shape_of(mask)) - 3, heads), like=sdpa)
-    sdpa.replace_input_with(mask, smaller)
-    return [smaller]
+def _select_beside(gm: GraphModule, site: Site, lost: Losses) -> list[Node]:
+    """What has an axis of heads and comes from elsewhere loses the heads left out, where it is read."""
+    changed = []
+    for user, operand, axis, _ in heads_beside(lost):
+        is_of_keys = fx.value(operand).shape[axis] == site.units
+        name, count = (units_name(site), site.units) if is_of_keys else (heads_name(site), site.heads.numel())
+        smaller = select(gm, operand, axis, fx.insert_attribute(gm, name, before=user), count, user)
+        user.replace_input_with(operand, smaller)
+        changed.append(smaller)
+    return changed
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
-def _patches(linears: Sequence[Linear], site: Site, source: Node, omitted: int) -> Patches:
-    """New sizes between the linears and what the output linear reads, for ``omitted`` fewer units."""
-    first, last = (_patches_for_unit(linears, site, source, unit, omitted) for unit in (0, site.units - 1))
-    for node in (*first, *last):
-        if first.get(node) != last.get(node):
+def _losses(linears: Sequence[Linear], site: Site, source: Node, omitted: int) -> Losses:
+    """What nodes between the linears and what the output linear reads lose, for ``omitted`` fewer units."""
+    first, last = (_losses_of_unit(linears, site, source, unit, omitted) for unit in (0, site.units - 1))
+    patches, others = patches_for(first), patches_for(last)
+    for node in (*patches, *others):
+        if patches.get(node) != others.get(node):
             raise CannotShrink(f"{node.name} treats units differently")
     return first
 
 
-def _patches_for_unit(linears: Sequence[Linear], site: Site, source: Node, unit: int, omitted: int) -> Patches:
-    rows = {linear.node: part.index[unit] for linear, part in zip(linears, site.projections, strict=True)}
-    lost = losses_of_unit(rows, [source], count=omitted)
-    return patches_for(lost)
+def _losses_of_unit(linears: Sequence[Linear], site: Site, source: Node, unit: int, omitted: int) -> Losses:
+    indices = {part.name: part.index[unit] for part in site.projections}
+    return losses_of_unit({linear.node: indices[linear.name] for linear in linears}, [source], count=omitted)

@@ -13,6 +13,7 @@ training is derived from it (`fxsparse.graph.training_form`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -50,6 +51,7 @@ from fxsparse.passes.neurons.gather_units import (
     Site,
     batches_name,
     columns_name,
+    linears_of,
     magnitudes_name,
     selection,
     shrink,
@@ -93,6 +95,7 @@ class SelectNeurons(Pass):
     """
 
     name: ClassVar[str] = "select-neurons"
+    rest: ClassVar[str] = "has no units of its own that were asked for and can be taken apart"
     cannot_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
     crowded_out_by: ClassVar[tuple[str, ...]] = ("nm-masks",)
     training_only: ClassVar[bool] = True
@@ -188,12 +191,15 @@ class SelectNeurons(Pass):
         branches = {branch.weight for branch in live.sites(gm, Branch)}
         sites: list[tuple[Attention | MLP, Site, int]] = []
         for item in found:
+            own = Counter(linear.name for linear in linears_of(gm, item))
             try:
                 site = site_of(item)
             except CannotShrink as reason:
                 changes.append(skipped(item.path, str(reason)))
                 continue
-            shared = [part.name for part in site.parts if uses.get(id(fx.attribute(gm, part.name)), 0) != 1]
+            shared = [
+                part.name for part in site.parts if uses.get(id(fx.attribute(gm, part.name)), 0) != own[part.name]
+            ]
             multiple = self.head_multiple if site.kind == "heads" else self.multiple
             kept = kept_units(site.units, self.rate, multiple)
             what = f"{kept} of {site.units} {'channels' if site.kind == 'channels' else _head_units(site)}"

@@ -67,6 +67,7 @@ class DoublePruneBackward(Pass):
     """
 
     name: ClassVar[str] = "double-prune"
+    rest: ClassVar[str] = "left alone, it is not n:m"
     must_follow: ClassVar[tuple[str, ...]] = ("nm-masks",)
     pattern: PatternText | None = None
     every: Index = 100

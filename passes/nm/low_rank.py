@@ -57,6 +57,7 @@ class AddLowRankBranches(Pass):
     """
 
     name: ClassVar[str] = "low-rank"
+    rest: ClassVar[str] = "gets no branch, none was asked for here"
     cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors", "gates", "drop-dims")
     rank: Annotated[int, Interval(ge=1, le=65_536)] | None = None
     ratio: Annotated[float, Interval(gt=0, le=1)] | None = None

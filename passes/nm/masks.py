@@ -80,6 +80,7 @@ class InsertNMMasks(Pass):
     """
 
     name: ClassVar[str] = "nm-masks"
+    rest: ClassVar[str] = "kept dense, masks are for the matrices of linears"
     cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors", "gates", "drop-dims")
     pattern: PatternText | Annotated[Mapping[Glob, PatternText], MinLen(1)] = "2:4"
     criterion: Criterion = "magnitude"

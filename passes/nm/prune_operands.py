@@ -47,6 +47,7 @@ class PruneOperands(Pass):
     """
 
     name: ClassVar[str] = "prune-operands"
+    rest: ClassVar[str] = "left alone, operands of linears are pruned"
     cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors",)
     no_module: ClassVar[str] = "it prunes what linears are given in every step, and no module does; keep the graph form"
     matrix: Matrix = "inputs"

@@ -69,6 +69,7 @@ class DropDimensions(Gating):
     """
 
     name: ClassVar[str] = "drop-dims"
+    rest: ClassVar[str] = "has no units of its own that were asked for and can be taken apart"
     cannot_follow: ClassVar[tuple[str, ...]] = CLASHES
     no_module: ClassVar[str] = (
         "dropped dimensions are masks in the graph and not yet smaller weights; run materialize first"
@@ -165,6 +166,10 @@ class Dimensions(live.Live):
     path: str
     count: int
     rows: tuple[live.Rows, ...]
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return tuple(part.name for part in self.rows)
 
     def moved(self, old: str, new: str, rows: int) -> Dimensions:
         return replace(self, rows=tuple(part.moved(old, new, rows) for part in self.rows))

@@ -65,6 +65,7 @@ class GateStructures(Gating):
     """
 
     name: ClassVar[str] = "gates"
+    rest: ClassVar[str] = "has no units of its own that were asked for and can be taken apart"
     cannot_follow: ClassVar[tuple[str, ...]] = CLASHES
     training_only: ClassVar[bool] = True
     no_module: ClassVar[str] = "gates are values in the graph and not yet smaller weights; run materialize first"

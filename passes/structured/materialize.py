@@ -27,7 +27,8 @@ from fxsparse.passes.structured.drop_dims import Dimensions
 from fxsparse.passes.structured.hard_concrete import Gated, gate_names, gated, mask_name
 from fxsparse.passes.structured.hidden_dims import narrow
 from fxsparse.passes.structured.nodes import gated_nodes, remove_gates
-from fxsparse.passes.structured.slicing import remove_result, slice_attention, slice_mlp
+from fxsparse.passes.structured.slice_heads import slice_attention
+from fxsparse.passes.structured.slicing import remove_result, slice_mlp
 from fxsparse.text import ranges
 
 _RANGE = r"[0-9]{1,9}(-[0-9]{1,9})?"
@@ -47,6 +48,7 @@ class Materialize(Pass):
     """
 
     name: ClassVar[str] = "materialize"
+    rest: ClassVar[str] = "has no gates of its own"
     must_follow: ClassVar[tuple[str, ...]] = ("gates", "drop-dims")
     cannot_follow: ClassVar[tuple[str, ...]] = ("nm-masks", "low-rank")
     ends: ClassVar[tuple[str, ...]] = ("gates", "drop-dims", "distill")
@@ -61,7 +63,7 @@ class Materialize(Pass):
         remove_gates(graph)
         yield from self._narrow(graph, masks, acted_on)
         for item in filter(lambda item: item.gates, sublayers):
-            yield self._take_out(graph, item, masks, acted_on)
+            yield self._take_out(graph, item, masks)
         live.end(graph, Gated, Dimensions)
         if hasattr(graph, "sparsity"):
             del graph.sparsity
@@ -70,9 +72,7 @@ class Materialize(Pass):
         fx.delete_state(graph, {n for name in masks for n in (name, mask_name(name))} & present)
         return Materialize({name: ranges(m.nonzero().flatten().tolist()) for name, m in masks.items()})
 
-    def _take_out(
-        self, gm: GraphModule, item: Gated, masks: Mapping[str, Tensor], acted_on: Mapping[str, list[Node]]
-    ) -> Change:
+    def _take_out(self, gm: GraphModule, item: Gated, masks: Mapping[str, Tensor]) -> Change:
         """Takes out what the gates of a sublayer have closed."""
         keep = masks[item.units] if item.units is not None else torch.ones(item.count, dtype=torch.bool)
         is_open = item.layer is None or bool(masks[item.layer].all())
@@ -87,11 +87,10 @@ class Materialize(Pass):
         if bool(keep.all()):
             return skipped(item.path, f"all {item.count} {what} stay")
         assert item.units is not None
-        (source, *_) = acted_on[item.units]
         if bool(keep.any()):
-            _slice(gm, item, linears, source, keep)
+            _slice(gm, item, linears, keep)
             return rewrote(item.path, f"{int(keep.sum())} of {item.count} {what} stay")
-        _slice(gm, item, linears, source, torch.arange(item.count) == 0)
+        _slice(gm, item, linears, torch.arange(item.count) == 0)
         fx.set_parameter(gm, item.output, torch.zeros_like(gm.get_parameter(item.output)))
         return rewrote(item.path, f"none of {item.count} {what} counts; one stays, of weight 0, for the bias")
 
@@ -120,12 +119,12 @@ class Materialize(Pass):
                 yield rewrote(stream.path, f"{int(keep.sum())} of {stream.size} hidden dimensions stay")
 
 
-def _slice(gm: GraphModule, item: Gated, linears: Mapping[str, Linear], source: Node, keep: Tensor) -> None:
-    """Leaves some units of a sublayer, whose gate acted on ``source``."""
+def _slice(gm: GraphModule, item: Gated, linears: Mapping[str, Linear], keep: Tensor) -> None:
+    """Leaves some units of a sublayer."""
     projections = tuple(Rows(linears[part.name], part.index, part.kind) for part in item.projections)
     output = Columns(linears[item.output], item.columns)
     if item.is_attention:
-        slice_attention(gm, Attention(item.path, source, item.count, item.groups, projections, output), keep)
+        slice_attention(gm, Attention(item.path, item.count, item.groups, projections, output), keep)
     else:
         slice_mlp(gm, MLP(item.path, item.count, projections, output), keep)
 

@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 from fxsparse import graph as fx
 from fxsparse.analysis.residual_streams import Stream
 from fxsparse.analysis.ties import sizes
-from fxsparse.graph import traits
+from fxsparse.graph import Linear, traits
 from fxsparse.passes.structured.hard_concrete import draw, mask_name
 
 aten = torch.ops.aten
@@ -56,11 +56,26 @@ def multiply(gm: GraphModule, node: Node, name: str, shape: tuple[int, ...], mar
     _marked(fx.transform(gm, node, product, drawn(gm, name, after), before=after), node, mark)
 
 
-def multiply_input(gm: GraphModule, linear: Node, node: Node, name: str, mark: Mark, straight: bool) -> None:
-    """Multiplies the last dimension of what a linear reads by a gate."""
+def multiply_input(gm: GraphModule, linear: Linear, name: str, columns: Tensor, mark: Mark, straight: bool) -> None:
+    """Multiplies the columns that units have of what a linear reads, ``[units, columns of each]``, by their gates."""
+    node, source = linear.node, linear.input
+    units, each = columns.shape
+    in_order = torch.equal(columns, torch.arange(linear.in_features).view(-1, each)[:units])
+    gates = drawn(gm, name, node)
+    if each > 1 and in_order and columns.numel() == linear.in_features:
+        gates = fx.insert_function(gm, lambda gate: gate.repeat_interleave(each), gates, before=node)
+    elif each > 1 or not in_order or columns.numel() != linear.in_features:
+        unit = torch.full((linear.in_features,), units).index_put_((columns,), torch.arange(units)[:, None])
+        read = fx.insert_buffer(gm, f"{name}_columns", unit, before=node)
+        gates = fx.insert_function(gm, _of_columns, gates, read, before=node)
     product = functools.partial(gated, behind=0, straight=straight)
-    new = fx.insert_function(gm, product, node, drawn(gm, name, linear), before=linear, like=node)
-    linear.replace_input_with(node, _marked(new, node, mark))
+    new = fx.insert_function(gm, product, source, gates, before=node, like=source)
+    node.replace_input_with(source, _marked(new, source, mark))
+
+
+def _of_columns(gate: Tensor, unit: Tensor) -> Tensor:
+    """The gate of each column; 1 for those of no unit, which have the number after the last."""
+    return torch.cat([gate, gate.new_ones(1)]).index_select(0, unit)
 
 
 def gated(x: Tensor, gate: Tensor, behind: int, straight: bool) -> Tensor:
@@ -147,6 +162,9 @@ class _StreamGate:
             keys: Any = demux.args[1]
             if keys in self.axes and keys not in self.zero:
                 demux.replace_input_with(keys, self._gated(keys, demux))
+        for linear in fx.linears(self.gm):  # of a table of positions
+            if linear.input in self.axes and linear.input not in self.zero and self._is_constant(linear.input):
+                linear.node.replace_input_with(linear.input, self._gated(linear.input, linear.node))
         for mean in means:
             _marked(fx.transform(self.gm, mean, _times, self.shares[1]), mean, self.mark)
 

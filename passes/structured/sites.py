@@ -93,12 +93,14 @@ def find_sites(gm: GraphModule, units: Collection[str], globs: Iterable[str] | N
     """The sites that gates on ``units`` concern.
 
     Raises:
-        RewriteError: there is no attention and no MLP, or a glob matches none.
+        RewriteError: there is nothing to gate, or a glob matches none.
     """
     found = structures(gm)
     sublayers: tuple[Site, ...] = (*found.attentions, *found.mlps)
-    if not sublayers:
-        raise RewriteError("found no attention and no MLP to gate", pass_name=pass_name)
+    hidden, unknown = streams(gm) if "hidden" in units else ([], [])
+    if not sublayers and not hidden:
+        reasons = "".join(f"; {change}" for change in (*found.skipped, *unknown)[:4])
+        raise RewriteError(f"found no attention and no MLP to gate{reasons}", pass_name=pass_name)
     named = {site.path for site in sublayers}
     if globs is not None:
         for glob in globs:
@@ -106,7 +108,6 @@ def find_sites(gm: GraphModule, units: Collection[str], globs: Iterable[str] | N
                 known = ", ".join(site.path for site in sublayers[:4])
                 raise RewriteError(f"the glob {glob!r} matches nothing; there are: {known}", pass_name=pass_name)
         named = {path for path in named if any(fnmatchcase(path, glob) for glob in globs)}
-    hidden, unknown = streams(gm) if "hidden" in units else ([], [])
     return Sites(sublayers, frozenset(named), tuple(hidden), (*found.skipped, *unknown))
 
 
@@ -139,11 +140,7 @@ def gate_sites(
         if unit in own:
             units_name = f"{site.path}.{unit}_gate"
             register(unit, units_name, count)
-            mark = (unit, site.path, units_name)
-            if isinstance(site, Attention):
-                multiply(gm, site.sdpa, units_name, (count, 1, 1), mark, straight)
-            else:
-                multiply_input(gm, output.node, output.input, units_name, mark, straight)
+            multiply_input(gm, output, units_name, site.output.index, (unit, site.path, units_name), straight)
         if layer in own:
             layer_name = f"{site.path}.{layer}_gate"
             register(layer, layer_name, 1)

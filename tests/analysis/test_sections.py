@@ -14,8 +14,10 @@ from torch.nn import functional as F
 
 import fxsparse
 from fxsparse import graph as fx
+from fxsparse.analysis import heads as of_heads
 from fxsparse.analysis import structures as of_structures
 from fxsparse.analysis.probing import shape_of
+from fxsparse.analysis.products import SDPA
 from fxsparse.analysis.sections import KEY, Section
 from fxsparse.analysis.structures import Structures, attentions, mlps, structures
 from tests.support.families import FAMILIES
@@ -35,8 +37,8 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-        for name in ("reached", "changed"):
-            monkeypatch.setattr(of_structures, name, self._noting(getattr(of_structures, name)))
+        for module, name in ((of_heads, "reached"), (of_heads, "changed"), (of_structures, "reached")):
+            monkeypatch.setattr(module, name, self._noting(getattr(module, name)))
 
     def _noting(self, probe: Callable[..., Any]) -> Callable[..., Any]:
         def noting(section: Section, *args: Any) -> Any:
@@ -140,7 +142,8 @@ class Merged(nn.Module):
 def test_positions_written_down_merged_and_parted() -> None:
     gm = fxsparse.trace(Merged(), (torch.randn(3, 20, 16),), dynamic_batch=False)
     (found,) = attentions(gm)
-    linear, query = found.projections[0].linear, fx.arguments(found.sdpa)["query"]
+    (sdpa,) = gm.graph.find_nodes(op="call_function", target=SDPA)
+    linear, query = found.projections[0].linear, fx.arguments(sdpa)["query"]
     section = Section({linear.node: [0]}, [query], 8)
     assert (section.shape(linear.node), section.shape(query)) == ((8, 48), (2, 4, 4, 4))
     assert (shape_of(linear.node), shape_of(query)) == ((60, 48), (3, 4, 20, 4))

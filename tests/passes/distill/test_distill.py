@@ -429,7 +429,7 @@ def test_a_shared_projection_serves_embeddings_too() -> None:
 
 
 def test_what_attention_distillation_refuses() -> None:
-    family, base = traced("bert")
+    _, base = traced("bert")
     with pytest.raises(OptionError, match='use matching="plain"'):
         DistillLayers(attention=1.0)
     for option in ("attention", "embedding"):
@@ -438,11 +438,32 @@ def test_what_attention_distillation_refuses() -> None:
     narrow = fxsparse.rewrite(base, "gates{units=[heads],target=0.3,score=magnitude},materialize")
     with pytest.raises(RewriteError, match="compared head by head"):
         fxsparse.rewrite(narrow, [DistillLayers(base, **CHOP)])
+
+
+def test_attention_matrices_of_a_softmax_are_those_of_fused_attention() -> None:
+    family, base = traced("bert")
     config = copy.deepcopy(family.model.config)
     config._attn_implementation = "eager"
-    eager = fxsparse.trace(type(family.model)(config), kwargs=family.make_batch())
-    with pytest.raises(RewriteError, match=r"bert.encoder.layer.0.*no scaled_dot_product_attention"):
-        fxsparse.rewrite(eager, [DistillLayers(base, **CHOP)])
+    model = type(family.model)(config)
+    model.load_state_dict(family.model.state_dict())
+    item = DistillLayers(base, matching="plain", weights=(1, 0, 0), attention=1.0)
+    gm = fxsparse.rewrite(fxsparse.trace(model, kwargs=family.make_batch()), [item])
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    gm.eval(), gm.distillation.train()
+    batch = family.make_batch()
+    batch.pop("attention_mask")
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    torch.testing.assert_close(gm(**batch).loss, family.model.eval()(**batch).loss)
+    query = "bert.encoder.layer.1.attention.self.query.weight"
+    with torch.no_grad():
+        gm.get_parameter(query).mul_(8)
+    # The matrices of the last layer differ, and its student's loss is that of the fused student's.
+    fused = fxsparse.rewrite(traced("bert")[1], [item])
+    fused.eval(), fused.distillation.train()
+    with torch.no_grad():
+        fused.get_parameter(query).copy_(gm.get_parameter(query))
+    torch.testing.assert_close(gm(**batch).loss, fused(**batch).loss)
+    assert not torch.isclose(gm(**batch).loss, model.eval()(**batch).loss, rtol=1e-5, atol=1e-7)
 
 
 def test_attention_is_not_compared_where_heads_are_left_out() -> None:

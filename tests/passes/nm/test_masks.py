@@ -191,9 +191,8 @@ def test_every_linear_is_accounted_for() -> None:
         entry = record_of(gm).entries[-1]
         sites = [change.site for change in entry.changes]
         assert len(sites) == len(set(sites)), name
-        modules = {
-            path for path, module in family.model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")
-        }
+        classes = ("Linear", "Conv1D", "Conv2d")
+        modules = {path for path, module in family.model.named_modules() if type(module).__name__ in classes}
         assert modules == set(sites), name
 
 

@@ -1,0 +1,376 @@
+"""Attention however a model writes it: found, gated, made smaller, chosen from, and right against plain torch."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+import fxsparse
+from fxsparse.analysis.structures import structures
+from fxsparse.passes.structured.hard_concrete import gate_names, gated, mask_name
+
+DIM, HEADS, CHANNELS = 32, 4, 48
+
+
+class Block(nn.Module):
+    """A block of nanoGPT: ``.contiguous()`` before the view, which capture drops where it copies nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.LayerNorm(DIM), nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
+        self.norm2, self.up, self.down = nn.LayerNorm(DIM), nn.Linear(DIM, CHANNELS), nn.Linear(CHANNELS, DIM)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, dim = x.shape
+        heads = (part.view(batch, tokens, HEADS, -1).transpose(1, 2) for part in self.qkv(self.norm(x)).split(dim, 2))
+        x = x + self.proj(self.attend(*heads).transpose(1, 2).contiguous().view(batch, tokens, dim))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Eager(Block):
+    """Two products and a softmax, under a mask, soft-capped."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = 5 * (query @ key.transpose(2, 3) / 3 / 5).tanh()
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        return scores.masked_fill(~seen, -torch.inf).softmax(-1).type_as(value) @ value
+
+
+class ByHand(Block):
+    """A softmax written out, a bias for each head, and sinks that take their share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes, self.sinks = nn.Parameter(torch.randn(HEADS)), nn.Parameter(torch.randn(HEADS))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = torch.matmul(query, key.transpose(2, 3)) / 3
+        scores = scores + self.slopes[:, None, None] * torch.arange(scores.shape[-1])
+        sinks = self.sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        together = torch.cat([scores, sinks], -1)
+        weights = (together - together.amax(-1, keepdim=True)).exp()
+        return (weights / weights.sum(-1, keepdim=True))[..., :-1] @ value
+
+
+class Merged(Block):
+    """Heads merged with the batch, as BLOOM has them, and a bias made so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes = nn.Parameter(torch.randn(HEADS))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, tokens, size = query.shape
+        query, key, value = (part.reshape(batch * heads, tokens, size) for part in (query, key, value))
+        bias = (self.slopes[None, :, None, None] * torch.arange(tokens)).expand(batch, heads, 1, tokens)
+        bias = bias.reshape(batch * heads, 1, tokens)
+        scores = bias.baddbmm(query, key.transpose(1, 2), beta=1.0, alpha=0.3)
+        mixed = torch.bmm(scores.view(batch, heads, tokens, tokens).softmax(-1).view(-1, tokens, tokens), value)
+        return mixed.view(batch, heads, tokens, size)
+
+
+class Einsum(Block):
+    """Products written as sums over indices."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scores = torch.einsum("bnid,bnjd->bnij", query, key) / 3
+        return torch.einsum("bnij,bnjd->bnid", scores.softmax(-1), value)
+
+
+class Grouped(nn.Module):
+    """Two heads of keys and values for four of queries, repeated by hand; norms of heads."""
+
+    def __init__(self, kv_heads: int = 2, how: str = "by hand") -> None:
+        super().__init__()
+        self.kv_heads, self.how, size = kv_heads, how, DIM // HEADS
+        self.norm, self.query, self.proj = nn.LayerNorm(DIM), nn.Linear(DIM, DIM, bias=False), nn.Linear(DIM, DIM)
+        self.keys, self.values = nn.Linear(DIM, kv_heads * size), nn.Linear(DIM, kv_heads * size)
+        self.of_head, self.scale = nn.LayerNorm(size), nn.Parameter(torch.randn(kv_heads, size))
+        self.up, self.gate, self.down = nn.Linear(DIM, CHANNELS), nn.Linear(DIM, CHANNELS), nn.Linear(CHANNELS, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        heads = [linear(y).unflatten(-1, (-1, DIM // HEADS)) for linear in (self.query, self.keys, self.values)]
+        query, key, value = (part.transpose(1, 2) for part in (self.of_head(heads[0]), heads[1] * self.scale, heads[2]))
+        if self.kv_heads > 1 and self.how != "fused":
+            shape = (x.shape[0], self.kv_heads, HEADS // self.kv_heads, *key.shape[2:])
+            key, value = (part[:, :, None].expand(shape).flatten(1, 2) for part in (key, value))
+        if self.how == "by hand":
+            mixed = (query @ key.mT / 3).softmax(-1) @ value
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, enable_gqa=self.how == "fused")
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Together(Block):
+    """Groups and their heads are two axes of one view, as in Falcon: a head cannot go without its group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(DIM, 2 * DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        every = self.qkv(self.norm(x)).unflatten(-1, (2, 4, -1))
+        heads = (every[..., :2, :].flatten(2, 3), every[..., 2, :], every[..., 3, :])
+        query, key, value = (part.transpose(1, 2) for part in heads)
+        mixed = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Joined(Block):
+    """A bias made of three, as BEiT has it; the parts of another come from a split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList([torch.randn(DIM), torch.randn(DIM)])
+        self.register_buffer("of_keys", torch.zeros(DIM), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.parts[0], self.of_keys, self.parts[1]])
+        every = F.linear(self.norm(x), self.qkv.weight, bias).unflatten(-1, (3, HEADS, -1))
+        query, key, value = every.permute(2, 0, 3, 1, 4)
+        x = x + self.proj(self.attend(query, key, value).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class PostNorm(Block):
+    """What a sublayer adds is normalised first, as in Gemma 2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        every = self.qkv(self.norm(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        mixed = self.proj(self.attend(*every).transpose(1, 2).flatten(2))
+        x = x + mixed * (mixed.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Relative(Block):
+    """Scores of content and of positions, whose keys the same projection makes, as in DeBERTa-v2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(13, DIM))
+        self.query, self.key, self.value = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        y = self.norm(x)
+        query, key, value = (
+            linear(y).unflatten(-1, (HEADS, -1)).transpose(1, 2) for linear in (self.query, self.key, self.value)
+        )
+        places = self.key(self.positions).unflatten(-1, (HEADS, -1)).transpose(0, 1)
+        distance = (torch.arange(tokens)[:, None] - torch.arange(tokens)).clamp(-6, 6) + 6
+        scores = query @ key.mT / 3
+        scores = scores + (query @ places.mT).gather(-1, distance.expand(batch, HEADS, tokens, tokens))
+        x = x + self.proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Torch(nn.Module):
+    """Torch's own attention, with the weights that it is asked for or without."""
+
+    def __init__(self, need_weights: bool) -> None:
+        super().__init__()
+        self.need_weights = need_weights
+        self.norm, self.attention = nn.LayerNorm(DIM), nn.MultiheadAttention(DIM, HEADS, dropout=0.1, batch_first=True)
+        self.up, self.down = nn.Linear(DIM, CHANNELS), nn.Linear(CHANNELS, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=self.need_weights)[0]
+        return x + self.down(F.relu(self.up(x)))
+
+
+def _encoder(batch_first: bool) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(DIM, HEADS, CHANNELS, batch_first=batch_first, norm_first=batch_first)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+class Layers(nn.Module):
+    """Blocks one after the other."""
+
+    def __init__(self, block: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.h = nn.ModuleList([block() for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.h:
+            x = block(x)
+        return x
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to write attention.
+
+    Attributes:
+        model: seeded and small.
+        batch: its arguments for a batch size.
+        kv_heads: of keys and values.
+        heads: of queries.
+    """
+
+    model: Callable[[], nn.Module]
+    batch: Callable[[int], dict[str, Any]]
+    kv_heads: int = HEADS
+    heads: int = HEADS
+
+
+def _tokens(batch: int) -> dict[str, Any]:
+    return {"x": torch.randn(batch, 7, DIM)}
+
+
+FORMS: dict[str, Form] = {
+    "nanogpt": Form(lambda: Layers(Block), _tokens),
+    "eager": Form(lambda: Layers(Eager), _tokens),
+    "by hand": Form(lambda: Layers(ByHand), _tokens),
+    "merged": Form(lambda: Layers(Merged), _tokens),
+    "einsum": Form(lambda: Layers(Einsum), _tokens),
+    "grouped": Form(lambda: Layers(Grouped), _tokens, 2),
+    "grouped, repeated": Form(lambda: Layers(lambda: Grouped(2, "repeated")), _tokens, 2),
+    "grouped, fused": Form(lambda: Layers(lambda: Grouped(2, "fused")), _tokens, 2),
+    "multi-query": Form(lambda: Layers(lambda: Grouped(1)), _tokens, 1),
+    "together": Form(lambda: Layers(Together), _tokens, 2, 2),
+    "joined": Form(lambda: Layers(Joined), _tokens),
+    "post-norm": Form(lambda: Layers(PostNorm), _tokens),
+    "relative": Form(lambda: Layers(Relative), _tokens),
+    "torch": Form(lambda: Layers(lambda: Torch(False)), _tokens),
+    "torch with weights": Form(lambda: Layers(lambda: Torch(True)), _tokens),
+    "encoder": Form(lambda: _encoder(True), lambda batch: {"src": torch.randn(batch, 7, DIM)}),
+    "encoder of sequences": Form(lambda: _encoder(False), lambda batch: {"src": torch.randn(7, batch, DIM)}),
+}
+
+
+@functools.cache
+def _traced(name: str) -> GraphModule:
+    torch.manual_seed(0)
+    model = FORMS[name].model()
+    return fxsparse.trace(model, kwargs=FORMS[name].batch(3))
+
+
+@pytest.fixture
+def gm(name: str) -> GraphModule:
+    return copy.deepcopy(_traced(name))
+
+
+def results(gm: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
+    with torch.no_grad():
+        leaves = torch.utils._pytree.tree_leaves(gm(**batch))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def assert_same(one: nn.Module, other: nn.Module, name: str) -> None:
+    for size in (2, 5):
+        batch = FORMS[name].batch(size)
+        for mine, its in zip(results(one, batch), results(other, batch), strict=True):
+            torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_attention_is_found(name: str, gm: GraphModule) -> None:
+    found = structures(gm)
+    assert not found.skipped
+    assert [(site.heads, site.kv_heads) for site in found.attentions] == [(FORMS[name].heads, FORMS[name].kv_heads)] * 2
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_closed_gate_is_columns_of_zeros(name: str, gm: GraphModule) -> None:
+    found = structures(gm).attentions
+    gates = fxsparse.rewrite(gm, "gates{units=heads,score=random,target=0.3}").eval()
+    plain = copy.deepcopy(gm).eval()
+    assert len(gated(gates)) == len(found) == 2
+    for item, site in zip(gated(gates), found, strict=True):
+        mask = (torch.rand(site.heads) < 0.5).float()
+        gates.get_buffer(mask_name(item.units)).copy_(mask)
+        weight = plain.get_parameter(site.output.linear.name)
+        columns = weight.data if site.output.linear.transposed else weight.data.t()
+        columns[site.output.index[mask == 0].flatten()] = 0
+    assert_same(gates, plain, name)
+
+
+@pytest.mark.parametrize("units", ["heads", "heads,attention,intermediate,ffn,hidden"])
+@pytest.mark.parametrize("name", FORMS)
+def test_materialized_equals_gated(name: str, units: str, gm: GraphModule) -> None:
+    gates = fxsparse.rewrite(gm, f"gates{{units=[{units}],score=random,target=0.3}}").eval()
+    for gate in gate_names(gates):
+        mask = gates.get_buffer(mask_name(gate))
+        mask.copy_(torch.rand(len(mask)) < 0.6)
+        order = torch.randperm(len(mask))
+        mask[order[:1]], mask[order[1:2]] = 1, 0
+    small = fxsparse.rewrite(gates, "materialize").eval()
+    entry = small.meta["fxsparse"].entries[-1]
+    assert entry.rewritten and entry.after.parameters < entry.before.parameters
+    assert_same(small, gates, name)
+
+
+@pytest.mark.parametrize("name", ["grouped", "grouped, repeated", "grouped, fused", "multi-query", "eager"])
+def test_any_heads_may_go_and_more_of_them_later(name: str, gm: GraphModule) -> None:
+    for masks in ([[1, 0, 1, 1], [1, 1, 0, 1]], [[0, 1, 1, 1], [0, 0, 0, 1]], [[0, 1, 0, 1], [1, 1, 1, 0]]):
+        small, kept = gm, [4, 4]
+        for turn in range(2):
+            found = structures(small)
+            if turn and len(found.attentions) < 2:  # groups of different sizes stay as they are
+                assert all("different numbers of heads" in change.detail for change in found.skipped)
+                break
+            gates = fxsparse.rewrite(small, "gates{units=heads,score=random,target=0.01}").eval()
+            for item, mask, count in zip(gated(gates), masks, kept, strict=True):
+                gates.get_buffer(mask_name(item.units)).copy_(torch.tensor(mask[:count]))
+                gates.get_buffer(mask_name(item.units))[-1] = 1
+            kept = [int(gates.get_buffer(mask_name(item.units)).sum()) for item in gated(gates)]
+            small = fxsparse.rewrite(gates, "materialize").eval()
+            assert_same(small, gates, name)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_dropped_dimensions_are_taken_out(name: str, gm: GraphModule) -> None:
+    dropped = fxsparse.rewrite(gm, "drop-dims{units=[heads,intermediate,hidden],score=random,fraction=0.5}").eval()
+    small = fxsparse.rewrite(dropped, "materialize").eval()
+    assert len(small.meta["fxsparse"].entries[-1].rewritten) == 5
+    assert_same(small, dropped, name)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_heads_that_take_part_are_as_without_the_others(name: str, gm: GraphModule) -> None:
+    """A step with some heads computes, and gives gradients, as the model does with the others' columns at zero."""
+    found = structures(gm).attentions
+    reason = "has a single unit" if FORMS[name].kv_heads == 1 else "bias of .* is computed"
+    if FORMS[name].kv_heads == 1 or name == "joined":
+        with pytest.warns(UserWarning, match=reason):
+            fxsparse.rewrite(gm, "select-neurons{omission=0.5,structures=[heads]}")
+        return
+    neurons = fxsparse.rewrite(gm, "select-neurons{omission=0.5,structures=[heads]}")
+    optimizer = torch.optim.SGD(neurons.parameters(), lr=0.0)
+    fxsparse.Schedule(neurons, optimizer, total_steps=4)
+    plain = copy.deepcopy(gm)
+    for site in found:
+        weight = site.output.linear.name
+        taken = dict(neurons.named_buffers())[f"{weight}_columns"]
+        assert 0 < len(taken) < site.output.linear.in_features
+        columns = plain.get_parameter(weight).data
+        columns = columns if site.output.linear.transposed else columns.t()
+        columns[~torch.isin(torch.arange(len(columns)), taken)] = 0
+    batch = FORMS[name].batch(2)
+    for module in (neurons, plain):
+        for part in module.modules():
+            part.training = part is neurons  # no dropout
+    one, other = (torch.utils._pytree.tree_leaves(module(**batch))[0] for module in (neurons, plain))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for result in (one, other):
+        result.square().mean().backward()
+    for site in found:
+        query = site.projections[0].linear.name
+        mine, its = (module.get_parameter(query).grad for module in (neurons, plain))
+        torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-6)
