@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -478,7 +478,16 @@ TEACHERS: dict[str, nn.Module] = {}
 """A teacher for each family, in plain torch."""
 
 
-def oracle_of(name: str, model: nn.Module, sites: Mapping[str, Site], gm: GraphModule) -> Oracle:
+_Composed = TypeVar("_Composed", bound=Oracle)
+
+
+def oracle_of(
+    name: str,
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    gm: GraphModule,
+    kind: type[_Composed] = Oracle,  # type: ignore[assignment]
+) -> _Composed:
     """The composed model that the rewritten ``gm`` stands for.
 
     Args:
@@ -486,9 +495,10 @@ def oracle_of(name: str, model: nn.Module, sites: Mapping[str, Site], gm: GraphM
         model: the original; it is copied.
         sites: its attentions and MLPs.
         gm: rewritten, not trained yet.
+        kind: the class of the oracle.
     """
     model = copy.deepcopy(model).train()
-    oracle = Oracle(name, model, dict(sites), originals=dict(model.named_parameters()))
+    oracle = kind(name, model, dict(sites), originals=dict(model.named_parameters()))
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             oracle.linears[f"{path}.weight"] = linear = Linear(module)
