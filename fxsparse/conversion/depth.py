@@ -62,10 +62,24 @@ def with_layers(model: Any, shortened: Shortened) -> Any:
             _shortens(type(model), config, part, name, path, len(numbers)) for part, name in _counts(config, before)
         ):
             raise CheckpointError(f"{path}: no setting of {type(config).__name__} gives it {len(numbers)} layers")
+        for part in parts(config):
+            _rename_stages(part, numbers, before)
         if getattr(config, "num_decoder_layers", None):
             # `generate` sizes the cache by decoder_layers, but T5 configurations only have num_decoder_layers.
             config.decoder_layers = config.num_decoder_layers
     return config
+
+
+def _rename_stages(part: Any, numbers: list[int], before: int) -> None:
+    """Names the stages of a backbone, a stem perhaps and the layers, anew, and keeps those that it gives out."""
+    names = getattr(part, "stage_names", None)
+    if not isinstance(names, list) or len(names) - before not in (0, 1):
+        return
+    stem = len(names) - before
+    left = [*range(stem), *(stem + number for number in numbers)]
+    given = [left.index(index % len(names)) for index in part.out_indices or () if index % len(names) in left]
+    part.stage_names = names[: len(left)]
+    part.set_output_features_output_indices(out_features=None, out_indices=given or None)
 
 
 def parts(config: Any) -> list[Any]:

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,20 @@ class _Description:
     names: dict[str, str] | None = None
 
 
-def write(model: Any, folder: Path, *, plain: bool) -> None:
+def write(model: Any, folder: Path, check_read: Callable[[Path], None], *, plain: bool) -> None:
     """Writes a model of transformers; ``plain`` if transformers alone can read it.
+
+    Args:
+        model: is written whole, also what its class leaves out of files because it would compute it anew.
+        folder: where.
+        check_read: reads the written folder, before it is in its place, and raises a CheckpointError if that gives
+            another model.
+        plain: see above.
 
     Raises:
         CheckpointError: that failed; the folder is as it was.
     """
+    model._keys_to_ignore_on_save = None
     try:
         with files.unfinished(folder, "fxsparse") as part:
             model.save_pretrained(part, variant=None if plain else VARIANT)
@@ -89,7 +97,10 @@ def write(model: Any, folder: Path, *, plain: bool) -> None:
                 stored.seal(file, state)
             if not plain:
                 _sign(part / "config.json")
+            check_read(part)
             files.put_all(part, folder, list(_weight_files(folder)))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} is as it was: {error}") from error
     except stored.FAILURES as error:
         raise CheckpointError(f"{folder} cannot be written, and is as it was: {error}") from error
 
