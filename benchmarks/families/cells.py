@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 import fxsparse
-from benchmarks.families.tiny import Family, build, floats
+from benchmarks.families.tiny import Family, build, floats, with_masks
 from fxsparse import graph as fx
 from fxsparse.analysis.blocks import stacks
 from fxsparse.analysis.structures import structures
-from fxsparse.errors import FxsparseError, InternalError
+from fxsparse.errors import FxsparseError, InternalError, TraceError
 from fxsparse.graph.record import record_of
 from fxsparse.passes import DistillLayers
 from fxsparse.passes.distill.distill import attach_teacher
@@ -92,7 +92,11 @@ class Bench:
     @cached_property
     def traced(self) -> GraphModule:
         start = time.perf_counter()
-        gm = fxsparse.trace(self.family.model, kwargs=self.family.batch(0))
+        try:
+            gm = fxsparse.trace(self.family.model, kwargs=self.family.batch())
+        except TraceError:  # some make their masks themselves, but not while they are captured
+            self.family = with_masks(self.family)
+            gm = fxsparse.trace(self.family.model, kwargs=self.family.batch())
         self.trace_seconds = time.perf_counter() - start
         return gm
 

@@ -12,7 +12,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -323,6 +323,20 @@ class _Sizes:
     def video(self, size: int) -> dict[str, Tensor]:
         image = self.image(size)["pixel_values"]
         return {"pixel_values": torch.stack([image] * (self.of("num_frames") or 4), 1)}
+
+
+def with_masks(family: Family) -> Family:
+    """The same with padding masks that hide nothing, where its forward takes them."""
+    names = inspect.signature(family.model.forward).parameters
+
+    def recipe(size: int) -> dict[str, Any]:
+        batch = family.recipe(size)
+        decoder = batch.get("decoder_input_ids", batch.get("labels"))
+        wanted = {"attention_mask": batch.get("input_ids"), "decoder_attention_mask": decoder}
+        masks = {name: ids for name, ids in wanted.items() if name in names and isinstance(ids, Tensor)}
+        return {**batch, **{name: torch.ones(ids.shape, dtype=torch.long) for name, ids in masks.items()}}
+
+    return replace(family, recipe=recipe)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
