@@ -47,7 +47,7 @@ STATES = {
 _KEEP = "keep_first=false,keep_head=false"
 PASSES: dict[str, str] = {
     "masks": f"nm-masks{{{_KEEP}}}",
-    "masked": f"nm-masks{{storage=masked,{_KEEP}}}",
+    "masked": f"nm-masks{{storage=masked,convolutions=true,{_KEEP}}}",
     "double-prune": f"nm-masks{{{_KEEP}}},double-prune",
     "low-rank": f"nm-masks{{{_KEEP}}},low-rank{{rank=2,start=0.0}}",
     "tensors": "select-tensors{rho=0.8}",
