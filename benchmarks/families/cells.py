@@ -84,6 +84,7 @@ class Bench:
 
     name: str
     trace_seconds: float = field(default=0.0, init=False)
+    refusal: TraceError | None = field(default=None, init=False)
 
     @cached_property
     def family(self) -> Family:
@@ -91,12 +92,18 @@ class Bench:
 
     @cached_property
     def traced(self) -> GraphModule:
+        if self.refusal is not None:
+            raise self.refusal
         start = time.perf_counter()
         try:
-            gm = fxsparse.trace(self.family.model, kwargs=self.family.batch())
-        except TraceError:  # some make their masks themselves, but not while they are captured
-            self.family = with_masks(self.family)
-            gm = fxsparse.trace(self.family.model, kwargs=self.family.batch())
+            try:
+                gm = fxsparse.trace(self.family.model, kwargs=self.family.batch())
+            except TraceError:  # some make their masks themselves, but not while they are captured
+                self.family = with_masks(self.family)
+                gm = fxsparse.trace(self.family.model, kwargs=self.family.batch())
+        except TraceError as error:
+            self.refusal = error
+            raise
         self.trace_seconds = time.perf_counter() - start
         return gm
 

@@ -11,14 +11,13 @@ import contextlib
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fxsparse import files, stored, typed
-from fxsparse.conversion.depth import CONFIG_KEY
+from fxsparse.conversion.depth import CONFIG_KEY, COUNT_OF_LAYERS
 from fxsparse.errors import CheckpointError
 from fxsparse.graph.record import Record, up_to_date
 from fxsparse.modules.spec import Spec
@@ -31,7 +30,6 @@ _WEIGHTS = "transformers_weights"
 _READ_WITH = "these weights have other shapes, or are compressed; read this folder with fxsparse.from_pretrained"
 _CHECKSUM = "checksum"
 _MOST_LAYERS = 1000
-_COUNT_OF_LAYERS = re.compile(r"(num_|n_)?\w*layers?")
 
 
 @dataclass(frozen=True)
@@ -249,5 +247,5 @@ def _counts_of_layers(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
     for name, item in settings.items():
         if isinstance(item, dict) and name != CONFIG_KEY:
             yield from _counts_of_layers(item)
-        elif type(item) is int and _COUNT_OF_LAYERS.fullmatch(name):
+        elif type(item) is int and COUNT_OF_LAYERS.fullmatch(name):
             yield name, item

@@ -31,8 +31,8 @@ _HEADS = ("num_heads", "n_heads", "num_attention_heads")
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _ALL_HEADS = ("all_head_size", "inner_dim", "split_size")
 _QUERIES, _KEYS = ("q_proj", "query", "q"), ("k_proj", "key", "k")
-_FUSED = ("c_attn", "c_proj")
-"""The projection to queries, keys and values together, and the one that reads as many features as queries have."""
+_FUSED = {"c_attn": "c_proj", "query_key_value": "dense"}
+"""Projections to queries, keys and values together, and those that read as many features as queries have."""
 _BIAS = "relative_attention_bias"
 _LENGTHS = {
     "Linear": ("out_features", "in_features"),
@@ -150,9 +150,9 @@ class _Identity(nn.Module):
 
 
 class _Nothing(nn.Module):
-    """Replaces a feed-forward layer: adds zeros to the residual stream."""
+    """Replaces a feed-forward layer: adds zeros to the residual stream. Some also take the size of an image."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros_like(hidden_states)
 
 
@@ -240,10 +240,10 @@ def _follow(module: nn.Module, path: str, chosen: Mapping[str, list[int]]) -> No
 
 def _rows(module: nn.Module) -> tuple[int, int]:
     """The features of an attention's queries, and of its keys; 0 where it has no known projection."""
-    together, output = (getattr(module, name, None) for name in _FUSED)
-    if together is not None and output is not None:
-        (_, both), (rows, _) = _features(together), _features(output)
-        return rows, (both - rows) // 2
+    for together, output in _FUSED.items():
+        if hasattr(module, together) and hasattr(module, output):
+            (_, both), (rows, _) = _features(getattr(module, together)), _features(getattr(module, output))
+            return rows, (both - rows) // 2
     rows, keys = (_rows_of(module, names) for names in (_QUERIES, _KEYS))
     return rows, keys or rows
 

@@ -103,6 +103,24 @@ def test_one_projection_of_grouped_queries(tmp_path: Path) -> None:
     assert_read_as_written(family, gm, tmp_path, plain=False)
 
 
+def test_one_key_head_beside_all_queries(tmp_path: Path) -> None:
+    """Falcon's query_key_value; its module divides it by its number of heads."""
+    family, gm = rewritten("falcon", GATES, heads_gate=torch.tensor([1.0, 0, 1, 1]))
+    assert_read_as_written(family, gm, tmp_path, plain=False)
+
+
+def test_lists_as_long_as_there_are_layers_by_chance(tmp_path: Path) -> None:
+    """Mamba 2 limits its time step from both sides, by a list of two, and has two layers here."""
+    family, gm = rewritten("mamba2", "drop-layers{indices=[0]}")
+    assert_read_as_written(family, gm, tmp_path, plain=True)
+    assert len(transformers.AutoConfig.from_pretrained(tmp_path).time_step_limit) == 2
+
+
+def test_layers_in_stages(tmp_path: Path) -> None:
+    family, gm = rewritten("segformer", "drop-layers{indices=[1]}")
+    assert_read_as_written(family, gm, tmp_path, plain=False)
+
+
 def test_a_scale_of_what_is_gone(tmp_path: Path) -> None:
     """BEiT multiplies each sublayer by a bare parameter of the layer."""
     family, gm = rewritten(

@@ -139,3 +139,32 @@ def test_in_one_line(traced: tuple[nn.Module, GraphModule]) -> None:
     options: dict[str, Any] = {"passes": ON, "compiler": "aot_eager"}
     expected = fxsparse.rewrite(gm, ON)(x)
     torch.testing.assert_close(torch.compile(model, backend="fxsparse", options=options)(x), expected)
+
+
+class Others(nn.Module):
+    """Weights that are read in other ways: of experts in one tensor, on the left, and a filter through views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 8, 8))
+        self.left = nn.Parameter(torch.randn(8, 8))
+        self.mixed = nn.Parameter(torch.randn(8, 8))
+        self.taps = nn.Conv1d(8, 8, 4, groups=8, padding=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.bmm(x, self.experts.transpose(1, 2)[x.new_zeros(x.shape[0], dtype=torch.long)])
+        x = (self.left @ x.transpose(1, 2)) + torch.einsum("oi,bti->bot", self.mixed, x)
+        return F.conv1d(x, self.taps.weight.squeeze(1).unsqueeze(1), self.taps.bias, padding=3, groups=8)
+
+
+def test_no_weight_of_a_product_is_left_out_without_a_word() -> None:
+    model = Others()
+    gm = fxsparse.trace(model, (torch.randn(3, 5, 8),))
+    told = details(fxsparse.rewrite(copy.deepcopy(gm), ON))
+    assert told.keys() == {"experts", "left", "mixed", "taps"}
+    assert all("no linear" in told[name] for name in ("experts", "left", "mixed")) and told["taps"].startswith("2:4")
+    oracle = copy.deepcopy(model)
+    with torch.no_grad():
+        oracle.taps.weight.mul_(pruned(model)["taps.weight"])
+    x = torch.randn(4, 5, 8)
+    torch.testing.assert_close(fxsparse.rewrite(gm, ON)(x), oracle(x))
