@@ -82,6 +82,7 @@ def _is_per_layer(part: Any, name: str, before: int) -> bool:
         return True
     setting = getattr(default, name, None)
     counts = {getattr(default, count, None) for _, count in _counts(part, before) if COUNT_OF_LAYERS.fullmatch(count)}
+    counts.discard(before)  # of another kind of layers, of which there are always so many
     return not counts or not isinstance(setting, (list, tuple)) or len(setting) in counts
 
 

@@ -116,6 +116,13 @@ def test_lists_as_long_as_there_are_layers_by_chance(tmp_path: Path) -> None:
     assert len(transformers.AutoConfig.from_pretrained(tmp_path).time_step_limit) == 2
 
 
+@pytest.mark.parametrize("name", ["speech_to_text", "bamba", "layoutlm"])
+def test_other_lists_and_inputs_of_their_own(name: str, tmp_path: Path) -> None:
+    """As many convolutions as layers; limits of a time step; boxes that random numbers are not."""
+    family, gm = rewritten(name, "drop-layers{indices=[1]}")
+    assert_read_as_written(family, gm, tmp_path, plain=True)
+
+
 def test_layers_in_stages(tmp_path: Path) -> None:
     family, gm = rewritten("segformer", "drop-layers{indices=[1]}")
     assert_read_as_written(family, gm, tmp_path, plain=False)
