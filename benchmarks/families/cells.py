@@ -252,10 +252,24 @@ def _oracle(bench: Bench, column: str, gm: GraphModule) -> tuple[_Oracle | None,
     try:
         oracle = oracle_of(bench.name, bench.family.model, bench.sites, gm, kind=_Oracle)
         oracle.family = bench.family
-        oracle.model(**bench.family.batch(1))
+        uncalled = _uncalled(oracle, bench.family.batch(1)) & {linear.name for linear in fx.linears(bench.traced)}
     except Exception as error:  # a model that reads its linears in another way than calling them
         return None, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    if uncalled:
+        return None, "the model reads the weights of linears without calling them"
     return oracle, ""
+
+
+def _uncalled(oracle: Oracle, batch: dict[str, Any]) -> set[str]:
+    """The names of weights whose module is not called; what the model does with them, its linears do not see."""
+    called: set[str] = set()
+    hooks = [
+        linear.register_forward_hook(lambda *_, name=name: called.add(name)) for name, linear in oracle.linears.items()
+    ]
+    oracle.model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return oracle.linears.keys() - called
 
 
 def _trains(bench: Bench, gm: GraphModule, oracle: _Oracle | None) -> None:
