@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,15 +17,13 @@ from fxsparse import graph as fx
 @torch.no_grad()
 def difference(gm: GraphModule, model: Any) -> str | None:
     """The first difference between module and graph in their outputs for a batch of the traced sizes, or None."""
-    args, kwargs = _batch(gm)
     was_training = {module: module.training for module in gm.modules()}
     device = next(gm.parameters()).device
-    outputs = []
     try:
         gm.eval(), model.to(device)
         # A library may have wrapped the graph's forward, for mixed precision; the class has it as it is.
-        for forward in (functools.partial(type(gm).forward, gm), model):
-            outputs.append(_named(forward(*args, **kwargs)))
+        args, kwargs, output = _run(functools.partial(type(gm).forward, gm), gm)
+        outputs = [_named(output), _named(model(*args, **kwargs))]
     except Exception as error:  # the class cannot run with these sizes
         return f"it cannot run: {error}"
     finally:
@@ -45,6 +43,20 @@ def difference(gm: GraphModule, model: Any) -> str | None:
         if not off <= _tolerance(wanted.dtype) * largest:
             return f"{name}: outputs of up to {largest:.3g} differ by {off:.3g}"
     return None
+
+
+def _run(forward: Callable[..., Any], gm: GraphModule) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """A batch and what the graph makes of it; integers are zeros if it cannot read random ones (boxes of a page)."""
+    try:
+        args, kwargs = _batch(gm)
+        return args, kwargs, forward(*args, **kwargs)
+    except Exception:
+        args, kwargs = pytree.tree_map_only(Tensor, _integers_as_zeros, _batch(gm))
+        return args, kwargs, forward(*args, **kwargs)
+
+
+def _integers_as_zeros(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_floating_point() else torch.zeros_like(tensor)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

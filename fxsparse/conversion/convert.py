@@ -38,6 +38,7 @@ from fxsparse.graph.training_form import FORM_KEY
 from fxsparse.modules.spec import take_out
 from fxsparse.ops.operator import operator_name
 from fxsparse.passes.base import Pass, parse_passes
+from fxsparse.passes.nm.convolutions import masked_convolutions
 from fxsparse.passes.nm.sparse_linear import COMPRESSED, MASKED
 from fxsparse.passes.order import acting
 
@@ -107,6 +108,12 @@ def _check_passes(gm: GraphModule) -> None:
         name = operator_name(node.target) if node.op == "call_function" else None
         if name and node.target not in (*COMPRESSED, *MASKED):
             raise RewriteError(f"no module holds the operator {name}; keep the graph form", site=fx.stack_path(node))
+    for held in masked_convolutions(gm):
+        raise RewriteError(
+            "no module holds a masked convolution; write its weights dense (dense_state_dict, save_pretrained), or "
+            "keep the graph form",
+            site=fx.module_path(held.name),
+        )
     if FORM_KEY in gm.meta:
         names = ", ".join(entry.text.partition("{")[0] for entry in record_of(gm).entries)
         raise RewriteError(f"the graph runs another form in training, which modules cannot (its passes: {names})")

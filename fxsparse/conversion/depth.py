@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from fxsparse.errors import CheckpointError
 
+COUNT_OF_LAYERS = re.compile(r"(num_|n_)?\w*layers?")
+"""The names of settings that say how many layers there are."""
 CONFIG_KEY = "fxsparse"
 """The setting of a configuration that holds what no other of its settings can express."""
 
@@ -56,16 +59,43 @@ def with_layers(model: Any, shortened: Shortened) -> Any:
     for path, (numbers, before) in shortened.items():
         for part in parts(config):
             for name, setting in list(vars(part).items()):
-                if isinstance(setting, (list, tuple)) and len(setting) == before:
+                if isinstance(setting, (list, tuple)) and len(setting) == before and _is_per_layer(part, name, before):
                     setattr(part, name, [setting[number] for number in numbers])
         if not any(
             _shortens(type(model), config, part, name, path, len(numbers)) for part, name in _counts(config, before)
         ):
             raise CheckpointError(f"{path}: no setting of {type(config).__name__} gives it {len(numbers)} layers")
+        for part in parts(config):
+            _rename_stages(part, numbers, before)
         if getattr(config, "num_decoder_layers", None):
             # `generate` sizes the cache by decoder_layers, but T5 configurations only have num_decoder_layers.
             config.decoder_layers = config.num_decoder_layers
     return config
+
+
+def _is_per_layer(part: Any, name: str, before: int) -> bool:
+    """Whether a list has an entry for each layer, and not as many by chance: that of a default configuration, which has
+    another number of layers, then has another length."""
+    try:
+        default = type(part)()
+    except Exception:  # a class that asks for settings
+        return True
+    setting = getattr(default, name, None)
+    counts = {getattr(default, count, None) for _, count in _counts(part, before) if COUNT_OF_LAYERS.fullmatch(count)}
+    counts.discard(before)  # of another kind of layers, of which there are always so many
+    return not counts or not isinstance(setting, (list, tuple)) or len(setting) in counts
+
+
+def _rename_stages(part: Any, numbers: list[int], before: int) -> None:
+    """Names the stages of a backbone, a stem perhaps and the layers, anew, and keeps those that it gives out."""
+    names = getattr(part, "stage_names", None)
+    if not isinstance(names, list) or len(names) - before not in (0, 1):
+        return
+    stem = len(names) - before
+    left = [*range(stem), *(stem + number for number in numbers)]
+    given = [left.index(index % len(names)) for index in part.out_indices or () if index % len(names) in left]
+    part.stage_names = names[: len(left)]
+    part.set_output_features_output_indices(out_features=None, out_indices=given or None)
 
 
 def parts(config: Any) -> list[Any]:

@@ -11,14 +11,13 @@ import contextlib
 import functools
 import hashlib
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fxsparse import files, stored, typed
-from fxsparse.conversion.depth import CONFIG_KEY
+from fxsparse.conversion.depth import CONFIG_KEY, COUNT_OF_LAYERS
 from fxsparse.errors import CheckpointError
 from fxsparse.graph.record import Record, up_to_date
 from fxsparse.modules.spec import Spec
@@ -31,7 +30,6 @@ _WEIGHTS = "transformers_weights"
 _READ_WITH = "these weights have other shapes, or are compressed; read this folder with fxsparse.from_pretrained"
 _CHECKSUM = "checksum"
 _MOST_LAYERS = 1000
-_COUNT_OF_LAYERS = re.compile(r"(num_|n_)?\w*layers?")
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,20 @@ class _Description:
     names: dict[str, str] | None = None
 
 
-def write(model: Any, folder: Path, *, plain: bool) -> None:
+def write(model: Any, folder: Path, check_read: Callable[[Path], None], *, plain: bool) -> None:
     """Writes a model of transformers; ``plain`` if transformers alone can read it.
+
+    Args:
+        model: is written whole, also what its class leaves out of files because it would compute it anew.
+        folder: where.
+        check_read: reads the written folder, before it is in its place, and raises a CheckpointError if that gives
+            another model.
+        plain: see above.
 
     Raises:
         CheckpointError: that failed; the folder is as it was.
     """
+    model._keys_to_ignore_on_save = None
     try:
         with files.unfinished(folder, "fxsparse") as part:
             model.save_pretrained(part, variant=None if plain else VARIANT)
@@ -89,7 +95,10 @@ def write(model: Any, folder: Path, *, plain: bool) -> None:
                 stored.seal(file, state)
             if not plain:
                 _sign(part / "config.json")
+            check_read(part)
             files.put_all(part, folder, list(_weight_files(folder)))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder} is as it was: {error}") from error
     except stored.FAILURES as error:
         raise CheckpointError(f"{folder} cannot be written, and is as it was: {error}") from error
 
@@ -238,5 +247,5 @@ def _counts_of_layers(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
     for name, item in settings.items():
         if isinstance(item, dict) and name != CONFIG_KEY:
             yield from _counts_of_layers(item)
-        elif type(item) is int and _COUNT_OF_LAYERS.fullmatch(name):
+        elif type(item) is int and COUNT_OF_LAYERS.fullmatch(name):
             yield name, item

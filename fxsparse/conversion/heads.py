@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.analysis.probing import nearest
-from fxsparse.passes.nm.sparse_linear import sparse_linears
 
 aten = torch.ops.aten
 
@@ -121,13 +119,22 @@ def _keys(gm: GraphModule, sdpa: Node) -> list[int] | None:
     if index is None:
         return None
     assert isinstance(key, Node) and isinstance(key.args[0], Node)
-    linears = {linear.node: linear.out_features for linear in fx.linears(gm)}
-    linears |= {linear.node: linear.out_features for linear in sparse_linears(gm)}
-    total, size = fx.value(key.args[0]).shape[1], fx.value(key).shape[-1]
-    key_heads = sum(linears[source] for source in nearest(key, linears)) // size
-    if not key_heads or total % key_heads:
-        return index
+    total = fx.value(key.args[0]).shape[1]
+    key_heads = total // _repeated(key.args[0])
     # If the trace repeats each key head for all query heads of its group, several indices name one key head.
     index = [head * key_heads // total for head in index]
     even = len(index) % key_heads == 0 and index == [head // (len(index) // key_heads) for head in range(len(index))]
     return None if even else index
+
+
+def _repeated(key: Node) -> int:
+    """How often the trace repeats each key head: ``[batch, key heads, 1, tokens, size]`` is expanded along its third
+    dimension, or heads are repeated as they are."""
+    while key.target in (aten.reshape.default, aten.view.default, aten.contiguous.default, aten.clone.default):
+        key = key.all_input_nodes[0]
+    if key.target is aten.repeat_interleave.self_int:
+        return int(key.args[1])  # type: ignore[arg-type]
+    if key.target is not aten.expand.default:
+        return 1
+    before, after = (fx.value(node).shape for node in (key.all_input_nodes[0], key))
+    return int(after[2]) if len(before) == len(after) == 5 and before[2] == 1 else 1

@@ -30,7 +30,9 @@ Sizes = dict[str, tuple[int, ...]]
 _HEADS = ("num_heads", "n_heads", "num_attention_heads")
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _ALL_HEADS = ("all_head_size", "inner_dim", "split_size")
-_QUERIES, _KEYS = ("q_proj", "query", "q", "c_attn"), ("k_proj", "key", "k")
+_QUERIES, _KEYS = ("q_proj", "query", "q"), ("k_proj", "key", "k")
+_FUSED = {"c_attn": "c_proj", "query_key_value": "dense"}
+"""Projections to queries, keys and values together, and those that read as many features as queries have."""
 _BIAS = "relative_attention_bias"
 _LENGTHS = {
     "Linear": ("out_features", "in_features"),
@@ -65,10 +67,15 @@ def resize(
     named = {name for name, shape in sizes.items() if shape}
     for path, module in _absent(model, named, tied).items():
         model.set_submodule(path, module)
+    alone = {name for name, _ in model.named_parameters()} - named - {name for group in tied for name in group}
     for path, module in model.named_modules():
         for name, parameter in list(module._parameters.items()):
-            wanted = sizes.get(f"{path}.{name}" if path else name)
-            if parameter is not None and wanted and tuple(parameter.shape) != wanted:
+            full = f"{path}.{name}" if path else name
+            wanted = sizes.get(full)
+            if parameter is not None and full in alone:
+                delattr(module, name)
+                setattr(module, name, torch.zeros((), device="cpu"))  # a scale of what is gone, which is zeros (BEiT)
+            elif parameter is not None and wanted and tuple(parameter.shape) != wanted:
                 setattr(module, name, nn.Parameter(parameter.new_empty(wanted), parameter.requires_grad))
     for path, module in model.named_modules():
         _follow(module, path, (heads or {}).get(path, {}))
@@ -143,9 +150,9 @@ class _Identity(nn.Module):
 
 
 class _Nothing(nn.Module):
-    """Replaces a feed-forward layer: adds zeros to the residual stream."""
+    """Replaces a feed-forward layer: adds zeros to the residual stream. Some also take the size of an image."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros_like(hidden_states)
 
 
@@ -209,10 +216,9 @@ def _follow(module: nn.Module, path: str, chosen: Mapping[str, list[int]]) -> No
     size = next(
         (int(getattr(module, name)) for name in _HEAD_SIZES if isinstance(getattr(module, name, None), int)), None
     )
-    rows = _rows(module, _QUERIES)
-    if size is None or rows is None:
+    rows, key_rows = _rows(module)
+    if size is None or not rows:
         return
-    key_rows = _rows(module, _KEYS) or rows
     if rows % size or key_rows % size or (rows % key_rows and "keys" not in chosen):
         raise CheckpointError(
             f"{path}: {rows} rows of queries and {key_rows} of keys are no whole heads of {size}, or groups differ"
@@ -222,6 +228,9 @@ def _follow(module: nn.Module, path: str, chosen: Mapping[str, list[int]]) -> No
         # zeros with that many heads, from which later layers select.
         *((name, rows // size) for name in _HEADS if "bias" not in chosen),
         *((name, rows) for name in _ALL_HEADS),
+        # Where one linear makes grouped queries and keys (GPTBigCode), it is split by these.
+        *((("embed_dim", rows), ("kv_dim", key_rows)) if hasattr(module, "kv_dim") else ()),
+        ("kv_heads", key_rows // size),
         ("num_key_value_heads", key_rows // size),
         ("num_key_value_groups", 1 if "keys" in chosen else rows // key_rows),
     ):
@@ -229,10 +238,22 @@ def _follow(module: nn.Module, path: str, chosen: Mapping[str, list[int]]) -> No
             setattr(module, name, number)
 
 
-def _rows(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    for name in names:
-        weight = getattr(getattr(module, name, None), "weight", None)
-        if isinstance(weight, Tensor):
-            # GPT-2's c_attn holds queries, keys and values: [in, 3 x out].
-            return int(weight.shape[1]) // 3 if name == "c_attn" else int(weight.shape[0])
-    return None
+def _rows(module: nn.Module) -> tuple[int, int]:
+    """The features of an attention's queries, and of its keys; 0 where it has no known projection."""
+    for together, output in _FUSED.items():
+        if hasattr(module, together) and hasattr(module, output):
+            (_, both), (rows, _) = _features(getattr(module, together)), _features(getattr(module, output))
+            return rows, (both - rows) // 2
+    rows, keys = (_rows_of(module, names) for names in (_QUERIES, _KEYS))
+    return rows, keys or rows
+
+
+def _rows_of(module: nn.Module, names: tuple[str, ...]) -> int:
+    weights = (getattr(getattr(module, name, None), "weight", None) for name in names)
+    return next((int(weight.shape[0]) for weight in weights if isinstance(weight, Tensor)), 0)
+
+
+def _features(linear: Any) -> tuple[int, int]:
+    """How many features a linear, or a Conv1D, reads and makes."""
+    shape = linear.weight.shape
+    return (int(shape[0]), int(shape[1])) if type(linear).__name__ == "Conv1D" else (int(shape[1]), int(shape[0]))

@@ -214,7 +214,7 @@ _row(
     select_scatter selu slice_scatter smooth_l1_loss soft_margin_loss softmax softplus sort split_copy
     split_with_sizes_copy stack std std_mean sum tile to topk trace tril triplet_margin_loss triu type_as unfold_copy
     unique_consecutive upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d
-    var var_mean vstack where zero
+    var var_mean vstack _weight_norm where zero
     """,
     work="elementwise",
 )

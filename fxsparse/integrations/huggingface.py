@@ -14,6 +14,7 @@ lost, and read so that nothing is believed unchecked, is in `fxsparse.conversion
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,7 +97,7 @@ def _save_graph(gm: GraphModule, model: Any, path: str | os.PathLike[str]) -> nn
             if choices is not None:
                 sizes = {name: list(wanted) for name, (_, wanted) in misfits_of(type(model), chosen, state).items()}
                 setattr(written.config, CONFIG_KEY, {"format": FORMAT, "sizes": sizes, "heads": heads})
-            folders.write(written, Path(path), plain=choices is None)
+            folders.write(written, Path(path), functools.partial(_check_read, written, gm), plain=choices is None)
             folders.save_readably(written)
             return cast(nn.Module, written)
     raise CheckpointError(
@@ -110,8 +111,29 @@ def _save_module(module: Any, path: Any) -> nn.Module:
     if not hasattr(module, "config") or not hasattr(module, "save_pretrained"):
         raise CheckpointError(f"{type(module).__name__} is no Hugging Face model; write it with fxsparse.save")
     setattr(module.config, CONFIG_KEY, described(module))
-    folders.write(module, Path(path), plain=False)
+    folders.write(module, Path(path), functools.partial(_check_read, module, None), plain=False)
     return cast(nn.Module, module)
+
+
+@torch.no_grad()
+def _check_read(written: Any, gm: GraphModule | None, folder: Path) -> None:
+    """Reads a folder back: the same tensors as were written, and, of a graph, the same outputs."""
+    read = from_pretrained(folder)
+    mine, theirs = fx.tensors_of(written), fx.tensors_of(read)
+    persistent = written.state_dict().keys()
+    wrong = [name for name in persistent if name not in theirs or not _rounds_to(mine[name], theirs[name])]
+    differs = None if wrong or gm is None else difference(gm, read)
+    if wrong or differs:
+        reason = f"another {', '.join(wrong[:4])}" if wrong else differs
+        raise CheckpointError(
+            f"{type(written).__name__} reads {reason} than was written, so that the folder would hold another model; "
+            "write it with fxsparse.save and read it with fxsparse.load"
+        )
+
+
+def _rounds_to(written: Tensor, read: Tensor) -> bool:
+    """Whether these are the same values; transformers reads all of a model in one dtype."""
+    return written.shape == read.shape and torch.equal(written.to(read), read)
 
 
 def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:

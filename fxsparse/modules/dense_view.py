@@ -20,6 +20,8 @@ class DenseView(Tensor):
     """
 
     site: str
+    _is_hf_initialized = True
+    """Transformers initialises what it does not find in a file, and leaves a tensor that says so alone."""
 
     @classmethod
     def of(cls, weight: Tensor, site: str) -> Tensor:

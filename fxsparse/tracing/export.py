@@ -97,9 +97,27 @@ def _export(model: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
             stack.enter_context(context)
         stack.enter_context(_named(model, inputs[1]))
         stack.enter_context(_checkpoints_noted())
+        stack.enter_context(_without_idle_moves())
         # With free sizes hardly an entry is found again, and making one takes as long as what it would save.
         stack.enter_context(torch._dynamo.config.patch(fake_tensor_cache_enabled=False))
         return torch.export.export(model, *inputs, dynamic_shapes=shapes, strict=False)
+
+
+@contextlib.contextmanager
+def _without_idle_moves() -> Iterator[None]:
+    """Leaves out what changes nothing: modules that their forward converts to the dtype they have (Switch's router).
+    Torch would replace the parameters, which capture cannot follow."""
+    move = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        held = [*module.parameters(), *module.buffers()]
+        stays = device is None or all(device in (tensor.device, torch.device(tensor.device.type)) for tensor in held)
+        keeps = dtype is None or all(tensor.dtype == dtype for tensor in held if tensor.is_floating_point())
+        return module if stays and keeps else move(module, *args, **kwargs)
+
+    with mock.patch.object(nn.Module, "to", to):
+        yield
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -38,6 +38,7 @@ from fxsparse.ops.nm import Pattern, PatternText
 from fxsparse.options import Count, Index
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
+from fxsparse.passes.nm.convolutions import CONVOLUTION, masked_convolutions
 from fxsparse.passes.nm.rules import ColumnMask
 from fxsparse.passes.nm.sparse_linear import (
     SparseLinear,
@@ -75,6 +76,8 @@ class DoublePruneBackward(Pass):
     permute_every: Count = 100
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
+        for held in masked_convolutions(graph):
+            yield skipped(fx.module_path(held.name), f"{CONVOLUTION}, whose weight is not pruned again")
         done: set[str] = set()
         for linear in list(sparse_linears(graph)):
             reason = self._misfit(linear)

@@ -32,6 +32,7 @@ from fxsparse.options import Globs, Seed, Share
 from fxsparse.passes.base import Pass, parse_passes, sites_of_others
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.branch import Branch
+from fxsparse.passes.nm.convolutions import CONVOLUTION, masked_convolutions
 from fxsparse.passes.nm.sparse_linear import SparseLinear, name_in_graph, replace_call, sparse_linears
 
 _WITH_BRANCH: dict[Any, Any] = {
@@ -81,6 +82,8 @@ class AddLowRankBranches(Pass):
                 pass_name=self.name,
             )
         candidates = self._candidates(graph)
+        for held in masked_convolutions(graph):
+            yield skipped(fx.module_path(held.name), f"{CONVOLUTION}, and branches are of linears")
         present = {name for name, _ in graph.named_parameters(remove_duplicate=False)}
         mine: set[str] = set()
         for linear in candidates:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -36,6 +36,14 @@ from fxsparse.options import Count, Glob, Globs, Seed, Weight
 from fxsparse.passes.base import Pass
 from fxsparse.passes.event import Event
 from fxsparse.passes.nm.branch import Additions
+from fxsparse.passes.nm.convolutions import (
+    CONVOLUTION,
+    Convolution,
+    convolutions,
+    insert_mask,
+    masked_convolutions,
+    other_weights,
+)
 from fxsparse.passes.nm.rules import Criterion, NMMask
 from fxsparse.passes.nm.sparse_linear import sparse_linears
 from fxsparse.passes.nm.sparsegpt import Pruned, sparsegpt
@@ -66,6 +74,8 @@ class InsertNMMasks(Pass):
         dense_after: fraction of the training steps after which a dynamic pass goes on dense, with pruned weights at the
             values they have reached, as FST does (Hu et al., arXiv 2404.01847); 0.83 leaves it a sixth. 1 is never.
         exclude: globs over module paths that stay dense.
+        convolutions: prune the filters of convolutions too, along their channels and taps in the order of memory. They
+            are held masked, and their masks do not move. Those of patches are first after the input (``keep_first``).
         keep_first: leave the first linears after the input dense.
         keep_head: leave the heads dense.
         keep_adapters: leave the adapters of a PEFT model (``lora_A``, ``lora_B`` and alike) dense: they are small, and
@@ -91,6 +101,7 @@ class InsertNMMasks(Pass):
     decay: Weight = 2e-4
     dense_after: Annotated[float, Interval(gt=0, le=1)] = 1.0
     exclude: Globs = ()
+    convolutions: bool = False
     keep_first: bool = True
     keep_head: bool = True
     keep_adapters: bool = True
@@ -113,8 +124,8 @@ class InsertNMMasks(Pass):
             )
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
-        sites = _sites(graph)
-        self._check_globs([site[0].path for site in sites])
+        sites, filters = _sites(graph), list(convolutions(graph))
+        self._check_globs([site[0].path for site in sites], [conv.path for conv in filters])
         reasons = _DenseByDefault(graph, self.keep_first, self.keep_head, self.keep_adapters)
         chosen: list[tuple[list[Linear], Pattern]] = []
         for site in sites:
@@ -126,10 +137,13 @@ class InsertNMMasks(Pass):
                 chosen.append((site, pattern))
             else:
                 yield skipped(site[0].path, f"kept dense, {reason}")
+        for name, node in other_weights(graph):
+            yield skipped(name, f"kept dense, it is read by {node.name}, which is no linear")
+        yield from self._prune_convolutions(graph, filters, reasons)
         sparse = list(sparse_linears(graph))
         for linear in sparse:
             yield skipped(linear.path, f"is already {linear.pattern}")
-        if not sites and not sparse:
+        if not sites and not sparse and not filters:
             yield skipped("the model", "has no linears to prune")
         norms = self._norms(graph, [site for site, _ in chosen])
         pruned = self._pruned(graph, chosen)
@@ -141,7 +155,7 @@ class InsertNMMasks(Pass):
 
     # --- which weights ---
 
-    def _pattern_for(self, linear: Linear) -> tuple[Pattern | None, str | None]:
+    def _pattern_for(self, linear: Linear | Convolution) -> tuple[Pattern | None, str | None]:
         for glob in self.exclude:
             if fnmatch.fnmatchcase(linear.path, glob):
                 return None, f"excluded by {glob!r}"
@@ -152,7 +166,8 @@ class InsertNMMasks(Pass):
                 return Pattern.parse(pattern), None
         return None, "no glob of the pattern matches it"
 
-    def _check_globs(self, paths: list[str]) -> None:
+    def _check_globs(self, paths: list[str], of_convolutions: list[str]) -> None:
+        paths = [*paths, *of_convolutions] if self.convolutions else paths
         globs = [*self.exclude, *(() if isinstance(self.pattern, str) else dict(self.pattern))]
         for glob in globs:
             if not any(fnmatch.fnmatchcase(path, glob) for path in paths):
@@ -170,6 +185,52 @@ class InsertNMMasks(Pass):
         if self.transposable and linear.out_features % pattern.m:
             return f"{linear.out_features} rows, not a multiple of {pattern.m} as a transposable mask needs"
         return None
+
+    # --- convolutions ---
+
+    def _prune_convolutions(
+        self, gm: GraphModule, filters: list[Convolution], reasons: _DenseByDefault
+    ) -> Iterator[Change]:
+        done = masked_convolutions(gm)
+        for held in done:
+            yield skipped(fx.module_path(held.name), f"is already {held.pattern}")
+        for conv in filters:
+            pattern, reason = self._pattern_for(conv) if self.convolutions else (None, None)
+            reason = reason or self._keeps_filters(gm, conv, pattern) or reasons.of_place(conv.node)
+            if reason is not None or pattern is None:
+                yield skipped(conv.path, f"kept dense, {reason}")
+            else:
+                yield self._sparsify_filters(gm, conv, pattern)
+
+    def _keeps_filters(self, gm: GraphModule, conv: Convolution, pattern: Pattern | None) -> str | None:
+        if pattern is None:
+            return f"{CONVOLUTION} (convolutions=True sparsifies it)"
+        if conv.weight is None:
+            return f"{CONVOLUTION} whose weight is computed, not read"
+        if self.dynamic or self.transposable or self.criterion not in ("magnitude", "random"):
+            option = "dynamic" if self.dynamic else "transposable" if self.transposable else self.criterion
+            return f"{CONVOLUTION}, and {option} masks are of linears only"
+        if len(conv.weight.users) > 1 or len(fx.reads(gm)[id(fx.attribute(gm, conv.name))]) > 1:
+            return f"{CONVOLUTION} whose weight is read more than once"
+        weight = fx.value(conv.weight)
+        if not weight.dtype.is_floating_point:
+            return f"its weight is {weight.dtype}, not a real floating-point type"
+        if weight[0].numel() % pattern.m:
+            return f"{weight[0].numel()} weights in each filter, not a multiple of {pattern.m}"
+        return None
+
+    def _sparsify_filters(self, gm: GraphModule, conv: Convolution, pattern: Pattern) -> Change:
+        borrowed = bool(gm.meta.get(BORROWED))
+        weight = fx.attribute(gm, conv.name).detach()
+        criterion = "magnitude" if structure_only(gm) else self.criterion
+        rule = NMMask(str(pattern), criterion, seed=self.seed, name="" if borrowed else conv.name)
+        fx.set_buffer(gm, f"{conv.name}_mask", rule(weight))
+        if borrowed:
+            derive(gm, f"{conv.name}_mask", Derived(rule, (conv.name,)))
+        insert_mask(gm, conv)
+        names = tuple(fx.parameter_names(gm)[id(fx.attribute(gm, conv.name))])
+        hold(gm, [HeldWeight(conv.name, "masked", str(pattern), False, weight[0].numel(), names)])
+        return rewrote(conv.path, f"{pattern}, {self.criterion}, masked, as convolutions always are")
 
     # --- how ---
 
@@ -294,8 +355,12 @@ class _DenseByDefault:
         adapter = next(filter(_ADAPTER.fullmatch, site[0].name.split(".")), None)
         if self.keep_adapters and adapter:
             return f"it is part of an adapter, {adapter} (keep_adapters=False sparsifies it)"
-        if any(linear.node in self.heads for linear in site):
+        return next(filter(None, (self.of_place(linear.node) for linear in site)), None)
+
+    def of_place(self, node: Node) -> str | None:
+        """What its place in the model says of a linear or a convolution."""
+        if node in self.heads:
             return "it is a head (keep_head=False sparsifies it)"
-        if any(linear.node in self.first for linear in site):
+        if node in self.first:
             return "it is the first linear after the input (keep_first=False sparsifies it)"
         return None

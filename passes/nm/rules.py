@@ -41,7 +41,10 @@ class NMMask:
         return self.with_norms(weight, None)
 
     def with_norms(self, weight: Tensor, norms: Tensor | None) -> Tensor:
-        """The mask, with the input norms ``[in]`` that ``wanda`` multiplies magnitudes by."""
+        """The mask, with the input norms ``[in]`` that ``wanda`` multiplies magnitudes by. That of a convolution's
+        weight has its shape, with n of every m kept in each flattened filter."""
+        if weight.dim() > 2:
+            return self.with_norms(weight.flatten(1), norms).view_as(weight)
         dense = weight.t() if self.transposed else weight
         scores = self._random(dense) if self.criterion == "random" else dense.abs().float()
         if norms is not None:

@@ -308,6 +308,15 @@ def test_views_move_no_bytes_and_a_lookup_reads_what_it_writes() -> None:
     assert count.forward_bytes == 2 * 4 * 3 * 8 * 4 + 4 * 3 * 8
 
 
+def test_a_normalised_weight_costs_no_product() -> None:
+    """The position convolution of Wav2Vec2 and HuBERT computes its weight."""
+    model = torch.nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3), dim=2)
+    gm = trace(model, (torch.randn(2, 4, 9),))
+    assert any("_weight_norm" in str(node.target) for node in gm.graph.nodes)
+    counted = count_flops(gm)
+    assert not counted.uncounted and counted.forward == 2 * 2 * 7 * 4 * 4 * 3
+
+
 def test_an_operator_without_a_formula_is_listed_and_refused() -> None:
     class Distances(nn.Module):
         def __init__(self) -> None:

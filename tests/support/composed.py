@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -202,6 +202,8 @@ class Oracle:
     model: nn.Module
     sites: dict[str, Site]
     linears: dict[str, Linear] = field(default_factory=dict)
+    filters: dict[str, Tensor] = field(default_factory=dict)
+    """The masks of convolutions' weights, by their names."""
     gates: dict[str, Gate] = field(default_factory=dict)
     layer_gates: dict[str, list[Gate]] = field(default_factory=dict)
     units: dict[str, Tensor] = field(default_factory=dict)
@@ -231,12 +233,22 @@ class Oracle:
 
     def _nm_masks(self, item: Any, gm: GraphModule) -> None:
         for held in record_of(gm).weights:
+            if held.name in self.originals and self.originals[held.name].dim() > 2:
+                self._prune_filters(held.name, Pattern.parse(held.pattern))
+                continue
             linear = self.linears[held.name]
             if held.name.rpartition(".")[0] in self.rewritten:
                 pattern = Pattern.parse(held.pattern)
                 linear.pattern = (pattern.n, pattern.m)
                 linear.straight, linear.decay, linear.every = item.dynamic, item.decay, item.every
                 linear.prune()
+
+    @torch.no_grad()
+    def _prune_filters(self, name: str, pattern: Pattern) -> None:
+        weight = self.originals[name]
+        mask = self.filters[name] = largest(weight.flatten(1), pattern.n, pattern.m).view_as(weight)
+        weight *= mask
+        weight.register_hook(lambda grad: grad * mask)
 
     def _double_prune(self, item: Any, gm: GraphModule) -> None:
         present = {name for name, _ in gm.named_buffers()}
@@ -478,7 +490,16 @@ TEACHERS: dict[str, nn.Module] = {}
 """A teacher for each family, in plain torch."""
 
 
-def oracle_of(name: str, model: nn.Module, sites: Mapping[str, Site], gm: GraphModule) -> Oracle:
+_Composed = TypeVar("_Composed", bound=Oracle)
+
+
+def oracle_of(
+    name: str,
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    gm: GraphModule,
+    kind: type[_Composed] = Oracle,  # type: ignore[assignment]
+) -> _Composed:
     """The composed model that the rewritten ``gm`` stands for.
 
     Args:
@@ -486,9 +507,10 @@ def oracle_of(name: str, model: nn.Module, sites: Mapping[str, Site], gm: GraphM
         model: the original; it is copied.
         sites: its attentions and MLPs.
         gm: rewritten, not trained yet.
+        kind: the class of the oracle.
     """
     model = copy.deepcopy(model).train()
-    oracle = Oracle(name, model, dict(sites), originals=dict(model.named_parameters()))
+    oracle = kind(name, model, dict(sites), originals=dict(model.named_parameters()))
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             oracle.linears[f"{path}.weight"] = linear = Linear(module)
@@ -511,6 +533,8 @@ def differences(gm: GraphModule, oracle: Oracle) -> dict[str, float]:
                     value, gm.get_buffer(f"{original}_indices"), Pattern.parse(weight.pattern), weight.in_features
                 )
                 off[name] = _off(value, _left(oracle, original, dense=True, pruned=True))
+            elif name in oracle.filters:
+                off[name] = _off(value * oracle.filters[name], parameters[name])
             elif name in held and not oracle.linears[name].straight:
                 mask = gm.get_buffer(f"{name}_mask")
                 mine = (value.t() if held[name].transposed else value) * mask
@@ -532,4 +556,6 @@ def _left(oracle: Oracle, name: str, *, dense: bool = False, pruned: bool = Fals
 
 
 def _off(mine: Tensor, theirs: Tensor) -> float:
-    return float((mine - theirs).abs().max()) if mine.shape == theirs.shape else math.inf
+    if mine.shape != theirs.shape:
+        return math.inf
+    return float((mine - theirs).abs().max()) if mine.numel() else 0.0

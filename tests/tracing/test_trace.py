@@ -834,3 +834,22 @@ def test_a_window_as_long_as_the_sequence_is_causal() -> None:
     gm, inputs = trace(model, kwargs=causal_lm_batch(4, 17)), causal_lm_batch(2, 24)
     assert all(mask is not None for mask, _ in attentions(gm))
     assert_same(model(**inputs), gm(**inputs))
+
+
+def test_a_module_may_convert_itself_to_the_dtype_it_has() -> None:
+    """Switch Transformers' router converts its classifier in every forward."""
+
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier.to(torch.float32)(x.float())
+
+    model = Router()
+    gm = trace(model, (torch.randn(3, 8),))
+    assert gm.classifier.weight is model.classifier.weight
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(gm(x), model(x))
+    assert model.classifier.to(torch.float64).weight.dtype == torch.float64, "outside of a capture nothing changes"

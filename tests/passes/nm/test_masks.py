@@ -182,6 +182,9 @@ def test_transposable_masks_are_nm_both_ways(pattern: str) -> None:
         assert "12 rows" in skips(record_of(gm))["4"]
 
 
+LISTED = ("Linear", "Conv1D", "Conv2d")
+
+
 def test_every_linear_is_accounted_for() -> None:
     for name in FAMILIES:
         family, base = traced(name)
@@ -191,8 +194,7 @@ def test_every_linear_is_accounted_for() -> None:
         entry = record_of(gm).entries[-1]
         sites = [change.site for change in entry.changes]
         assert len(sites) == len(set(sites)), name
-        classes = ("Linear", "Conv1D", "Conv2d")
-        modules = {path for path, module in family.model.named_modules() if type(module).__name__ in classes}
+        modules = {path for path, module in family.model.named_modules() if type(module).__name__ in LISTED}
         assert modules == set(sites), name
 
 
