@@ -54,7 +54,7 @@ class BackendOptions:
         """
         theirs = dict(checked("options", options, Mapping[str, Any] | None) or {})
         ours = {name: theirs.pop(name) for name in OURS if name in theirs}
-        plain = {name: ours[name] for name in ("weights", "fallback", "compiler") if name in ours}
+        plain = {name: ours[name] for name in ours if name in ("weights", "fallback", "compiler")}
         plain["tune"] = ours.get("tune", cls.tune)
         if plain["tune"] in (None, False):
             plain["tune"] = 0.0
