@@ -9,7 +9,7 @@ floats a vector, values a0 a1 .. of one row, b0 b1 .. of the next):
 
 Vectors of values and places serve all tokens; a token costs one pick and one product for 8 values. Groups of eight take
 two picks, and the third bit of an index chooses; at 1:4 neighbouring values belong to two groups. AVX-512 could expand
-the weight instead, which takes twice the products and more shuffles: measured on Sapphire Rapids, 0.7 to 0.9 as fast.
+the weight instead, which takes twice the products and more shuffles: 0.75 to 1 as fast on Sapphire Rapids.
 
 Memory is the limit for one token. Four rows at once keep it busy (measured on Zen 3: 14 GB/s a core, with two rows 12),
 each fetched a few lines ahead and, where it ends, into the rows after these.
