@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from benchmarks import cpu_models
 from benchmarks.timing import Times, environment, interleaved
 from fxsparse.codegen.cpu import instruction_sets, launch
+from fxsparse.lowering.measure import last_cache
 from fxsparse.ops import nm
 from fxsparse.ops.nm import Pattern
 
@@ -45,7 +46,7 @@ PATTERNS = (Pattern(2, 4), Pattern(2, 8))
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {"forward": "nm_linear", "grad input": "nm_linear_grad_input", "grad values": "nm_linear_grad_values"}
 MODELS_TOO = ("host", "step", "generate")
-ROTATED = 128 << 20
+ROTATED = max(128 << 20, min(2 * last_cache(), 512 << 20))
 """Bytes of dense weights that one turn passes over where tokens are few: more than a cache holds."""
 
 HEADER = "| product | weight | pattern | dtype | tokens | threads | dense / ours | packed dense / ours | limit |"

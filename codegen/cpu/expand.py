@@ -1,4 +1,4 @@
-"""C++ for few tokens: rows of the weight are expanded in registers and multiplied with every token.
+"""C++ that expands rows of the weight in registers: for few tokens on any processor, and where columns are transposed.
 
     kept values   a b c d          (8 of 16 columns at 2:4)
     mask          0 1 0 1 1 0 0 1  from the packed indices, 512 columns at once
@@ -112,34 +112,9 @@ _WAYS = {(1, 2): "nibble", (2, 4): "nibble", (1, 4): "byte", (2, 8): "both", (4,
 
 _SECOND = {(1, 2): 2, (1, 4): 4}  # columns from the first group of a nibble to the second
 
-_DOT_STEP = """
-constexpr int STEP = 32;  // columns of one instruction: pairs of bfloat16 are multiplied and summed in float
-using input = element;
-using wide = __m512i;
-
-INLINE wide load_input(const input* p) { return _mm512_loadu_si512(p); }
-INLINE wide expand(const element* values, const uint8_t* masks) {
-  uint32_t mask;
-  memcpy(&mask, masks, sizeof mask);
-  return _mm512_maskz_expand_epi16(mask, $load);
-}
-INLINE vec multiply_add(wide weight, wide x, vec sum) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)x);
-}
-"""
-
-_DOT_LOADS = {
-    16: "_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)))",
-    8: "_mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)))",
-}
-
 _AVX512_STEP = """
-constexpr int STEP = LANES;
-using input = float;
-using wide = vec;
-
-INLINE wide load_input(const input* p) { return load(p); }
-INLINE wide expand(const element* values, const uint8_t* masks) {
+constexpr int STEP = LANES, KEPT = STEP / M * N;  // columns of a step, and its kept values
+INLINE vec expand(const element* values, const uint8_t* masks) {
   uint16_t mask;
   memcpy(&mask, masks, sizeof mask);
   return _mm512_maskz_expand_ps(mask, $load);
@@ -164,10 +139,7 @@ _AVX512_LOADS = {
 }
 
 _AVX2_STEP = """
-constexpr int STEP = LANES;
-using input = float;
-using wide = vec;
-
+constexpr int STEP = LANES, KEPT = STEP / M * N;  // columns of a step, and its kept values
 // place_table.of[mask][lane]: which kept value a lane takes, negative where none
 struct PlaceTable {
   alignas(8) int8_t of[256][8];
@@ -178,8 +150,7 @@ struct PlaceTable {
 };
 constexpr PlaceTable place_table;
 
-INLINE wide load_input(const input* p) { return load(p); }
-INLINE wide expand(const element* values, const uint8_t* masks) {
+INLINE vec expand(const element* values, const uint8_t* masks) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(place_table.of[*masks]));
   const __m256i places = _mm256_cvtepi8_epi32(bytes);
   const vec taken = _mm256_permutevar8x32_ps(_mm256_castps128_ps256($load), places);
@@ -200,12 +171,8 @@ _AVX2_LOADS = {
 }
 
 _PORTABLE_STEP = """
-constexpr int STEP = LANES;
-using input = float;
-using wide = vec;
-
-INLINE wide load_input(const input* p) { return load(p); }
-INLINE wide expand(const element* values, const uint8_t* masks) {
+constexpr int STEP = LANES, KEPT = STEP / M * N;  // columns of a step, and its kept values
+INLINE vec expand(const element* values, const uint8_t* masks) {
   float at[LANES] = {};
   for (unsigned rest = *masks; rest; rest &= rest - 1) at[__builtin_ctz(rest)] = number(*values++);
   return load(at);
@@ -223,7 +190,7 @@ void multiply_rows(const Call& call, const Inputs& inputs, int64_t token, int64_
   const element* values[ROWS];
   const uint8_t* indices[ROWS];
   find_rows(call, row, values, indices);
-  const input* x = inputs.x + token * inputs.stride;
+  const float* x = inputs.x + token * inputs.stride;
   vec total[PARTS][ROWS][TOKENS];
   for (int p = 0; p < PARTS; ++p)
     for (int r = 0; r < ROWS; ++r)
@@ -232,10 +199,10 @@ void multiply_rows(const Call& call, const Inputs& inputs, int64_t token, int64_
   alignas(64) element rest[ROWS][KEPT];
 
   auto step = [&](int part, int64_t column, const element* (&from)[ROWS], int64_t mask) INLINE_LAMBDA {
-    wide weight[ROWS];
+    vec weight[ROWS];
     UNROLL for (int r = 0; r < ROWS; ++r) weight[r] = expand(from[r], masks[r] + mask);
     UNROLL for (int t = 0; t < TOKENS; ++t) {
-      const wide xt = load_input(x + t * inputs.stride + column);
+      const vec xt = load(x + t * inputs.stride + column);
       UNROLL for (int r = 0; r < ROWS; ++r) total[part][r][t] = multiply_add(weight[r], xt, total[part][r][t]);
     }
   };
@@ -283,7 +250,7 @@ void multiply_rows(const Call& call, const Inputs& inputs, int64_t token, int64_
 _CONVERTED = """
 constexpr bool COPIES = true;
 
-INLINE void copy_row(const element* from, int64_t columns, int64_t padded, input* to) {
+INLINE void copy_row(const element* from, int64_t columns, int64_t padded, float* to) {
   for (int64_t i = 0; i < padded; i += LANES) {
     const int64_t left = columns - i;
     store(to + i, left >= LANES ? load(from + i) : left > 0 ? load_first(from + i, left) : vec{});
@@ -294,16 +261,11 @@ INLINE void copy_row(const element* from, int64_t columns, int64_t padded, input
 _SAME = """
 constexpr bool COPIES = false;  // unless x has to be longer
 
-INLINE void copy_row(const element* from, int64_t columns, int64_t padded, input* to) {
+INLINE void copy_row(const element* from, int64_t columns, int64_t padded, float* to) {
   memcpy(to, from, size_t(columns) * sizeof *to);
   memset(to + columns, 0, size_t(padded - columns) * sizeof *to);
 }
 """
-
-
-def uses_dot(instruction_set: InstructionSet, dtype: str) -> bool:
-    """Whether pairs of 16-bit numbers are multiplied by one instruction."""
-    return instruction_set.name == "avx512_bf16" and dtype == "bfloat16"
 
 
 def rows_of(tokens: int, instruction_set: InstructionSet) -> int:
@@ -312,31 +274,25 @@ def rows_of(tokens: int, instruction_set: InstructionSet) -> int:
     return max(size for size in (1, 2, 3, MOST_ROWS) if size <= max(1, fitting))
 
 
-def steps(instruction_set: InstructionSet, dtype: str, n: int, m: int, *, dot: bool) -> str:
+def steps(instruction_set: InstructionSet, dtype: str, n: int, m: int) -> str:
     """Masks out of packed indices, and ``expand`` of STEP columns with KEPT values."""
-    kept = (32 if dot else instruction_set.lanes) // m * n
-    if dot:
-        step = _DOT_STEP.replace("$load", _DOT_LOADS[kept])
-    elif instruction_set.lanes == 16:
+    kept = instruction_set.lanes // m * n
+    if instruction_set.lanes == 16:
         step = _AVX512_STEP.replace("$load", _AVX512_LOADS[dtype, kept])
     elif instruction_set.flags:
         step = _AVX2_STEP.replace("$load", _AVX2_LOADS[dtype, kept])
     else:
         step = _PORTABLE_STEP
     masks = _VECTOR_MASKS if instruction_set.lanes == 16 else _TABLE + _SCALAR_MASKS
-    return fill(masks, body=_BODIES[_WAYS[n, m]], second=str(_SECOND.get((n, m), 0))) + step.replace(
-        "using input", "constexpr int KEPT = STEP / M * N;  // kept values of a step\nusing input", 1
-    )
+    return fill(masks, body=_BODIES[_WAYS[n, m]], second=str(_SECOND.get((n, m), 0))) + step
 
 
 def rows(instruction_set: InstructionSet, dtype: str, n: int, m: int) -> str:
     """``copy_row`` and ``multiply_rows``."""
-    dot = uses_dot(instruction_set, dtype)
-    step = 32 if dot else instruction_set.lanes
     size = 4 if dtype == "float32" else 2
     parts = (
-        steps(instruction_set, dtype, n, m, dot=dot),
-        _SAME if dot or size == 4 else _CONVERTED,
-        fill(_ROWS, unrolled=str(min(8, max(2, 64 // (step // m * n * size))))),
+        steps(instruction_set, dtype, n, m),
+        _SAME if size == 4 else _CONVERTED,
+        fill(_ROWS, unrolled=str(min(8, max(2, 64 // (instruction_set.lanes // m * n * size))))),
     )
     return "\n".join(parts)

@@ -4,10 +4,12 @@
     x         copied to floats where a kernel needs that, zeros after its end
     sums      [tokens, rows of a chunk] in float, which `finish` makes results of
 
-How some rows and tokens are multiplied is in `expand` (the weight is expanded) and `gather` (x is picked from, AVX2).
+How some rows and tokens are multiplied is in `gather` (x is picked from) and, portable, in `expand` (of the weight).
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 from fxsparse.codegen.cpu import expand, gather
 from fxsparse.codegen.cpu.instruction_sets import InstructionSet
@@ -19,7 +21,7 @@ constexpr int STRIDE = CHUNK + 16;  // sums of a token: of a chunk, and of rows 
 
 // x as multiply_rows reads it: rows of whole steps, zeros after the end
 struct Inputs {
-  const $input* x;
+  const float* x;
   int64_t stride;
   const float* hidden;  // scale x down^T [tokens, rank]
   int64_t hidden_stride;
@@ -91,9 +93,9 @@ int few_tokens(const Call& call) {
   const bool copies = COPIES || padded != call.in || tokens != call.tokens;
   Scratch x_scratch(copies ? tokens * padded : 0), hidden(tokens * width);
   if (!x_scratch.get || !hidden.get) return 1;
-  Inputs inputs{static_cast<const input*>(call.x), call.x_stride, hidden.get, width};
+  Inputs inputs{static_cast<const float*>(call.x), call.x_stride, hidden.get, width};
   if (copies) {
-    input* to = reinterpret_cast<input*>(x_scratch.get);
+    float* to = x_scratch.get;
     for (int64_t t = 0; t < tokens; ++t) {
       const element* from = static_cast<const element*>(call.x) + least(t, call.tokens - 1) * call.x_stride;
       copy_row(from, call.in, padded, to + t * padded);
@@ -121,24 +123,18 @@ int few_tokens(const Call& call) {
 """
 
 
-def gathers(instruction_set: InstructionSet) -> bool:
-    """Whether x is picked from instead of expanding the weight."""
-    return instruction_set.lanes == 8 and bool(instruction_set.flags)
+def way(instruction_set: InstructionSet) -> ModuleType:
+    """How some rows and tokens are multiplied: ``gather`` or ``expand``."""
+    return gather if instruction_set.flags else expand
 
 
 def few(instruction_set: InstructionSet, dtype: str, n: int, m: int) -> str:
     """Everything of a product for few tokens; the last function is ``few_tokens``."""
-    if gathers(instruction_set):
-        kind, rows, rows_of = "float", gather.rows(n, m), gather.rows_of
-    else:
-        kind = "element" if expand.uses_dot(instruction_set, dtype) else "float"
-        rows = expand.rows(instruction_set, dtype, n, m)
-
-        def rows_of(tokens: int) -> int:
-            return expand.rows_of(tokens, instruction_set)
-
+    chosen = way(instruction_set)
     cases = [
-        f"case {tokens}:\n  multiply_chunk<{rows_of(tokens)}, {tokens}>(call, inputs, t, row, last);\n  break;"
+        f"case {tokens}:\n  multiply_chunk<{chosen.rows_of(tokens, instruction_set)}, {tokens}>"
+        "(call, inputs, t, row, last);\n  break;"
         for tokens in (1, 2, 4, 8)
     ]
-    return "\n".join((fill(_INPUTS, input=kind), rows, fill(_PRODUCT, cases="\n".join(cases)))) + "\n"
+    rows = chosen.rows(instruction_set, dtype, n, m)
+    return "\n".join((_INPUTS, rows, fill(_PRODUCT, cases="\n".join(cases)))) + "\n"

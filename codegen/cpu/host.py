@@ -9,8 +9,8 @@
 
 ``kernel`` is ``CPUSpec.id``, which is the same in every process, so a compiled graph may hold it. They are written
 against torch's stable interface: built in a second, and called for 2.9 us where ``aten.linear`` costs 2.3, a Python
-function behind a ``custom_op`` 28 (two tokens of 16 numbers; ctypes 2.0 without the dispatcher, but a compiled graph
-cannot hold that).
+function behind a ``custom_op`` 28 (two tokens of 16 numbers). Graphs of Inductor call kernels in a shorter way, without
+the dispatcher (`extern`).
 """
 
 from __future__ import annotations
@@ -59,11 +59,16 @@ struct Kernel {
 std::shared_mutex lock;
 std::unordered_map<int64_t, std::unique_ptr<Kernel>> kernels;
 
-Kernel& find(int64_t id) {
+Kernel* loaded(int64_t id) {
   std::shared_lock<std::shared_mutex> reading(lock);
   auto found = kernels.find(id);
-  STD_TORCH_CHECK(found != kernels.end(), "fxsparse: kernel ", id, " is not loaded in this process");
-  return *found->second;
+  return found == kernels.end() ? nullptr : found->second.get();
+}
+
+Kernel& find(int64_t id) {
+  Kernel* kernel = loaded(id);
+  STD_TORCH_CHECK(kernel, "fxsparse: kernel ", id, " is not loaded in this process");
+  return *kernel;
 }
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
@@ -126,14 +131,16 @@ Tensor result(const Tensor& like, int64_t columns) {
   return torch::stable::new_empty(like, shape);
 }
 
-void run(Kernel& kernel, Call& call) {
+int launch(Kernel& kernel, Call& call) {
   call.parallel_for = parallel_for;
   call.few = kernel.few;
   call.vectors = kernel.vectors;
   call.rows = kernel.rows;
   kernel.launches.fetch_add(1, std::memory_order_relaxed);
-  STD_TORCH_CHECK(kernel.run(&call) == 0, "fxsparse: out of memory");
+  return kernel.run(&call);
 }
+
+void run(Kernel& kernel, Call& call) { STD_TORCH_CHECK(launch(kernel, call) == 0, "fxsparse: out of memory"); }
 
 Tensor multiply(Call& call, const Tensor& x, const Tensor& values, const Tensor& indices,
                 const std::optional<Tensor>& bias, int64_t id) {
@@ -302,6 +309,12 @@ extern "C" __attribute__((visibility("default"))) void* fxsparse_load(int64_t id
   kernel->rows = rows;
   std::unique_lock<std::shared_mutex> writing(lock);
   return &kernels.emplace(id, std::move(kernel)).first->second->launches;
+}
+
+// for who calls kernels without these operators: a kernel, null if it is not loaded, and running it
+extern "C" __attribute__((visibility("default"))) void* fxsparse_find(int64_t id) { return loaded(id); }
+extern "C" __attribute__((visibility("default"))) int fxsparse_run(void* kernel, Call* call) {
+  return launch(*static_cast<Kernel*>(kernel), *call);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse_cpu, library) {

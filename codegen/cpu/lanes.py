@@ -22,6 +22,13 @@ COMMON = """
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
+
+// An address in one register: Intel splits a product with an operand at the sum of two, which then is two instructions.
+template <class T>
+INLINE T* in_one_register(T* at) {
+  asm("" : "+r"(at));
+  return at;
+}
 """
 
 _AVX512 = """

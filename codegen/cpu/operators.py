@@ -82,8 +82,8 @@ def kernel_of(
 def tiles(op: str, dtype: torch.dtype, rows: int) -> tuple[Tile, ...]:
     """Ways to cut a product of that many rows that are worth measuring; they share a build."""
     default = default_tile(str(dtype).removeprefix("torch."), instruction_sets.chosen())
-    if KINDS[op] == NMLinear.kind and 8 < rows <= FEW:
-        return replace(default, few=8), replace(default, few=FEW)
+    if KINDS[op] == NMLinear.kind and 4 < rows <= FEW:
+        return replace(default, few=4), replace(default, few=FEW)
     return (default, replace(default, rows=default.rows // 2)) if rows > FEW and "values" not in op else (default,)
 
 

@@ -102,7 +102,7 @@ INLINE void add_four(vec (&sums)[CHAINS][VECTORS], const cell* x, bundle indices
   constexpr int64_t WIDTH = VECTORS * LANES;
   constexpr bundle INDEX = (bundle(1) << INDEX_BITS) - 1;
   auto one = [&](vec value, int kept) INLINE_LAMBDA {
-    const cell* at = x + (kept / N * M + int64_t(indices >> (INDEX_BITS * kept) & INDEX)) * WIDTH;
+    const cell* at = in_one_register(x + (kept / N * M + int64_t(indices >> (INDEX_BITS * kept) & INDEX)) * WIDTH);
     UNROLL for (int j = 0; j < VECTORS; ++j)
       sums[kept % CHAINS][j] = multiply_add(value, load(at + j * LANES), sums[kept % CHAINS][j]);
   };
@@ -194,7 +194,8 @@ struct Gather {
         for (; column + BUNDLE_COLUMNS <= end; column += BUNDLE_COLUMNS) {
           const element* from = row_values + kept_of(column);
           alignas(64) kept_value own[BUNDLE];
-          __builtin_prefetch(from + 2 * row_kept);
+          __builtin_prefetch(from + 4 * row_kept);
+          __builtin_prefetch(row_indices + 4 * row_bytes + kept_of(column) * INDEX_BITS / 8);
           add_bundle(total, panel + column * WIDTH, load_bundle(row_indices + kept_of(column) * INDEX_BITS / 8),
                      load_kept(from, own));
         }

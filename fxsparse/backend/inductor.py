@@ -25,6 +25,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxsparse.backend.options import BackendOptions
+from fxsparse.codegen.cpu import extern, loaded
 from fxsparse.lowering.after_partition import call_kernels, keep_transposes, runs_reference
 from fxsparse.ops.operator import operator_of
 
@@ -62,7 +63,8 @@ class InlineReferences(CustomGraphPass):
     def uuid(self) -> bytes | None:
         """Of the sources, the options, the overrides and the user's passes; None, and no caching, where one of those
         has none."""
-        digest = hashlib.sha256(sources() + f"{self.options};{sorted(self.overrides.items())}".encode())
+        said = f"{self.options};{sorted(self.overrides.items())};{_cannot_bind()}"
+        digest = hashlib.sha256(sources() + said.encode())
         for item in self.then:
             theirs = item.uuid() if isinstance(item, CustomGraphPass) else None
             if theirs is None:
@@ -87,12 +89,21 @@ def sources() -> bytes:
     return digest.digest()
 
 
+def _cannot_bind() -> bool:
+    """Whether C++ kernels are loaded that Inductor can only call through the dispatcher."""
+    return bool(loaded.kernels()) and extern.obstacle() is not None
+
+
 def config_patches(
     options: BackendOptions, overrides: Mapping[str, str], show: Callable[[Graph], None]
 ) -> dict[str, Any]:
     """Inductor's configuration for a graph with ``options`` and ``overrides``; ``show`` is given what it compiles."""
     from torch._inductor import config
 
+    if loaded.kernels() and extern.obstacle() is None:
+        from fxsparse.backend import extern_kernels
+
+        extern_kernels.register()
     theirs = options.inductor.get(_SLOT, getattr(config, _SLOT)) or ()
     return {
         **options.inductor,

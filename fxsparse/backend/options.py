@@ -54,8 +54,9 @@ class BackendOptions:
         """
         theirs = dict(checked("options", options, Mapping[str, Any] | None) or {})
         ours = {name: theirs.pop(name) for name in OURS if name in theirs}
-        plain = {name: ours[name] for name in ("weights", "tune", "fallback", "compiler") if name in ours}
-        if plain.get("tune", 0) in (None, False):
+        plain = {name: ours[name] for name in ours if name in ("weights", "fallback", "compiler")}
+        plain["tune"] = ours.get("tune", cls.tune)
+        if plain["tune"] in (None, False):
             plain["tune"] = 0.0
         return cls(pipeline=_pipeline(ours), lower=_lower(ours.get("lower")), inductor=_inductor(theirs, mode), **plain)
 

@@ -52,15 +52,13 @@ _GENERATED_EFFICIENCY, _DECOMPRESSING_EFFICIENCY = 0.55, 0.4
 
 
 _FEW = 64
-# What dense took at the least, over the C++ kernel, on an EPYC of the Zen 5 kind (`benchmarks/RESULTS.md`): by operator
-# and by whether rows are few.
+# What dense took at the least, over the C++ kernel, on an EPYC of the Zen 5 kind and a Xeon of the Sapphire Rapids kind
+# (`benchmarks/RESULTS.md`): by operator and by whether rows are few. Gradients gained 1.4 on one and lost on the other.
 _RATIOS_ON_CPU = {
     ("nm_linear", True): 1.4,
-    ("nm_linear", False): 1.4,
+    ("nm_linear", False): 1.1,
     ("nm_linear_low_rank", True): 1.4,
-    ("nm_linear_low_rank", False): 1.4,
-    ("nm_linear_grad_input", False): 1.4,
-    ("nm_linear_grad_values", False): 1.4,
+    ("nm_linear_low_rank", False): 1.1,
 }
 
 

@@ -38,6 +38,13 @@ def test_recipe_is_a_name_for_passes() -> None:
     assert str(pipeline).startswith("nm-masks")
 
 
+def test_products_are_measured_on_first_use_unless_told_otherwise():
+    """The default seconds hold where the option is not given, and 0 stands for every way to say no."""
+    assert BackendOptions.parse(None).tune == BackendOptions.parse({"fallback": False}).tune == 30.0
+    assert BackendOptions.parse({"tune": 5}).tune == 5.0
+    assert [BackendOptions.parse({"tune": off}).tune for off in (0, None, False)] == [0.0] * 3
+
+
 def test_mode_and_inductor_options_are_expanded() -> None:
     assert BackendOptions.parse(None, "max-autotune-no-cudagraphs").inductor["max_autotune"] is True
     assert BackendOptions.parse({"triton.cudagraphs": False, "max-autotune": True}).inductor == {
