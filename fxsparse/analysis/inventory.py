@@ -46,7 +46,7 @@ def weighted(gm: GraphModule) -> list[Weighted]:
             continue
         name = str(read.target)
         all_names = frozenset(names.get(id(held), [name]))
-        for user in _readers(read):
+        for user in _readers(read, held.dim() > 2):
             kind = _kind(user, held)
             if kind is not None:
                 paths = {module_path(each) for each in all_names}
@@ -56,13 +56,14 @@ def weighted(gm: GraphModule) -> list[Weighted]:
     return list(found.values())
 
 
-def _readers(read: Node) -> Iterator[Node]:
-    """What reads a tensor, also in another layout or converted."""
+def _readers(read: Node, experts: bool) -> Iterator[Node]:
+    """What reads a tensor, also in another layout or converted, or some of its experts; of a table it is no weight."""
+    layouts = _LAYOUTS | {"index"} if experts else _LAYOUTS
     pending = list(read.users)
     while pending:
         user = pending.pop()
         known = traits.of(user.target)
-        if known.copies is not None or known.axes in _LAYOUTS:
+        if known.copies is not None or known.axes in layouts:
             pending += user.users
         else:
             yield user

@@ -225,7 +225,8 @@ class _CompiledCall:
     """Shows an observer the calls of a module that ``module.compile(...)`` compiled together with its hooks."""
 
     def __init__(self, module: nn.Module, observer: _Observer):
-        self.module, compiled = module, module._compiled_call_impl
+        self.module = module
+        compiled: Any = module._compiled_call_impl
 
         @functools.wraps(compiled)
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -77,42 +77,6 @@ def masked_convolutions(gm: GraphModule) -> list[HeldWeight]:
     return [weight for weight in weights if weight.name in tensors and tensors[weight.name].dim() > 2]
 
 
-def other_weights(gm: GraphModule) -> Iterator[tuple[str, Node]]:
-    """Weights that are products' operands in a way that is no linear and no convolution, and those products: of
-    experts, in one tensor, or on the left side."""
-    known = {linear.weight for linear in fx.linears(gm)} | {conv.weight for conv in convolutions(gm)}
-    seen: set[str] = set()
-    for node in gm.graph.nodes:
-        if node.op != "call_function" or _operator(node) not in _PRODUCTS:
-            continue
-        for operand in node.all_input_nodes:
-            read = _read_in_parts(operand)
-            name = str(read.target)
-            if read.op != "get_attr" or read in known or name in seen:
-                continue
-            parameter = fx.attribute(gm, name)
-            if isinstance(parameter, nn.Parameter) and parameter.dim() > 1:
-                seen.add(name)
-                yield name, node
-
-
-_PRODUCTS = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum", "_grouped_mm", "grouped_mm", "mv", "addmv"}
-_PARTS = ("reshape", "permute", "broadcast", "slices", "select", "index", "item")
-
-
-def _operator(node: Node) -> str:
-    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
-
-
-def _read_in_parts(node: Node) -> Node:
-    """The read behind views and parts of a weight."""
-    while node.op == "call_function" and (
-        traits.of(node.target).axes in _PARTS or traits.of(node.target).copies is not None
-    ):
-        node = node.all_input_nodes[0]
-    return fx.read_of(node)
-
-
 def insert_mask(gm: GraphModule, convolution: Convolution) -> None:
     """Multiplies the weight by the buffer ``<weight>_mask`` where the convolution reads it."""
 

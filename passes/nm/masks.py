@@ -42,7 +42,6 @@ from fxsparse.passes.nm.convolutions import (
     convolutions,
     insert_mask,
     masked_convolutions,
-    other_weights,
 )
 from fxsparse.passes.nm.rules import Criterion, NMMask
 from fxsparse.passes.nm.sparse_linear import sparse_linears
@@ -137,8 +136,6 @@ class InsertNMMasks(Pass):
                 chosen.append((site, pattern))
             else:
                 yield skipped(site[0].path, f"kept dense, {reason}")
-        for name, node in other_weights(graph):
-            yield skipped(name, f"kept dense, it is read by {node.name}, which is no linear")
         yield from self._prune_convolutions(graph, filters, reasons)
         sparse = list(sparse_linears(graph))
         for linear in sparse:
