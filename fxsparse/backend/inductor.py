@@ -101,9 +101,10 @@ def config_patches(
     from torch._inductor import config
 
     if loaded.kernels() and extern.obstacle() is None:
-        from fxsparse.backend import extern_kernels
+        with contextlib.suppress(ImportError):  # of names that this torch's Inductor lacks: operators stay calls
+            from fxsparse.backend import extern_kernels
 
-        extern_kernels.register()
+            extern_kernels.register()
     theirs = options.inductor.get(_SLOT, getattr(config, _SLOT)) or ()
     return {
         **options.inductor,
