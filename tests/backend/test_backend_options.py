@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxsparse.backend.backend import compiled_graphs
 from fxsparse.backend.options import BackendOptions
@@ -132,7 +132,17 @@ def test_a_pass_that_refuses_reaches_the_caller_and_can_be_retried() -> None:
 
 
 def test_equal_options_do_not_recompile() -> None:
-    model, x = nn.Sequential(nn.Linear(32, 32)), torch.randn(4, 32)
+    class Net(nn.Module):
+        """No Sequential, whose forward runs over what passes register with it too, and is compiled once more then."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x)
+
+    model, x = Net(), torch.randn(4, 32)
     compiled = [
         torch.compile(
             model,
