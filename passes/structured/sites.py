@@ -98,7 +98,7 @@ def find_sites(gm: GraphModule, units: Collection[str], globs: Iterable[str] | N
     found = structures(gm)
     sublayers: tuple[Site, ...] = (*found.attentions, *found.mlps)
     hidden, unknown = streams(gm) if "hidden" in units else ([], [])
-    if not sublayers and not hidden:
+    if not sublayers:
         reasons = "".join(f"; {change}" for change in (*found.skipped, *unknown)[:4])
         raise RewriteError(f"found no attention and no MLP to gate{reasons}", pass_name=pass_name)
     named = {site.path for site in sublayers}
