@@ -98,8 +98,8 @@ def find_sites(gm: GraphModule, units: Collection[str], globs: Iterable[str] | N
     found = structures(gm)
     sublayers: tuple[Site, ...] = (*found.attentions, *found.mlps)
     hidden, unknown = streams(gm) if "hidden" in units else ([], [])
-    if not sublayers and not hidden:
-        reasons = "".join(f"; {change}" for change in (*found.skipped, *unknown)[:4])
+    if not sublayers:
+        reasons = "".join(f"; {change}" for change in (*unknown, *found.skipped)[:4])
         raise RewriteError(f"found no attention and no MLP to gate{reasons}", pass_name=pass_name)
     named = {site.path for site in sublayers}
     if globs is not None:
@@ -108,7 +108,7 @@ def find_sites(gm: GraphModule, units: Collection[str], globs: Iterable[str] | N
                 known = ", ".join(site.path for site in sublayers[:4])
                 raise RewriteError(f"the glob {glob!r} matches nothing; there are: {known}", pass_name=pass_name)
         named = {path for path in named if any(fnmatchcase(path, glob) for glob in globs)}
-    return Sites(sublayers, frozenset(named), tuple(hidden), (*found.skipped, *unknown))
+    return Sites(sublayers, frozenset(named), tuple(hidden), (*unknown, *found.skipped))
 
 
 def gate_sites(

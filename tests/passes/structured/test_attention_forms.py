@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import fxsparse
 from fxsparse.analysis.structures import structures
+from fxsparse.errors import RewriteError
 from fxsparse.passes.structured.hard_concrete import gate_names, gated, mask_name
 
 DIM, HEADS, CHANNELS = 32, 4, 48
@@ -374,3 +375,61 @@ def test_heads_that_take_part_are_as_without_the_others(name: str, gm: GraphModu
         query = site.projections[0].linear.name
         mine, its = (module.get_parameter(query).grad for module in (neurons, plain))
         torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-6)
+
+
+class Embedded(nn.Module):
+    """Tokens looked up, before blocks."""
+
+    def __init__(self, block: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.table, self.layers, self.head = nn.Embedding(20, DIM), Layers(block), nn.Linear(DIM, 20)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.layers(self.table(ids)))
+
+
+@pytest.mark.parametrize("block", [Eager, Merged])
+def test_scores_masked_by_hand_are_multiplexed_but_not_with_a_prefix(block: Callable[[], nn.Module]) -> None:
+    gm = fxsparse.trace(Embedded(block), (torch.randint(20, (4, 7)),))
+    mixed = fxsparse.rewrite(gm, "multiplex{n=2,demux=repeat}").eval()
+    ids = torch.randint(20, (1, 7)).repeat(3, 1)
+    result = mixed(ids)  # rows of a group are alike, so each row is
+    assert result.shape == (3, 7, 20)
+    torch.testing.assert_close(result[0], result[1])
+    with pytest.raises(RewriteError, match=r'use attn_implementation="sdpa", or demux=keys'):
+        fxsparse.rewrite(gm, "multiplex{n=2,demux=prefix}")
+
+
+class Shared(nn.Module):
+    """One block that runs twice, as in ALBERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.block(x))
+
+
+def test_shared_layers_are_refused_when_gates_are_inserted() -> None:
+    for passes in ("gates", "gates{units=heads,score=magnitude}", "drop-dims{units=heads}"):
+        with pytest.raises(RewriteError, match=r"found no.*qkv.weight is used more than once"):
+            fxsparse.rewrite(Shared(), passes, (torch.randn(3, 7, DIM),))
+
+
+def test_heads_of_axes_that_are_mixed_are_left_alone_with_a_reason() -> None:
+    class Talking(Block):
+        """Scores of all heads mixed, and norms over all of them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Parameter(torch.randn(HEADS, HEADS))
+
+        def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            scores = torch.einsum("bhij,hg->bgij", query @ key.mT / 3, self.mix)
+            return scores.softmax(-1) @ value
+
+    gm = fxsparse.trace(Layers(Talking), (torch.randn(3, 7, DIM),))
+    found = structures(gm)
+    assert not found.attentions
+    assert {change.site for change in found.skipped} == {"h.0", "h.1"}
