@@ -77,9 +77,9 @@ def masked_convolutions(gm: GraphModule) -> list[HeldWeight]:
     return [weight for weight in weights if weight.name in tensors and tensors[weight.name].dim() > 2]
 
 
-def other_weights(gm: GraphModule) -> Iterator[tuple[str, Node]]:
-    """Weights that are products' operands in a way that is no linear and no convolution, and those products: of
-    experts, in one tensor, or on the left side."""
+def other_weights(gm: GraphModule) -> Iterator[tuple[str, str]]:
+    """Weights that are products' operands in a way that is no linear and no convolution, and the products' operators:
+    of experts, in one tensor, or on the left side."""
     known = {linear.weight for linear in fx.linears(gm)} | {conv.weight for conv in convolutions(gm)}
     seen: set[str] = set()
     for node in gm.graph.nodes:
@@ -93,7 +93,7 @@ def other_weights(gm: GraphModule) -> Iterator[tuple[str, Node]]:
             parameter = fx.attribute(gm, name)
             if isinstance(parameter, nn.Parameter) and parameter.dim() > 1:
                 seen.add(name)
-                yield name, node
+                yield name, _operator(node)
 
 
 _PRODUCTS = {"linear", "addmm", "mm", "matmul", "bmm", "baddbmm", "einsum", "_grouped_mm", "grouped_mm", "mv", "addmv"}

@@ -136,8 +136,8 @@ class InsertNMMasks(Pass):
                 chosen.append((site, pattern))
             else:
                 yield skipped(site[0].path, f"kept dense, {reason}")
-        for name, node in other_weights(graph):
-            yield skipped(name, f"kept dense, it is read by {node.name}, which is no linear")
+        for name, operator in other_weights(graph):
+            yield skipped(name, f"kept dense, it is read by {operator}, which is no linear")
         yield from self._prune_convolutions(graph, filters, reasons)
         sparse = list(sparse_linears(graph))
         for linear in sparse:
