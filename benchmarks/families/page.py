@@ -106,14 +106,16 @@ def _shown(line: Line | None, numbers: dict[str, int]) -> str:
 
 def reason_of(line: Line) -> str:
     """A refusal's or a skip's reason without what depends on the family."""
-    text = re.sub(r"\s+", " ", line["detail"]).strip()
+    text = _plain(line["detail"])
     text = re.sub(r"\b\w+(\.\w+)+(, \w+(\.\w+)+)*(, \.\.\.)?", "…", text)
     text = re.sub(r"\b[A-Z]\w+(For|Model|LMHead)\w*", "this class", text)
-    return _plain(re.sub(r"\b\d[\d,]*\b", "N", text))
+    return re.sub(r"(\b|(?<=_))\d[\d,]*\b", "N", text)
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "/").replace("<", "&lt;").strip()[:400]
+    """Text for a table, without where things are on the machine that ran it."""
+    text = re.sub(r"\S*/site-packages/|/tmp/\w+/?|/\S*/(?=(fxsparse|passes)/)", "", re.sub(r"\s+", " ", text))
+    return text.replace("|", "/").replace("<", "&lt;").strip()[:400]
 
 
 def _numbers(cells: list[Line]) -> dict[str, int]:

@@ -21,7 +21,7 @@ TABLE = Path(__file__).parents[1] / "durations.json"
 SLOW = 1.2
 """Seconds of a case from which on its test is in the table."""
 ROOT = "tests/"
-SAMPLES = ("passes/test_matrix.py", "test_fuzz.py")
+SAMPLES = ("passes/test_matrix.py", "test_fuzz.py", "test_families.py")
 """Files that are samples themselves, other ones each day: they always run."""
 
 
