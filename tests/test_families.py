@@ -61,6 +61,7 @@ def test_a_lost_weight_makes_a_cell_silent(monkeypatch: pytest.MonkeyPatch) -> N
     assert cell(bench, "masks").state == "ok"
     whole = masks.fx.linears
     monkeypatch.setattr(masks.fx, "linears", lambda gm: [each for each in whole(gm) if "up_proj" not in each.path])
+    monkeypatch.setattr(masks, "other_weights", lambda gm: ())
     result = cell(bench, "masks")
     assert result.state == "silent" and "layers.0.mlp.up_proj.weight" in result.detail
 
