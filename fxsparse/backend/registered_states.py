@@ -19,6 +19,7 @@ from fxsparse.errors import RewriteError
 from fxsparse.graph.added_state import NAME, AddedState, added_state_of, attach_state
 from fxsparse.graph.dynamo import names_in
 from fxsparse.graph.runtime_state import Entry, Slot, StaticStates
+from fxsparse.graph.wrapped import unwrapped_module
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class RegisteredStates:
 
     def _register(self, entry: Entry, weights: Sequence[Tensor]) -> _Held | None:
         """Finds the states with the model, or computes and registers them; None if the weights have no names."""
-        model = Origin.of_current_call().module
+        model = unwrapped_module(Origin.of_current_call().module)  # a DistributedDataParallel shares its model's state
         names = self._names_in(model, weights)
         if model is None or names is None:
             return None

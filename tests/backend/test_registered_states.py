@@ -120,6 +120,21 @@ def test_what_needs_a_whole_model_says_how_it_comes_to_one() -> None:
             function(compiled)
 
 
+def test_a_compiled_wrapper_registers_with_the_model_it_wraps() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model, x = Blocks(), torch.randn(5, 16)
+        compiled = one_line(nn.parallel.DistributedDataParallel(model))
+        trained(model, compiled)
+        with torch.no_grad():
+            expected = compiled(x)
+            assert torch.allclose(expected, plain(model, x), atol=1e-6)
+            torch._dynamo.reset()
+            assert torch.allclose(one_line(model)(x), expected, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_forget_takes_the_masks_out_and_other_passes_need_it() -> None:
     model, x = Blocks(), torch.randn(5, 16)
     compiled = one_line(model)
