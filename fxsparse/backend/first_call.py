@@ -15,7 +15,7 @@ from fxsparse.backend.compressed import compress, is_compressed
 from fxsparse.backend.whole_model import rewritten, with_dense_weights
 from fxsparse.graph.added_state import added_state_of
 from fxsparse.graph.record import TRACE_KEY
-from fxsparse.graph.wrapped import unwrapped_module
+from fxsparse.graph.wrapped import unwrapped_module, within_data_parallel
 
 if TYPE_CHECKING:
     from fxsparse.passes.pipeline import Pipeline
@@ -51,8 +51,7 @@ def compiled_to_rewrite(model: Any) -> CompiledToRewrite | None:
     state = added_state_of(inner)
     if not isinstance(inner, nn.Module) or (state is not None and state.graph is not None):
         return None
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
+    model = within_data_parallel(model)
     if not isinstance(model, OptimizedModule) and getattr(model, "_compiled_call_impl", None) is None:
         return None
     if isinstance(inner, GraphModule) and TRACE_KEY in inner.meta:

@@ -36,6 +36,13 @@ def unwrapped_module(model: Any) -> Any:
             return model
 
 
+def within_data_parallel(model: Any) -> Any:
+    """What ``DistributedDataParallel`` and ``DataParallel`` wrap, compiled or not; anything else as it is."""
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    return model
+
+
 def module_form_of(model: Any) -> nn.Module | None:
     """The module that `fxsparse.to_module` made, in whatever wraps it (PEFT, a module of the caller's); or None."""
     for module in model.modules() if isinstance(model, nn.Module) else ():

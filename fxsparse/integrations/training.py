@@ -40,6 +40,7 @@ from fxsparse.checkpoint import save
 from fxsparse.errors import CheckpointError, OptionError
 from fxsparse.graph.record import record_of
 from fxsparse.graph.trainable import trainable
+from fxsparse.graph.wrapped import within_data_parallel
 from fxsparse.integrations.huggingface import save_pretrained
 from fxsparse.passes.base import parse_passes
 from fxsparse.passes.distill.distill import PATH as DISTILLATION
@@ -241,8 +242,7 @@ class _CompiledCall:
 
 def _observed(model: nn.Module, observer: _Observer) -> Any:
     """Shows ``observer`` the calls of a model, outside of what is compiled; a handle that can be removed."""
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
+    model = within_data_parallel(model)
     if getattr(model, "_compiled_call_impl", None) is not None:
         return _CompiledCall(model, observer)
     if isinstance(fx.unwrapped(model), GraphModule) or not isinstance(model, OptimizedModule):
