@@ -326,7 +326,7 @@ class _Sizes:
 
 
 def with_masks(family: Family) -> Family:
-    """The same with padding masks that hide nothing, where its forward takes them."""
+    """The same with padding masks that hide nothing, and one type of tokens, where its forward takes them."""
     names = inspect.signature(family.model.forward).parameters
 
     def recipe(size: int) -> dict[str, Any]:
@@ -334,7 +334,10 @@ def with_masks(family: Family) -> Family:
         decoder = batch.get("decoder_input_ids", batch.get("labels"))
         wanted = {"attention_mask": batch.get("input_ids"), "decoder_attention_mask": decoder}
         masks = {name: ids for name, ids in wanted.items() if name in names and isinstance(ids, Tensor)}
-        return {**batch, **{name: torch.ones(ids.shape, dtype=torch.long) for name, ids in masks.items()}}
+        batch |= {name: torch.ones(ids.shape, dtype=torch.long) for name, ids in masks.items()}
+        if "token_type_ids" in names and isinstance(batch.get("input_ids"), Tensor):
+            batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+        return batch
 
     return replace(family, recipe=recipe)
 

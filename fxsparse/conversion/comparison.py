@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fxsparse import graph as fx
+from fxsparse.graph.outputs import largest, named_floats, tolerance
 
 
 @torch.no_grad()
@@ -23,7 +24,7 @@ def difference(gm: GraphModule, model: Any) -> str | None:
         gm.eval(), model.to(device)
         # A library may have wrapped the graph's forward, for mixed precision; the class has it as it is.
         args, kwargs, output = _run(functools.partial(type(gm).forward, gm), gm)
-        outputs = [_named(output), _named(model(*args, **kwargs))]
+        outputs = [named_floats(output), named_floats(model(*args, **kwargs))]
     except Exception as error:  # the class cannot run with these sizes
         return f"it cannot run: {error}"
     finally:
@@ -38,10 +39,9 @@ def difference(gm: GraphModule, model: Any) -> str | None:
             wanted = wanted[..., wanted.flatten(0, -2).any(0)]
         if wanted.shape != got.shape:
             return f"{name}: an output of shape {tuple(got.shape)} is not that of {tuple(wanted.shape)}"
-        largest = float(wanted.abs().max()) if wanted.numel() else 0.0
-        off = float((wanted - got).abs().max()) if wanted.numel() else 0.0
-        if not off <= _tolerance(wanted.dtype) * largest:
-            return f"{name}: outputs of up to {largest:.3g} differ by {off:.3g}"
+        most, off = largest(wanted), largest(wanted - got)
+        if not off <= tolerance(wanted.dtype) * most:
+            return f"{name}: outputs of up to {most:.3g} differ by {off:.3g}"
     return None
 
 
@@ -57,29 +57,6 @@ def _run(forward: Callable[..., Any], gm: GraphModule) -> tuple[tuple[Any, ...],
 
 def _integers_as_zeros(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_floating_point() else torch.zeros_like(tensor)
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """Relative to the largest output. Sums may run in another order, and half precision rounds in every layer."""
-    return 1e-5 if torch.finfo(dtype).bits >= 32 else 4 * torch.finfo(dtype).eps
-
-
-def _named(output: Any) -> list[tuple[str, Tensor]]:
-    """The tensors of real numbers in a model's result, and their places in it."""
-    leaves, _ = pytree.tree_flatten_with_path(_plain(output))
-    return [(".".join(map(_key, path)) or "the output", leaf) for path, leaf in leaves if _is_float(leaf)]
-
-
-def _key(step: Any) -> str:
-    return str(getattr(step, "key", getattr(step, "idx", step)))
-
-
-def _plain(output: Any) -> Any:
-    return dict(output) if isinstance(output, Mapping) else output
-
-
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def _batch(gm: GraphModule) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -93,7 +93,7 @@ def _fixed_lengths(program: ExportedProgram) -> Fixed:
 
 def _export(model: nn.Module, inputs: Inputs, shapes: Any) -> ExportedProgram:
     with contextlib.ExitStack() as stack:
-        for context in (_quiet(), torch.inference_mode(False), torch.enable_grad(), _without_autocast()):
+        for context in (_quiet(), torch.inference_mode(False), torch.enable_grad(), without_autocast()):
             stack.enter_context(context)
         stack.enter_context(_named(model, inputs[1]))
         stack.enter_context(_checkpoints_noted())
@@ -200,7 +200,7 @@ def _named(model: nn.Module, keywords: Iterable[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_autocast() -> Iterator[None]:
+def without_autocast() -> Iterator[None]:
     """Autocast belongs to a run, not to the graph: its casts must not be captured."""
     with torch.autocast("cpu", enabled=False), contextlib.ExitStack() as stack:
         if torch.cuda.is_available():

@@ -59,6 +59,7 @@ def functionalise(gm: GraphModule) -> int:
             count += functionalise(region)
             region.recompile()
     _functionalise_views(gm)
+    _drop_copies_of_itself(gm)
     if not any(writes(node) for node in gm.graph.nodes):
         return count
     aliases = Aliases(gm)
@@ -76,6 +77,16 @@ def _functionalise_views(gm: GraphModule) -> None:
             if target is not None and written.op not in {"placeholder", "get_attr"}:
                 node.target = target
                 node._rename(target._schema.name.rpartition("::")[2])
+
+
+def _drop_copies_of_itself(gm: GraphModule) -> None:
+    """Export ends with ``buffer.copy_(buffer.add_(1))``: nothing changes, but autograd refuses what it saved before."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.copy_.default):
+        target, source = node.args[:2]
+        while isinstance(source, Node) and source is not target and writes(source) == [*source.args[:1]] != []:
+            source = source.args[0]
+        if source is target:
+            fx.replace(node, target)
 
 
 # --- what can be replaced ---------------------------------------------------------------------------------------------

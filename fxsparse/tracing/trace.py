@@ -37,6 +37,7 @@ from fxsparse.modules.sites import STARTED
 from fxsparse.options import checked, shown
 from fxsparse.tracing.casting import CONSTANTS, convert, note_origin
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
+from fxsparse.tracing.compared import check_values
 from fxsparse.tracing.export import (
     CHECKPOINTED,
     Fixed,
@@ -251,11 +252,12 @@ def trace(
         else:
             gm, notes = _with_free_sizes(model, given, dynamic_batch, dynamic_sequence)
             notes += fixed_dimensions(gm, 1) if dynamic_sequence else []
-    notes += _lost_hooks(model)
-    notes += _simplify_masks(gm)
-    notes += _recomputed(gm)
-    gm.graph.lint()
-    gm.recompile()
+        notes += _lost_hooks(model)
+        notes += _simplify_masks(gm)
+        notes += _recomputed(gm)
+        gm.graph.lint()
+        gm.recompile()
+        notes += check_values(model, gm, given)
     gm.meta[ANY_LENGTH_KEY] = bool(dynamic_sequence)
     parameters = inspect.signature(model.forward).parameters.values()
     gm.meta[DEFAULTS_KEY] = {item.name: item.default for item in parameters if item.default is not item.empty}

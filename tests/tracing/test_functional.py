@@ -497,3 +497,31 @@ def test_the_one_line_call_sees_functional_graphs() -> None:
     x = torch.randn(5, 6, 8)
     torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
     assert seen == [[]]
+
+
+class Counted(nn.Module):
+    """What it counts scales its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.calls.mul_(2)
+        return self.linear(x) * self.calls
+
+
+def test_a_buffer_that_counts_and_scales_trains() -> None:
+    """Export ends with a copy of the buffer onto itself, after which autograd refused the factor."""
+    model, x = Counted(), torch.randn(3, 4)
+    gm = fxsparse.trace(copy.deepcopy(model), (x,))
+    for _ in range(2):
+        outputs = [module(x) for module in (model, gm)]
+        torch.testing.assert_close(*outputs)
+        for output in outputs:
+            output.sum().backward()
+    torch.testing.assert_close(gm.calls, model.calls)
+    for (name, one), other in zip(model.named_parameters(), gm.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, msg=name)
