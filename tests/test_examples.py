@@ -42,6 +42,19 @@ def test_pretrain_slope(tmp_path: Path) -> None:
     assert (tmp_path / "pretrain_slope.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_line() -> None:
+    """Every recipe by its name, in one loop; what it changes shows in its row."""
+    sizes = ("--first-steps", 2, "--steps", 8, "--batch", 4, "--length", 16, "--layers", 3, "--hidden", 32)
+    printed = run_example("one_line.py", *sizes, "--device", "cpu", "--compiler", "eager")
+    rows = {cells[1].strip(): cells[2:-1] for line in printed.splitlines() if len(cells := line.split("│")) > 3}
+    recipes = ("slope", "slope-low-rank", "greentrainer", "sat", "layerchop", "dimchop", "prumux")
+    assert list(rows)[-8:] == ["dense", *recipes]
+    flops = {name: float(rows[name][1]) for name in recipes}
+    assert flops["greentrainer"] < 1 and flops["layerchop"] < 1 and flops["prumux"] < 1
+    trained = {name: int(rows[name][3].replace(",", "")) for name in ("dense", *recipes)}
+    assert trained["slope"] == trained["dense"] < trained["slope-low-rank"] and trained["greentrainer"] < trained["dense"]
+
+
 def test_trainer(tmp_path: Path) -> None:
     """Killed and resumed, and by hand: the same losses and weights; and the module writes on."""
     sizes = ("--steps", 8, "--batch", 4, "--length", 32, "--layers", 2, "--hidden", 32, "--low-rank-start", 0.75)

@@ -30,13 +30,14 @@ from fxsparse.backend.compressed import CompressedModel, is_compressed
 from fxsparse.backend.inductor import config_patches
 from fxsparse.backend.one_line import RewrittenGraph
 from fxsparse.backend.options import BackendOptions
-from fxsparse.backend.registered_states import registered
+from fxsparse.backend.registered_states import note_example, registered
 from fxsparse.backend.whole_model import ONE_LINE, Part, WholeModel, part_of, with_dense_weights
 from fxsparse.errors import FxsparseError, LoweringError, OptionError, RewriteError
-from fxsparse.graph.added_state import wants_whole
+from fxsparse.graph.added_state import added_state_of, wants_whole
 from fxsparse.graph.dynamo import copy_dynamo_graph, state_names
 from fxsparse.graph.record import record_of
 from fxsparse.graph.runtime_state import Slot, invalidate
+from fxsparse.graph.wrapped import unwrapped_module
 from fxsparse.lowering.after_partition import call_kernels
 from fxsparse.lowering.choose import LAUNCHING
 from fxsparse.lowering.lower import lower_graph
@@ -150,8 +151,11 @@ def _compile_graph(
     if any(choice.implementation in LAUNCHING for choice in report.choices):
         inner = record_launches(inner, report.launches)
     if rewritten is not None and module is not None:
-        passes = str(with_dense_weights(rewritten.pipeline))
-        slots = [registered(slot, rewritten.names, passes) for slot in slots]
+        pipeline = with_dense_weights(rewritten.pipeline)
+        slots = [registered(slot, rewritten.names, pipeline) for slot in slots]
+        state = added_state_of(unwrapped_module(module))
+        if state is not None:
+            note_example(state, pipeline)
     if rewritten is not None or extra:
         dense = _Dense(before, slots, report) if extra else None
         inner = _with_states(inner, [*slots, *extra], rewritten, dense)

@@ -3,23 +3,35 @@
 Passes may run on one of Dynamo's graphs and not on a whole model: where Dynamo breaks it, or where it is called with a
 cache of keys and values. The masks that they choose then must last as long as the weights which they were chosen from,
 and be those of every other graph of the model. So each is a buffer of ``model._fxsparse`` (`graph.added_state`) under
-the name that it has in the graph: the first graph that needs it computes it there, all others find it.
+the name that it has in the graph: the first graph that needs it computes it there, all others find it. What takes a
+whole rewritten model (`fxsparse.save`) gets one that is traced with the arguments of a call, and has these states.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from fxsparse.backend.compiled import Origin
+from fxsparse.backend.whole_model import arguments_given, holds_cache, traced_and_rewritten
+from fxsparse.conversion.folders import save_readably
 from fxsparse.errors import RewriteError
 from fxsparse.graph.added_state import NAME, AddedState, added_state_of, attach_state
 from fxsparse.graph.dynamo import names_in
 from fxsparse.graph.runtime_state import Entry, Slot, StaticStates
+from fxsparse.graph.state import attribute
 from fxsparse.graph.wrapped import unwrapped_module
+from fxsparse.tracing.export import Inputs
+
+if TYPE_CHECKING:
+    from fxsparse.passes.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -31,12 +43,14 @@ class RegisteredStates:
         names: of the states in the graph.
         weights: names of the weights that the graph was compiled with.
         passes: the text of the passes.
+        pipeline: the passes themselves.
     """
 
     states: StaticStates
     names: tuple[str, ...]
     weights: tuple[str, ...]
     passes: str
+    pipeline: Pipeline = field(compare=False)
 
     def get(self, entry: Entry, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         held = entry.registered.get(self)
@@ -53,7 +67,9 @@ class RegisteredStates:
         state = added_state_of(model)
         if state is None or state.graph is None:
             state = attach_state(model)
+            save_readably(model)
             state.check_passes(self.passes)
+            note_example(state, self.pipeline)
             missing = [at for at, name in enumerate(names) if state.find(name) is None]
             computed = self.states.get(entry, weights) if missing else ()
             for at in missing:
@@ -76,6 +92,23 @@ class RegisteredStates:
             return None
         now = dict(zip(self.weights, (known[id(weight)] for weight in weights), strict=True))
         return tuple(_renamed(name, now) for name in self.names)
+
+
+def note_example(state: AddedState, pipeline: Pipeline) -> None:
+    """Keeps the arguments of the call that is running, with which the model can be traced as a whole."""
+    example = arguments_given()
+    if state.whole is None and not holds_cache(example):
+        example = pytree.tree_map_only(Tensor, Tensor.detach, example)
+        state.whole = functools.partial(_whole, pipeline, example)
+
+
+def _whole(pipeline: Pipeline, example: Inputs, model: nn.Module) -> GraphModule:
+    """The graph of ``model`` after the passes, with the states that its parts have now."""
+    graph = traced_and_rewritten(model, pipeline, *example)
+    state = added_state_of(model)
+    for name, buffer in state.named_buffers() if state is not None else ():
+        attribute(graph, name).copy_(buffer)
+    return graph
 
 
 def _renamed(name: str, weights: dict[str, str]) -> str:
@@ -106,15 +139,15 @@ class _Held:
         return all(owner.get(leaf) is tensor for (owner, leaf), tensor in zip(self.places, self.tensors, strict=True))
 
 
-def registered(slot: Slot, names: Mapping[int, str], passes: str) -> Slot:
+def registered(slot: Slot, names: Mapping[int, str], pipeline: Pipeline) -> Slot:
     """``slot`` with its states registered with the model, where they are static ones of weights.
 
     Args:
         slot: extra inputs of a graph on which passes ran.
         names: of the parameters and buffers among the graph's inputs, by position.
-        passes: the text of the passes.
+        pipeline: the passes.
     """
     if not isinstance(slot.states, StaticStates):
         return slot
     weights = tuple(names[position] for position in slot.positions)
-    return replace(slot, states=RegisteredStates(slot.states, slot.names, weights, passes))
+    return replace(slot, states=RegisteredStates(slot.states, slot.names, weights, str(pipeline), pipeline))

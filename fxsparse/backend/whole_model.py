@@ -37,6 +37,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxsparse.backend.compiled import Origin
+from fxsparse.conversion.folders import save_readably
 from fxsparse.conversion.in_place import in_place, restore_in_place
 from fxsparse.errors import OptionError, RewriteError, TraceError
 from fxsparse.graph.added_state import NAME, AddedState, added_state_of, attach_state
@@ -106,7 +107,7 @@ def part_of(gm: GraphModule, target: Any) -> Part | None:
     if isinstance(owner, nn.Module) and owner is not target:
         where = f"{code.co_filename}:{code.co_firstlineno}"
         return Part(f"Dynamo gave up the model's forward and compiles {type(owner).__name__} by itself", where)
-    if any("Cache" in type(leaf).__name__ for leaf in pytree.tree_leaves(values, is_leaf=_is_cache)):
+    if holds_cache(values):
         return Part("it was given a cache of keys and values")
     return None
 
@@ -119,6 +120,11 @@ def _told(reason: str) -> str:
         told = [line.strip() for line in counted[-1].splitlines()]
     context = (line for line in told[1:] if line.startswith("Developer debug context: "))
     return "; ".join((told[0], *(line.removeprefix("Developer debug context: ") for line in context)))
+
+
+def holds_cache(tree: Any) -> bool:
+    """Whether there is a cache of keys and values among arguments."""
+    return any(map(_is_cache, pytree.tree_leaves(tree, is_leaf=_is_cache)))
 
 
 def _is_cache(item: Any) -> bool:
@@ -158,6 +164,7 @@ def rewritten(
         )
     graph.meta[ONE_LINE] = True
     state = attach_state(model)
+    save_readably(model)
     state.hold(graph, model, str(pipeline))
     return state
 
@@ -207,6 +214,7 @@ def forget(model: nn.Module) -> None:
     if state is None:
         raise OptionError("fxsparse.forget: no one-line call has added anything to this model")
     del inner._modules[NAME]
+    vars(inner).pop("save_pretrained", None)
     forget_states(inner)
     for name, wanted in state.asked.items():
         inner.get_parameter(name).requires_grad_(wanted)
@@ -377,6 +385,12 @@ class Call:
             arguments, keywords, method = entry.f_locals["args"], dict(entry.f_locals["kwargs"]), function
         among = tuple(first for _, first in modules if isinstance(first, nn.Module))
         return cls(model, arguments, keywords, context(method), getattr(context, "_dynamic", None), among)
+
+
+def arguments_given() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the call of ``torch.compile``'s result that is running was given."""
+    entry = next(frame for frame in _callers(sys._getframe(1)) if frame.f_code.co_name == "compile_wrapper")
+    return tuple(entry.f_locals["args"]), dict(entry.f_locals["kwargs"])
 
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:

@@ -33,8 +33,10 @@ from fxsparse.conversion.resizing import resize
 from fxsparse.conversion.weights import hold, weights_of
 from fxsparse.conversion.width import narrower_configs
 from fxsparse.errors import CheckpointError, RewriteError
+from fxsparse.graph.added_state import set_aside
 from fxsparse.graph.record import record_of
 from fxsparse.graph.training_form import FORM_KEY
+from fxsparse.graph.wrapped import unwrapped_module
 from fxsparse.modules.spec import take_out
 from fxsparse.ops.operator import operator_name
 from fxsparse.passes.base import Pass, parse_passes
@@ -73,7 +75,12 @@ def to_module(gm: nn.Module, model: nn.Module) -> nn.Module:
             the module computes something else than the graph.
     """
     gm = fx.graph_module_of(gm, "fxsparse.to_module", whole=True)
-    model = fx.unwrapped(model)
+    model = unwrapped_module(model)
+    with set_aside(model):
+        return _converted(gm, model)
+
+
+def _converted(gm: GraphModule, model: nn.Module) -> nn.Module:
     _check_passes(gm)
     left = _left(gm)
     original = fx.tensors_of(model)

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from fxsparse import files, stored, typed
+from fxsparse import graph as fx
 from fxsparse.conversion.depth import CONFIG_KEY, COUNT_OF_LAYERS
 from fxsparse.errors import CheckpointError
+from fxsparse.graph.added_state import NAME as ADDED
+from fxsparse.graph.added_state import added_state_of
 from fxsparse.graph.record import Record, up_to_date
 from fxsparse.modules.spec import Spec
 
@@ -28,6 +31,11 @@ the tensors of other sizes at random."""
 _WEIGHTS = "transformers_weights"
 """The setting that names the file of the weights to transformers, which repeats a name it cannot read in its error."""
 _READ_WITH = "these weights have other shapes, or are compressed; read this folder with fxsparse.from_pretrained"
+_COMPILED = "this model was compiled by fxsparse, with passes={passes!r}, without which it is another one: {instead}"
+_INSTEAD = (
+    "make it anew, torch.compile it with the same passes, call it once and load these weights into it; or write it by "
+    "fxsparse.save_pretrained(compiled, path)"
+)
 _CHECKSUM = "checksum"
 _MOST_LAYERS = 1000
 
@@ -106,13 +114,18 @@ def write(model: Any, folder: Path, check_read: Callable[[Path], None], *, plain
 def save_readably(model: Any) -> None:
     """Lets the model's own ``save_pretrained``, which trainers call, write what transformers alone does not misread.
 
-    It is an attribute of the instance, because the class is that of the original.
+    It is an attribute of the instance, because the class is that of the original. Nothing if it has none.
     """
-    model.save_pretrained = functools.partial(_save_pretrained, model)
+    if hasattr(type(model), "save_pretrained"):
+        model.save_pretrained = functools.partial(_save_pretrained, model)
 
 
 def _save_pretrained(model: Any, folder: Any, is_main_process: bool = True, *args: Any, **options: Any) -> None:
     type(model).save_pretrained(model, folder, is_main_process, *args, **options)
+    state = added_state_of(model)
+    if state is not None and is_main_process and fx.tensors_of(state):
+        _set(Path(folder) / "config.json", _WEIGHTS, _COMPILED.format(passes=state.passes, instead=_INSTEAD))
+        return
     description = getattr(model.config, CONFIG_KEY, None) or {}
     if is_main_process and any(description.get(part) for part in ("sizes", "heads", "modules")):
         _sign(Path(folder) / "config.json")
@@ -139,7 +152,10 @@ def check(path: Path) -> Folder:
     plain = description is None or any((path / name).is_file() for name in _names(None))
     variant = None if plain else VARIANT
     files_of = [path / name for name in _files_of(path, variant) if name.endswith(".safetensors")]
-    tensors = sum(len(stored.read(weights).tensors) for weights in files_of)
+    names = [name for weights in files_of for name in stored.read(weights).tensors]
+    if any(name.startswith(f"{ADDED}.") for name in names):
+        raise CheckpointError(f"{path}: {settings.get(_WEIGHTS) or _COMPILED.format(passes='...', instead=_INSTEAD)}")
+    tensors = len(names)
     for name, number in _counts_of_layers(settings):
         if number > max(tensors, _MOST_LAYERS):
             raise CheckpointError(f"{file}: {name} = {number} is more than the weights can have")
@@ -191,11 +207,19 @@ def _description(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return description
 
 
+def _set(file: Path, name: str, value: str) -> None:
+    _write(file, {**json.loads(file.read_text()), name: value})
+
+
+def _write(file: Path, settings: dict[str, Any]) -> None:
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
 def _sign(file: Path) -> None:
     """Lets transformers alone refuse a folder with a message that names `from_pretrained`, and adds the checksum."""
     settings = {**json.loads(file.read_text()), _WEIGHTS: _READ_WITH}
     settings[CONFIG_KEY][_CHECKSUM] = _checksum(settings)
-    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    _write(file, settings)
 
 
 def _checksum(settings: dict[str, Any]) -> str:

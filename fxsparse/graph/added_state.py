@@ -36,11 +36,12 @@ class AddedState(nn.Module):
         asked: ``requires_grad`` of the model's parameters as it was before passes froze some, by name.
         flags: the modules of the model, each with the graph's module of its name, which reads its mode.
         shared: the tensors of the model that the graph reads, by name.
+        whole: makes a graph of the model with what was added to it, where passes ran on each of Dynamo's graphs.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        vars(self).update(graph=None, passes="", scheduled=False, waiting=[], asked={}, flags=[], shared={})
+        vars(self).update(graph=None, passes="", scheduled=False, waiting=[], asked={}, flags=[], shared={}, whole=None)
 
     graph: GraphModule | None
     passes: str
@@ -49,6 +50,7 @@ class AddedState(nn.Module):
     asked: dict[str, bool]
     flags: list[tuple[nn.Module, nn.Module]]
     shared: dict[str, Tensor]
+    whole: Callable[[nn.Module], GraphModule] | None
 
     def hold(self, graph: GraphModule, model: nn.Module, passes: str) -> None:
         """Registers what ``graph`` has beyond ``model``, from which it was made, and tells who waits for it."""

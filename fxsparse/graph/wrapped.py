@@ -77,6 +77,9 @@ def graph_module_of(
         error: raised if ``model`` holds no graph module, or a sharded one.
     """
     inner = unwrapped(model)
+    state = added_state_of(inner)
+    if state is not None and state.whole is not None:
+        inner = state.whole(inner)
     name = type(inner).__name__
     if name == "FullyShardedDataParallel":
         raise error(f"{function} cannot read what {name} has flattened; gather its full state dict, or use fully_shard")
@@ -90,10 +93,10 @@ def graph_module_of(
         path = next((path for path, part in parts if isinstance(part, GraphModule) and META_KEY in part.meta), None)
         if path is not None:
             raise error(f"{function} takes the rewritten model itself: pass the {path} of this {name}")
-        if added_state_of(inner) is not None:
+        if state is not None:
             raise error(
-                f"{function} takes a model that was rewritten as a whole, and passes ran on graphs of this {name}: "
-                "build fxsparse.Schedule(compiled, optimizer, total_steps=...) before the first call"
+                f"{function} takes a whole model, and this {name} was only called with a cache of keys and values: "
+                "call it once without (use_cache=False)"
             )
         raise error(
             f"{function} takes a model that fxsparse.trace or fxsparse.rewrite returned, and this {name} is not one: "

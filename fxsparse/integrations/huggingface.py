@@ -34,7 +34,9 @@ from fxsparse.conversion.resizing import resize, sizes_of
 from fxsparse.conversion.width import misfits_of, narrower_configs, shapes_of
 from fxsparse.dense_state import dense_state_dict
 from fxsparse.errors import CheckpointError
+from fxsparse.graph.added_state import added_state_of, set_aside
 from fxsparse.graph.record import FORMAT
+from fxsparse.graph.wrapped import unwrapped_module
 from fxsparse.modules.sites import module_sites
 from fxsparse.ops.nm import validate
 
@@ -53,9 +55,9 @@ def save_pretrained(
     written.
 
     Args:
-        gm: the rewritten model, or its module form.
+        gm: the rewritten model, its module form, or what ``torch.compile(model, backend="fxsparse", ...)`` returned.
         model: of a graph, the original Hugging Face model or a fresh instance; its class, configuration and generation
-            settings are used. Of a module, nothing: the folder comes second.
+            settings are used. Of a module or a compiled model, nothing: the folder comes second.
         path: a folder. The model is written beside what is there, read back and compared, and then put in its place,
             all or nothing. Weights of an earlier save in it go, other files stay.
 
@@ -69,10 +71,14 @@ def save_pretrained(
     form = fx.module_form_of(gm)
     if form is not None:
         return _save_module(form, model if path is None else path)
-    gm = fx.graph_module_of(gm, "fxsparse.save_pretrained", whole=True, error=CheckpointError)
+    compiled, gm = gm, fx.graph_module_of(gm, "fxsparse.save_pretrained", whole=True, error=CheckpointError)
+    if path is None and added_state_of(unwrapped_module(compiled)) is not None:
+        model, path = compiled, cast(str, model)
     if path is None:
         raise CheckpointError("a graph is written as a model of the original's class: save_pretrained(gm, model, path)")
-    return _save_graph(gm, fx.unwrapped(model), path)
+    model = unwrapped_module(model)
+    with set_aside(cast(nn.Module, model)):
+        return _save_graph(gm, model, path)
 
 
 def _save_graph(gm: GraphModule, model: Any, path: str | os.PathLike[str]) -> nn.Module:

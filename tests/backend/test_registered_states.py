@@ -6,7 +6,9 @@ import copy
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+import transformers
 from torch import Tensor, nn
 
 import fxsparse
@@ -111,15 +113,6 @@ def test_copies_and_other_dtypes_keep_the_masks() -> None:
     assert doubles.dtype is torch.float64 and torch.allclose(doubles.float(), expected, atol=1e-6)
 
 
-def test_what_needs_a_whole_model_says_how_it_comes_to_one() -> None:
-    model = Blocks()
-    compiled = one_line(model)
-    compiled(torch.randn(5, 16))
-    for function in (fxsparse.dense_state_dict, fxsparse.count_flops):
-        with pytest.raises(FxsparseError, match=r"graphs of this Blocks: build fxsparse\.Schedule"):
-            function(compiled)
-
-
 def test_a_compiled_wrapper_registers_with_the_model_it_wraps() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -191,3 +184,98 @@ def test_generation_with_a_cache_before_training_chooses_the_masks_that_training
     schedule.observe(batch)
     after = model.state_dict()
     assert schedule.is_bound and all(torch.equal(mask, after[name]) for name, mask in before.items())
+
+
+class Regressor(nn.Module):
+    """One graph, for which passes that need no whole model run on Dynamo's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        return {"logits": self.down(torch.relu(self.up(x))) * scale}
+
+
+@pytest.mark.parametrize("build", [Regressor, Blocks])
+def test_what_takes_a_model_takes_one_whose_graphs_were_rewritten(build: Any, tmp_path: Any) -> None:
+    """The masks are those that the compiled model has, and not those that its weights would give now."""
+    model = build()
+    fast = one_line(model)
+    trained(model, lambda x: logits(fast(x)))
+    x = torch.randn(5, 16)
+    expected, masks = logits(fast(x)), {name: mask.clone() for name, mask in model._fxsparse.named_buffers()}
+    fresh = copy.deepcopy(model)
+    fxsparse.forget(fresh)
+    chosen_now = fxsparse.rewrite(fresh, MASKS.replace("{", "{storage=masked,"), (x,)).state_dict()
+    assert any(not torch.equal(mask, chosen_now[name]) for name, mask in masks.items())
+
+    fxsparse.save(fast, tmp_path / "model.fxsparse")
+    loaded = fxsparse.load(tmp_path / "model.fxsparse", build(), (x,))
+    torch.testing.assert_close(logits(loaded(x)), expected)
+    dense = build()
+    dense.load_state_dict(fxsparse.dense_state_dict(fast))
+    torch.testing.assert_close(logits(dense(x)), expected)
+    torch.testing.assert_close(logits(fxsparse.to_module(fast, model)(x)), expected)
+    assert fxsparse.count_flops(fast).forward > 0 and "linear" in str(fxsparse.explain(fast))
+
+    assert model._fxsparse.graph is None  # it runs as it did
+    torch.testing.assert_close(logits(fast(x)), expected)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        next(twin.parameters()).zero_()
+    of_twin = fxsparse.dense_state_dict(torch.compile(twin, backend="fxsparse"))
+    assert not next(iter(of_twin.values())).any() and next(iter(fxsparse.dense_state_dict(fast).values())).any()
+
+
+def logits(output: Any) -> Tensor:
+    return output["logits"] if isinstance(output, dict) else output
+
+
+def test_a_model_that_only_ran_with_a_cache_says_so(tmp_path: Any) -> None:
+    family = FAMILIES["llama"]()
+    model, tokens = family.model.eval(), family.make_batch(2)["input_ids"][:1, :4]
+    fast = torch.compile(model, backend="fxsparse", options={"passes": MASKS, "compiler": "eager"})
+    cache = transformers.DynamicCache(config=model.config)
+    fast(input_ids=tokens, past_key_values=cache, use_cache=True)
+    with pytest.raises(FxsparseError, match=r"only called with a cache.*use_cache=False"):
+        fxsparse.save(fast, tmp_path / "model.fxsparse")
+    assert not list(tmp_path.iterdir())
+    fast(input_ids=tokens, use_cache=False)
+    masks = [mask.clone() for mask in model._fxsparse.buffers()]
+    assert masks
+    fxsparse.save(fast, tmp_path / "model.fxsparse")
+    loaded = fxsparse.load(tmp_path / "model.fxsparse", FAMILIES["llama"]().model, kwargs={"input_ids": tokens})
+    for name, mask in model._fxsparse.named_buffers():
+        assert torch.equal(loaded.get_buffer(name), mask)
+
+
+@pytest.mark.parametrize("passes", [MASKS, f"{MASKS},low-rank{{rank=2,start=0}}"], ids=["parts", "whole"])
+def test_a_compiled_transformers_model_is_written_as_it_computes(passes: str, tmp_path: Any) -> None:
+    family = FAMILIES["llama"]()
+    model, ids = family.model.eval(), family.make_batch(2)["input_ids"]
+    fast = torch.compile(model, backend="fxsparse", options={"passes": passes, "compiler": "eager"})
+    with torch.no_grad():
+        expected = fast(input_ids=ids, use_cache=False).logits
+    fxsparse.save_pretrained(fast, tmp_path / "ours")
+    for read in (fxsparse.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
+        torch.testing.assert_close(read(tmp_path / "ours").eval()(input_ids=ids).logits, expected)
+
+    model.save_pretrained(tmp_path / "trainer")  # dense weights with masks beside them, to go on from
+    for read in (fxsparse.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(
+            (FxsparseError, ValueError), match=r"compiled by fxsparse, with passes='nm-masks.*save_pretr"
+        ):
+            read(tmp_path / "trainer")
+    state = safetensors.torch.load_file(tmp_path / "trainer" / "model.safetensors")
+    again = FAMILIES["llama"]().model.eval()
+    compiled = torch.compile(again, backend="fxsparse", options={"passes": passes, "compiler": "eager"})
+    with torch.no_grad():
+        compiled(input_ids=ids, use_cache=False)
+        again.load_state_dict(state, strict=False)
+        torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, expected)
+
+    fxsparse.forget(model)
+    model.save_pretrained(tmp_path / "dense")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    torch.testing.assert_close(read(input_ids=ids).logits, model(input_ids=ids).logits)
