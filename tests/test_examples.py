@@ -52,7 +52,9 @@ def test_one_line() -> None:
     flops = {name: float(rows[name][1]) for name in recipes}
     assert flops["greentrainer"] < 1 and flops["layerchop"] < 1 and flops["prumux"] < 1
     trained = {name: int(rows[name][3].replace(",", "")) for name in ("dense", *recipes)}
-    assert trained["slope"] == trained["dense"] < trained["slope-low-rank"] and trained["greentrainer"] < trained["dense"]
+    assert (
+        trained["slope"] == trained["dense"] < trained["slope-low-rank"] and trained["greentrainer"] < trained["dense"]
+    )
 
 
 def test_trainer(tmp_path: Path) -> None:

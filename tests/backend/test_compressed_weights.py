@@ -56,14 +56,15 @@ def kept_of(dense: Tensor) -> Tensor:
     return (groups >= groups.topk(2).values[..., 1:]).view(dense.shape)
 
 
-def test_one_line_trains_as_two_steps_and_frees_the_dense_weights() -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_one_line_trains_as_two_steps_and_frees_the_dense_weights(compiler: str) -> None:
     model = Net()
     inputs = batch()
     module = in_two_steps(copy.deepcopy(model), SLOPE, inputs)
     before = bytes_of(model)
     gone = [weakref.ref(model.up.weight), weakref.ref(model.down.weight)]
-    fast = torch.compile(model, fullgraph=True, **compressed(SLOPE))
-    two_steps = torch.compile(module, backend="fxsparse", options={"compiler": "aot_eager"})
+    fast = torch.compile(model, fullgraph=True, **compressed(SLOPE, compiler=compiler))
+    two_steps = torch.compile(module, backend="fxsparse", options={"compiler": compiler})
     pair = [Trained(fast, 6), Trained(two_steps, 6)]
     for step in range(6):
         inputs = batch(6 if step == 2 else 4)

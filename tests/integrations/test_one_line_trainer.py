@@ -71,6 +71,38 @@ def test_a_module_compiled_in_place_trains_as_the_graph_does(recipe: str, tmp_pa
     )
 
 
+def test_weights_that_the_first_call_compresses_train_as_the_module_form_does(tmp_path: Path) -> None:
+    """The Trainer builds its optimizer before the first call, of weights that are gone after it."""
+    from fxsparse.integrations import FxsparseCallback
+
+    family = FAMILIES["bert"]()
+    model, data = without_dropout(family.model), examples(dict(family.make_batch(STEPS * ROWS)))
+    batch = {name: tensor[:ROWS] for name, tensor in family.make_batch(ROWS).items()}
+    module = fxsparse.to_module(
+        fxsparse.rewrite(copy.deepcopy(model), fxsparse.recipe("slope-low-rank"), kwargs=batch), model
+    )
+    callbacks = [FxsparseCallback()]
+    expected = losses(
+        transformers.Trainer(module, arguments(tmp_path / "module"), train_dataset=data, callbacks=callbacks)
+    )
+
+    dense = sum(parameter.nbytes for parameter in model.parameters())
+    options = {"recipe": "slope-low-rank", "weights": "compressed", "compiler": "eager"}
+    model.compile(backend="fxsparse", options=options)
+    callback = FxsparseCallback()
+    trainer = transformers.Trainer(model, arguments(tmp_path), train_dataset=data, callbacks=[callback])
+    assert losses(trainer) == pytest.approx(expected, rel=1e-4)
+    assert callback.schedule is not None and callback.schedule.is_bound and callback.schedule.steps_done == STEPS
+    state, twin = model.state_dict(), module.state_dict()
+    assert state.keys() == twin.keys() and any(name.endswith("weight_values") for name in state)
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, twin[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert sum(parameter.nbytes for parameter in model.parameters()) < dense
+    trainer.save_model(tmp_path / "saved")
+    read = fxsparse.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(read(**batch).logits, model.eval()(**batch).logits)
+
+
 def test_accelerate_knows_no_backend_of_this_name(tmp_path: Path) -> None:
     """So the model is compiled before it is given to the Trainer, as the documentation says."""
     with pytest.raises(ValueError, match=r"(?i)fxsparse"):
