@@ -101,9 +101,12 @@ def test_one_line_trains_as_two_steps_do(family: str, recipe: str, compiler: str
     gm = fxsparse.rewrite(twin, pipeline, kwargs=chosen.make_batch(4))
     two_steps = torch.compile(gm, backend="fxsparse", options={"compiler": compiler})
     pair = [Trained(fast, 8), Trained(two_steps, 8)]  # a step for each of the four rungs of sat, twice
+    seen: list[set[str]] = [set(), set()]
     for step in range(6):
         inputs = chosen.make_batch(6 if step == 2 else 4)
         losses = [each.step(inputs, step) for each in pair]
+        for names, each in zip(seen, pair, strict=True):
+            names |= {graph.name for graph in compiled_graphs(each.model)}
         assert losses[0] == (pytest.approx(losses[1], rel=1e-5) if compiler == "inductor" else losses[1]), step
         if step == 0:
             assert any(entry.rewritten for entry in fxsparse.record_of(fast).entries)
@@ -112,8 +115,7 @@ def test_one_line_trains_as_two_steps_do(family: str, recipe: str, compiler: str
         evaluated = [each.model.eval()(**inputs)["loss"] for each in pair]
     exact = {"rtol": 0, "atol": 0} if compiler != "inductor" else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(evaluated[0], evaluated[1], **exact)
-    if compiler != "eager":  # without AOTAutograd the graphs of rungs that are over are not dropped
-        assert len(compiled_graphs(fast)) == len(compiled_graphs(two_steps))
+    assert len(seen[0]) == len(seen[1]) > 0
 
 
 def test_what_is_added_lasts_and_is_the_models_own() -> None:
