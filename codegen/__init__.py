@@ -2,7 +2,8 @@
 
 making       spec      frozen description of a kernel, its tile and its arguments; ``render()`` gives the source
              template  pieces of source that the kernels share; ``epilogue`` the steps after a product
-             mma_sp    the instruction of sparse tensor cores and its layouts; ``metadata`` packs its words
+             mma_sp    the instruction of sparse tensor cores and its layouts; ``wgmma_sp`` Hopper's; ``metadata``
+                       packs their words
              kernels/  one file a kernel: its spec, its template, its default tiles and its launch
 running      source    generated files on disk; ``loaded`` the kernels of this process and their launches
              launching helpers of the launches

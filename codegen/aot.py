@@ -49,11 +49,11 @@ def compile_for(spec: Spec, capability: int, *, aligned: bool = True) -> Any:
     from triton.backends.compiler import GPUTarget
 
     function = kernel(spec).function
-    types = {argument.name: argument.type for argument in spec.arguments}
+    types = spec.types()
     attributes = {
         (position,): [["tt.divisibility", 16]]
         for position, kind in enumerate(types.values())
-        if kind != "fp32" and aligned
+        if aligned and kind != "fp32" and not kind.startswith("tensordesc")
     }
     options = {"num_warps": spec.tile.warps}
     if spec.gluon:
@@ -63,7 +63,9 @@ def compile_for(spec: Spec, capability: int, *, aligned: bool = True) -> Any:
 
         options["num_stages"] = spec.tile.stages
     origin = Source(fn=function, signature=types, constexprs={}, attrs=attributes)
-    return triton.compile(origin, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(origin, target=GPUTarget("cuda", capability, 32), options=options)
+    spec.check(compiled.asm["ptx"])
+    return compiled
 
 
 def resources(compiled: Any) -> Resources:

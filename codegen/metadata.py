@@ -7,7 +7,11 @@ byte. Four nibbles of a row are half a word. The word of lane 4g + 2s + h, for 3
     high half   row 16s + g + 8  the same columns
 
 so that the instruction for the first 16 rows reads lanes 4g, 4g + 1 and the one for the last 16 lanes 4g + 2, 4g + 3
-(PTX ISA, sparse matrix storage of ``mma.sp``).
+(PTX ISA, sparse matrix storage of ``mma.sp``). Hopper's ``wgmma.sp`` takes 64 rows, 16 for each of four warps, and the
+same lanes then tell two instructions along the columns apart: for 64 rows and 64 columns, lane 4g + 2s + h of warp v
+
+    low half    row 16v + g      columns 32s + 16h .. 32s + 16h + 15
+    high half   row 16v + g + 8  the same columns
 """
 
 from __future__ import annotations
@@ -46,6 +50,33 @@ def unpack_metadata(metadata: Tensor, rows: int, columns: int) -> Tensor:
     words = metadata.view(metadata.shape[0], metadata.shape[1], 8, 2, 2).permute(0, 3, 2, 1, 4)
     halves = torch.stack([words & 0xFFFF, (words >> 16) & 0xFFFF], 2)
     packed = halves.reshape(metadata.shape[0] * 32, -1).to(torch.int16).view(torch.uint8)
+    return packed[:rows, : columns // 8].contiguous()
+
+
+def pack_wgmma_metadata(indices: Tensor) -> Tensor:
+    """Metadata words of packed 2:4 indices, as ``wgmma.sp`` takes them.
+
+    Args:
+        indices: uint8 ``[N, ceil(K / 8)]``; K is a multiple of 16.
+
+    Returns:
+        int32 ``[ceil(K / 64), 2 ceil(N / 128), 128]``, the rest of the last words valid.
+    """
+    rows, row_bytes = indices.shape
+    padded = torch.nn.functional.pad(indices, (0, -row_bytes % 8, 0, -rows % 128), value=_FIRST_TWO)
+    halves = padded.view(torch.int16).to(torch.int32) & 0xFFFF
+    # [rows / 64, warp, low or high, g, columns / 64, s, h]
+    parts = halves.view(padded.shape[0] // 64, 4, 2, 8, padded.shape[1] // 8, 2, 2)
+    words = parts[:, :, 0] | (parts[:, :, 1] << 16)
+    return words.permute(3, 0, 1, 2, 4, 5).reshape(words.shape[3], words.shape[0], 128).contiguous()
+
+
+def unpack_wgmma_metadata(metadata: Tensor, rows: int, columns: int) -> Tensor:
+    """The indices that :func:`pack_wgmma_metadata` packed, uint8 ``[rows, columns / 8]``."""
+    steps, blocks, _ = metadata.shape
+    words = metadata.view(steps, blocks, 4, 8, 2, 2).permute(1, 2, 3, 0, 4, 5)
+    halves = torch.stack([words & 0xFFFF, (words >> 16) & 0xFFFF], 2)
+    packed = halves.reshape(blocks * 64, -1).to(torch.int16).view(torch.uint8)
     return packed[:rows, : columns // 8].contiguous()
 
 

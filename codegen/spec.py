@@ -65,6 +65,7 @@ class Spec(ABC):
     """
 
     gluon: ClassVar[bool] = False
+    relies_on_ptx: ClassVar[bool] = False  # whether `check` has something to look for
 
     dtype: str
     tile: Tile
@@ -86,6 +87,14 @@ class Spec(ABC):
     @abstractmethod
     def render(self) -> str:
         """Its source."""
+
+    def types(self) -> dict[str, str]:
+        """The types of its parameters by name, as the compiler takes them."""
+        return {argument.name: argument.type for argument in self.arguments}
+
+    def check(self, ptx: str) -> None:
+        """Raises RuntimeError if a compiled kernel is not what the spec relies on."""
+        return
 
     @property
     def short_dtype(self) -> str:

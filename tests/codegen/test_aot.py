@@ -17,6 +17,7 @@ from fxsparse.codegen.kernels.nm_linear_grad_input import NMGradInput
 from fxsparse.codegen.kernels.nm_linear_grad_values import NMGradValues
 from fxsparse.codegen.kernels.nm_prune import NMPrune
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import SPARSE, SparseTensorCoreLinear
+from fxsparse.codegen.kernels.sparse_wgmma_linear import WGMMA, SparseWgmmaLinear
 from fxsparse.codegen.loaded import kernel
 from fxsparse.codegen.spec import NMSpec, Spec, Tile
 from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, LARGE, SHIPPED
@@ -98,6 +99,13 @@ def sparse_tensor_cores() -> Iterator[Spec]:
     yield SparseTensorCoreLinear("float16", *SPARSE[DECODE])
 
 
+def wgmma() -> Iterator[Spec]:
+    for tile in WGMMA.values():
+        yield SparseWgmmaLinear("bfloat16", tile, split=tile.rows <= 64, epilogue=BIAS)
+    for rows in (16, 256):
+        yield SparseWgmmaLinear("float16", WGMMA[rows], split=True, epilogue=Epilogue(True, ("gelu", "mul", "add")))
+
+
 GROUPS = {
     **{f"{n}:{m}": (lambda pattern=(n, m): half_precision(pattern)) for n, m in NMSpec.PATTERNS},
     "float32": single_precision,
@@ -121,6 +129,13 @@ def test_shipped_configurations_fit(group, capability):
         if used.spills or used.shared > SHARED_LIMIT[capability]:
             failures.append(line)
     assert not failures, "\n".join(failures)
+
+
+def test_hoppers_sparse_tensor_cores_fit():
+    for spec in wgmma():
+        used = resources(compile_for(spec, 90))
+        print(spec.tile, spec.epilogue, used)
+        assert not used.spills and used.shared <= SHARED_LIMIT[90], spec
 
 
 @pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))

@@ -149,6 +149,22 @@ def test_operators_on_dense_weights_are_chosen_and_pinned_too(op: str) -> None:
         assert name == "auto" or name in obstacles(site)
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_hoppers_instruction_is_for_hopper_alone(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "of nobody")
+    timings.remember(FROZEN.problem, "cuda", {"dense": 0.3, "compressed": 0.2, "sparse_wgmma": 0.1})
+    hopper = capability == (9, 0)
+    assert (choose(FROZEN)[0] == "sparse_wgmma") == hopper
+    found, reason = choose(FROZEN, "sparse_wgmma")
+    assert (found == "sparse_wgmma") == hopper
+    assert hopper or "not sparse_wgmma as pinned, because the device has no wgmma" in reason
+    assert choose(replace(FROZEN, rows=1 << 14))[0] != "sparse_wgmma"  # only where it was measured
+    assert obstacles(replace(FROZEN, pattern=Pattern(1, 2)))["sparse_wgmma"] is not None
+    assert obstacles(TRAINED)["sparse_wgmma"] is not None
+
+
 def test_pins_that_cannot_be_kept_say_why() -> None:
     found, reason = choose(replace(TRAINED, device="cpu"), "sparse_tensor_cores")
     assert found == "reference"

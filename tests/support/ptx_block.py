@@ -106,7 +106,7 @@ class Block:
         return self._agent(kind * self.warps + warp)
 
     def _agent(self, local: int) -> Agent:
-        return Agent(self.first + local, 1, np.zeros(self.agents, np.int64))
+        return Agent(self.first + local, 1, np.zeros(self.agents, np.int64), in_order=local < self.warps)
 
     def run(self, warps: Sequence[Iterator[Wait]], order: Sequence[int]) -> None:
         """Runs warps in turn until all have ended."""

@@ -31,11 +31,13 @@ class Agent:
         number: of its place in clocks.
         tick: of its next access.
         clock: what has happened before it.
+        in_order: whether its accesses follow each other; those of copies and products in flight do not.
     """
 
     number: int
     tick: int
     clock: Array
+    in_order: bool = True
 
 
 class Shadow:
@@ -91,7 +93,9 @@ class Shadow:
 
     def _after_writes(self, agent: Agent, cells: Array, verb: str) -> None:
         writer = self.writer[cells]
-        late = (self.written[cells] > agent.clock[writer]) & (writer != agent.number)
+        late = self.written[cells] > agent.clock[writer]
+        if agent.in_order:
+            late &= writer != agent.number
         if late.any():
             cell, other = cells[late][0], int(writer[late][0])
             raise RaceError(
