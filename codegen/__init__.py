@@ -8,7 +8,7 @@ making       spec      frozen description of a kernel, its tile and its argument
 running      source    generated files on disk; ``loaded`` the kernels of this process and their launches
              launching helpers of the launches
              tiles     default tiles; ``autotune`` measures others and ``store`` keeps every measured result
-             aot       compiling for a GPU that need not be there
+             aot       compiling for a GPU that need not be there; ``sass`` reads the machine code
 cpu          C++ kernels: instruction sets, specs and sources, building, and calls that compiled graphs hold
 operators    operators puts launches behind the ``fxsparse::`` operators
              fused_ops operators with an epilogue, or on sparse tensor cores

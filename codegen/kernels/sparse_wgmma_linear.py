@@ -426,13 +426,15 @@ def cycles(way: Split, rows: int, steps: int, multiprocessors: int) -> float:
     """Clock cycles that a product takes on an H100, as far as its tiles' size and number tell.
 
     A step reads 17 KB of W and 256 bytes a row of x from shared memory, into which TMA writes 9 KB and 128 bytes a row,
-    at 128 bytes a cycle. Where W is read once, DRAM gives each of 132 multiprocessors about 14.5 bytes a cycle.
+    at 128 bytes a cycle. The L2 cache gives a multiprocessor about 40 bytes a cycle, and where W is read once DRAM
+    gives each of 132 about 14.5.
     """
-    shared, dram = 136 + 3 * way.rows, (W_STEP + E_STEP) / 14.5 / -(-rows // way.rows)
+    shared, cached = 136 + 3 * way.rows, (W_STEP + E_STEP + 128 * way.rows) / 40
+    dram = (W_STEP + E_STEP) / 14.5 / -(-rows // way.rows)
     begin_and_end = 700 + 8 * way.rows
     adding = 1500 + 26 * way.rows if way.parts > 1 else 0
     waves = -(-way.units // multiprocessors)
-    return waves * (-(-steps // way.parts) * max(shared, dram) + begin_and_end + adding)
+    return waves * (-(-steps // way.parts) * max(shared, cached, dram) + begin_and_end + adding)
 
 
 def sparse_wgmma_linear(
