@@ -21,7 +21,7 @@ from fxsparse.codegen.epilogue import Epilogue
 from fxsparse.codegen.kernels.nm_linear import NMLinear
 from fxsparse.codegen.kernels.nm_linear_grad_input import NMGradInput
 from fxsparse.codegen.kernels.nm_linear_grad_values import NMGradValues
-from fxsparse.codegen.kernels.sparse_tensor_core_linear import SPARSE, SparseTensorCoreLinear
+from fxsparse.codegen.kernels.sparse_tensor_core_linear import SPARSE, SparseTensorCoreLinear, parts_of
 from fxsparse.codegen.kernels.sparse_wgmma_linear import WGMMA, SparseWgmmaLinear, split
 from fxsparse.codegen.sass import CLASSES, OTHER
 from fxsparse.codegen.spec import Spec
@@ -111,9 +111,12 @@ def predictions(device: str, rows: int, columns: int, depth: int) -> Iterator[tu
     machine = next(machine for machine in MACHINES if machine.name == device)
     size, name = (rows, columns, depth), regime(rows)
     plain = NMLinear("bfloat16", SHIPPED["nm_linear"][name], 2, 4, even=True)
-    cores = SparseTensorCoreLinear("bfloat16", *SPARSE[name])
-    for spec in (plain, cores):
-        yield spec.name.removesuffix("_bf16"), predict(Kernel.of(spec, machine.capability), machine, size)
+    tile = SPARSE[name][0]
+    tiles, steps = -(-rows // tile.rows) * -(-columns // tile.columns), -(-depth // tile.depth)
+    parts = parts_of(tiles, steps, machine.multiprocessors)
+    cores = SparseTensorCoreLinear("bfloat16", *SPARSE[name], split=parts > 1)
+    yield "nm_linear", predict(Kernel.of(plain, machine.capability), machine, size)
+    yield "sparse_tensor_core_linear", predict(Kernel.of(cores, machine.capability), machine, size, parts)
     if machine.capability == 90:
         way = split(rows, columns, depth, machine.multiprocessors)
         wgmma = SparseWgmmaLinear("bfloat16", WGMMA[way.rows], split=way.rows <= 64)

@@ -34,10 +34,11 @@ def pack_metadata(indices: Tensor) -> Tensor:
         indices: uint8 ``[N, ceil(K / 8)]``; K is a multiple of 16.
 
     Returns:
-        int32 ``[ceil(N / 32), ceil(K / 32), 32]``, the rest of the last words valid.
+        int32 ``[ceil(N / 32), 4 ceil(K / 128), 32]``, as kernels copy it in steps of up to 128 columns; what is beyond
+        the weight is valid.
     """
     rows, row_bytes = indices.shape
-    padded = torch.nn.functional.pad(indices, (0, -row_bytes % 4, 0, -rows % 32), value=_FIRST_TWO)
+    padded = torch.nn.functional.pad(indices, (0, -row_bytes % 16, 0, -rows % 32), value=_FIRST_TWO)
     halves = padded.view(torch.int16).to(torch.int32) & 0xFFFF
     # [rows / 32, which 16, low or high, g, columns / 32, h]
     parts = halves.view(padded.shape[0] // 32, 2, 2, 8, padded.shape[1] // 4, 2)

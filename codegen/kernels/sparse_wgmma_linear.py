@@ -31,6 +31,7 @@ from fxsparse.codegen.kernels.sparse_tensor_core_linear import unsupported_spars
 from fxsparse.codegen.launching import device_of, dtype_of, if_present, rows_of
 from fxsparse.codegen.loaded import kernel
 from fxsparse.codegen.spec import Argument, Spec, Tile
+from fxsparse.codegen.split import multiprocessors, workspace
 from fxsparse.codegen.template import fill, optional, parameters
 from fxsparse.codegen.wgmma_sp import E_STEP, FEATURES, STEP, W_STEP, Ring, copied_to
 from fxsparse.errors import OptionError
@@ -463,8 +464,8 @@ def sparse_wgmma_linear(
         ``[..., out]``, contiguous.
 
     Raises:
-        OptionError: the dtype or shape has no kernel.
-        RuntimeError: the device is none of compute capability 9.0, or Triton placed buffers elsewhere than known.
+        OptionError: the dtype, shape or device has no kernel.
+        RuntimeError: Triton placed buffers elsewhere than where the kernel reads.
     """
     reason = unsupported_sparse(x.dtype, x.shape[-1])
     if reason is not None:
@@ -475,6 +476,10 @@ def sparse_wgmma_linear(
     if y.numel() == 0:
         return y
     others = [rows_of(operand) for operand in operands]
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) != CAPABILITY:
+        raise OptionError(
+            "wgmma.sp needs a GPU of compute capability {}.{}, which {} is not".format(*CAPABILITY, x.device)
+        )
     blocks = blocks or multiprocessors(x.device)
     way = way or split(rows, columns, depth, blocks)
     spec = SparseWgmmaLinear(dtype_of(x), WGMMA[way.rows], way.parts > 1, Epilogue(bias is not None, tuple(steps)))
@@ -487,16 +492,6 @@ def sparse_wgmma_linear(
             *(rows, columns, depth, columns),
         )
     return y
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; of another device those of an H100."""
-    if device.type != "cuda":
-        return 132
-    if torch.cuda.get_device_capability(device) != CAPABILITY:
-        raise RuntimeError(f"wgmma.sp needs a GPU of compute capability 9.0, which {device} is not")
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _descriptors(spec: SparseWgmmaLinear, x: Tensor, values: Tensor, metadata: Tensor) -> list[Any]:
@@ -521,24 +516,7 @@ def _copied_by_tma(matrix: Tensor) -> Tensor:
 
 
 def _workspace(way: Split, device: torch.device) -> tuple[Tensor | int, ...]:
-    """Memory for the sums of parts, the numbers of those that have arrived, and how many parts there are."""
+    """What the parts of tiles, half a tile at a time, are added through; empty where there are none."""
     if way.parts == 1:
         return ()
-    halves = way.units // way.parts * 2
-    sums = torch.empty(halves * way.parts * way.rows * FEATURES // 2, dtype=torch.float32, device=device)
-    return sums, _counters(halves, device), way.parts
-
-
-def _counters(count: int, device: torch.device) -> Tensor:
-    """Zeros, which a launch leaves as zeros: those of a stream are used again, as its launches follow each other. What
-    a CUDA graph captures gets its own, because graphs may be replayed at once."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    kept = _kept_counters.get(key)
-    if kept is None or kept.numel() < count:
-        kept = _kept_counters[key] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
-    return kept
-
-
-_kept_counters: dict[tuple[torch.device, int], Tensor] = {}
+    return *workspace(way.units // way.parts * 2, way.parts, way.rows * FEATURES // 2, device), way.parts

@@ -95,7 +95,8 @@ def others() -> Iterator[Spec]:
 def sparse_tensor_cores() -> Iterator[Spec]:
     for name, (tile, warp_rows, warp_columns) in SPARSE.items():
         epilogue = BIAS if name == LARGE else Epilogue(True, ("gelu", "mul"))
-        yield SparseTensorCoreLinear("bfloat16", tile, warp_rows, warp_columns, epilogue)
+        for split in (False, True):
+            yield SparseTensorCoreLinear("bfloat16", tile, warp_rows, warp_columns, epilogue, split)
     yield SparseTensorCoreLinear("float16", *SPARSE[DECODE])
 
 
@@ -153,6 +154,15 @@ def test_unaligned_sizes_fit(capability):
     ]
     for spec in specs:
         assert not resources(compile_for(spec, capability, aligned=False)).spills, spec
+
+
+@pytest.mark.parametrize("capability", [86, 89, 100, 120])
+def test_sparse_tensor_cores_of_other_devices(capability):
+    """``mma.sp`` is all that they have, or all that is known here of what they have; they hold 99 KB and more."""
+    for name in (DECODE, LARGE):
+        spec = SparseTensorCoreLinear("bfloat16", *SPARSE[name], split=name == DECODE)
+        used = resources(compile_for(spec, capability))
+        assert not used.spills and used.shared <= 99 * 1024
 
 
 def test_sparse_tensor_cores_run_their_instruction():

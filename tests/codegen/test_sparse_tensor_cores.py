@@ -10,11 +10,16 @@ from torch.nn import functional as F
 
 from fxsparse.codegen.aot import compile_for
 from fxsparse.codegen.epilogue import Epilogue
-from fxsparse.codegen.kernels.sparse_tensor_core_linear import SparseTensorCoreLinear
+from fxsparse.codegen.kernels.sparse_tensor_core_linear import (
+    SparseTensorCoreLinear,
+    parts_of,
+    sparse_tensor_core_linear,
+)
 from fxsparse.codegen.metadata import SparseTranspose, pack_metadata, unpack_metadata
 from fxsparse.codegen.spec import Tile
 from fxsparse.errors import OptionError
 from fxsparse.ops.nm import Pattern, double_prune_mask, nm_mask, pack, pack_column_mask, unpack
+from tests.support.emulated import emulation
 from tests.support.ptx_emulator import Memory, Program
 from tests.support.ptx_races import RaceError
 
@@ -35,7 +40,7 @@ def weight_24(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> t
 def test_metadata_round_trip(shape):
     _, _, indices = weight_24(*shape)
     metadata = pack_metadata(indices)
-    assert metadata.shape == (-(-shape[0] // 32), -(-shape[1] // 32), 32)
+    assert metadata.shape == (-(-shape[0] // 32), 4 * -(-shape[1] // 128), 32)
     assert torch.equal(unpack_metadata(metadata, *shape), indices)
 
 
@@ -55,7 +60,7 @@ def test_metadata_words_follow_the_definition():
 
 def test_padding_of_metadata_is_in_order():
     _, _, indices = weight_24(20, 16)
-    nibbles = unpack_metadata(pack_metadata(indices), 32, 32)
+    nibbles = unpack_metadata(pack_metadata(indices), 32, 128)
     for nibble in (nibbles & 15, nibbles >> 4):
         assert ((nibble & 3) < (nibble >> 2)).all()
 
@@ -173,6 +178,29 @@ def test_epilogue_after_sparse_product():
     y, x, weight = emulate(spec, 90, (rows, columns, 80), bias=bias, operands=(gate, residual))
     expected = F.relu(F.silu(F.linear(x.float(), weight.float(), bias.float())) * gate.float() + residual.float())
     close(y, expected)
+
+
+@pytest.mark.parametrize(("shape", "capability"), [(DECODE, 80), (SMALL, 90)], ids=["decode", "small"])
+def test_depth_in_parts(shape, capability):
+    """The parts are added in their order, whichever arrives last."""
+    rows, columns, depth, results = 13, 70, 16 * 33, []
+    weight, values, indices = weight_24(columns, depth, torch.float16)
+    x, bias = torch.randn(rows, depth).half(), torch.randn(columns).half()
+    gate = torch.randn(rows, columns).half()
+    for blocks in (None, lambda count: [*range(1, count), 0]):
+        with emulation(capability, blocks=blocks):
+            how = {"steps": ("silu", "mul"), "operands": [gate], "spec": shape, "parts": 2}
+            results.append(sparse_tensor_core_linear(x, values, pack_metadata(indices), bias, **how))
+    close(results[0], F.silu(F.linear(x.float(), weight.float(), bias.float())) * gate.float())
+    assert torch.equal(*results)
+
+
+def test_a_depth_is_split_where_tiles_are_few():
+    for columns, depth in [(5120, 5120), (5120, 20480), (4096, 4096), (1024, 4096), (4096, 14336)]:
+        tiles, steps = columns // 128, depth // 128
+        parts = parts_of(tiles, steps, 108)
+        assert 0.55 * 108 <= tiles * parts <= 2 * 108 and steps // parts >= 4, (columns, depth, parts)
+    assert parts_of(4096 // 128 * 8, 64, 108) == parts_of(20480 // 128, 3, 108) == 1
 
 
 def test_input_gradient_from_the_sparse_transpose():
