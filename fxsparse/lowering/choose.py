@@ -209,8 +209,15 @@ def _by_estimates(site: Site, possible: list[str]) -> tuple[str, str] | None:
     ranked = sorted((time, name) for time, name in every if time is not None)
     if not ranked:
         return None
-    shown = ", ".join(f"{name} {time:.0f} us" for time, name in ranked[:2])
-    return ranked[0][1], f"estimated from bytes and FLOPs: {shown}; not measured"
+    shown = f"estimated from bytes and FLOPs: {', '.join(f'{name} {time:.0f} us' for time, name in ranked[:2])}"
+    safe, programs = [pair for pair in ranked if pair[1] in BASELINES], estimates.programs(site.problem)
+    if safe and ranked[0][1] not in BASELINES:
+        if programs is not None and programs < device.multiprocessors:
+            few = f"but its {programs} programs leave some of {device.multiprocessors} multiprocessors idle"
+            return safe[0][1], f"{shown}, {few}; not measured"
+        if ranked[0][0] * estimates.GAIN > safe[0][0]:
+            return safe[0][1], f"{shown}, too little to gain; not measured"
+    return ranked[0][1], f"{shown}; not measured"
 
 
 def _by_other_cpus(site: Site, possible: list[str]) -> tuple[str, str] | None:
