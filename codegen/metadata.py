@@ -91,8 +91,8 @@ class SparseTranspose:
     Attributes:
         values: ``[K, N / 2]``.
         metadata: int32, of :func:`pack_metadata`.
-        origin: int64 ``[K, N / 2]``, where each value lies in the flattened values of W; those that lie nowhere, where
-            fewer than two of four are kept, point at the end.
+        origin: ``[K, N / 2]``, int32 where that reaches, else int64: where each value lies in the flattened values of
+            W; those that lie nowhere, where fewer than two of four are kept, point at the end.
     """
 
     values: Tensor
@@ -114,7 +114,8 @@ class SparseTranspose:
         where = unpack(number * survives, indices, _PATTERN, columns).t().contiguous()
         mask = nm_mask(where != 0, _PATTERN)
         origin, packed = pack(where, mask, _PATTERN)
-        origin = torch.where(origin == 0, values.numel(), origin - 1)
+        number_type = torch.int32 if values.numel() < 2**31 else torch.int64
+        origin = torch.where(origin == 0, values.numel(), origin - 1).to(number_type)
         transpose = cls(values.new_empty(origin.shape), pack_metadata(packed), origin)
         transpose.refresh(values)
         return transpose

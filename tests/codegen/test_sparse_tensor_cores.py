@@ -77,6 +77,7 @@ def test_sparse_transpose_holds_the_doubly_pruned_weight():
         return unpack(transpose.values, packed, PATTERN, rows).t()
 
     assert torch.equal(dense(), weight * kept)
+    assert transpose.origin.dtype == torch.int32
     changed, storage = torch.randn_like(values), transpose.values.data_ptr()
     transpose.refresh(changed)
     assert torch.equal(dense(), unpack(changed, indices, PATTERN, columns) * kept)
