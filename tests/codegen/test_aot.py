@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 
 import pytest
+from triton.backends.nvidia.compiler import get_ptxas
 
 from fxsparse.codegen import autotune, tiles
 from fxsparse.codegen.aot import SHARED_LIMIT, compile_for, resources
@@ -137,6 +139,22 @@ def test_hoppers_sparse_tensor_cores_fit():
         used = resources(compile_for(spec, 90))
         print(spec.tile, spec.epilogue, used)
         assert not used.spills and used.shared <= SHARED_LIMIT[90], spec
+
+
+@pytest.mark.parametrize(("rows", "split"), [(16, True), (256, False)])
+def test_products_in_flight_are_not_serialised(tmp_path, rows, split):
+    """The assembler says so where it waits for each product because registers are used in between."""
+    ptx = compile_for(SparseWgmmaLinear("bfloat16", WGMMA[rows], split=split), 90).asm["ptx"]
+
+    def said(text: str) -> str:
+        path = tmp_path / "kernel.ptx"
+        path.write_text(text)
+        tool = get_ptxas(90).path
+        command = [tool, "--gpu-name", "sm_90a", "-v", str(path), "-o", str(tmp_path / "kernel.cubin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+    assert "erialized" not in said(ptx)
+    assert "erialized" in said(ptx.replace("wgmma.wait_group.sync.aligned 0", "wgmma.wait_group.sync.aligned 1"))
 
 
 @pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
