@@ -1,5 +1,6 @@
 """The linears and whole layers of published models, sparse against dense, on a GPU.
 
+    python -m benchmarks.gpu --first-run  # the first ten minutes on a GPU: `first_run`
     python -m benchmarks.gpu [--output gpu.md] [--minutes 10] [--only linear layer] [--models llama-3-8b]
 
 Linears: every weight shape of OPT-2.7B/13B/66B, Llama-3-8B and Mistral-7B at 1 to 16,384 tokens, 2:4; the forward
@@ -23,10 +24,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import transformers
 
+from benchmarks import first_run
 from benchmarks.gpu_cases import MODELS, TOY, Case, Run, cases
 from benchmarks.timing import device_microseconds, environment
 from fxsparse.backend.compiled import compiled_graphs
@@ -43,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="*", default=None)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--first-run", action="store_true", help="is everything right here, and worth it?")
     args = parser.parse_args(arguments)
     known = TOY if args.small else MODELS
     if unknown := set(args.models or ()) - set(known):
@@ -55,11 +59,32 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     title = f"{environment()}, bfloat16, {args.rounds} rounds in turn{', toy shapes' if args.small else ''}"
-    return fill(args.output, title, cases(args), args)
+    if not args.first_run:
+        return fill(args.output, title, cases(args), args)
+    worker = first_run.Worker(args)
+    try:
+        return fill(args.output, f"first run, {title}", first_run.units(args), args, first_run.HEADER, worker.rows)
+    finally:
+        worker.end()
 
 
-def fill(path: Path, title: str, planned: Iterable[Case], args: argparse.Namespace) -> int:
+class Named(Protocol):
+    """What a line begins with: what, model and shape."""
+
+    @property
+    def name(self) -> tuple[str, str, str]: ...
+
+
+def fill(
+    path: Path,
+    title: str,
+    planned: Iterable[Named],
+    args: argparse.Namespace,
+    header: str = HEADER,
+    lines_of: Callable[[Any, argparse.Namespace], list[str]] | None = None,
+) -> int:
     """Appends the cases that a table does not have yet, each whole, until the time is over."""
+    lines_of = lines_of or rows
     done = path.read_text().splitlines() if path.is_file() else []
     if done and done[0] != title:
         print(f"{path} is of something else ({done[0]}): give another --output", file=sys.stderr)
@@ -68,14 +93,15 @@ def fill(path: Path, title: str, planned: Iterable[Case], args: argparse.Namespa
     until = time.monotonic() + 60 * args.minutes
     with path.open("a") as file:
         if not done:
-            file.write(f"{title}\n\n{HEADER}\n{'|---' * (HEADER.count('|') - 1)}|\n")
+            file.write(f"{title}\n\n{header}\n{'|---' * (header.count('|') - 1)}|\n")
+            file.flush()
         for case in planned:
             if case.name in known:
                 continue
             if time.monotonic() > until:
                 print(f"stopped after {args.minutes:g} minutes; the same command goes on", file=sys.stderr)
                 return 0
-            lines = "\n".join(rows(case, args))
+            lines = "\n".join(lines_of(case, args))
             file.write(lines + "\n")
             file.flush()
             print(lines, flush=True)

@@ -57,7 +57,7 @@ def interleaved(
 def device_microseconds(run: Callable[[], object]) -> float:
     """Microseconds on a CUDA device; the queue is busy before, so that launching takes no time."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(200_000)
+    torch.cuda._sleep(2_000_000)  # some 1 ms
     start.record()
     run()
     end.record()

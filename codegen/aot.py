@@ -49,11 +49,11 @@ def compile_for(spec: Spec, capability: int, *, aligned: bool = True) -> Any:
     from triton.backends.compiler import GPUTarget
 
     function = kernel(spec).function
-    types = {argument.name: argument.type for argument in spec.arguments}
+    types = spec.types()
     attributes = {
         (position,): [["tt.divisibility", 16]]
         for position, kind in enumerate(types.values())
-        if kind != "fp32" and aligned
+        if aligned and kind != "fp32" and not kind.startswith("tensordesc")
     }
     options = {"num_warps": spec.tile.warps}
     if spec.gluon:
@@ -63,26 +63,35 @@ def compile_for(spec: Spec, capability: int, *, aligned: bool = True) -> Any:
 
         options["num_stages"] = spec.tile.stages
     origin = Source(fn=function, signature=types, constexprs={}, attrs=attributes)
-    return triton.compile(origin, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(origin, target=GPUTarget("cuda", capability, 32), options=options)
+    spec.check(compiled.asm["ptx"])
+    return compiled
 
 
 def resources(compiled: Any) -> Resources:
     """Resources of a compiled kernel, read from its binary."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _inspect("cuobjdump", "--dump-resource-usage", file.name)
-        sizes = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
-        if sizes is None:
-            raise RuntimeError(f"cuobjdump tells no registers: {usage}")
-        registers, *local = map(int, sizes.groups())
-        # Spills need local memory; where there is none, disassembling would take as long as compiling did.
-        assembly = _inspect("nvdisasm", "-c", "-ndf", file.name) if any(local) else ""
+    usage = _inspect(compiled, "cuobjdump", "--dump-resource-usage")
+    sizes = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    if sizes is None:
+        raise RuntimeError(f"cuobjdump tells no registers: {usage}")
+    registers, *local = map(int, sizes.groups())
+    # Spills need local memory; where there is none, disassembling would take as long as compiling did.
+    assembly = disassemble(compiled) if any(local) else ""
     return Resources(registers, len(re.findall(r"\b(?:LDL|STL)\b", assembly)), compiled.metadata.shared)
 
 
-def _inspect(tool: str, *arguments: str) -> str:
+def disassemble(compiled: Any) -> str:
+    """The machine code of a compiled kernel as text."""
+    return _inspect(compiled, "nvdisasm", "-c", "-ndf")
+
+
+def _inspect(compiled: Any, tool: str, *arguments: str) -> str:
+    """What a tool of Triton's wheel says of a compiled kernel's binary."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(path), *arguments, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -48,16 +48,16 @@ def tuned(name: str) -> Plan | None:
 def candidates(kernel: str, rows: int, dtype: str = "bfloat16", *, tall: bool = False) -> list[Plan]:
     """Plans worth measuring for an input of ``rows`` rows.
 
-    The shipped tiles of the kernel; for few rows also twice as many columns, and the weight as the left operand; for
-    the gradient of a weight also half as many rows, which occupies more of a device where the weight is small; for a
-    ``tall`` weight, of more rows than columns, also square blocks.
+    The shipped tiles of the kernel; for few rows also twice as many columns; for the gradient of a weight also half as
+    many rows, which occupies more of a device where the weight is small; for a ``tall`` weight, of more rows than
+    columns, also square blocks.
     """
     tried = [tiles.default(kernel, number, dtype) for number in (1, 64, 1 << 30)]
     if kernel.endswith(("grad_values", "grad_weight")):
         tried.append(replace(tried[-1], rows=tried[-1].rows // 2, warps=4))
     if rows <= 64 and kernel.startswith("nm_linear") and "grad" not in kernel:
         small = tried[0]
-        tried += [replace(small, weight_first=True), replace(small, columns=2 * small.columns, depth=small.depth // 2)]
+        tried.append(replace(small, columns=2 * small.columns, depth=small.depth // 2))
     blocks = [False, True] if tall else [False]
     return [Plan(tile, square) for tile in dict.fromkeys(tried) for square in blocks]
 

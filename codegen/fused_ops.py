@@ -2,6 +2,7 @@
 
     nm_linear_epilogue(x, values, indices, bias?, n, m, steps, operands)
     sparse_tensor_core_linear(x, values, metadata, bias?, steps, operands)
+    sparse_wgmma_linear(x, values, metadata, bias?, steps, operands)
     cusparselt_linear(x, packed, bias?, out_features, alg_id=0, split_k=1, split_k_mode=-1)
 
 ``steps`` are names of :class:`~fxsparse.codegen.epilogue.Epilogue` separated by blanks; the last operator is NVIDIA's
@@ -24,7 +25,8 @@ from torch.nn import functional as F
 from fxsparse.codegen.epilogue import GATED
 from fxsparse.codegen.kernels import nm_linear as nm_kernels
 from fxsparse.codegen.kernels import sparse_tensor_core_linear as sparse_kernels
-from fxsparse.codegen.metadata import unpack_metadata
+from fxsparse.codegen.kernels import sparse_wgmma_linear as wgmma_kernels
+from fxsparse.codegen.metadata import unpack_metadata, unpack_wgmma_metadata
 from fxsparse.codegen.operators import HAS_TRITON
 from fxsparse.errors import OptionError
 from fxsparse.ops.define import declare_kernel
@@ -109,6 +111,18 @@ def sparse_tensor_core_linear(
     return apply_steps(F.linear(x, weight, bias), steps, operands).contiguous()
 
 
+@_operator(lambda values, **_: values.shape[0])
+def sparse_wgmma_linear(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, steps: str, operands: list[Tensor]
+) -> Tensor:
+    """steps(x W^T + bias), W 2:4; arguments as for the kernel's ``sparse_wgmma_linear``."""
+    if x.is_cuda:
+        return wgmma_kernels.sparse_wgmma_linear(x, values, metadata, bias, steps=steps.split(), operands=operands)
+    indices = unpack_wgmma_metadata(metadata, values.shape[0], x.shape[-1])
+    weight = unpack(values, indices, Pattern(2, 4), x.shape[-1])
+    return apply_steps(F.linear(x, weight, bias), steps, operands).contiguous()
+
+
 @_operator(lambda out_features, **_: out_features)
 def cusparselt_linear(
     x: Tensor,
@@ -139,3 +153,4 @@ def cusparselt_linear(
 if HAS_TRITON:
     declare_kernel("nm_linear_epilogue", "cuda")
     declare_kernel("sparse_tensor_core_linear", "cuda")
+    declare_kernel("sparse_wgmma_linear", "cuda")

@@ -3,7 +3,7 @@
     nm_linear_grad_input_kept(dy, values, indices, column_mask)
 
 It computes what ``nm_linear_grad_input`` does for 2:4, faster on large shapes, and costs the memory of the compressed
-weight once more and of where its values come from (8 bytes each). The pattern is made anew when indices or column mask
+weight once more and of where its values come from (4 bytes each). The pattern is made anew when indices or column mask
 were written to; the values are gathered on every call, because the optimizer has changed them.
 """
 

@@ -25,12 +25,14 @@ class Kernel:
         function: the Triton function in that file.
         launches: times it was launched by this process. A CUDA graph replays without launching anew, so its kernels
             count once a capture.
+        checked: whether the spec has seen what the compiler made of it, which it does before the first launch.
     """
 
     spec: Spec
     file: Path
     function: Any
     launches: int = 0
+    checked: bool = False
 
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
         """Runs it on the current device and stream, without waiting for it."""
@@ -40,6 +42,9 @@ class Kernel:
         options: dict[str, int] = {"num_warps": self.spec.tile.warps}
         if not self.spec.gluon:
             options["num_stages"] = self.spec.tile.stages
+        if self.spec.relies_on_ptx and not self.checked:
+            self.spec.check(self.function.warmup(*args, grid=grid, **options).asm["ptx"])
+            self.checked = True
         self.function[grid](*args, **options)
 
 

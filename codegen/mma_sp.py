@@ -18,9 +18,6 @@ from dataclasses import dataclass
 
 from fxsparse.codegen.spec import Tile
 
-KEEP_FIRST_TWO = 0x44444444
-"""Metadata that the instruction accepts for values that are all zero."""
-
 Steps = list[list[int]]
 
 # The step in rows and words that each bit of the lane number makes, in fragments of W and of x.
@@ -76,8 +73,10 @@ class Layouts:
             f"[{self.row_warps}, {self.column_warps}, 1, 1, 1, 1, 1], [6, 5, 4, 3, 2, 0, 1])",
             "W_COPY": self._copy(w_words),
             "X_COPY": self._copy(x_words),
+            "E_COPY": self._copy(tile.depth),
             "W_SHARED": self._shared(w_words),
             "X_SHARED": self._shared(x_words),
+            "E_SHARED": "gl.SwizzledSharedLayout(1, 1, 1, [1, 0])",
             "Y_LAYOUT": f"gl.BlockedLayout([8, 1], [{out}, {32 // out}], [1, {tile.warps}], [0, 1])",
         }
 

@@ -23,7 +23,6 @@ class Tile:
         warps: of 32 threads, a program.
         stages: steps whose loads are in flight at once.
         group: tiles of rows visited together before the next tile of columns, so that operands stay in the L2 cache.
-        weight_first: the weight is the left operand of the tensor core, which for few rows of x wastes least.
     """
 
     rows: int
@@ -32,7 +31,6 @@ class Tile:
     warps: int = 4
     stages: int = 3
     group: int = 8
-    weight_first: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rows", "columns", "depth", "warps"):
@@ -43,8 +41,7 @@ class Tile:
             raise OptionError(f"stages={self.stages} and group={self.group} of a tile must be at least 1")
 
     def __str__(self) -> str:
-        first = " weight first" if self.weight_first else ""
-        return f"{self.rows}x{self.columns}x{self.depth} {self.warps} warps {self.stages} stages{first}"
+        return f"{self.rows}x{self.columns}x{self.depth} {self.warps} warps {self.stages} stages"
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,7 @@ class Spec(ABC):
     """
 
     gluon: ClassVar[bool] = False
+    relies_on_ptx: ClassVar[bool] = False  # whether `check` has something to look for
 
     dtype: str
     tile: Tile
@@ -86,6 +84,14 @@ class Spec(ABC):
     @abstractmethod
     def render(self) -> str:
         """Its source."""
+
+    def types(self) -> dict[str, str]:
+        """The types of its parameters by name, as the compiler takes them."""
+        return {argument.name: argument.type for argument in self.arguments}
+
+    def check(self, ptx: str) -> None:
+        """Raises RuntimeError if a compiled kernel is not what the spec relies on."""
+        return
 
     @property
     def short_dtype(self) -> str:

@@ -108,21 +108,16 @@ class NMLinear(NMSpec):
         )
 
     def _body(self) -> str:
-        masked, first = not self.even, self.tile.weight_first
-        shape = "N_TILE, M_TILE" if first else "M_TILE, N_TILE"
-        step = "multiply(w_tile, tl.trans(x_tile), product)" if first else "multiply(x_tile, tl.trans(w_tile), product)"
+        masked = not self.even
         return fill(
             _BODY,
-            shape=shape,
             m=str(self.m),
             x_mask=optional(masked, ", mask=(depth < K)[None, :], other=0.0"),
             groups=optional(masked, f"K // {self.m},"),
-            step=step,
             before_loop=optional(self.low_rank == "inside", _INSIDE_BEFORE),
             in_loop=optional(
                 self.low_rank == "inside", fill(_INSIDE_LOOP, k=optional(masked, " & (depth < K)[None, :]"))
             ),
-            transpose=optional(first, "product = tl.trans(product)"),
             branch={
                 "none": "",
                 "inside": fill(_INSIDE_AFTER, dtype=self.dtype),
@@ -161,7 +156,7 @@ columns = column_tile * N_TILE + tl.arange(0, N_TILE)
 # Rows beyond the end repeat the last one, so that the loop needs no mask for them; they are not stored.
 x_rows = tl.minimum(rows, M - 1).to(tl.int64)
 w_rows = tl.minimum(columns, N - 1).to(tl.int64)
-product = tl.zeros(($shape), tl.float32)
+product = tl.zeros((M_TILE, N_TILE), tl.float32)
 $before_loop
 for k in range(0, K, K_TILE):
     depth = k + tl.arange(0, K_TILE)
@@ -175,9 +170,8 @@ for k in range(0, K, K_TILE):
         values_stride,
         indices_stride,
     )
-    product = $step
+    product = multiply(x_tile, tl.trans(w_tile), product)
     $in_loop
-$transpose
 $branch
 t = product
 y_rows = rows.to(tl.int64)

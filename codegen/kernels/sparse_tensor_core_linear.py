@@ -2,8 +2,9 @@
 
     y [M, N] = x [M, K] W [N, K]^T
 
-The kernel is written in Gluon and calls the instruction ``mma.sp`` (`mma_sp`). Copies from memory to shared memory run
-some steps ahead of the products.
+The kernel is written in Gluon and calls the instruction ``mma.sp`` (`mma_sp`). Copies from memory to shared memory, of
+the metadata too, run some steps ahead of the products. Where there are fewer tiles than multiprocessors, the depth of
+each is computed in parts (`split`).
 
 The gradient of the input, dy W^{R,C}, is the same product with the transpose of W^{R,C}, which is 2:4 along ``out``;
 ``metadata.SparseTranspose`` keeps it.
@@ -11,6 +12,7 @@ The gradient of the input, dy W^{R,C}, is the same product with the transpose of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -19,10 +21,12 @@ import torch
 from torch import Tensor
 
 from fxsparse.codegen.epilogue import Epilogue
-from fxsparse.codegen.launching import device_of, dtype_of, if_present, launch_tiles, rows_of
+from fxsparse.codegen.launching import device_of, dtype_of, if_present, rows_of
+from fxsparse.codegen.loaded import kernel
 from fxsparse.codegen.metadata import SparseTranspose
-from fxsparse.codegen.mma_sp import KEEP_FIRST_TWO, Layouts, instructions
+from fxsparse.codegen.mma_sp import Layouts, instructions
 from fxsparse.codegen.spec import Argument, Spec, Tile
+from fxsparse.codegen.split import multiprocessors, workspace
 from fxsparse.codegen.template import fill, parameters
 from fxsparse.codegen.tiles import DECODE, LARGE, SMALL, regime
 from fxsparse.errors import OptionError
@@ -44,6 +48,7 @@ class SparseTensorCoreLinear(Spec):
     Attributes:
         warp_rows, warp_columns: of the part of the tile that one warp computes; multiples of 8 and of 32.
         epilogue: what follows the product.
+        split: the depth is computed in parts.
     """
 
     gluon: ClassVar[bool] = True
@@ -51,6 +56,7 @@ class SparseTensorCoreLinear(Spec):
     warp_rows: int = 64
     warp_columns: int = 64
     epilogue: Epilogue = field(default_factory=Epilogue)
+    split: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,9 +83,15 @@ class SparseTensorCoreLinear(Spec):
         return (
             *(Argument(name, "*i32") for name in ("x", "values", "metadata")),
             Argument("y", self.pointer),
+            *self._split_arguments,
             *self.epilogue.arguments(self.pointer),
             *(Argument(name, "i32") for name in ("M", "N", "K", "y_stride")),
         )
+
+    @property
+    def _split_arguments(self) -> tuple[Argument, ...]:
+        some = Argument("sums", "*fp32"), Argument("arrived", "*i32"), Argument("parts", "i32")
+        return some if self.split else ()
 
     def render(self) -> str:
         tile, layouts = self.tile, self._layouts
@@ -111,8 +123,10 @@ class SparseTensorCoreLinear(Spec):
             group=str(tile.group),
             name=self.name,
             parameters=parameters(self.arguments),
-            valid=hex(KEEP_FIRST_TWO),
-            epilogue=steps,
+            unit=_PART if self.split else _WHOLE,
+            program="gl.program_id(0) // parts" if self.split else "gl.program_id(0)",
+            tile_argument=", parts" if self.split else "",
+            finish=fill(_ADD_PARTS if self.split else _FINISH, dtype=self.dtype, epilogue=steps),
         )
         return source + "\n"
 
@@ -120,8 +134,8 @@ class SparseTensorCoreLinear(Spec):
 _SOURCE = '''
 """y = $title, W 2:4 on sparse tensor cores, $dtype.
 
-x [M, K] and values [N, K / 2] as words of two elements; metadata [N / 32, K / 32, 32] words, sizes rounded up;
-y [M, N]. K is a multiple of 16.
+x [M, K] and values [N, K / 2] as words of two elements; metadata [N / 32, K / 32, 32] words, N rounded up to a multiple
+of 32 and K to one of 128; y [M, N]. K is a multiple of 16.
 Each program computes one tile of y. Copies from memory run STAGES - 1 steps ahead of the products.
 
 Made by fxsparse.codegen from
@@ -133,6 +147,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+synchronize = getattr(gl, "barrier", None) or gl.thread_barrier
 
 $sizes
 
@@ -146,9 +161,9 @@ CONSTRAINTS = gl.constexpr(",".join(["=&f"] * 8 + ["r"] * 24 + [str(i) for i in 
 
 
 @gluon.jit
-def program_tile(rows, columns):
+def program_tile(rows, columns$tile_argument):
     # $group tiles of rows at a time, so that what a wave of programs reads stays in the L2 cache
-    program = gl.program_id(0)
+    program = $program
     row_tiles = gl.cdiv(rows, M_TILE)
     column_tiles = gl.cdiv(columns, N_TILE)
     group = program // ($group * column_tiles)
@@ -175,12 +190,27 @@ def multiply(w, x, e, product):
 
 
 @gluon.jit
+def copy_step(stage, step, K, w_stage, x_stage, e_stage, w_from, x_from, e_from):
+    """Begins to copy a step of W, x and metadata; beyond K they are 0, which are not valid words, but no step of the
+    product is there."""
+    w_words = step * (K_TILE // 4) + gl.arange(0, K_TILE // 4, gl.SliceLayout(0, W_COPY))
+    x_words = step * (K_TILE // 2) + gl.arange(0, K_TILE // 2, gl.SliceLayout(0, X_COPY))
+    e_words = step * K_TILE + gl.arange(0, K_TILE, gl.SliceLayout(0, E_COPY))
+    copy_to_shared(w_stage.index(stage), w_from + step * (K_TILE // 4), mask=(w_words < K // 4)[None, :])
+    copy_to_shared(x_stage.index(stage), x_from + step * (K_TILE // 2), mask=(x_words < K // 2)[None, :])
+    exists = (e_words < (K + 127) // 128 * 128)[None, :]
+    copy_to_shared(e_stage.index(stage), e_from + step * K_TILE, mask=exists)
+    async_copy.commit_group()
+
+
+@gluon.jit
 def $name(
     $parameters
 ):
-    row_tile, column_tile = program_tile(M, N)
+    row_tile, column_tile = program_tile(M, N$tile_argument)
     w_stage = gl.allocate_shared_memory(gl.int32, [STAGES, N_TILE, K_TILE // 4], W_SHARED)
     x_stage = gl.allocate_shared_memory(gl.int32, [STAGES, M_TILE, K_TILE // 2], X_SHARED)
+    e_stage = gl.allocate_shared_memory(gl.int32, [STAGES, N_TILE // 32, K_TILE], E_SHARED)
 
     # Rows beyond the end repeat the last one; they are not stored.
     w_rows = column_tile * N_TILE + gl.arange(0, N_TILE, gl.SliceLayout(1, W_COPY))
@@ -189,37 +219,29 @@ def $name(
     x_rows = row_tile * M_TILE + gl.arange(0, M_TILE, gl.SliceLayout(1, X_COPY))
     x_words = gl.arange(0, K_TILE // 2, gl.SliceLayout(0, X_COPY))
     x_from = x + gl.minimum(x_rows, M - 1).to(gl.int64)[:, None] * (K // 2) + x_words[None, :]
-    e_rows = column_tile * (N_TILE // 32) + gl.arange(0, N_TILE // 32, gl.SliceLayout(1, E_FRAGMENT))
-    e_words = gl.arange(0, 32, gl.SliceLayout(0, E_FRAGMENT))
-    e_steps = (K + 31) // 32
-    e_from = metadata + e_rows.to(gl.int64)[:, None] * (e_steps * 32) + e_words[None, :]
-    e_exists = (e_rows < (N + 31) // 32)[:, None]
+    e_rows = column_tile * (N_TILE // 32) + gl.arange(0, N_TILE // 32, gl.SliceLayout(1, E_COPY))
+    e_words = gl.arange(0, K_TILE, gl.SliceLayout(0, E_COPY))
+    e_from = metadata + gl.minimum(e_rows, (N + 31) // 32 - 1).to(gl.int64)[:, None] * ((K + 127) // 128 * 128)
+    e_from += e_words[None, :]
 
     steps = gl.cdiv(K, K_TILE)
+    $unit
     for s in gl.static_range(STAGES - 1):
-        w_mask = (w_words + s * (K_TILE // 4) < K // 4)[None, :]
-        x_mask = (x_words + s * (K_TILE // 2) < K // 2)[None, :]
-        copy_to_shared(w_stage.index(s), w_from + s * (K_TILE // 4), mask=w_mask)
-        copy_to_shared(x_stage.index(s), x_from + s * (K_TILE // 2), mask=x_mask)
-        async_copy.commit_group()
+        copy_step(s, first + s, K, w_stage, x_stage, e_stage, w_from, x_from, e_from)
     product = gl.full([ROW_WARPS, COLUMN_WARPS, 32, PAIRS, EIGHTS, 2, 4], 0.0, gl.float32, DOMAIN)
-    for k in range(0, steps):
+    stage = 0
+    free = STAGES - 1
+    for k in range(first, end):
         async_copy.wait_group(STAGES - 2)
-        stage = k % STAGES
-        ahead = k + STAGES - 1
         for j in gl.static_range(K_TILE // 32):
             w = w_stage.index(stage).slice(j * 8, 8, dim=1).load(W_FRAGMENT)
             x_part = x_stage.index(stage).slice(j * 16, 16, dim=1).load(X_FRAGMENT)
-            step = k * (K_TILE // 32) + j
-            # Beyond the end all values are zero, but the instruction still wants metadata in order.
-            e = gl.load(e_from + step * 32, mask=e_exists & (step < e_steps), other=$valid)
+            e = e_stage.index(stage).slice(j * 32, 32, dim=1).load(E_FRAGMENT)
             if j == 0:
-                w_mask = (w_words + ahead * (K_TILE // 4) < K // 4)[None, :]
-                x_mask = (x_words + ahead * (K_TILE // 2) < K // 2)[None, :]
-                copy_to_shared(w_stage.index(ahead % STAGES), w_from + ahead * (K_TILE // 4), mask=w_mask)
-                copy_to_shared(x_stage.index(ahead % STAGES), x_from + ahead * (K_TILE // 2), mask=x_mask)
-                async_copy.commit_group()
+                copy_step(free, k + STAGES - 1, K, w_stage, x_stage, e_stage, w_from, x_from, e_from)
             product = multiply(w, x_part, e, product)
+        free = stage
+        stage = gl.where(stage == STAGES - 1, 0, stage + 1)
     async_copy.wait_group(0)
 
     t = gl.reshape(product, [ROW_WARPS, COLUMN_WARPS, 8, 4, PAIRS, EIGHTS, 2, 2, 2])
@@ -229,9 +251,41 @@ def $name(
     rows = row_tile * M_TILE + gl.arange(0, M_TILE, gl.SliceLayout(0, Y_LAYOUT))
     y_rows = rows.to(gl.int64)
     exists = (columns < N)[:, None] & (rows < M)[None, :]
+    $finish
+'''
+
+_WHOLE = """
+first = 0
+end = steps
+"""
+
+_PART = """
+part = gl.program_id(0) % parts
+first = part * steps // parts
+end = (part + 1) * steps // parts
+"""
+
+_FINISH = """
+$epilogue
+gl.store(y + y_rows[None, :] * y_stride + columns[:, None], t.to(gl.$dtype), mask=exists)
+"""
+
+# A part leaves its sums; the last to arrive adds those of all, in their order.
+_ADD_PARTS = """
+tile = gl.program_id(0) // parts
+inside = gl.arange(0, N_TILE, gl.SliceLayout(1, Y_LAYOUT))[:, None]
+inside = inside + gl.arange(0, M_TILE, gl.SliceLayout(0, Y_LAYOUT))[None, :] * N_TILE
+place = sums + tile.to(gl.int64) * parts * (M_TILE * N_TILE) + inside
+gl.store(place + part * (M_TILE * N_TILE), t)
+synchronize()
+if gl.atomic_add(arrived + tile, 1, sem="acq_rel") == parts - 1:
+    t = gl.full([N_TILE, M_TILE], 0.0, gl.float32, Y_LAYOUT)
+    for other in range(parts):
+        t += gl.load(place + other * (M_TILE * N_TILE), cache_modifier=".cg")
+    gl.store(arrived + tile, 0)  # for the next launch
     $epilogue
     gl.store(y + y_rows[None, :] * y_stride + columns[:, None], t.to(gl.$dtype), mask=exists)
-'''
+"""
 
 
 def unsupported_sparse(dtype: torch.dtype, in_features: int, n: int = 2, m: int = 4) -> str | None:
@@ -254,6 +308,7 @@ def sparse_tensor_core_linear(
     steps: Sequence[str] = (),
     operands: Sequence[Tensor] = (),
     spec: SparseTensorCoreLinear | None = None,
+    parts: int | None = None,
 ) -> Tensor:
     """y = x W^T + bias, then an epilogue; W is 2:4.
 
@@ -265,6 +320,7 @@ def sparse_tensor_core_linear(
         steps: of :class:`Epilogue`.
         operands: the tensors its steps take, each ``[..., out]``.
         spec: instead of the default; its dtype and epilogue are replaced.
+        parts: of the depth, instead of what :func:`parts_of` finds.
 
     Returns:
         ``[..., out]``, contiguous.
@@ -282,16 +338,30 @@ def sparse_tensor_core_linear(
         others = [rows_of(operand) for operand in operands]
         epilogue = Epilogue(bias is not None, tuple(steps))
         shape = _default(rows, bool(steps)) if spec is None else (spec.tile, spec.warp_rows, spec.warp_columns)
-        spec = SparseTensorCoreLinear(dtype_of(x), *shape, epilogue)
+        tile, tiles = shape[0], -(-rows // shape[0].rows) * -(-columns // shape[0].columns)
+        parts = parts or parts_of(tiles, -(-depth // tile.depth), multiprocessors(x.device))
+        spec = SparseTensorCoreLinear(dtype_of(x), *shape, epilogue, parts > 1)
+        added = () if parts == 1 else (*workspace(tiles, parts, tile.rows * tile.columns, x.device), parts)
         with device_of(x):
-            launch_tiles(
-                spec,
-                (rows, columns),
-                *(inputs, _words(values), metadata, rows_of(y), *if_present(bias), *others),
+            kernel(spec).launch(
+                (tiles * parts,),
+                *(inputs, _words(values), metadata, rows_of(y), *added, *if_present(bias), *others),
                 *(other.stride(0) for other in others),
                 *(rows, columns, depth, columns),
             )
     return y
+
+
+@functools.cache
+def parts_of(tiles: int, steps: int, multiprocessors: int) -> int:
+    """Into how many parts the depth of every tile is best cut: the fewest steps one after the other, where a launch of
+    a part takes about 6 more and adding it another 4."""
+
+    def time(parts: int) -> float:
+        waves = -(-tiles * parts // multiprocessors)
+        return waves * (-(-steps // parts) + 6 + (4 if parts > 1 else 0))
+
+    return min(range(1, max(1, min(16, steps // 4)) + 1), key=time)
 
 
 def sparse_tensor_core_grad_input(dy: Tensor, transpose: SparseTranspose) -> Tensor:

@@ -26,7 +26,7 @@ from fxsparse.lowering.find import Product
 from fxsparse.lowering.fusion import (
     NM_LINEAR,
     NM_LINEAR_EPILOGUE,
-    SPARSE_TENSOR_CORE_LINEAR,
+    ON_SPARSE_TENSOR_CORES,
     GatedPair,
     following,
     fuse_linears,
@@ -38,7 +38,7 @@ from fxsparse.lowering.pins import Pins
 from fxsparse.lowering.sites import fake_of, operators
 from fxsparse.lowering.weights import Compress, Expand, Join, PackForLibrary, PackMask, PackMetadata, Rule
 from fxsparse.ops.nm_values import nm_values
-from fxsparse.ops.operator import COMPRESSED, CUSPARSELT, DENSE, OPERATOR, OPERATORS, REFERENCE, SPARSE_TENSOR_CORES
+from fxsparse.ops.operator import COMPRESSED, CUSPARSELT, DENSE, OPERATOR, OPERATORS, REFERENCE, operator_name
 
 
 class LoweredGraph:
@@ -115,9 +115,10 @@ class LoweredGraph:
             (packed,) = self._extra_inputs(first.weights, PackForLibrary(first.transposed), ("packed",))
             args = (x, packed, bias, first.out_features, *library_algorithm(first.site))
             return cusparselt_linear._opoverload, args
-        if implementation == SPARSE_TENSOR_CORES:
-            values, metadata = self._for_sparse_tensor_cores(products)
-            return SPARSE_TENSOR_CORE_LINEAR, (x, values, metadata, bias, "", [])
+        target = ON_SPARSE_TENSOR_CORES.get(implementation)
+        if target is not None:
+            values, metadata = self._for_sparse_tensor_cores(products, operator_name(target) or "")
+            return target, (x, values, metadata, bias, "", [])
         values, indices = self._compressed(products)
         return NM_LINEAR, (x, values, indices, None, bias, first.pattern.n, first.pattern.m)
 
@@ -129,14 +130,15 @@ class LoweredGraph:
         kinds = (f"{prefix}values", f"{prefix}indices")
         return self._extra_inputs(_positions(products), rule or Join(alternating), kinds)
 
-    def _for_sparse_tensor_cores(self, products: Sequence[Product]) -> list[Node]:
-        """Values and metadata of the weights; the values of an operator are read where they are."""
+    def _for_sparse_tensor_cores(self, products: Sequence[Product], target: str) -> list[Node]:
+        """Values and metadata of the weights, as an operator reads them; the values of a compressed weight are read
+        where they are."""
         first = products[0]
         if first.site.in_memory:
-            rule = Compress(first.pattern, first.transposed, metadata=True)
+            rule = Compress(first.pattern, first.transposed, metadata=target)
             return self._extra_inputs(_positions(products), rule, ("values", "metadata"))
         _, indices = first.weights
-        (metadata,) = self._extra_inputs((indices,), PackMetadata(), ("metadata",))
+        (metadata,) = self._extra_inputs((indices,), PackMetadata(target), ("metadata",))
         return [self.twins[arguments(first.node)["values"]], metadata]
 
     def _expand(self, product: Product) -> None:

@@ -20,8 +20,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxsparse.codegen import autotune as tile_tuning
 from fxsparse.codegen import tiles
 from fxsparse.codegen.cpu import operators as cpu
-from fxsparse.codegen.fused_ops import cusparselt_linear, sparse_tensor_core_linear
-from fxsparse.codegen.metadata import pack_metadata
+from fxsparse.codegen.fused_ops import cusparselt_linear, sparse_tensor_core_linear, sparse_wgmma_linear
+from fxsparse.codegen.metadata import pack_metadata, pack_wgmma_metadata
 from fxsparse.codegen.operators import launch_of
 from fxsparse.lowering import choose
 from fxsparse.lowering.sites import Site
@@ -34,6 +34,7 @@ from fxsparse.ops.operator import (
     OPERATORS,
     REFERENCE,
     SPARSE_TENSOR_CORES,
+    SPARSE_WGMMA,
     Operands,
     Problem,
     Random,
@@ -94,6 +95,8 @@ def candidates_for(
         makers[OPERATOR] = lambda: _operator(problem, args, until)
     if inference and choose.no_sparse_tensor_cores(site) is None:
         makers[SPARSE_TENSOR_CORES] = lambda: _sparse_tensor_cores(args)
+    if inference and choose.no_sparse_wgmma(site) is None:
+        makers[SPARSE_WGMMA] = lambda: _sparse_wgmma(args)
     if inference and choose.no_cusparselt(site) is None:
         makers[CUSPARSELT] = lambda: _library(problem, args)
     return Candidates(makers, _exact(problem, operands, is_cpp), operands.result)
@@ -170,6 +173,12 @@ def _sparse_tensor_cores(args: tuple[Any, ...]) -> dict[str, Run]:
     x, values, indices = args[:3]
     metadata = pack_metadata(indices)
     return {SPARSE_TENSOR_CORES: lambda: sparse_tensor_core_linear(x, values, metadata, None, "", [])}
+
+
+def _sparse_wgmma(args: tuple[Any, ...]) -> dict[str, Run]:
+    x, values, indices = args[:3]
+    metadata = pack_wgmma_metadata(indices)
+    return {SPARSE_WGMMA: lambda: sparse_wgmma_linear(x, values, metadata, None, "", [])}
 
 
 def _library(problem: Problem, args: tuple[Any, ...]) -> dict[str, Run]:

@@ -6,6 +6,7 @@ in memory anyway?) and for the fxsparse operators that a graph holds.
     dense                 a dense product; the weight of a compressed frozen one is expanded once and followed
     compressed, operator  the operator's own generated kernel, on the compressed weight
     sparse_tensor_cores   the generated kernel on 2:4 tensor cores
+    sparse_wgmma          the generated kernel on Hopper's
     cusparselt            NVIDIA's library through torch, on its own compressed copy
     reference             plain ATen, inlined for the compiler to fuse
 
@@ -26,6 +27,7 @@ from torch.fx import Node
 from fxsparse.codegen.cpu import operators as cpu
 from fxsparse.codegen.cpu.spec import Tile
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import unsupported_sparse
+from fxsparse.codegen.kernels.sparse_wgmma_linear import CAPABILITY
 from fxsparse.codegen.launching import unsupported
 from fxsparse.graph import arguments
 from fxsparse.lowering import estimates, timings
@@ -41,12 +43,13 @@ from fxsparse.ops.operator import (
     OPERATORS,
     REFERENCE,
     SPARSE_TENSOR_CORES,
+    SPARSE_WGMMA,
 )
 
-SPARSE_TENSOR_CORES_OP = "sparse_tensor_core_linear"
+SPARSE_TENSOR_CORES_OP, SPARSE_WGMMA_OP = "sparse_tensor_core_linear", "sparse_wgmma_linear"
 GRAD_INPUT = "nm_linear_grad_input"
 
-LAUNCHING = {OPERATOR, COMPRESSED, SPARSE_TENSOR_CORES}
+LAUNCHING = {OPERATOR, COMPRESSED, SPARSE_TENSOR_CORES, SPARSE_WGMMA}
 """Implementations that may launch generated kernels."""
 
 BASELINES = {DENSE, REFERENCE}
@@ -70,6 +73,7 @@ def obstacles(site: Site) -> dict[str, str | None]:
         if operator is not None and DENSE in operator.implementations:
             every[DENSE] = None if site.inference and site.frozen else "its weight is trained or the graph is"
     every[SPARSE_TENSOR_CORES] = no_sparse_tensor_cores(site)
+    every[SPARSE_WGMMA] = no_sparse_wgmma(site)
     every[CUSPARSELT] = no_cusparselt(site)
     return every
 
@@ -205,8 +209,15 @@ def _by_estimates(site: Site, possible: list[str]) -> tuple[str, str] | None:
     ranked = sorted((time, name) for time, name in every if time is not None)
     if not ranked:
         return None
-    shown = ", ".join(f"{name} {time:.0f} us" for time, name in ranked[:2])
-    return ranked[0][1], f"estimated from bytes and FLOPs: {shown}; not measured"
+    shown = f"estimated from bytes and FLOPs: {', '.join(f'{name} {time:.0f} us' for time, name in ranked[:2])}"
+    safe, programs = [pair for pair in ranked if pair[1] in BASELINES], estimates.programs(site.problem)
+    if safe and ranked[0][1] not in BASELINES:
+        if programs is not None and programs < device.multiprocessors:
+            few = f"but its {programs} programs leave some of {device.multiprocessors} multiprocessors idle"
+            return safe[0][1], f"{shown}, {few}; not measured"
+        if ranked[0][0] * estimates.GAIN > safe[0][0]:
+            return safe[0][1], f"{shown}, too little to gain; not measured"
+    return ranked[0][1], f"{shown}; not measured"
 
 
 def _by_other_cpus(site: Site, possible: list[str]) -> tuple[str, str] | None:
@@ -245,6 +256,15 @@ def no_sparse_tensor_cores(site: Site) -> str | None:
         return f"there are none on {site.device}"
     if site.op == GRAD_INPUT and site.pattern == Pattern(2, 4) and not any(size % 16 for size in site.shape):
         return unsupported_sparse(site.dtype, site.shape[0])
+    return _no_two_four(site) or unsupported_sparse(site.dtype, site.shape[1])
+
+
+def no_sparse_wgmma(site: Site) -> str | None:
+    """Why a linear cannot run on Hopper's sparse tensor cores; None if it can."""
+    if not has_kernel(SPARSE_WGMMA_OP, site.device):
+        return f"there are none on {site.device}"
+    if site.device == "cuda" and (not torch.cuda.is_available() or torch.cuda.get_device_capability() != CAPABILITY):
+        return "the device has no wgmma, which takes compute capability {}.{}".format(*CAPABILITY)
     return _no_two_four(site) or unsupported_sparse(site.dtype, site.shape[1])
 
 

@@ -3,7 +3,9 @@
     time = launch + max(bytes / bandwidth, FLOPs / (rate * efficiency))
 
 Peak rates are the manufacturer's for dense bfloat16. Efficiencies are rough, for large shapes: their use is to order
-the implementations of one product, and measuring replaces them (`fxsparse.lowering.timings`).
+the implementations of one product, and measuring replaces them (`fxsparse.lowering.timings`). They hold where a kernel
+occupies the device, so one that has fewer programs than there are multiprocessors is not estimated into use, nor one
+that would gain less than `GAIN`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+import fxsparse.codegen.kernels  # noqa: F401  whose files say what their tiles are
+from fxsparse.codegen import tiles
 from fxsparse.codegen.cpu import instruction_sets
 from fxsparse.ops.operator import CUSPARSELT, DENSE, OPERATORS, REFERENCE, SPARSE_TENSOR_CORES, Problem
 
@@ -24,6 +28,7 @@ class Device:
     Attributes:
         bandwidth: of its memory, bytes a second.
         rate: of dense 16-bit products, FLOPs a second.
+        multiprocessors: that programs run on.
         sparse: what a generated kernel on sparse tensor cores reaches, over a dense library product.
     """
 
@@ -31,16 +36,20 @@ class Device:
     bandwidth: float
     rate: float
     sparse: float
+    multiprocessors: int
 
 
 # NVIDIA's data sheets; the names as CUDA gives them begin so.
 DEVICES = (
-    Device("NVIDIA A100-SXM4-80GB", 2.04e12, 312e12, 1.3),
-    Device("NVIDIA A100", 1.55e12, 312e12, 1.3),
-    Device("NVIDIA H200", 4.8e12, 989e12, 0.75),
-    Device("NVIDIA H100 PCIe", 2.0e12, 756e12, 0.75),
-    Device("NVIDIA H100", 3.35e12, 989e12, 0.75),
+    Device("NVIDIA A100-SXM4-80GB", 2.04e12, 312e12, 1.3, 108),
+    Device("NVIDIA A100", 1.55e12, 312e12, 1.3, 108),
+    Device("NVIDIA H200", 4.8e12, 989e12, 0.75, 132),
+    Device("NVIDIA H100 PCIe", 2.0e12, 756e12, 0.75, 114),
+    Device("NVIDIA H100", 3.35e12, 989e12, 0.75, 132),
 )
+
+GAIN = 1.05
+"""What a kernel has to be estimated faster by than what is always right."""
 
 LAUNCH = 4e-6
 """Seconds before a kernel does anything."""
@@ -78,6 +87,18 @@ def device(name: str | None = None) -> Device | None:
             return None
         name = torch.cuda.get_device_name()
     return next((known for known in DEVICES if name.startswith(known.name)), None)
+
+
+def programs(problem: Problem) -> int | None:
+    """Programs that the generated kernel of a product launches with its default tile; None if it has none."""
+    shape = OPERATORS[problem.op].tiles
+    if shape is None:
+        return None
+    rows, columns, _ = shape.sizes(problem)
+    tile = tiles.default(shape.kernel, rows, str(problem.dtype).removeprefix("torch."))
+    if shape.kernel.endswith(("grad_values", "grad_weight")):  # of a result as large as the weight
+        rows, columns = problem.out_features, problem.in_features
+    return -(-rows // tile.rows) * -(-columns // tile.columns)
 
 
 def microseconds(problem: Problem, implementation: str, on: Device) -> float | None:

@@ -8,6 +8,11 @@ from fxsparse.lowering import measure
 from fxsparse.lowering.choose import undecided
 from fxsparse.lowering.pins import Pins
 from fxsparse.lowering.sites import Site
+from fxsparse.ops.operator import SPARSE_WGMMA
+
+ASKED_FOR = (SPARSE_WGMMA,)
+"""Measured only by `fxsparse.tune`: no GPU has run it yet, its warps wait for each other, and what hangs on a first use
+would hang the program of somebody who asked for nothing."""
 
 
 class FirstUse:
@@ -29,6 +34,9 @@ class FirstUse:
         problem, is_pinned = site.problem, self.pins.of_gradient(site.op).name is not None
         if problem is None or is_pinned or time.monotonic() >= self._until or not undecided(site):
             return
-        result = measure.measure(problem, site.device, until=self._until, compile_reference=not site.in_memory)
+        reference = not site.in_memory
+        result = measure.measure(
+            problem, site.device, until=self._until, compile_reference=reference, exclude=ASKED_FOR
+        )
         if not result.milliseconds:
             self.failures.append(str(result))

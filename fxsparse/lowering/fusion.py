@@ -17,20 +17,23 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxsparse.codegen.epilogue import GATED, Epilogue
-from fxsparse.codegen.fused_ops import nm_linear_epilogue, sparse_tensor_core_linear
+from fxsparse.codegen.fused_ops import nm_linear_epilogue, sparse_tensor_core_linear, sparse_wgmma_linear
 from fxsparse.codegen.launching import unsupported
 from fxsparse.graph import arguments
-from fxsparse.lowering.choose import SPARSE_TENSOR_CORES_OP
+from fxsparse.lowering.choose import SPARSE_TENSOR_CORES_OP, SPARSE_WGMMA_OP
 from fxsparse.lowering.sites import fake_of
 from fxsparse.ops.define import has_kernel
 from fxsparse.ops.nm import Pattern
 from fxsparse.ops.nm_linear import nm_linear
-from fxsparse.ops.operator import operator_name
+from fxsparse.ops.operator import SPARSE_TENSOR_CORES, SPARSE_WGMMA, operator_name
 
 aten = torch.ops.aten
 
 NM_LINEAR, NM_LINEAR_EPILOGUE = nm_linear.overload, nm_linear_epilogue._opoverload
-SPARSE_TENSOR_CORE_LINEAR = sparse_tensor_core_linear._opoverload
+ON_SPARSE_TENSOR_CORES = {
+    SPARSE_TENSOR_CORES: sparse_tensor_core_linear._opoverload,
+    SPARSE_WGMMA: sparse_wgmma_linear._opoverload,
+}
 
 _UNARY: dict[Any, str] = {
     aten.relu.default: "relu",
@@ -154,8 +157,8 @@ def fuse_linears(gm: GraphModule, unwanted: Callable[[Node], bool] = lambda node
     """Lets the kernel of every sparse linear in an inference graph take over what follows it.
 
     Args:
-        gm: a graph that calls ``fxsparse::nm_linear`` or ``fxsparse::sparse_tensor_core_linear`` and is not
-            differentiated, with ATen or torch functions in between; changed in place.
+        gm: a graph that calls ``fxsparse::nm_linear`` or operators on sparse tensor cores and is not differentiated,
+            with ATen or torch functions in between; changed in place.
         unwanted: linears to leave alone.
 
     Returns:
@@ -163,14 +166,14 @@ def fuse_linears(gm: GraphModule, unwanted: Callable[[Node], bool] = lambda node
     """
 
     def replace(gm: GraphModule, node: Node, fusion: Fusion) -> Node | None:
-        if node.target not in (NM_LINEAR, SPARSE_TENSOR_CORE_LINEAR) or unwanted(node):
+        if node.target not in (NM_LINEAR, *ON_SPARSE_TENSOR_CORES.values()) or unwanted(node):
             return None
         steps, operands = " ".join(fusion.steps), list(fusion.operands)
         named = arguments(node)
         if node.target is NM_LINEAR:
             args = tuple(named[name] for name in ("x", "values", "indices", "bias", "n", "m"))
             return gm.graph.call_function(NM_LINEAR_EPILOGUE, (*args, steps, operands))
-        if node.target is SPARSE_TENSOR_CORE_LINEAR and not named["steps"]:
+        if not named["steps"]:
             args = tuple(named[name] for name in ("x", "values", "metadata", "bias"))
             return gm.graph.call_function(node.target, (*args, steps, operands))
         return None
@@ -181,7 +184,7 @@ def fuse_linears(gm: GraphModule, unwanted: Callable[[Node], bool] = lambda node
 def has_own_kernel(node: Node) -> bool:
     """Whether a call is a sparse linear whose kernel can take over what follows it."""
     fake, name = fake_of(node), operator_name(node.target)
-    if fake is None or name not in ("nm_linear", SPARSE_TENSOR_CORES_OP):
+    if fake is None or name not in ("nm_linear", SPARSE_TENSOR_CORES_OP, SPARSE_WGMMA_OP):
         return False
     if name == "nm_linear":
         named = arguments(node)

@@ -22,7 +22,7 @@ from fxsparse.lowering.first_use import FirstUse
 from fxsparse.lowering.fusion import GatedPair, following, gated_pair, has_epilogues
 from fxsparse.lowering.memory import Room
 from fxsparse.lowering.sites import Site
-from fxsparse.ops.operator import COMPRESSED, OPERATOR, SPARSE_TENSOR_CORES
+from fxsparse.ops.operator import COMPRESSED, OPERATOR, SPARSE_TENSOR_CORES, SPARSE_WGMMA
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _can_gate(single: Group) -> bool:
 def _can_stack(single: Group) -> bool:
     """Whether a linear may be a part of a product, and no kernel could take over what follows it alone."""
     (product,) = single.products
-    joins = product.site.in_memory and single.implementation in (COMPRESSED, SPARSE_TENSOR_CORES)
+    joins = product.site.in_memory and single.implementation in (COMPRESSED, SPARSE_TENSOR_CORES, SPARSE_WGMMA)
     if not joins and not _runs_frozen(single):
         return False
     computes_bias = product.bias is not None and product.bias.op != "placeholder"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +54,12 @@ class Measurement:
 
 
 def measure(
-    problem: Problem, device: str, *, until: float | None = None, compile_reference: bool = True
+    problem: Problem,
+    device: str,
+    *,
+    until: float | None = None,
+    compile_reference: bool = True,
+    exclude: Collection[str] = (),
 ) -> Measurement:
     """Measures the implementations of one product and keeps the times.
 
@@ -62,12 +68,15 @@ def measure(
         device: device type.
         until: of ``time.monotonic``; three turns are taken in any case, with one tile of a kernel.
         compile_reference: also measure the reference, as Inductor compiles it.
+        exclude: implementations to leave out.
     """
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         try:
             several = candidates.candidates_for(problem, device, compile_reference=compile_reference, until=until)
         except RuntimeError as failure:  # no memory for the operands
             return Measurement(problem, failed={"operands": _in_a_line(failure)})
+        for name in exclude:
+            several.makers.pop(name, None)
         runs, failed = _validated(several, _TOLERANCE[problem.dtype])
         times: dict[str, list[float]] = {name: [] for name in runs}
         begin = time.monotonic()
@@ -161,4 +170,4 @@ def _flush() -> None:
     """Empties the L2 cache, and keeps the device busy while the next launch is prepared."""
     size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     torch.empty(4 * max(size, 1 << 25), dtype=torch.uint8, device="cuda").zero_()
-    torch.cuda._sleep(200_000)  # clock cycles, some 0.1 ms
+    torch.cuda._sleep(2_000_000)  # clock cycles, some 1 ms: a launch through Python takes up to half of that

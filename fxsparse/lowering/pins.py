@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from fxsparse.ops.operator import CUSPARSELT, OPERATORS, SPARSE_TENSOR_CORES
+from fxsparse.ops.operator import CUSPARSELT, OPERATORS, SPARSE_TENSOR_CORES, SPARSE_WGMMA
 
 LOWERINGS: dict[str, tuple[str, ...]] = {
     name: ("auto", *operator.implementations) for name, operator in OPERATORS.items() if operator.implementations
@@ -49,4 +49,4 @@ class Pins:
         pin, forward = self.of(op), self.of(op.partition("_grad_")[0])
         if pin != Pin():
             return pin
-        return Pin() if forward.name in (SPARSE_TENSOR_CORES, CUSPARSELT) else forward
+        return Pin() if forward.name in (SPARSE_TENSOR_CORES, SPARSE_WGMMA, CUSPARSELT) else forward

@@ -6,14 +6,20 @@ A rule that gives None says that the weights' contents no longer allow the form;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fxsparse.codegen.metadata import pack_metadata
+from fxsparse.codegen.metadata import pack_metadata, pack_wgmma_metadata
 from fxsparse.ops.nm import Pattern, mask_of, pack, pack_column_mask, satisfies, unpack
+
+METADATA: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse_tensor_core_linear": pack_metadata,
+    "sparse_wgmma_linear": pack_wgmma_metadata,
+}
+"""How the operators on sparse tensor cores want the indices of a weight."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +29,13 @@ class Compress:
     Attributes:
         pattern: of the weights.
         transposed: whether they are stored ``[in, out]``.
-        metadata: gives the indices as sparse tensor cores read them.
+        metadata: the operator on sparse tensor cores that the indices are packed for; empty, as they are.
         alternating: a row of each weight in turn instead.
     """
 
     pattern: Pattern
     transposed: bool
-    metadata: bool = False
+    metadata: str = ""
     alternating: bool = False
 
     def __call__(self, *weights: Tensor) -> tuple[Tensor, ...] | None:
@@ -40,7 +46,7 @@ class Compress:
                 return None
             packed.append(pack(dense, mask_of(dense, self.pattern), self.pattern))
         values, indices = (_joined(parts, self.alternating) for parts in zip(*packed, strict=True))
-        return values, pack_metadata(indices) if self.metadata else indices
+        return values, METADATA[self.metadata](indices) if self.metadata else indices
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,12 @@ class Expand:
 
 @dataclass(frozen=True)
 class PackMetadata:
-    """The indices of a 2:4 weight as sparse tensor cores read them."""
+    """The indices of a 2:4 weight as an operator on sparse tensor cores reads them."""
+
+    operator: str
 
     def __call__(self, indices: Tensor) -> tuple[Tensor, ...]:
-        return (pack_metadata(indices),)
+        return (METADATA[self.operator](indices),)
 
 
 @dataclass(frozen=True)

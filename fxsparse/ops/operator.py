@@ -20,7 +20,7 @@ from fxsparse.ops.flops import Formula
 from fxsparse.ops.nm import Pattern
 
 DENSE, COMPRESSED, OPERATOR, REFERENCE = "dense", "compressed", "operator", "reference"
-SPARSE_TENSOR_CORES, CUSPARSELT = "sparse_tensor_cores", "cusparselt"
+SPARSE_TENSOR_CORES, SPARSE_WGMMA, CUSPARSELT = "sparse_tensor_cores", "sparse_wgmma", "cusparselt"
 """Names of implementations; `fxsparse.lowering.choose` says what each is."""
 
 Output: TypeAlias = "tuple[Tensor, Sequence[int]]"

@@ -73,7 +73,7 @@ def test_text_tells_options_apart() -> None:
         ({"max_autotune": "yes"}, "max_autotune"),
         ({"freezing": True}, "freezing"),
         ({"lower": {"nm_linea": "dense"}}, "did you mean 'nm_linear'"),
-        ({"lower": {"nm_linear": "fast"}}, "'sparse_tensor_cores', 'cusparselt'"),
+        ({"lower": {"nm_linear": "fast"}}, "'sparse_wgmma', 'cusparselt'"),
         ({"lower": "dense"}, "maps operators to implementations"),
         ({"compiler": "tvm"}, "aot_eager"),
         ({"fallback": 1}, "fallback=1"),

@@ -32,6 +32,7 @@ def _(x, values, indices, bias, n, m, steps, operands):
 
 declare_kernel("nm_linear_epilogue", "cpu")
 declare_kernel("sparse_tensor_core_linear", "cpu")  # which runs plain torch here
+declare_kernel("sparse_wgmma_linear", "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -98,10 +99,11 @@ def test_inference_takes_over_what_follows():
     assert any("bias + add" in source or "add" in source for source in sources)
 
 
+@pytest.mark.parametrize("cores", ["sparse_tensor_cores", "sparse_wgmma"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_sparse_tensor_cores_where_pinned_and_possible(dtype):
+def test_sparse_tensor_cores_where_pinned_and_possible(dtype, cores):
     gm = fxsparse.rewrite(Block(), PASSES, (torch.randn(4, 32),)).to(dtype)
-    options = {"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": "sparse_tensor_cores"}}
+    options = {"compiler": "aot_eager", "fallback": False, "lower": {"nm_linear": cores}}
     compiled = torch.compile(gm, backend="fxsparse", options=options)
     x = torch.randn(3, 32).to(dtype)
     with torch.no_grad():
@@ -112,7 +114,7 @@ def test_sparse_tensor_cores_where_pinned_and_possible(dtype):
         assert fxsparse.kernels(compiled) == []  # nothing but the cores', which have no kernel here
         assert "pinned by" in report
     else:
-        assert "not sparse_tensor_cores as pinned, because sparse tensor cores take bfloat16" in report
+        assert f"not {cores} as pinned, because sparse tensor cores take bfloat16" in report
     gm.get_parameter("up.weight_values").data.zero_()  # values are read, not copied
     with torch.no_grad():
         assert (compiled(x) - copy.deepcopy(gm).double()(x.double())).abs().max() < 0.05
@@ -148,7 +150,7 @@ class Projections(nn.Module):
         return q[..., :32].view(x.shape[0], 2, 16).sum(1) + (k * 2)[..., :16] + v[..., 24:].exp()
 
 
-@pytest.mark.parametrize("choice", ["compressed", "sparse_tensor_cores"])
+@pytest.mark.parametrize("choice", ["compressed", "sparse_tensor_cores", "sparse_wgmma"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linears_on_one_input_run_as_one_product(choice, bias):
     model = Projections(bias).bfloat16().requires_grad_(False)
@@ -269,7 +271,7 @@ def test_linears_that_were_measured_faster_apart_stay_apart(monkeypatch):
     assert sum(item.count for item in fxsparse.kernels(compiled)) == 2
 
 
-@pytest.mark.parametrize("choice", ["compressed", "sparse_tensor_cores"])
+@pytest.mark.parametrize("choice", ["compressed", "sparse_tensor_cores", "sparse_wgmma"])
 def test_frozen_weights_run_compressed(choice):
     torch.manual_seed(0)
     model = Block().bfloat16().requires_grad_(False)

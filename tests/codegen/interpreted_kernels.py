@@ -77,7 +77,7 @@ class TestNM:
         rows, columns, depth = sizes(draw, pattern[1])
         weight, x = Weight(columns, depth, Pattern(*pattern), dtype), torch.randn(rows, depth).to(dtype)
         bias = draw.choice([None, torch.randn(columns).to(dtype)])
-        tile = Tile(16, 32, draw.choice([32, 64]), weight_first=draw.random() < 0.5)
+        tile = Tile(16, 32, draw.choice([32, 64]))
         plan = Plan(tile, square=draw.random() < 0.5)
         y = nm_linear(x, weight.values, weight.indices, None, bias, *pattern, plan=plan)
         expected = F.linear(x.double(), weight.pruned, None if bias is None else bias.double())
@@ -144,10 +144,9 @@ class TestNM:
         assert torch.equal(indices, expected_indices)
 
 
-@pytest.mark.parametrize("weight_first", [False, True])
 @pytest.mark.parametrize("low_rank", [False, True])
 @pytest.mark.parametrize("steps", ["gated_silu", "gated_gelu_tanh", "gated_relu mul add"])
-def test_gated_epilogues(draw, steps, low_rank, weight_first):
+def test_gated_epilogues(draw, steps, low_rank):
     """A weight whose rows alternate between two linears, one of which gates the other."""
     rows, columns = draw.randint(1, 40), 2 * draw.randint(1, 40)
     weight = Weight(columns, 48, Pattern(2, 4), torch.float32)
@@ -157,7 +156,7 @@ def test_gated_epilogues(draw, steps, low_rank, weight_first):
     how = {
         "steps": steps.split(),
         "operands": operands,
-        "plan": Plan(Tile(16, 16, 32, weight_first=weight_first), True),
+        "plan": Plan(Tile(16, 16, 32), True),
     }
     args = (x, weight.values, weight.indices, None)
     y = nm_linear_low_rank(*args, down, up, bias, 2, 4, 0.5, **how) if low_rank else nm_linear(*args, bias, 2, 4, **how)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 
 import pytest
+from triton.backends.nvidia.compiler import get_ptxas
 
 from fxsparse.codegen import autotune, tiles
 from fxsparse.codegen.aot import SHARED_LIMIT, compile_for, resources
@@ -17,6 +19,7 @@ from fxsparse.codegen.kernels.nm_linear_grad_input import NMGradInput
 from fxsparse.codegen.kernels.nm_linear_grad_values import NMGradValues
 from fxsparse.codegen.kernels.nm_prune import NMPrune
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import SPARSE, SparseTensorCoreLinear
+from fxsparse.codegen.kernels.sparse_wgmma_linear import WGMMA, SparseWgmmaLinear
 from fxsparse.codegen.loaded import kernel
 from fxsparse.codegen.spec import NMSpec, Spec, Tile
 from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, LARGE, SHIPPED
@@ -94,8 +97,16 @@ def others() -> Iterator[Spec]:
 def sparse_tensor_cores() -> Iterator[Spec]:
     for name, (tile, warp_rows, warp_columns) in SPARSE.items():
         epilogue = BIAS if name == LARGE else Epilogue(True, ("gelu", "mul"))
-        yield SparseTensorCoreLinear("bfloat16", tile, warp_rows, warp_columns, epilogue)
+        for split in (False, True):
+            yield SparseTensorCoreLinear("bfloat16", tile, warp_rows, warp_columns, epilogue, split)
     yield SparseTensorCoreLinear("float16", *SPARSE[DECODE])
+
+
+def wgmma() -> Iterator[Spec]:
+    for tile in WGMMA.values():
+        yield SparseWgmmaLinear("bfloat16", tile, split=tile.rows <= 64, epilogue=BIAS)
+    for rows in (16, 256):
+        yield SparseWgmmaLinear("float16", WGMMA[rows], split=True, epilogue=Epilogue(True, ("gelu", "mul", "add")))
 
 
 GROUPS = {
@@ -123,6 +134,29 @@ def test_shipped_configurations_fit(group, capability):
     assert not failures, "\n".join(failures)
 
 
+def test_hoppers_sparse_tensor_cores_fit():
+    for spec in wgmma():
+        used = resources(compile_for(spec, 90))
+        print(spec.tile, spec.epilogue, used)
+        assert not used.spills and used.shared <= SHARED_LIMIT[90], spec
+
+
+@pytest.mark.parametrize(("rows", "split"), [(16, True), (256, False)])
+def test_products_in_flight_are_not_serialised(tmp_path, rows, split):
+    """The assembler says so where it waits for each product because registers are used in between."""
+    ptx = compile_for(SparseWgmmaLinear("bfloat16", WGMMA[rows], split=split), 90).asm["ptx"]
+
+    def said(text: str) -> str:
+        path = tmp_path / "kernel.ptx"
+        path.write_text(text)
+        tool = get_ptxas(90).path
+        command = [tool, "--gpu-name", "sm_90a", "-v", str(path), "-o", str(tmp_path / "kernel.cubin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+    assert "erialized" not in said(ptx)
+    assert "erialized" in said(ptx.replace("wgmma.wait_group.sync.aligned 0", "wgmma.wait_group.sync.aligned 1"))
+
+
 @pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
 def test_unaligned_sizes_fit(capability):
     """Sizes that are not multiples of 16 get the smaller tiles."""
@@ -138,6 +172,15 @@ def test_unaligned_sizes_fit(capability):
     ]
     for spec in specs:
         assert not resources(compile_for(spec, capability, aligned=False)).spills, spec
+
+
+@pytest.mark.parametrize("capability", [86, 89, 100, 120])
+def test_sparse_tensor_cores_of_other_devices(capability):
+    """``mma.sp`` is all that they have, or all that is known here of what they have; they hold 99 KB and more."""
+    for name in (DECODE, LARGE):
+        spec = SparseTensorCoreLinear("bfloat16", *SPARSE[name], split=name == DECODE)
+        used = resources(compile_for(spec, capability))
+        assert not used.spills and used.shared <= 99 * 1024
 
 
 def test_sparse_tensor_cores_run_their_instruction():

@@ -58,17 +58,16 @@ def test_forward(pattern, capability):
         close(y, F.linear(x.double(), pruned, bias.double()))
         head = Pattern(*pattern)  # the first 64 columns, through strides of 80
         args = x[:, :64], values[:, : head.kept(64)], indices[:, : head.index_bytes(64)], None, None
-        y = nm_linear(*args, *pattern, plan=Plan(Tile(16, 32, 32, weight_first=True), square=True))
+        y = nm_linear(*args, *pattern, plan=Plan(Tile(16, 32, 32), square=True))
         close(y, F.linear(x[:, :64].double(), pruned[:, :64]))
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("weight_first", [False, True])
-def test_gated(capability, weight_first):
+def test_gated(capability):
     pruned, _, values, indices, _ = weight(44, 80, (2, 4), BF16)
     x, bias, operand = (torch.randn(*shape).to(BF16) for shape in ((19, 80), (44,), (19, 22)))
     with emulation(capability):
-        plan = Plan(Tile(16, 32, 64, weight_first=weight_first))
+        plan = Plan(Tile(16, 32, 64))
         args = x, values, indices, None, bias, 2, 4
         y = nm_linear(*args, steps=["gated_silu", "add"], operands=[operand], plan=plan)
     product = F.linear(x.double(), pruned, bias.double())

@@ -29,7 +29,8 @@ from fxsparse.codegen.kernels.sparse_tensor_core_linear import (
     sparse_tensor_core_grad_input,
     sparse_tensor_core_linear,
 )
-from fxsparse.codegen.metadata import SparseTranspose, pack_metadata
+from fxsparse.codegen.kernels.sparse_wgmma_linear import sparse_wgmma_linear
+from fxsparse.codegen.metadata import SparseTranspose, pack_metadata, pack_wgmma_metadata
 from fxsparse.codegen.spec import NMSpec
 from fxsparse.ops import nm
 from fxsparse.ops.nm import Pattern
@@ -120,6 +121,22 @@ def test_sparse_tensor_cores(dtype, steps):
         if steps:
             expected = F.gelu(expected) if steps == "gelu" else F.silu(expected) * gate.double()
         close(y, expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs wgmma")
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("steps", ["", "silu mul"])
+def test_hoppers_sparse_tensor_cores(dtype, steps):
+    for rows, columns, depth in [(1, 40, 64), (16, 4096, 4096), (50, 200, 208), (100, 1024, 4096), (700, 1288, 512)]:
+        dense, values, indices, _ = weight(columns, depth, Pattern(2, 4), dtype)
+        x, bias, gate = (randn(*shape, dtype=dtype) for shape in ((rows, depth), (columns,), (rows, columns)))
+        metadata, operands = pack_wgmma_metadata(indices), [gate] if "mul" in steps else []
+        results = [
+            sparse_wgmma_linear(x, values, metadata, bias, steps=steps.split(), operands=operands) for _ in range(5)
+        ]
+        expected = F.linear(x.double(), dense.double(), bias.double())
+        close(results[0], F.silu(expected) * gate.double() if steps else expected)
+        assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_input_gradient_on_sparse_tensor_cores():

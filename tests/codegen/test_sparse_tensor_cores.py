@@ -10,12 +10,18 @@ from torch.nn import functional as F
 
 from fxsparse.codegen.aot import compile_for
 from fxsparse.codegen.epilogue import Epilogue
-from fxsparse.codegen.kernels.sparse_tensor_core_linear import SparseTensorCoreLinear
+from fxsparse.codegen.kernels.sparse_tensor_core_linear import (
+    SparseTensorCoreLinear,
+    parts_of,
+    sparse_tensor_core_linear,
+)
 from fxsparse.codegen.metadata import SparseTranspose, pack_metadata, unpack_metadata
 from fxsparse.codegen.spec import Tile
 from fxsparse.errors import OptionError
 from fxsparse.ops.nm import Pattern, double_prune_mask, nm_mask, pack, pack_column_mask, unpack
+from tests.support.emulated import emulation
 from tests.support.ptx_emulator import Memory, Program
+from tests.support.ptx_races import RaceError
 
 PATTERN = Pattern(2, 4)
 
@@ -34,7 +40,7 @@ def weight_24(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> t
 def test_metadata_round_trip(shape):
     _, _, indices = weight_24(*shape)
     metadata = pack_metadata(indices)
-    assert metadata.shape == (-(-shape[0] // 32), -(-shape[1] // 32), 32)
+    assert metadata.shape == (-(-shape[0] // 32), 4 * -(-shape[1] // 128), 32)
     assert torch.equal(unpack_metadata(metadata, *shape), indices)
 
 
@@ -54,7 +60,7 @@ def test_metadata_words_follow_the_definition():
 
 def test_padding_of_metadata_is_in_order():
     _, _, indices = weight_24(20, 16)
-    nibbles = unpack_metadata(pack_metadata(indices), 32, 32)
+    nibbles = unpack_metadata(pack_metadata(indices), 32, 128)
     for nibble in (nibbles & 15, nibbles >> 4):
         assert ((nibble & 3) < (nibble >> 2)).all()
 
@@ -71,6 +77,7 @@ def test_sparse_transpose_holds_the_doubly_pruned_weight():
         return unpack(transpose.values, packed, PATTERN, rows).t()
 
     assert torch.equal(dense(), weight * kept)
+    assert transpose.origin.dtype == torch.int32
     changed, storage = torch.randn_like(values), transpose.values.data_ptr()
     transpose.refresh(changed)
     assert torch.equal(dense(), unpack(changed, indices, PATTERN, columns) * kept)
@@ -158,10 +165,8 @@ def test_a_missing_barrier_shows():
     inputs = [memory.put(_bits(tensor)) for tensor in (x, values)]
     inputs.append(memory.put(pack_metadata(indices).numpy()))
     result = memory.put(np.zeros((64, 64), np.uint16))
-    program.run(memory, [*inputs, result, 64, 64, 128, 64], (0, 0, 0), 4)
-    y = torch.from_numpy(memory.get(result, np.int16, (64, 64))).view(torch.bfloat16)
-    expected = x.float() @ unpack(values, indices, PATTERN, 128).float().t()
-    assert (y.float() - expected).abs().max() > 1
+    with pytest.raises(RaceError, match="nobody wrote"):
+        program.run(memory, [*inputs, result, 64, 64, 128, 64], (0, 0, 0), 4)
 
 
 def test_epilogue_after_sparse_product():
@@ -174,6 +179,29 @@ def test_epilogue_after_sparse_product():
     y, x, weight = emulate(spec, 90, (rows, columns, 80), bias=bias, operands=(gate, residual))
     expected = F.relu(F.silu(F.linear(x.float(), weight.float(), bias.float())) * gate.float() + residual.float())
     close(y, expected)
+
+
+@pytest.mark.parametrize(("shape", "capability"), [(DECODE, 80), (SMALL, 90)], ids=["decode", "small"])
+def test_depth_in_parts(shape, capability):
+    """The parts are added in their order, whichever arrives last."""
+    rows, columns, depth, results = 13, 70, 16 * 33, []
+    weight, values, indices = weight_24(columns, depth, torch.float16)
+    x, bias = torch.randn(rows, depth).half(), torch.randn(columns).half()
+    gate = torch.randn(rows, columns).half()
+    for blocks in (None, lambda count: [*range(1, count), 0]):
+        with emulation(capability, blocks=blocks):
+            how = {"steps": ("silu", "mul"), "operands": [gate], "spec": shape, "parts": 2}
+            results.append(sparse_tensor_core_linear(x, values, pack_metadata(indices), bias, **how))
+    close(results[0], F.silu(F.linear(x.float(), weight.float(), bias.float())) * gate.float())
+    assert torch.equal(*results)
+
+
+def test_a_depth_is_split_where_tiles_are_few():
+    for columns, depth in [(5120, 5120), (5120, 20480), (4096, 4096), (1024, 4096), (4096, 14336)]:
+        tiles, steps = columns // 128, depth // 128
+        parts = parts_of(tiles, steps, 108)
+        assert 0.55 * 108 <= tiles * parts <= 2 * 108 and steps // parts >= 4, (columns, depth, parts)
+    assert parts_of(4096 // 128 * 8, 64, 108) == parts_of(20480 // 128, 3, 108) == 1
 
 
 def test_input_gradient_from_the_sparse_transpose():

@@ -9,9 +9,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from fxsparse.codegen.epilogue import Epilogue
-from fxsparse.codegen.fused_ops import nm_linear_epilogue, sparse_tensor_core_linear
+from fxsparse.codegen.fused_ops import nm_linear_epilogue, sparse_tensor_core_linear, sparse_wgmma_linear
 from fxsparse.codegen.kernels.demux_linear import DemuxLinear
-from fxsparse.codegen.metadata import pack_metadata
+from fxsparse.codegen.metadata import pack_metadata, pack_wgmma_metadata
 from fxsparse.codegen.spec import Tile
 from fxsparse.errors import OptionError
 from fxsparse.lowering.fusion import following, fuse_linears
@@ -100,10 +100,10 @@ def test_linears_that_are_unwanted_are_left_alone():
 def test_operators_pass_opcheck():
     x, gate = torch.randn(2, 5, 32), torch.randn(2, 5, 24)
     torch.library.opcheck(nm_linear_epilogue, (x, VALUES, INDICES, BIAS, 2, 4, "silu mul", [gate]))
-    metadata = pack_metadata(INDICES)
-    torch.library.opcheck(sparse_tensor_core_linear, (x, VALUES, metadata, None, "gelu", []))
     expected = F.gelu(F.linear(x, WEIGHT * nm_mask(WEIGHT.abs(), PATTERN)))
-    torch.testing.assert_close(sparse_tensor_core_linear(x, VALUES, metadata, None, "gelu", []), expected)
+    for op, words in ((sparse_tensor_core_linear, pack_metadata), (sparse_wgmma_linear, pack_wgmma_metadata)):
+        torch.library.opcheck(op, (x, VALUES, words(INDICES), None, "gelu", []))
+        torch.testing.assert_close(op(x, VALUES, words(INDICES), None, "gelu", []), expected)
 
 
 def test_a_gated_epilogue_makes_one_column_of_two():

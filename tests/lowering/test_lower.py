@@ -149,6 +149,22 @@ def test_operators_on_dense_weights_are_chosen_and_pinned_too(op: str) -> None:
         assert name == "auto" or name in obstacles(site)
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_hoppers_instruction_is_for_hopper_alone(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "of nobody")
+    timings.remember(FROZEN.problem, "cuda", {"dense": 0.3, "compressed": 0.2, "sparse_wgmma": 0.1})
+    hopper = capability == (9, 0)
+    assert (choose(FROZEN)[0] == "sparse_wgmma") == hopper
+    found, reason = choose(FROZEN, "sparse_wgmma")
+    assert (found == "sparse_wgmma") == hopper
+    assert hopper or "not sparse_wgmma as pinned, because the device has no wgmma" in reason
+    assert choose(replace(FROZEN, rows=1 << 14))[0] != "sparse_wgmma"  # only where it was measured
+    assert obstacles(replace(FROZEN, pattern=Pattern(1, 2)))["sparse_wgmma"] is not None
+    assert obstacles(TRAINED)["sparse_wgmma"] is not None
+
+
 def test_pins_that_cannot_be_kept_say_why() -> None:
     found, reason = choose(replace(TRAINED, device="cpu"), "sparse_tensor_cores")
     assert found == "reference"
@@ -255,6 +271,30 @@ def test_estimates_decide_on_a_known_device(monkeypatch: pytest.MonkeyPatch) -> 
     found, reason = choose(replace(FROZEN, rows=16384))
     assert found == "dense"
     assert "not measured" in reason
+
+
+def test_estimates_leave_dense_where_a_kernel_does_not_occupy_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    h100 = next(known for known in DEVICES if known.name == "NVIDIA H100")
+    monkeypatch.setattr(estimates, "device", lambda: h100)
+    few = replace(FROZEN, rows=64, shape=(4096, 14336))  # 64 x 64 tiles
+    assert microseconds(few.problem, "compressed", h100) < microseconds(few.problem, "dense", h100)
+    found, reason = choose(few)
+    assert found == "dense" and "its 64 programs leave some of 132 multiprocessors idle" in reason
+    assert choose(replace(few, shape=(14336, 4096)))[0] == "compressed"
+    assert choose(replace(few, inference=False, frozen=False, in_memory=False))[0] == "reference"
+    assert choose(few, "compressed")[0] == choose(few, "-dense")[0] == "compressed"  # asked for
+    monkeypatch.setattr(estimates, "microseconds", lambda problem, name, on: {"dense": 10.4}.get(name, 10.0))
+    found, reason = choose(replace(few, shape=(14336, 4096)))
+    assert found == "dense" and "too little to gain" in reason
+
+
+def test_programs_are_those_of_a_launch() -> None:
+    count = estimates.programs
+    linear = Problem("nm_linear", Pattern(2, 4), torch.bfloat16, 1, 4096, 14336)
+    assert count(linear) == 4096 // 32 and count(replace(linear, rows=200)) == 2 * 4096 // 128
+    assert count(replace(linear, op="nm_linear_grad_input", rows=200)) == 2 * 14336 // 128
+    assert count(replace(linear, op="nm_linear_grad_values", rows=200)) == 4096 // 128 * 14336 // 64
+    assert count(Problem("mux", None, torch.bfloat16, 1024, 768, 768, (5, 128))) is None
 
 
 # --- the table on disk ------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from fxsparse.codegen import autotune as tile_tuning
 from fxsparse.codegen import store
 from fxsparse.codegen.spec import Tile
 from fxsparse.codegen.tiles import Plan
-from fxsparse.lowering import candidates, measure, sites, timings
+from fxsparse.lowering import candidates, first_use, measure, sites, timings
 from fxsparse.lowering.choose import choose, library_algorithm
+from fxsparse.lowering.pins import Pins
 from fxsparse.lowering.sites import Site
 from fxsparse.ops.nm import Pattern
 from fxsparse.ops.nm_linear import nm_linear
@@ -85,6 +86,21 @@ def test_an_implementation_that_is_wrong_or_fails_is_left_out(monkeypatch: pytes
     assert "RuntimeError" in found.failed["sparse_tensor_cores"]
     assert "RuntimeError" in found.failed["cusparselt:1/1/-1"]
     assert set(timings.times(problem, "cpu")) == {"dense", "reference", "cusparselt"}
+    found = measure.measure(problem, "cpu", exclude=("operator", "cusparselt"))
+    assert set(found.milliseconds) == {"dense", "reference"} and set(found.failed) == {"sparse_tensor_cores"}
+
+
+def test_hoppers_kernel_is_measured_only_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def found(problem: Problem, *args, exclude: tuple[str, ...] = (), **kwargs) -> measure.Measurement:
+        asked.append(exclude)
+        return measure.Measurement(problem, {"dense": 1.0})
+
+    monkeypatch.setattr(first_use.measure, "measure", found)
+    site = Site("nm_linear", "cuda", torch.bfloat16, (4096, 4096), Pattern(2, 4), 16, True, True, True)
+    first_use.FirstUse(Pins(), 10.0).measure(site)
+    assert asked == [("sparse_wgmma",)]
 
 
 @pytest.mark.usefixtures("plain_reference")

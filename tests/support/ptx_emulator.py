@@ -1,28 +1,49 @@
 """Runs the PTX that Triton emits for a matrix product, on numpy, so that kernels can be checked without a GPU.
 
-A block of threads runs warp by warp: a warp goes on until its next barrier, then the next warp runs. So a kernel that
-lacks a barrier reads what another warp has not written yet, or has overwritten already. Asynchronous copies land as
-late as they may, when the thread that issued them waits for them. Not modelled: instructions it does not know and
-threads of a warp that branch differently, which raise, and timing.
+Warps of a block run in turn, each until it has to wait (`ptx_block`). Every access to memory is checked against all
+others: one that no barrier orders after another warp's is an error, whatever the turns were, and so are a read of what
+nobody wrote and a deadlock (`ptx_races`). Asynchronous copies of ``cp.async`` land as late as they may, when the thread
+that issued them waits for them. Not modelled: instructions it does not know and threads of a warp that branch
+differently, which raise; timing; and fences between generic and asynchronous accesses.
 
-Semantics follow NVIDIA's PTX ISA: fragments of ``mma.m16n8k16`` and ``mma.sp.m16n8k32``, ``ldmatrix``, ``cp.async``.
+Semantics follow NVIDIA's PTX ISA: fragments of ``mma.m16n8k16``, ``mma.sp.m16n8k32`` and ``wgmma.sp.m64nNk32``,
+``ldmatrix``, ``cp.async``, TMA, ``mbarrier``, ``setmaxnreg``. Blocks run one after the other; what one leaves for
+another must be ordered by atomic operations.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-LANES = 32
-_BASE = 1 << 20  # address of the first byte of memory: null pointers and small offsets are caught
-_LANE = np.arange(LANES)
-_G, _T = _LANE >> 2, _LANE & 3
+from tests.support.ptx_block import Block, Descriptor, Wait, agents_of, swizzled
+from tests.support.ptx_numbers import (
+    LANE,
+    LANES,
+    U64,
+    Array,
+    as_bytes,
+    as_float,
+    as_half,
+    as_integer,
+    as_raw,
+    as_signed,
+    check,
+    compute,
+    convert,
+    expand,
+    parts_of,
+)
+from tests.support.ptx_races import Agent, Shadow
 
-U64 = np.uint64
-Array = np.ndarray
+_BASE = 1 << 20  # address of the first byte of memory: null pointers and small offsets are caught
+_MAPS = 1 << 30  # address of the first parameter, which a tensor map may be
+_G, _T = LANE >> 2, LANE & 3
 
 
 @dataclass(frozen=True)
@@ -38,14 +59,18 @@ class Memory:
 
     def __init__(self, size: int):
         self.bytes = np.zeros(size, np.uint8)
+        self.shadow = Shadow(size, 0, "global", lambda number: f"agent {number}")
+        self.clocks: dict[int, Array] = {}  # of what those left who added to an address
         self.used = 0
 
-    def put(self, array: Array) -> int:
-        """Copies an array in and returns its address, a multiple of 256."""
-        raw = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+    def put(self, array: Array, *, written: bool = True) -> int:
+        """Copies an array in and returns its address, a multiple of 256. One that is not ``written`` is for kernels to
+        write before they read it."""
+        data = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
         start = self.used
-        self.bytes[start : start + raw.size] = raw
-        self.used = -(-(start + raw.size) // 256) * 256
+        self.bytes[start : start + data.size] = data
+        self.shadow.exists[start : start + data.size] = written
+        self.used = -(-(start + data.size) // 256) * 256
         return _BASE + start
 
     def get(self, address: int, dtype: type, shape: Sequence[int]) -> Array:
@@ -53,15 +78,47 @@ class Memory:
         start, size = address - _BASE, int(np.prod(shape)) * np.dtype(dtype).itemsize
         return self.bytes[start : start + size].view(dtype).reshape(shape).copy()
 
+    def fetch(self, agent: Agent, addresses: Array) -> Array:
+        """Bytes at some addresses."""
+        where = addresses - _BASE
+        check(where, len(self.bytes), "global")
+        self.shadow.read(agent, where)
+        return self.bytes[where]
+
+    def store(self, agent: Agent, addresses: Array, data: Array) -> None:
+        where = addresses - _BASE
+        check(where, len(self.bytes), "global")
+        self.shadow.write(agent, where, self.bytes[where] != data)
+        self.bytes[where] = data
+
+    def add(self, agent: Agent, address: int, value: int) -> int:
+        """An atomic addition of 32 bits that acquires and releases; returns what was there."""
+        where = address - _BASE
+        cell, clock = self.bytes[where : where + 4].view(np.uint32), self.clocks.get(where)
+        old = int(cell[0])
+        cell[0] = (old + value) & 0xFFFFFFFF
+        if clock is not None:
+            np.maximum(agent.clock, clock, out=agent.clock)
+        self.clocks[where] = agent.clock.copy()
+        self.clocks[where][agent.number] = agent.tick
+        agent.tick += 1
+        return old
+
 
 class Program:
     """A parsed kernel."""
 
     def __init__(self, ptx: str):
         body = ptx[ptx.index(".entry") :]
-        body = re.sub(r"//[^\n]*", "", body[body.index("\n{") + 2 : body.index("\n}")])
+        threads = re.search(r"\.reqntid (\d+)", body)
+        self.warps = int(threads[1]) // LANES if threads else 0  # of a block, those that the compiler adds included
+        body = _inside(re.sub(r"//[^\n]*", "", body))
+        self.cell = 1 if re.search(r"st\.shared\S*\.[bsu]8\b", body) else 2  # bytes that warps write on their own
         self.instructions: list[Instruction] = []
         self.labels: dict[str, int] = {}
+        targets = re.compile(r"(\$?[\w$]+):\s*\.branchtargets([^;]*);")
+        self.tables = {one[1]: [name.strip() for name in one[2].split(",")] for one in targets.finditer(body)}
+        body = targets.sub("", body)
         for line in body.split("\n"):
             text = line.strip()
             label = re.fullmatch(r"(\$?[\w$]+):", text)
@@ -78,28 +135,73 @@ class Program:
                 self.instructions.append(_parse(statement))
 
     def run(
-        self, memory: Memory, params: Sequence[int], block: tuple[int, int, int], warps: int, order: int = 1
+        self,
+        memory: Memory,
+        params: Sequence[Any],
+        block: tuple[int, int, int],
+        warps: int,
+        order: int | Sequence[int] = 1,
     ) -> None:
-        """Runs one block.
+        """Runs one block of a grid that is told to have no other.
 
         Args:
             memory: that pointers among ``params`` point into.
-            params: arguments, in order.
+            params: arguments, in order; a :class:`Descriptor` takes as many as it has ``parameters``.
             block: its number.
-            warps: of the block.
-            order: 1 runs warps from the first to the last, -1 the other way round.
+            warps: of the block, those that a kernel adds to its own included.
+            order: 1 runs warps from the first to the last, -1 the other way round; or their numbers.
         """
-        shared = np.zeros(232448, np.uint8)
-        running = [Warp(self, memory, shared, params, block, i).run() for i in range(warps)]
-        while running:
-            waiting = [next(warp, False) for warp in running[::order]]
-            if any(waiting) and not all(waiting):
-                raise RuntimeError("some warps wait at a barrier that others never reach")
-            running = running if all(waiting) else []
+        self._run_block(memory, params, block, (1, 1, 1), warps, order, Block(warps, 0, agents_of(warps), self.cell))
+
+    def launch(
+        self,
+        memory: Memory,
+        params: Sequence[Any],
+        grid: tuple[int, ...],
+        warps: int,
+        order: int | Sequence[int] = 1,
+        blocks: Sequence[int] | None = None,
+    ) -> None:
+        """Runs all blocks of a grid, perhaps in an order of their own."""
+        sizes = (*grid, 1, 1)[:3]
+        numbers = [tuple(reversed(n)) for n in itertools.product(*(range(size) for size in reversed(sizes)))]
+        talks = any(one.opcode.startswith(("atom", "red")) for one in self.instructions)
+        each = agents_of(warps)
+        memory.shadow.settle()
+        memory.clocks.clear()
+        for number in range(len(numbers)) if blocks is None else blocks:
+            first, every = (number * each, len(numbers) * each) if talks else (0, each)
+            if not talks:
+                memory.shadow.settle()
+            self._run_block(memory, params, numbers[number], sizes, warps, order, Block(warps, first, every, self.cell))
+
+    def _run_block(
+        self,
+        memory: Memory,
+        params: Sequence[Any],
+        block: tuple[int, ...],
+        grid: tuple[int, ...],
+        warps: int,
+        order: int | Sequence[int],
+        state: Block,
+    ) -> None:
+        flat = [one for param in params for one in (param.parameters if isinstance(param, Descriptor) else [param])]
+        running = [Warp(self, memory, flat, block, grid, i, state).run() for i in range(warps)]
+        state.run(running, list(range(warps))[::order] if isinstance(order, int) else order)
+
+
+def _inside(text: str) -> str:
+    """What the first pair of braces holds."""
+    depth, start = 0, text.index("{") + 1
+    for brace in re.finditer(r"[{}]", text):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[start : brace.start()]
+    raise ValueError("a brace is not closed")
 
 
 def _parse(statement: str) -> Instruction:
-    match = re.match(r"(?:@(!?)(%\w+)\s+)?(\S+)\s*(.*)$", statement, re.S)
+    match = re.match(r"(?:@(!?)(%?\w+)\s+)?(\S+)\s*(.*)$", statement, re.S)
     if match is None:
         raise ValueError(statement)
     args, depth, current = [], 0, ""
@@ -121,16 +223,23 @@ class Warp:
 
     program: Program
     memory: Memory
-    shared: Array
-    params: Sequence[int]
-    block: tuple[int, int, int]
+    params: Sequence[Any]
+    block: tuple[int, ...]
+    grid: tuple[int, ...]
     number: int
+    state: Block
     registers: dict[str, Array] = field(default_factory=dict)
     copies: list[tuple[Array, Array, Array]] = field(default_factory=list)
     groups: list[list[tuple[Array, Array, Array]]] = field(default_factory=list)
+    in_flight: dict[str, int] = field(default_factory=dict)
 
-    def run(self) -> Iterator[bool]:
-        """Runs to the end; yields True at every barrier."""
+    def __post_init__(self) -> None:
+        self.agent, self.products, self.copier = (self.state.agent(kind, self.number) for kind in range(3))
+        self.products.clock = self.copier.clock = self.agent.clock
+        self.shared = self.state.shared
+
+    def run(self) -> Iterator[Wait]:
+        """Runs to the end; yields what it waits for."""
         position = 0
         while position < len(self.program.instructions):
             instruction = self.program.instructions[position]
@@ -142,12 +251,34 @@ class Warp:
                     raise RuntimeError(f"threads of a warp part at {instruction}")
                 if taken.all():
                     position = self.program.labels[instruction.args[0]]
+            elif kind == "brx":
+                where = self._value(instruction.args[0])
+                position = self.program.labels[self.program.tables[instruction.args[1]][_one(where)]]
             elif kind in ("ret", "exit"):
                 return
-            elif kind in ("bar", "barrier"):
-                yield True
             else:
-                self._execute(kind, instruction)
+                yield from self._step(kind, instruction)
+
+    def _step(self, kind: str, instruction: Instruction) -> Iterator[Wait]:
+        """Runs an instruction that may have to wait."""
+        opcode, args = instruction.opcode, instruction.args
+        if kind in ("bar", "barrier") and ".warp." not in opcode:
+            threads = int(args[1]) if len(args) > 1 else 32 * self.state.warps
+            wait = self.state.meet(self.agent, int(args[0]), threads)
+            if wait is not None:
+                yield wait
+        elif "try_wait" in opcode:
+            address, parity = _one(self._address(args[1])), _one(self._value(args[2]))
+            wait = self.state.wait(self.agent, address, parity)
+            if wait is not None:
+                yield wait
+            self.state.acquire(self.agent, address)
+            self._set(args[0], np.ones(LANES, bool), np.ones(LANES, bool))
+        elif kind == "setmaxnreg":
+            while (wait := self.state.resize(self.number, int(args[0]))) is not None:
+                yield wait
+        else:
+            self._execute(kind, instruction)
 
     # --- operands ---
 
@@ -158,11 +289,17 @@ class Warp:
 
     def _value(self, text: str) -> Array:
         if text in self.registers:
+            if text in self.in_flight:
+                raise RuntimeError(f"warp {self.number} reads {text}, which a product in flight writes")
             return self.registers[text]
         if text == "%tid.x":
-            return (_LANE + LANES * self.number).astype(U64)
+            return (LANE + LANES * self.number).astype(U64)
         if text.startswith("%ctaid."):
             return np.full(LANES, self.block["xyz".index(text[-1])], U64)
+        if text.startswith("%nctaid."):
+            return np.full(LANES, self.grid["xyz".index(text[-1])], U64)
+        if "_param_" in text:
+            return np.full(LANES, _MAPS + int(text.rpartition("_")[2]), U64)
         if text == "global_smem":
             return np.zeros(LANES, U64)
         if re.fullmatch(r"-?\d+", text):
@@ -193,54 +330,81 @@ class Warp:
 
     def _read(self, place: str, address: Array, size: int, active: Array) -> Array:
         """Bytes ``[lanes, size]``; zero for inactive lanes."""
-        source, base = (self.shared, 0) if place == "shared" else (self.memory.bytes, _BASE)
         out = np.zeros((LANES, size), np.uint8)
-        where = (address[:, None] - base + np.arange(size))[active]
-        _check(where, len(source), place)
-        out[active] = source[where]
+        where = (address[:, None] + np.arange(size))[active]
+        if where.size:
+            out[active] = self.memory.fetch(self.agent, where) if place == "global" else self._fetch(self.agent, where)
         return out
 
+    def _fetch(self, agent: Agent, where: Array) -> Array:
+        """Bytes of shared memory."""
+        check(where, len(self.shared), "shared")
+        self.state.shadow.read(agent, where)
+        return self.shared[where]
+
     def _write(self, place: str, address: Array, data: Array, active: Array) -> None:
-        target, base = (self.shared, 0) if place == "shared" else (self.memory.bytes, _BASE)
-        where = (address[:, None] - base + np.arange(data.shape[1]))[active]
-        _check(where, len(target), place)
-        target[where] = data[active]
+        where = (address[:, None] + np.arange(data.shape[1]))[active]
+        if where.size and place == "global":
+            self.memory.store(self.agent, where, data[active])
+        elif where.size:
+            check(where, len(self.shared), "shared")
+            self.state.shadow.write(self.agent, where, self.shared[where] != data[active])
+            self.shared[where] = data[active]
 
     def _load_store(self, instruction: Instruction, parts: list[str], active: Array) -> None:
-        place = "shared" if "shared" in parts else "global"
+        place = "shared" if any(part.startswith("shared") for part in parts) else "global"
         count = next((int(part[1:]) for part in parts if re.fullmatch(r"v\d", part)), 1)
         size = int(re.sub(r"\D", "", parts[-1])) // 8
         if parts[0] == "ld":
             raw = self._read(place, self._address(instruction.args[1]), count * size, active)
-            for i, name in enumerate(_names(instruction.args[0])):
-                self._set(name, _integer(raw[:, i * size : (i + 1) * size]), active)
+            for i, name in enumerate(parts_of(instruction.args[0])):
+                self._set(name, as_integer(raw[:, i * size : (i + 1) * size]), active)
         else:
-            words = [_bytes(self._value(name), size) for name in _names(instruction.args[1])]
+            words = [as_bytes(self._value(name), size) for name in parts_of(instruction.args[1])]
             self._write(place, self._address(instruction.args[0]), np.concatenate(words, 1), active)
 
     def _copy(self, instruction: Instruction, active: Array) -> None:
         """``cp.async``: a group of copies becomes visible when its thread waits for it."""
         opcode, args = instruction.opcode, instruction.args
-        if "commit_group" in opcode:
+        if "bulk.tensor" in opcode:
+            self._tma(args, active)
+        elif "commit_group" in opcode:
             self.groups.append(self.copies)
             self.copies = []
+            self.copier.tick += 1
         elif "wait" in opcode:
             pending = int(args[0]) if args else 0
             while len(self.groups) > pending:
-                for address, data, lanes in self.groups.pop(0):
-                    self._write("shared", address, data, lanes)
+                for where, data, lanes in self.groups.pop(0):
+                    self.shared[where[lanes]] = data[lanes]
+            self.agent.clock[self.copier.number] = self.copier.tick - 1 - len(self.groups)
         else:
             size = int(args[2], 0)
             present = active & (self._value(args[3]) > 0) if len(args) > 3 else active
             data = self._read("global", self._address(args[1]), size, present)
-            self.copies.append((self._address(args[0]), data, active))
+            where = self._address(args[0])[:, None] + np.arange(size)
+            if active.any():
+                check(where[active], len(self.shared), "shared")
+                self.state.shadow.write(self.copier, where[active])
+            self.copies.append((where, data, active))
+
+    def _tma(self, args: Sequence[str], active: Array) -> None:
+        if not active.any():
+            return
+        if active.sum() != 1:
+            raise RuntimeError("more than one thread issues a TMA copy")
+        lane = int(np.argmax(active))
+        tensor, coordinates = re.fullmatch(r"\[\s*(\S+),\s*\{(.*)\}\s*\]", args[1]).groups()  # type: ignore[union-attr]
+        what = self.params[int(self._value(tensor)[lane]) - _MAPS]
+        first = [int(as_signed(self._value(name), 32)[lane]) for name in parts_of(coordinates)]
+        places = (int(self._address(args[place])[lane]) for place in (0, 2))
+        self.state.load(self.memory, self.agent, what, first, *places)
 
     def _ldmatrix(self, instruction: Instruction, active: Array) -> None:
-        addresses, names = self._address(instruction.args[1]), _names(instruction.args[0])
+        addresses, names = self._address(instruction.args[1]), parts_of(instruction.args[0])
         for i, name in enumerate(names):
             where = addresses[8 * i : 8 * i + 8, None] + np.arange(16)
-            _check(where, len(self.shared), "shared")
-            matrix = self.shared[where].view(np.uint16)
+            matrix = self._fetch(self.agent, where).view(np.uint16)
             if ".trans" in instruction.opcode:
                 matrix = matrix.T
             low, high = matrix[_G, 2 * _T].astype(U64), matrix[_G, 2 * _T + 1].astype(U64)
@@ -248,12 +412,13 @@ class Warp:
 
     def _stmatrix(self, instruction: Instruction) -> None:
         addresses = self._address(instruction.args[0])
-        for i, name in enumerate(_names(instruction.args[1])):
-            matrix = _bytes(self._value(name), 4).reshape(8, 16).view(np.uint16)
+        for i, name in enumerate(parts_of(instruction.args[1])):
+            matrix = as_bytes(self._value(name), 4).reshape(8, 16).view(np.uint16)
             if ".trans" in instruction.opcode:
                 matrix = np.ascontiguousarray(matrix.T)
             where = addresses[8 * i : 8 * i + 8, None] + np.arange(16)
-            _check(where, len(self.shared), "shared")
+            check(where, len(self.shared), "shared")
+            self.state.shadow.write(self.agent, where)
             self.shared[where] = matrix.view(np.uint8)
 
     # --- matrix products ---
@@ -267,32 +432,66 @@ class Warp:
         halves = "bf16" if ".bf16.bf16." in instruction.opcode else "f16"
         if expected not in instruction.opcode or f".f32.{halves}.{halves}.f32" not in instruction.opcode:
             raise NotImplementedError(instruction.opcode)
-        a, b, c = (np.stack([self._value(name) for name in _names(arg)], 1) for arg in instruction.args[1:4])
+        a, b, c = (np.stack([self._value(name) for name in parts_of(arg)], 1) for arg in instruction.args[1:4])
         left = np.zeros((16, 16), np.float32)
         for i in range(8):
-            left[_G + 8 * (i // 2 % 2), 2 * _T + i % 2 + 8 * (i // 4)] = _half(a[:, i // 2], i % 2, halves)
+            left[_G + 8 * (i // 2 % 2), 2 * _T + i % 2 + 8 * (i // 4)] = as_half(a[:, i // 2], i % 2, halves)
         depth = 32 if sparse else 16
         right = np.zeros((depth, 8), np.float32)
         for i in range(depth // 4):
-            right[2 * _T + i % 2 + 8 * (i // 2), _G] = _half(b[:, i // 2], i % 2, halves)
+            right[2 * _T + i % 2 + 8 * (i // 2), _G] = as_half(b[:, i // 2], i % 2, halves)
         if sparse:
-            left = _expand(left, self._value(instruction.args[4]), int(instruction.args[5], 0))
+            left = expand(left, self._value(instruction.args[4]), int(instruction.args[5], 0))
         product = left @ right
-        for i, name in enumerate(_names(instruction.args[0])):
-            total = product[_G + 8 * (i // 2), 2 * _T + i % 2] + _float(c[:, i])
-            self._set(name, _raw(total), active)
+        for i, name in enumerate(parts_of(instruction.args[0])):
+            total = product[_G + 8 * (i // 2), 2 * _T + i % 2] + as_float(c[:, i])
+            self._set(name, as_raw(total), active)
 
     def _mma_tf32(self, instruction: Instruction, active: Array) -> None:
         """19 bits of every operand count; the hardware cuts the rest off."""
-        a, b, c = ([_float(self._value(name)) for name in _names(arg)] for arg in instruction.args[1:4])
+        a, b, c = ([as_float(self._value(name)) for name in parts_of(arg)] for arg in instruction.args[1:4])
         left, right = np.zeros((16, 8), np.float32), np.zeros((8, 8), np.float32)
         for i in range(4):
-            left[_G + 8 * (i % 2), _T + 4 * (i // 2)] = _float(_raw(a[i]) & U64(0xFFFFE000))
+            left[_G + 8 * (i % 2), _T + 4 * (i // 2)] = as_float(as_raw(a[i]) & U64(0xFFFFE000))
         for i in range(2):
-            right[_T + 4 * i, _G] = _float(_raw(b[i]) & U64(0xFFFFE000))
+            right[_T + 4 * i, _G] = as_float(as_raw(b[i]) & U64(0xFFFFE000))
         product = left @ right
-        for i, name in enumerate(_names(instruction.args[0])):
-            self._set(name, _raw(product[_G + 8 * (i // 2), 2 * _T + i % 2] + c[i]), active)
+        for i, name in enumerate(parts_of(instruction.args[0])):
+            self._set(name, as_raw(product[_G + 8 * (i // 2), 2 * _T + i % 2] + c[i]), active)
+
+    def _wgmma(self, opcode: str, args: Sequence[str]) -> None:
+        """``wgmma``: each of four warps computes the 16 rows that are its part of 64."""
+        if "commit_group" in opcode:
+            self.products.tick += 1
+        elif "wait_group" in opcode:
+            done = self.products.tick - 1 - int(args[0])
+            self.agent.clock[self.products.number] = done
+            self.in_flight = {name: group for name, group in self.in_flight.items() if group > done}
+        elif "mma_async.sp" in opcode:
+            shape = re.search(r"\.m64n(\d+)k32\.f32\.(bf16|f16)\.", opcode)
+            if shape is None or [int(arg) for arg in args[6:]] != [1, 1, 0, 0]:
+                raise NotImplementedError(f"{opcode} {args}")
+            rows, kind, sums = int(shape[1]), shape[2], parts_of(args[0])
+            w = self._operand(_one(self._value(args[1])), 64, 16, kind)[16 * (self.number % 4) :][:16]
+            x = self._operand(_one(self._value(args[2])), rows, 32, kind)
+            product = expand(w, self._value(args[3]), int(args[4])) @ x.T
+            scale = self._value(args[5]).astype(bool)
+            for i, name in enumerate(sums):
+                old = np.where(scale, as_float(self.registers[name]), np.float32(0))
+                new = old + product[_G + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * _T + i % 2]
+                self.registers[name] = as_raw(new)
+                self.in_flight[name] = self.products.tick
+        elif "fence" not in opcode:
+            raise NotImplementedError(opcode)
+
+    def _operand(self, descriptor: int, rows: int, columns: int, kind: str) -> Array:
+        """Rows of 16-bit elements in shared memory, through a descriptor."""
+        start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
+        width = {1: 128, 2: 64, 3: 32}[descriptor >> 62]
+        row = np.arange(rows)[:, None]
+        where = swizzled(start + row // 8 * stride + row % 8 * width + np.arange(2 * columns), width)
+        words = self._fetch(self.products, where).view(np.uint16).astype(U64)
+        return as_half(words, 0, kind)
 
     # --- everything else ---
 
@@ -305,6 +504,18 @@ class Warp:
             self._load_store(instruction, parts, active)
         elif kind == "cp":
             self._copy(instruction, active)
+        elif kind == "wgmma":
+            self._wgmma(instruction.opcode, args)
+        elif kind == "mbarrier":
+            self._mbarrier(instruction.opcode, args, active)
+        elif kind == "atom":
+            self._atomic(instruction.opcode, args, active)
+        elif kind == "elect":
+            self._set(args[0].partition("|")[2], LANE == 0, active)
+        elif kind in ("fence", "membar", "bar", "nanosleep", "griddepcontrol"):
+            return
+        elif kind == "cvta":
+            self._set(args[0], self._value(args[1]), active)
         elif kind == "ldmatrix":
             self._ldmatrix(instruction, active)
         elif kind == "stmatrix":
@@ -314,17 +525,17 @@ class Warp:
         elif kind == "mov" and (args[0].startswith("{") or args[1].startswith("{")):
             self._move_parts(parts, args, active)
         elif kind == "shfl":
-            lanes = {"idx": 0, "bfly": _LANE}[parts[2]] ^ self._value(args[2]).astype(int)
+            lanes = {"idx": 0, "bfly": LANE}[parts[2]] ^ self._value(args[2]).astype(int)
             if int(args[3], 0) != LANES - 1 or "|" in args[0]:
                 raise NotImplementedError(str(instruction))
             self._set(args[0], self._value(args[1])[lanes % LANES], active)
         elif kind == "cvt":
-            self._set(args[0], _convert(instruction.opcode, parts, [self._value(arg) for arg in args[1:]]), active)
+            self._set(args[0], convert(instruction.opcode, parts, [self._value(arg) for arg in args[1:]]), active)
         else:
-            self._set(args[0], _compute(instruction.opcode, parts, [self._value(arg) for arg in args[1:]]), active)
+            self._set(args[0], compute(instruction.opcode, parts, [self._value(arg) for arg in args[1:]]), active)
 
     def _move_parts(self, parts: list[str], args: Sequence[str], active: Array) -> None:
-        names = _names(args[0] if args[0].startswith("{") else args[1])
+        names = parts_of(args[0] if args[0].startswith("{") else args[1])
         size = int(parts[-1][1:]) // len(names)
         mask = U64(2**size - 1)
         if args[0].startswith("{"):
@@ -335,201 +546,29 @@ class Warp:
             pieces = [(self._value(name) & mask) << U64(size * i) for i, name in enumerate(names)]
             self._set(args[0], np.bitwise_or.reduce(pieces), active)
 
-
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.strip("{} ").split(",")]
-
-
-def _check(where: Array, size: int, place: str) -> None:
-    if where.size and (where.min() < 0 or where.max() >= size):
-        raise IndexError(f"access outside {place} memory, byte {where.min()}..{where.max()} of {size}")
-
-
-def _integer(raw: Array) -> Array:
-    shifts = 8 * np.arange(raw.shape[1], dtype=U64)
-    return np.bitwise_or.reduce(raw.astype(U64) << shifts, axis=1)
-
-
-def _bytes(value: Array, size: int) -> Array:
-    shifts = 8 * np.arange(size, dtype=U64)
-    return ((value[:, None] >> shifts) & U64(255)).astype(np.uint8)
-
-
-def _signed(value: Array, bits: int) -> Array:
-    if bits == 64:
-        return value.astype(np.int64)
-    low = (value & U64(2**bits - 1)).astype(np.int64)
-    return (low ^ (1 << (bits - 1))) - (1 << (bits - 1))
-
-
-def _float(value: Array) -> Array:
-    return (value & U64(0xFFFFFFFF)).astype(np.uint32).view(np.float32)
-
-
-def _raw(value: Array) -> Array:
-    return np.asarray(value, np.float32).view(np.uint32).astype(U64)
-
-
-def _half(word: Array, which: int, kind: str) -> Array:
-    """One of the two 16-bit floats of a word."""
-    bits = ((word >> U64(16 * which)) & U64(0xFFFF)).astype(np.uint16)
-    return bits.view(np.float16).astype(np.float32) if kind == "f16" else _float(bits.astype(U64) << U64(16))
-
-
-def _to_half(value: Array, kind: str) -> Array:
-    if kind == "f16":
-        return value.astype(np.float16).view(np.uint16).astype(U64)
-    raw = value.view(np.uint32).astype(U64)
-    return (raw + U64(0x7FFF) + ((raw >> U64(16)) & U64(1))) >> U64(16)
-
-
-def _expand(kept: Array, metadata: Array, selector: int) -> Array:
-    """The dense left operand ``[16, 32]`` of a sparse product; lanes 4g + 2 selector and the next hold its words."""
-    dense = np.zeros((16, 32), np.float32)
-    for row in range(16):
-        for group in range(8):
-            word = int(metadata[4 * (row % 8) + 2 * selector + group // 4]) >> (16 * (row // 8))
-            nibble = word >> (4 * (group % 4)) & 15
-            first, second = nibble & 3, nibble >> 2
-            if first >= second:
-                raise ValueError("metadata is not in order")
-            dense[row, 4 * group + first] = kept[row, 2 * group]
-            dense[row, 4 * group + second] = kept[row, 2 * group + 1]
-    return dense
-
-
-def _convert(opcode: str, parts: list[str], args: list[Array]) -> Array:
-    target, origin = parts[-2], parts[-1]
-    if target in ("bf16x2", "f16x2"):
-        kind = target[:-2]
-        return _to_half(_float(args[1]), kind) | _to_half(_float(args[0]), kind) << U64(16)
-    if target in ("bf16", "f16") and origin == "f32":
-        return _to_half(_float(args[0]), target)
-    if target == "f32" and origin in ("bf16", "f16"):
-        return _raw(_half(args[0], 0, origin))
-    if target[0] == "f" or origin[0] == "f":
-        raise NotImplementedError(opcode)
-    bits = int(origin[1:])
-    value = _signed(args[0], bits).astype(U64) if origin[0] == "s" else args[0] & U64(2**bits - 1)
-    return value & U64(2 ** int(target[1:]) - 1)
-
-
-_FLOAT: dict[str, Callable[..., Array]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
-    "div": lambda a, b: a / b,
-    "neg": lambda a: -a,
-    "abs": np.abs,
-    "min": np.fmin,
-    "max": np.fmax,
-    "ex2": np.exp2,
-}
-_COMPARE: dict[str, Callable[..., Array]] = {
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-}
-_LOGIC: dict[str, Callable[..., Array]] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-
-
-def _compute(opcode: str, parts: list[str], args: list[Array]) -> Array:
-    kind, type_ = parts[0], parts[-1]
-    if type_ == "pred":
-        return ~args[0] if kind == "not" else _LOGIC[kind](*args)
-    if kind == "setp":
-        return _compare(parts[1], type_, args)
-    if kind == "selp":
-        return np.where(args[2], args[0], args[1])
-    if type_ == "f32" and kind in _FLOAT:
-        with np.errstate(all="ignore"):
-            return _raw(_FLOAT[kind](*map(_float, args)))
-    bits, signed = int(type_[1:]), type_[0] == "s"
-    mask = U64(2**bits - 1)
-    with np.errstate(over="ignore"):
-        return _integer_result(opcode, parts, kind, args, bits, signed) & (U64(2**64 - 1) if "wide" in parts else mask)
-
-
-def _compare(relation: str, type_: str, args: list[Array]) -> Array:
-    if type_ == "f32":
-        left, right = map(_float, args)
-        if relation in ("num", "nan"):
-            return (np.isnan(left) | np.isnan(right)) == (relation == "nan")
-        if relation.endswith("u") and len(relation) == 3:  # also true where one is not a number
-            return _COMPARE[relation[:2]](left, right) | np.isnan(left) | np.isnan(right)
-        return _COMPARE[relation](left, right)
-    bits = int(type_[1:])
-    if type_[0] == "s":
-        return _COMPARE[relation](_signed(args[0], bits), _signed(args[1], bits))
-    mask = U64(2**bits - 1)
-    return _COMPARE[relation](args[0] & mask, args[1] & mask)
-
-
-def _integer_result(opcode: str, parts: list[str], kind: str, args: list[Array], bits: int, signed: bool) -> Array:
-    def read(value: Array) -> Array:
-        return _signed(value, bits) if signed else value & U64(2**bits - 1)
-
-    if kind == "mov":
-        return args[0]
-    if kind in _LOGIC:
-        return _LOGIC[kind](*args)
-    if kind == "not":
-        return ~args[0]
-    if kind == "popc":
-        return sum((read(args[0]) >> U64(i)) & U64(1) for i in range(bits))
-    if kind == "neg":
-        return U64(0) - args[0]
-    if kind == "add":
-        return args[0] + args[1]
-    if kind == "sub":
-        return args[0] - args[1]
-    if kind in ("mul", "mad"):
-        if "hi" in parts and bits == 32:
-            product = (read(args[0]) * read(args[1]) >> np.array(32, read(args[0]).dtype)).astype(U64)
-        elif "wide" in parts:
-            product = (read(args[0]) * read(args[1])).astype(U64)
-        elif "lo" in parts:
-            product = args[0] * args[1]
-        else:
+    def _mbarrier(self, opcode: str, args: Sequence[str], active: Array) -> None:
+        if not active.any():
+            return
+        lane = int(np.argmax(active))
+        if ".init" in opcode:
+            self.state.make(int(self._address(args[0])[lane]), int(self._value(args[1])[lane]))
+            return
+        if ".arrive" not in opcode:
             raise NotImplementedError(opcode)
-        return product + args[2] if kind == "mad" else product
-    if kind in ("div", "rem"):
-        left, right = read(args[0]), read(args[1])
-        quotient = np.abs(left) // np.abs(right) * np.sign(left) * np.sign(right) if signed else left // right
-        return (quotient if kind == "div" else left - quotient * right).astype(U64)
-    if kind in ("min", "max"):
-        return (np.minimum if kind == "min" else np.maximum)(read(args[0]), read(args[1])).astype(U64)
-    if kind in ("shl", "shr"):
-        count = np.minimum(args[1] & U64(0xFFFFFFFF), U64(63))
-        if kind == "shl":
-            return np.where(count >= bits, U64(0), args[0] << count)
-        if signed:
-            return (_signed(args[0], bits) >> np.minimum(count, U64(bits - 1)).astype(np.int64)).astype(U64)
-        return np.where(count >= bits, U64(0), read(args[0]) >> count)
-    if kind == "bfe":
-        width = args[2] & U64(255)
-        value = (args[0] & U64(2**bits - 1)) >> args[1] & ((U64(1) << width) - U64(1))
-        return _signed(value, int(width[0])).astype(U64) if signed else value
-    if kind == "bfi":
-        field_ = ((U64(1) << args[3]) - U64(1)) << args[2]
-        return (args[1] & ~field_) | (args[0] << args[2] & field_)
-    if kind == "lop3":
-        table = int(args[3][0])
-        chosen = [
-            np.bitwise_and.reduce([args[j] if case >> (2 - j) & 1 else ~args[j] for j in range(3)])
-            for case in range(8)
-            if table >> case & 1
-        ]
-        return np.bitwise_or.reduce([np.zeros(LANES, U64), *chosen])
-    if kind == "prmt":
-        pool = np.stack([args[i // 4] >> U64(8 * (i % 4)) & U64(255) for i in range(8)])
-        picked = [pool[(args[2] >> U64(4 * i) & U64(7)).astype(int), _LANE] << U64(8 * i) for i in range(4)]
-        return np.bitwise_or.reduce(picked)
-    raise NotImplementedError(opcode)
+        address, number = int(self._address(args[1])[lane]), int(self._value(args[2])[lane]) if len(args) > 2 else 1
+        expected = number if "expect_tx" in opcode else 0
+        self.state.arrive(self.agent, address, int(active.sum()) * (1 if expected else number), expected)
+
+    def _atomic(self, opcode: str, args: Sequence[str], active: Array) -> None:
+        if ".add." not in opcode or opcode.split(".")[-1] not in ("u32", "s32"):
+            raise NotImplementedError(opcode)
+        for lane in np.flatnonzero(active):
+            old = self.memory.add(self.agent, int(self._address(args[1])[lane]), int(self._value(args[2])[lane]))
+            self._set(args[0], np.full(LANES, old, U64), lane == LANE)
+
+
+def _one(value: Array) -> int:
+    """What all threads of a warp have."""
+    if (value != value[0]).any():
+        raise RuntimeError("threads of a warp differ where they must not")
+    return int(value[0])
