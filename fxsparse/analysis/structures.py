@@ -29,7 +29,7 @@ from fxsparse.analysis.heads import (
     common_path,
 )
 from fxsparse.analysis.inventory import softmaxes
-from fxsparse.analysis.probing import between, nearest, shape_of
+from fxsparse.analysis.probing import CannotRun, between, nearest, shape_of
 from fxsparse.analysis.products import activation_product
 from fxsparse.analysis.reach import reached
 from fxsparse.analysis.sections import Section, remembered
@@ -121,7 +121,7 @@ def _found(sites: Iterable[tuple[str, Callable[[], _T]]]) -> tuple[list[_T], lis
     for path, probe in sites:
         try:
             found.append(probe())
-        except NotSeparable as reason:
+        except (NotSeparable, CannotRun) as reason:
             left.append(skipped(path, str(reason)))
     return found, left
 

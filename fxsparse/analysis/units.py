@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
+from fxsparse.analysis.experts import Mixture
 from fxsparse.analysis.residual_streams import Stream
 from fxsparse.analysis.structures import MLP, Attention
 from fxsparse.graph import Linear
@@ -56,8 +57,13 @@ def parts_of(site: Attention | MLP | Stream, gm: GraphModule) -> list[Part]:
     return [*rows, Part(site.output.linear, 1, site.output.index)]
 
 
-def magnitudes(gm: GraphModule, site: Attention | MLP | Stream) -> Tensor:
-    """The root mean square of each unit's weights, relative to the mean of its site; float64 ``[units]``."""
+def magnitudes(gm: GraphModule, site: Attention | MLP | Stream | Mixture) -> Tensor:
+    """The root mean square of each unit's weights, relative to the mean of its site; float64 ``[units]``. The weights
+    of an expert are its matrices, without its row of the router."""
+    if isinstance(site, Mixture):
+        weights = [gm.get_parameter(str(product.weight.target)).detach().double() for product in site.products]
+        squares = torch.stack([weight.square().flatten(1).sum(1).cpu() for weight in weights]).sum(0)
+        return _relative((squares / sum(weight[0].numel() for weight in weights)).sqrt())
     parts = parts_of(site, gm)
     totals = [part.sums(gm.get_parameter(part.linear.name).detach().double().square()).cpu() for part in parts]
     return _relative((torch.stack(totals).sum(0) / sum(part.numel for part in parts)).sqrt())

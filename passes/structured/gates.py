@@ -1,5 +1,6 @@
 """Gates on attention heads, MLP channels and whole sublayers (CoFi, arXiv 2204.00408).
 
+    experts        log z[e] added to the score that a router gives an expert, before its softmax
     heads          z[h] on the result of attention, before the output projection
     attention      z on what an attention adds to the stream
     intermediate   z[c] on the channels of an MLP, before its last linear
@@ -46,8 +47,9 @@ class GateStructures(Gating):
     gates of their own, keys and values stay as long as one of their heads does.
 
     Attributes:
-        units: what gets gates: any of heads, attention, intermediate, ffn, hidden. Hidden dimensions are those of the
-            whole model, so ``layers`` does not choose among them.
+        units: what gets gates: any of heads, attention, intermediate, ffn, hidden, experts. Hidden dimensions are
+            those of the whole model, so ``layers`` does not choose among them. Of the experts of a router that takes
+            the largest scores of one softmax or before one, as many stay as it chooses for a token.
         target: share of the gated linears' parameters to take away, in [0, 1).
         warmup: share of the training over which the target rises from 0, linearly.
         lr: of the gates.
@@ -121,6 +123,13 @@ class GateStructures(Gating):
 
     def _check_reachable(self, gm: GraphModule) -> None:
         if self.score is not None:
+            most = hard_concrete.most(gm)
+            if self.target > most:
+                raise RewriteError(
+                    f"the target {self.target} is above what can go, {math.floor(most * 1000) / 1000}, since a router "
+                    "chooses among the experts that are left: ask for less, or gate more units",
+                    pass_name=self.name,
+                )
             return
         lowest = torch.tensor(hard_concrete.LOWEST, dtype=torch.double)
         most = float(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxsparse.analysis.activation_norms import activation_norms
+from fxsparse.analysis.experts import Mixture, mixtures
 from fxsparse.analysis.residual_streams import Stream, streams
 from fxsparse.analysis.structures import MLP, Attention, structures
 from fxsparse.analysis.units import activations, magnitudes, readers
@@ -26,10 +27,10 @@ from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import Change
 from fxsparse.passes.base import Pass
 from fxsparse.passes.pipeline import structure_only
-from fxsparse.passes.structured.hard_concrete import Count, Gated
-from fxsparse.passes.structured.nodes import gate_stream, multiply, multiply_input
+from fxsparse.passes.structured.hard_concrete import EXPERT, Count, Gated
+from fxsparse.passes.structured.nodes import gate_scores, gate_stream, multiply, multiply_input
 
-Unit = Literal["heads", "attention", "intermediate", "ffn", "hidden"]
+Unit = Literal["heads", "attention", "intermediate", "ffn", "hidden", "experts"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 Score = Literal["magnitude", "activation", "random"]
 CLASHES = ("gates", "drop-dims", "nm-masks", "low-rank", "select-neurons", "select-tensors", "distill")
@@ -67,12 +68,14 @@ class Sites:
 
     Attributes:
         sublayers: attentions and MLPs, in order of execution.
+        mixtures: of experts, where those are gated.
         named: the paths of those that get gates of their own.
         streams: whose hidden dimensions get gates.
         skipped: what was looked at and is left alone.
     """
 
     sublayers: tuple[Site, ...]
+    mixtures: tuple[Mixture, ...]
     named: frozenset[str]
     streams: tuple[Stream, ...]
     skipped: tuple[Change, ...]
@@ -96,19 +99,21 @@ def find_sites(gm: GraphModule, units: Collection[str], globs: Iterable[str] | N
         RewriteError: there is nothing to gate, or a glob matches none.
     """
     found = structures(gm)
+    mixed, whole = mixtures(gm) if "experts" in units else ([], [])
     sublayers: tuple[Site, ...] = (*found.attentions, *found.mlps)
     hidden, unknown = streams(gm) if "hidden" in units else ([], [])
-    if not sublayers:
-        reasons = "".join(f"; {change}" for change in (*unknown, *found.skipped)[:4])
+    if not sublayers and not mixed:
+        reasons = "".join(f"; {change}" for change in (*whole, *unknown, *found.skipped)[:4])
         raise RewriteError(f"found no attention and no MLP to gate{reasons}", pass_name=pass_name)
-    named = {site.path for site in sublayers}
+    paths = [site.path for site in (*sublayers, *mixed)]
+    named = set(paths)
     if globs is not None:
         for glob in globs:
             if not any(fnmatchcase(path, glob) for path in named):
-                known = ", ".join(site.path for site in sublayers[:4])
+                known = ", ".join(paths[:4])
                 raise RewriteError(f"the glob {glob!r} matches nothing; there are: {known}", pass_name=pass_name)
         named = {path for path in named if any(fnmatchcase(path, glob) for glob in globs)}
-    return Sites(sublayers, frozenset(named), tuple(hidden), (*unknown, *found.skipped))
+    return Sites(sublayers, tuple(mixed), frozenset(named), tuple(hidden), (*whole, *unknown, *found.skipped))
 
 
 def gate_sites(
@@ -118,7 +123,7 @@ def gate_sites(
     register: Callable[[str, str, int], None],
     *,
     straight: bool = False,
-) -> Iterator[tuple[Site, Gated]]:
+) -> Iterator[tuple[Site | Mixture, Gated]]:
     """Puts gates on sites.
 
     Args:
@@ -147,9 +152,23 @@ def gate_sites(
             multiply(gm, output.node, layer_name, (1,), (layer, site.path, layer_name), straight)
         if units_name is not None or layer_name is not None or stream is not None:
             yield site, _counted(site, units_name, layer_name, stream)
+    for mixture in sites.mixtures:
+        if mixture.path in sites.named:
+            yield mixture, _gate_experts(gm, mixture, register)
     for stream, name in gates.items():
         register("hidden", name, stream.size)
         gate_stream(gm, stream, name, ("hidden", stream.path, name), straight=straight)
+
+
+def _gate_experts(gm: GraphModule, site: Mixture, register: Callable[[str, str, int], None]) -> Gated:
+    name = f"{site.path}.experts_gate".lstrip(".")
+    register("experts", name, site.experts)
+    gate_scores(gm, site.router.node, name, ("experts", site.path, name))
+    router = live.Rows(site.router.name, int(site.router.transposed), torch.arange(site.experts)[:, None], EXPERT)
+    weights = tuple(live.Rows(str(weight.target), 0, router.index, EXPERT) for weight in site.weights[1:])
+    holds = (site.experts, Count(fixed=site.per_expert), Count(), site.experts, Count())
+    output = str(site.weights[0].target)
+    return Gated(site.path, name, None, None, *holds, output, (router, *weights), router.index, site.chosen)
 
 
 def hidden_gate(stream: Stream) -> str:
@@ -215,12 +234,18 @@ class Scorer:
         if self.score == "activation":
             if calibration is None:
                 raise RewriteError("scores by activation need calibration=[batch, ...]", pass_name=pass_name)
+            if sites.mixtures:
+                raise RewriteError(
+                    "experts have no score by activation, which differs by what a router sends them; use magnitude",
+                    pass_name=pass_name,
+                    site=sites.mixtures[0].path,
+                )
             observed = readers(gm, [*sites.sublayers, *sites.streams])
             self.norms = activation_norms(gm, observed, calibration, pass_name=pass_name)
 
-    def __call__(self, site: Site | Stream) -> Tensor:
+    def __call__(self, site: Site | Mixture | Stream) -> Tensor:
         """Scores ``[units]``, float64, 1 on average but for random ones, which lie in [0, 1)."""
-        if self.score == "activation":
+        if self.score == "activation" and not isinstance(site, Mixture):
             return activations(self.gm, site, self.norms)
         scores = magnitudes(self.gm, site)
         if self.score == "random":

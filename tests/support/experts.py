@@ -71,10 +71,14 @@ class Mixture(nn.Module):
         x = self.enter(x).flatten(0, 1)
         scores = self.router(x)
         if self.idle is not None:
-            scores = scores - 1e9 * (torch.arange(5) == self.idle)
+            scores = scores - 1e9 * (torch.arange(self.count) == self.idle)
         weights, chosen = scores.softmax(-1).topk(self.top_k)
         mixed = getattr(self, f"_{self.form}")(x, scores.softmax(-1), weights, chosen)
         return self.leave(x + mixed)
+
+    @property
+    def count(self) -> int:
+        return len(self.up_proj)
 
     def _times(self, weight: torch.Tensor) -> torch.Tensor:
         """A weight ``[experts, in, out]``."""
@@ -85,7 +89,7 @@ class Mixture(nn.Module):
     ) -> torch.Tensor:
         expert, order = chosen.flatten().sort()
         grouped_mm = torch.ops.transformers.grouped_mm_fallback  # torch's own takes bfloat16 only, while it is captured
-        offsets = (expert[:, None] == torch.arange(5)).sum(0).cumsum(0).to(torch.int32)
+        offsets = (expert[:, None] == torch.arange(self.count)).sum(0).cumsum(0).to(torch.int32)
         rows = grouped_mm(x[order // self.top_k], self._times(self.up_proj), offsets)
         rows = grouped_mm(rows.relu(), self._times(self.down_proj), offsets)
         return (rows[order.argsort()].view(*chosen.shape, -1) * weights[..., None]).sum(1)
@@ -105,6 +109,6 @@ class Mixture(nn.Module):
     def _every(
         self, x: torch.Tensor, scores: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor
     ) -> torch.Tensor:
-        rows = torch.bmm(x.expand(5, *x.shape), self._times(self.up_proj)).relu()
+        rows = torch.bmm(x.expand(self.count, *x.shape), self._times(self.up_proj)).relu()
         rows = torch.bmm(rows, self._times(self.down_proj))
         return (rows * scores.t()[..., None]).sum(0)
