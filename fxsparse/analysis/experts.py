@@ -56,7 +56,7 @@ class Mixture:
         return own + self.router.in_features + (self.router.bias is not None)
 
 
-class _Left(Exception):
+class NotApart(Exception):
     """Why experts cannot be taken out."""
 
 
@@ -67,7 +67,7 @@ def mixtures(gm: GraphModule) -> tuple[list[Mixture], list[Change]]:
     for chosen, products in _routed(gm).items():
         try:
             found.append(_mixture(gm, chosen, products))
-        except _Left as reason:
+        except NotApart as reason:
             left += [skipped(path, str(reason)) for path in dict.fromkeys(product.path for product in products)]
     return found, left
 
@@ -84,15 +84,15 @@ def _routed(gm: GraphModule) -> dict[Node | None, list[ExpertLinear]]:
 
 def _mixture(gm: GraphModule, chosen: Node | None, products: list[ExpertLinear]) -> Mixture:
     if chosen is None:
-        raise _Left("no topk over the scores of a router routes its rows, so its experts cannot be told apart")
+        raise NotApart("no topk over the scores of a router routes its rows, so its experts cannot be told apart")
     experts = products[0].experts
     router = _router(gm, chosen, experts)
     weights = _weights(gm, chosen, products)
     count: Any = fx.arguments(chosen)["k"]
     if not isinstance(count, int):
-        raise _Left("how many experts a row is routed to is computed")
+        raise NotApart("how many experts a row is routed to is computed")
     if count >= experts:
-        raise _Left(f"each row is routed to {count} of {experts} experts, so none can go")
+        raise NotApart(f"each row is routed to {count} of {experts} experts, so none can go")
     path = common_path([router.path, *(fx.stack_path(product.node) for product in products)])
     counts = _counts(_way(chosen, products, weights), experts)
     return Mixture(path, experts, count, router, tuple(products), tuple(weights), counts)
@@ -103,26 +103,27 @@ def _router(gm: GraphModule, chosen: Node, experts: int) -> Linear:
     linears = {linear.node: linear for linear in fx.linears(gm)}
     written = fx.arguments(chosen)
     if written["dim"] not in (-1, fx.value(written["self"]).dim() - 1) or not written["largest"]:
-        raise _Left("its topk is not over the scores of a row")
+        raise NotApart("its topk is not over the scores of a row")
     node, after = written["self"], chosen
     while True:
-        if others := [user for user in node.users if user is not after and not _is_size(user)]:
-            raise _Left(f"the scores of its router are also read by {others[0].name}, which would lose experts too")
+        if others := [user for user in node.users if user is not after and not is_size(user)]:
+            raise NotApart(f"the scores of its router are also read by {others[0].name}, which would lose experts too")
         if node in linears:
             break
         known = traits.of(node.target)
         if node.op != "call_function" or not (known.copies or known.axes == "softmax"):
-            raise _Left(f"{node.name} ({node.target}) is between its router and topk: only a softmax may be")
+            raise NotApart(f"{node.name} ({node.target}) is between its router and topk: only a softmax may be")
         node, after = node.all_input_nodes[0], node
     router = linears[node]
     if router.out_features != experts:
-        raise _Left(f"its router has {router.out_features} scores for {experts} experts")
+        raise NotApart(f"its router has {router.out_features} scores for {experts} experts")
     if sum(linear.name == router.name for linear in linears.values()) > 1:
-        raise _Left(f"{router.name} is used more than once")
+        raise NotApart(f"{router.name} is used more than once")
     return router
 
 
-def _is_size(node: Node) -> bool:
+def is_size(node: Node) -> bool:
+    """Whether a node reads nothing but sizes."""
     return bool(traits.of(node.target).shaped_like)
 
 
@@ -136,12 +137,17 @@ def _weights(gm: GraphModule, chosen: Node, products: list[ExpertLinear]) -> lis
         is_of_experts = isinstance(held, nn.Parameter) and held.shape[0] == products[0].experts
         if is_of_experts and len(positions) == 1 and nearest(positions[0], choices) == [chosen]:
             reads[source] = None
-    names = fx.parameter_names(gm)
+    check_own(gm, reads)
+    return list(reads)
+
+
+def check_own(gm: GraphModule, reads: Iterable[Node]) -> None:
+    """NotApart where anything else reads a parameter than the one node that each of its reads has."""
+    names, every = fx.parameter_names(gm), fx.reads(gm)
     for read in reads:
         held = fx.attribute(gm, str(read.target))
-        if len(names[id(held)]) > 1 or len(fx.reads(gm)[id(held)]) > 1 or len(read.users) > 1:
-            raise _Left(f"{read.target} is shared: what else reads it would lose experts too")
-    return list(reads)
+        if len(names[id(held)]) > 1 or len(every[id(held)]) > 1 or len(read.users) > 1:
+            raise NotApart(f"{read.target} is shared: what else reads it would lose parts too")
 
 
 def _way(chosen: Node, products: Iterable[ExpertLinear], weights: Iterable[Node]) -> set[Node]:

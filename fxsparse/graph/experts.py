@@ -67,6 +67,16 @@ class ExpertLinear:
         return weight_site(self.name)
 
     @property
+    def result(self) -> Node | None:
+        """The node of y ``[..., out_features]``; None if it is not read as that alone."""
+        if self.form != "gathered":
+            return self.node
+        axis = 1 if self.before else 2
+        (reader, *others) = self.node.users
+        is_row = reader.target is aten.squeeze.dim and reader.args[1] in (axis, axis - 3)
+        return reader if is_row and not others else None
+
+    @property
     def experts(self) -> int:
         return int(value(self.weight).shape[0])
 

@@ -70,6 +70,7 @@ class GateStructures(Gating):
     rest: ClassVar[str] = "has no units of its own that were asked for and can be taken apart"
     cannot_follow: ClassVar[tuple[str, ...]] = CLASHES
     training_only: ClassVar[bool] = True
+    of_experts: ClassVar[bool] = True
     no_module: ClassVar[str] = "gates are values in the graph and not yet smaller weights; run materialize first"
     units: Annotated[tuple[Unit, ...], MinLen(1)] = UNITS[:4]
     target: Annotated[float, Interval(ge=0, lt=1)] = 0.6

@@ -28,8 +28,8 @@ from fxsparse.graph.sharded import whole
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 LOWEST, HIGHEST = math.log(0.01), math.log(100)
 """What `a` is kept within, as CoFi does."""
-EXPERT = "expert"
-"""What rows of weights make of a unit that is an expert."""
+EXPERT, EXPERT_CHANNEL = "expert", "channel of experts"
+"""What rows of weights make of a unit that is an expert, or a channel of all experts."""
 MULTIPLIERS = ("sparsity.lambda_1", "sparsity.lambda_2")
 
 
@@ -108,6 +108,11 @@ class Gated(live.Live):
     @property
     def is_experts(self) -> bool:
         return any(part.kind == EXPERT for part in self.projections)
+
+    @property
+    def is_in_experts(self) -> bool:
+        """Whether its units are channels of experts."""
+        return any(part.kind == EXPERT_CHANNEL for part in self.projections)
 
     @property
     def size(self) -> int:

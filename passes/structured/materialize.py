@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
+from fxsparse.analysis.expert_channels import expert_mlps
 from fxsparse.analysis.experts import mixtures
 from fxsparse.analysis.probing import CannotRun
 from fxsparse.analysis.residual_streams import streams
@@ -30,7 +31,7 @@ from fxsparse.passes.structured.hard_concrete import Gated, gate_names, gated, m
 from fxsparse.passes.structured.hidden_dims import narrow
 from fxsparse.passes.structured.nodes import gated_nodes, remove_gates
 from fxsparse.passes.structured.slice_heads import slice_attention
-from fxsparse.passes.structured.slicing import drop_experts, remove_result, slice_mlp
+from fxsparse.passes.structured.slicing import drop_experts, remove_result, slice_expert_mlp, slice_mlp
 from fxsparse.text import ranges
 
 _RANGE = r"[0-9]{1,9}(-[0-9]{1,9})?"
@@ -83,6 +84,8 @@ class Materialize(Pass):
         is_open = item.layer is None or bool(masks[item.layer].all())
         if item.is_experts:
             return self._drop_experts(gm, item, keep)
+        if item.is_in_experts:
+            return self._narrow_experts(gm, item, keep)
         linears = {linear.name: linear for linear in fx.linears(gm)}
         if missing := [name for name in item.weights if name not in linears]:
             raise RewriteError(f"{missing[0]} is no dense linear any more", pass_name=self.name, site=item.path)
@@ -109,6 +112,15 @@ class Materialize(Pass):
             raise RewriteError("its router and experts are no longer found", pass_name=self.name, site=item.path)
         drop_experts(gm, mixture, keep)
         return rewrote(item.path, f"{int(keep.sum())} of {item.count} experts stay")
+
+    def _narrow_experts(self, gm: GraphModule, item: Gated, keep: Tensor) -> Change:
+        if bool(keep.all()):
+            return skipped(item.path, f"all {item.count} channels stay")
+        mlp = next((found for found in expert_mlps(gm)[0] if found.path == item.path), None)
+        if mlp is None:
+            raise RewriteError("its experts are no longer found", pass_name=self.name, site=item.path)
+        slice_expert_mlp(gm, mlp, keep)
+        return rewrote(item.path, f"{int(keep.sum())} of {item.count} channels of every expert stay")
 
     def _masks(self, gm: GraphModule) -> dict[str, Tensor]:
         counts = {name: len(gm.get_buffer(mask_name(name))) for name in gate_names(gm)}

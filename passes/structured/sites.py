@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from fxsparse.analysis.activation_norms import activation_norms
+from fxsparse.analysis.expert_channels import ExpertMLP, expert_mlps
 from fxsparse.analysis.experts import Mixture, mixtures
 from fxsparse.analysis.residual_streams import Stream, streams
 from fxsparse.analysis.structures import MLP, Attention, structures
@@ -27,8 +28,8 @@ from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import Change
 from fxsparse.passes.base import Pass
 from fxsparse.passes.pipeline import structure_only
-from fxsparse.passes.structured.hard_concrete import EXPERT, Count, Gated
-from fxsparse.passes.structured.nodes import gate_scores, gate_stream, multiply, multiply_input
+from fxsparse.passes.structured.hard_concrete import EXPERT, EXPERT_CHANNEL, Count, Gated
+from fxsparse.passes.structured.nodes import gate_columns, gate_scores, gate_stream, multiply, multiply_input
 
 Unit = Literal["heads", "attention", "intermediate", "ffn", "hidden", "experts"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
@@ -42,6 +43,7 @@ Site = Attention | MLP
 class Gating(Pass):
     """A pass with gates: which kinds of units, of which sublayers."""
 
+    of_experts: ClassVar[bool] = False
     units: tuple[str, ...]
     layers: tuple[str, ...] | None
 
@@ -53,7 +55,7 @@ class Gating(Pass):
                 "...) and compile its result",
                 pass_name=self.name,
             )
-        return find_sites(gm, self.units, self.layers, self.name)
+        return find_sites(gm, self.units, self.layers, self.name, self.of_experts)
 
     def _check_removable(self, gm: GraphModule, multiple: int = 1) -> None:
         """A RewriteError where ``materialize`` could not take out what these gates close."""
@@ -69,6 +71,7 @@ class Sites:
     Attributes:
         sublayers: attentions and MLPs, in order of execution.
         mixtures: of experts, where those are gated.
+        mlps: of experts, where the channels of those are gated.
         named: the paths of those that get gates of their own.
         streams: whose hidden dimensions get gates.
         skipped: what was looked at and is left alone.
@@ -76,6 +79,7 @@ class Sites:
 
     sublayers: tuple[Site, ...]
     mixtures: tuple[Mixture, ...]
+    mlps: tuple[ExpertMLP, ...]
     named: frozenset[str]
     streams: tuple[Stream, ...]
     skipped: tuple[Change, ...]
@@ -92,20 +96,25 @@ class Sites:
         return found[0] if found else None
 
 
-def find_sites(gm: GraphModule, units: Collection[str], globs: Iterable[str] | None, pass_name: str) -> Sites:
-    """The sites that gates on ``units`` concern.
+def find_sites(
+    gm: GraphModule, units: Collection[str], globs: Iterable[str] | None, pass_name: str, of_experts: bool
+) -> Sites:
+    """The sites that gates on ``units`` concern; with ``of_experts`` the channels of experts too, unless whole experts
+    are gated, which have the same parameters.
 
     Raises:
         RewriteError: there is nothing to gate, or a glob matches none.
     """
     found = structures(gm)
     mixed, whole = mixtures(gm) if "experts" in units else ([], [])
+    channels, no_channels = expert_mlps(gm) if "intermediate" in units and of_experts and not mixed else ([], [])
+    left = (*whole, *no_channels)
     sublayers: tuple[Site, ...] = (*found.attentions, *found.mlps)
     hidden, unknown = streams(gm) if "hidden" in units else ([], [])
-    if not sublayers and not mixed:
-        reasons = "".join(f"; {change}" for change in (*whole, *unknown, *found.skipped)[:4])
+    if not sublayers and not mixed and not channels:
+        reasons = "".join(f"; {change}" for change in (*left, *unknown, *found.skipped)[:4])
         raise RewriteError(f"found no attention and no MLP to gate{reasons}", pass_name=pass_name)
-    paths = [site.path for site in (*sublayers, *mixed)]
+    paths = [site.path for site in (*sublayers, *mixed, *channels)]
     named = set(paths)
     if globs is not None:
         for glob in globs:
@@ -113,7 +122,9 @@ def find_sites(gm: GraphModule, units: Collection[str], globs: Iterable[str] | N
                 known = ", ".join(paths[:4])
                 raise RewriteError(f"the glob {glob!r} matches nothing; there are: {known}", pass_name=pass_name)
         named = {path for path in named if any(fnmatchcase(path, glob) for glob in globs)}
-    return Sites(sublayers, tuple(mixed), frozenset(named), tuple(hidden), (*whole, *unknown, *found.skipped))
+    return Sites(
+        sublayers, tuple(mixed), tuple(channels), frozenset(named), tuple(hidden), (*left, *unknown, *found.skipped)
+    )
 
 
 def gate_sites(
@@ -123,7 +134,7 @@ def gate_sites(
     register: Callable[[str, str, int], None],
     *,
     straight: bool = False,
-) -> Iterator[tuple[Site | Mixture, Gated]]:
+) -> Iterator[tuple[Site | Mixture | ExpertMLP, Gated]]:
     """Puts gates on sites.
 
     Args:
@@ -155,6 +166,9 @@ def gate_sites(
     for mixture in sites.mixtures:
         if mixture.path in sites.named:
             yield mixture, _gate_experts(gm, mixture, register)
+    for mlp in sites.mlps:
+        if mlp.path in sites.named:
+            yield mlp, _gate_channels(gm, mlp, register)
     for stream, name in gates.items():
         register("hidden", name, stream.size)
         gate_stream(gm, stream, name, ("hidden", stream.path, name), straight=straight)
@@ -169,6 +183,15 @@ def _gate_experts(gm: GraphModule, site: Mixture, register: Callable[[str, str, 
     holds = (site.experts, Count(fixed=site.per_expert), Count(), site.experts, Count())
     output = str(site.weights[0].target)
     return Gated(site.path, name, None, None, *holds, output, (router, *weights), router.index, site.chosen)
+
+
+def _gate_channels(gm: GraphModule, site: ExpertMLP, register: Callable[[str, str, int], None]) -> Gated:
+    name = f"{site.path}.intermediate_gate".lstrip(".")
+    register("intermediate", name, site.channels)
+    gate_columns(gm, site.output.input, name, ("intermediate", site.path, name))
+    rows = tuple(live.Rows(str(read.target), dim, index, EXPERT_CHANNEL) for read, dim, index in site.projections)
+    holds = (site.channels, Count(fixed=site.per_channel), Count(), site.channels, Count())
+    return Gated(site.path, name, None, None, *holds, site.output.name, rows, torch.arange(site.channels)[:, None])
 
 
 def hidden_gate(stream: Stream) -> str:
@@ -234,18 +257,21 @@ class Scorer:
         if self.score == "activation":
             if calibration is None:
                 raise RewriteError("scores by activation need calibration=[batch, ...]", pass_name=pass_name)
-            if sites.mixtures:
+            if of_experts := [
+                *(mixture.path for mixture in sites.mixtures),
+                *(mlp.path for mlp in sites.mlps),
+            ]:
                 raise RewriteError(
                     "experts have no score by activation, which differs by what a router sends them; use magnitude",
                     pass_name=pass_name,
-                    site=sites.mixtures[0].path,
+                    site=of_experts[0],
                 )
             observed = readers(gm, [*sites.sublayers, *sites.streams])
             self.norms = activation_norms(gm, observed, calibration, pass_name=pass_name)
 
-    def __call__(self, site: Site | Mixture | Stream) -> Tensor:
+    def __call__(self, site: Site | Mixture | ExpertMLP | Stream) -> Tensor:
         """Scores ``[units]``, float64, 1 on average but for random ones, which lie in [0, 1)."""
-        if self.score == "activation" and not isinstance(site, Mixture):
+        if self.score == "activation" and not isinstance(site, (Mixture, ExpertMLP)):
             return activations(self.gm, site, self.norms)
         scores = magnitudes(self.gm, site)
         if self.score == "random":

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.analysis.axes import losses
+from fxsparse.analysis.expert_channels import ExpertMLP
 from fxsparse.analysis.experts import Mixture
 from fxsparse.analysis.probing import between, shape_of
 from fxsparse.analysis.sections import Section
@@ -64,6 +65,16 @@ def drop_experts(gm: GraphModule, mixture: Mixture, keep: Tensor) -> None:
         changed += _replace_state(gm, weight, 0, keep.nonzero().flatten())
     patches = {node: arguments(left) for node, arguments in mixture.counts.items()}
     _resize(gm, patches, changed, mixture.path)
+
+
+def slice_expert_mlp(gm: GraphModule, mlp: ExpertMLP, keep: Tensor) -> None:
+    """Leaves some channels of experts, the same of each; as :func:`slice_mlp`."""
+    lost = losses({source: index[~keep].flatten() for source, index in mlp.sources}, [mlp.output.input])
+    changed = _replace_state(gm, mlp.output.weight, mlp.columns, keep.nonzero().flatten())
+    for read, dim, index in mlp.projections:
+        rows = torch.ones(fx.value(read).shape[dim], dtype=torch.bool).index_fill(0, index[~keep].flatten(), False)
+        changed += _replace_state(gm, read, dim, rows.nonzero().flatten())
+    follow(gm, lost, changed, mlp.path)
 
 
 def follow(gm: GraphModule, lost: Losses, changed: Iterable[Node], site: str) -> None:

@@ -172,6 +172,79 @@ def test_mixtures_that_cannot_lose_experts_say_why(build: Any, reason: str) -> N
         fxsparse.rewrite(gm, BY_SIZE)
 
 
+# --- channels of experts ----------------------------------------------------------------------------------------------
+
+CHANNELS = "gates{units=[intermediate],target=0.4,score=magnitude}"
+
+
+def narrower(model: Mixture, keep: Tensor) -> Mixture:
+    """The oracle: the same model with some channels of every expert."""
+    small = copy.deepcopy(model)
+    up, down = model._times(model.up_proj.detach())[..., keep], model._times(model.down_proj.detach())[:, keep]
+    small.up_proj, small.down_proj = (torch.nn.Parameter(model._times(weight).contiguous()) for weight in (up, down))
+    return small
+
+
+@pytest.mark.parametrize(("form", "transposed"), [*FORMS, ("every", False), ("every", True)])
+def test_closed_channels_are_as_if_they_were_not_there(form: str, transposed: bool, tmp_path: Path) -> None:
+    model, gm = mixture(form, transposed)
+    gated = fxsparse.rewrite(copy.deepcopy(gm), CHANNELS)
+    assert record_of(gated).entries[-1].rewritten[0].detail == "gates on intermediate, 3,840 parameters"
+    keep = gated.get_buffer("intermediate_gate_mask").bool()
+    up, down = model._times(model.up_proj.detach()), model._times(model.down_proj.detach())
+    sizes = up.square().sum((0, 1)) + down.square().sum((0, 2))
+    assert set(sizes.argsort()[: int((~keep).sum())].tolist()) == set((~keep).nonzero().flatten().tolist())
+    assert 0 < int((~keep).sum()) < 24
+    oracle = narrower(model, keep)
+    small = fxsparse.rewrite(copy.deepcopy(gated), "materialize")
+    assert record_of(small).entries[-1].rewritten[0].detail == f"{int(keep.sum())} of 24 channels of every expert stay"
+    for mode in (True, False):
+        x = torch.randn(5, 3, 12)
+        y, dx = step(oracle.train(mode), x)
+        for each in (gated, small):
+            for one, other in zip(step(each.train(mode), x), (y, dx), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for name, parameter in oracle.named_parameters():
+        torch.testing.assert_close(small.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-4)
+    fxsparse.save(small, tmp_path / "small.safetensors")
+    loaded = fxsparse.load(tmp_path / "small.safetensors", model, (torch.randn(3, 4, 12),))
+    torch.testing.assert_close(loaded.eval()(x), small(x))
+
+
+class Mixing(Mixture):
+    """Sorts the channels of an expert."""
+
+    def _gathered(self, x: Tensor, scores: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        rows, expert = x.repeat_interleave(self.top_k, dim=0), chosen.flatten()
+        rows = torch.bmm(self.up_proj[expert], rows.unsqueeze(-1)).squeeze(-1).sort(-1).values
+        rows = torch.bmm(self.down_proj[expert], rows.unsqueeze(-1)).squeeze(-1)
+        return (rows.view(*chosen.shape, -1) * weights[..., None]).sum(1)
+
+
+class Joined(Mixture):
+    """Adds to the channels what comes from elsewhere."""
+
+    def _gathered(self, x: Tensor, scores: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        rows, expert = x.repeat_interleave(self.top_k, dim=0), chosen.flatten()
+        rows = torch.bmm(self.up_proj[expert], rows.unsqueeze(-1)).squeeze(-1) + rows.sum(-1, keepdim=True)
+        rows = torch.bmm(self.down_proj[expert], rows.unsqueeze(-1)).squeeze(-1)
+        return (rows.view(*chosen.shape, -1) * weights[..., None]).sum(1)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(Mixing, "only worked on one by one"), (Joined, "channels meet sum")])
+def test_channels_that_cannot_go_say_why(kind: type[Mixture], reason: str) -> None:
+    torch.manual_seed(0)
+    gm = fxsparse.trace(kind("gathered"), (torch.randn(3, 4, 12),))
+    with pytest.raises(RewriteError, match=reason):
+        fxsparse.rewrite(gm, CHANNELS)
+
+
+def test_channels_and_experts_count_once() -> None:
+    _, gm = mixture("grouped")
+    gated = fxsparse.rewrite(gm, "gates{units=[intermediate,experts],target=0.35,score=magnitude}")
+    assert {name for name, _ in gated.named_buffers()} == {"experts_gate_mask"}
+
+
 # --- models of transformers -------------------------------------------------------------------------------------------
 
 
@@ -203,6 +276,31 @@ def test_models_lose_experts(family: tuple[Any, GraphModule], tmp_path: Path) ->
     for read in (type(made.model), fxsparse):
         again: Any = read.from_pretrained(tmp_path / "folder")  # type: ignore[attr-defined]
         torch.testing.assert_close(again.eval()(**batch).logits, small.eval()(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_models_lose_channels_of_experts(family: tuple[Any, GraphModule], tmp_path: Path) -> None:
+    """Halves and interleaved gates, biases in tables; each layer its own number, also after it was saved."""
+    made, gm = family
+    gated = fxsparse.rewrite(copy.deepcopy(gm), CHANNELS).eval()
+    kept = {
+        "model.layers.0.mlp.experts": "0-39",
+        "model.layers.1.mlp.experts": "4-15,20-55",
+        "model.layers.2.mlp.experts": "7-62",
+    }
+    with torch.no_grad():
+        for path, places in kept.items():
+            mask = gated.get_buffer(f"{path}.intermediate_gate_mask").zero_()
+            for part in places.split(","):
+                low, high = map(int, part.split("-"))
+                mask[low : high + 1] = 1
+    small = fxsparse.rewrite(copy.deepcopy(gated), "materialize").eval()
+    details = [change.detail for change in record_of(small).entries[-1].rewritten]
+    assert details == [f"{left} of 64 channels of every expert stay" for left in (40, 48, 56)]
+    batch = made.make_batch(batch=3)
+    torch.testing.assert_close(small(**batch).logits, gated(**batch).logits, rtol=1e-4, atol=1e-5)
+    fxsparse.save_pretrained(small, made.model, tmp_path / "folder")
+    again = fxsparse.from_pretrained(tmp_path / "folder")
+    torch.testing.assert_close(again.eval()(**batch).logits, small(**batch).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_that_differ_in_experts(family: tuple[Any, GraphModule], tmp_path: Path) -> None:
