@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
+from fxsparse.analysis.residual_streams import Stream
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.record import Change, rewrote
@@ -95,7 +96,7 @@ class GateStructures(Gating):
             if item.gates:
                 names = [name.rpartition(".")[2].removesuffix("_gate") for name in item.gates]
                 yield rewrote(site.path, f"gates on {' and '.join(names)}, {item.size:,} parameters")
-            if self.score is not None:
+            if self.score is not None and not isinstance(site, Stream):
                 units = scorer(site)
                 scores |= {item.units: units} if item.units is not None else {}
                 scores |= {item.layer: units.mean()[None]} if item.layer is not None else {}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fxsparse import graph as fx
 from fxsparse.analysis.activation_norms import activation_norms
 from fxsparse.analysis.expert_channels import ExpertMLP, expert_mlps
 from fxsparse.analysis.experts import Mixture, mixtures
@@ -111,9 +112,13 @@ def find_sites(
     left = (*whole, *no_channels)
     sublayers: tuple[Site, ...] = (*found.attentions, *found.mlps)
     hidden, unknown = streams(gm) if "hidden" in units else ([], [])
-    if not sublayers and not mixed and not channels:
+    if not (sublayers or mixed or channels or hidden):
         reasons = "".join(f"; {change}" for change in (*left, *unknown, *found.skipped)[:4])
-        raise RewriteError(f"found no attention and no MLP to gate{reasons}", pass_name=pass_name)
+        raise RewriteError(
+            f"found no attention and no MLP to gate{reasons}. What goes of any model: hidden dimensions "
+            "(drop-dims{units=[hidden]}) and whole layers (drop-layers)",
+            pass_name=pass_name,
+        )
     paths = [site.path for site in (*sublayers, *mixed, *channels)]
     named = set(paths)
     if globs is not None:
@@ -134,7 +139,7 @@ def gate_sites(
     register: Callable[[str, str, int], None],
     *,
     straight: bool = False,
-) -> Iterator[tuple[Site | Mixture | ExpertMLP, Gated]]:
+) -> Iterator[tuple[Site | Mixture | ExpertMLP | Stream, Gated]]:
     """Puts gates on sites.
 
     Args:
@@ -170,6 +175,8 @@ def gate_sites(
         if mlp.path in sites.named:
             yield mlp, _gate_channels(gm, mlp, register)
     for stream, name in gates.items():
+        if not any(sites.stream_of(site) is stream for site in sites.sublayers):
+            yield from ((stream, item) for item in _alone(gm, stream, name))
         register("hidden", name, stream.size)
         gate_stream(gm, stream, name, ("hidden", stream.path, name), straight=straight)
 
@@ -197,6 +204,14 @@ def _gate_channels(gm: GraphModule, site: ExpertMLP, register: Callable[[str, st
 def hidden_gate(stream: Stream) -> str:
     """The name of the gate of a stream's hidden dimensions."""
     return f"{stream.path}.hidden_gate"
+
+
+def _alone(gm: GraphModule, stream: Stream, gate: str) -> Iterator[Gated]:
+    """What the linears of a stream without attentions and MLPs hold (Mamba): each is all that is gated of its layer."""
+    found = {linear.name: linear for linear in fx.linears(gm) if _touches(stream, linear)}
+    for linear in found.values():
+        holds = (1, Count(wide=linear.in_features * linear.out_features), Count(), 1, Count())
+        yield Gated(linear.path, None, None, gate, *holds, linear.name, (), torch.zeros(1, 0, dtype=torch.int64))
 
 
 def _linears(site: Site) -> list[Linear]:
