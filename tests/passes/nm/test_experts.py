@@ -329,3 +329,20 @@ def test_every_weight_of_a_model_with_experts_is_pruned(family: tuple[Any, Graph
     torch.testing.assert_close(
         fxsparse.from_pretrained(tmp_path / "folder")(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("first", ["", ON % ",storage=masked" + ","])
+def test_experts_are_selected_to_train(first: str) -> None:
+    """Chosen weights have the gradients of full training, the others none."""
+    model, gm = mixture("grouped", transposed=True)
+    chosen = fxsparse.rewrite(gm, first + 'select-tensors{tensors=["down_proj"]}')
+    oracle, kept = masked(model) if first else (copy.deepcopy(model), {})
+    x = torch.randn(5, 3, 12)
+    step(oracle, x)
+    y = chosen(x)
+    (y * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+    trained = {name for name, parameter in chosen.named_parameters() if parameter.grad is not None}
+    assert trained == {"down_proj"}
+    grad, expected = chosen.get_parameter("down_proj").grad, oracle.down_proj.grad
+    assert grad is not None and expected is not None
+    torch.testing.assert_close(grad, expected * kept.get("down_proj", 1), rtol=1e-4, atol=1e-4)
