@@ -33,6 +33,7 @@ from fxsparse.ops.routed import (
     grad_weight_flops,
     linear_flops,
     spans,
+    times,
 )
 
 # --- references -------------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def _linear(
     offsets: Tensor,
     straight_through: bool = False,
 ) -> Tensor:
-    return (apart(x, offsets) @ torch.where(mask, weight, 0).mT).sum(0)
+    return times(torch.where(mask, weight, 0), x, offsets)
 
 
 def _grad_input(dy: Tensor, weight: Tensor, mask: Tensor, column_mask: Tensor | None, offsets: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from fxsparse.ops.routed import (
     grad_weight_flops,
     linear_flops,
     spans,
+    times,
 )
 
 # --- references -------------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def _linear(
     x: Tensor, values: Tensor, indices: Tensor, column_mask: Tensor | None, offsets: Tensor, n: int, m: int
 ) -> Tensor:
     weight = unpack(values, indices, Pattern(n, m), x.shape[-1])
-    return (apart(x, offsets) @ weight.mT).sum(0)
+    return times(weight, x, offsets)
 
 
 def _grad_input(

@@ -35,6 +35,12 @@ def apart(x: Tensor, offsets: Tensor) -> Tensor:
     return torch.where(mine[..., None], x, 0)
 
 
+def times(weight: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """Each row of ``x [rows, in]`` times its expert's matrix of ``weight [experts, out, in]``, which is read as it is:
+    what is computed from weights alone becomes a constant of an exported graph, under the weight's name."""
+    return (weight @ apart(x, offsets).mT).sum(0).mT.contiguous()
+
+
 def check_rows(check: Check, rows: Tensor, offsets: Tensor, experts: int) -> None:
     """The rows are a matrix, and the offsets one number for each expert."""
     check.matrix("its input", rows)

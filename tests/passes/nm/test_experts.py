@@ -299,6 +299,22 @@ def test_compiled_graphs_call_the_operators() -> None:
     assert "nm_expert_linear_grad_input" in str(fxsparse.graphs(fast)[-1])
 
 
+@pytest.mark.parametrize("storage", ["compressed", "masked"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_plain_aten_for_exporters(transposed: bool, storage: str) -> None:
+    """Dense weights under the original's names, without a loop over data."""
+    model, gm = mixture("grouped", transposed)
+    sparse = fxsparse.rewrite(gm, ON % f",storage={storage}" + ",double-prune").eval()
+    plain = fxsparse.to_aten(sparse)
+    assert not any("fxsparse" in str(node.target) for node in plain.graph.nodes)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert {name: parameter.shape for name, parameter in plain.named_parameters()} == shapes
+    x = torch.randn(5, 2, 12)
+    exported = torch.export.export(plain, (x,)).module()
+    for each in (plain, exported):
+        torch.testing.assert_close(each(x), sparse(x), rtol=1e-4, atol=1e-5)
+
+
 # --- models of transformers -------------------------------------------------------------------------------------------
 
 

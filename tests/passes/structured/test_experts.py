@@ -272,6 +272,8 @@ def test_models_lose_experts(family: tuple[Any, GraphModule], tmp_path: Path) ->
     theirs.loss.backward()
     for name, parameter in oracle.named_parameters():
         torch.testing.assert_close(small.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-5)
+    module = fxsparse.to_module(small, made.model)
+    torch.testing.assert_close(module.eval()(**batch).logits, small.eval()(**batch).logits, rtol=1e-4, atol=1e-5)
     fxsparse.save_pretrained(small, made.model, tmp_path / "folder")
     for read in (type(made.model), fxsparse):
         again: Any = read.from_pretrained(tmp_path / "folder")  # type: ignore[attr-defined]
