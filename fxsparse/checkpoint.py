@@ -124,7 +124,7 @@ def _check_weight(weight: HeldWeight, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"{weight.name}: the record says that it is held {weight.storage[:40]!r}")
     elif parts["mask"] is not None and weight.name in tensors:
         dense = tensors[weight.name]
-        wanted = dense.t().shape if weight.transposed and dense.dim() == 2 else dense.shape
+        wanted = dense.mT.shape if weight.transposed and dense.dim() > 1 else dense.shape
         if parts["mask"].dtype != torch.bool or parts["mask"].shape != wanted:
             raise CheckpointError(f"{weight.name}_mask is no mask of {weight.name}")
 

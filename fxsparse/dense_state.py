@@ -122,11 +122,11 @@ def _dense(weight: HeldWeight, state: Mapping[str, Tensor]) -> Tensor:
     """A held weight in its original layout, with zeros at its pruned positions."""
     if weight.storage == "masked":
         mask = state[f"{weight.name}_mask"]
-        return state[weight.name] * (mask.t() if weight.transposed else mask)
+        return state[weight.name] * (mask.mT if weight.transposed else mask)
     pattern = Pattern.parse(weight.pattern)
     values, indices = state[f"{weight.name}_values"], state[f"{weight.name}_indices"]
     dense = unpack(values, indices, pattern, weight.in_features)
-    return dense.t().contiguous() if weight.transposed else dense
+    return dense.mT.contiguous() if weight.transposed else dense
 
 
 # --- low-rank branches ------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import fxsparse
 from benchmarks.families.tiny import Family, build, floats, with_masks
 from fxsparse import graph as fx
 from fxsparse.analysis.blocks import stacks
+from fxsparse.analysis.expert_channels import expert_mlps
 from fxsparse.analysis.structures import structures
 from fxsparse.errors import FxsparseError, InternalError, TraceError
 from fxsparse.graph.record import record_of
@@ -248,6 +249,8 @@ def _oracle(bench: Bench, column: str, gm: GraphModule) -> tuple[_Oracle | None,
     """The composed model, or why there is none."""
     if column in ("mux", "distill", "hidden"):
         return None, ""
+    if column in ("gates", "materialize") and expert_mlps(bench.traced)[0]:
+        return None, "the composed model has no gates on channels of experts"
     composed.BLOCKS[bench.name] = tuple(stack.path for stack in stacks(bench.traced))
     try:
         oracle = oracle_of(bench.name, bench.family.model, bench.sites, gm, kind=_Oracle)

@@ -404,7 +404,7 @@ def _projections(touched: _Touched, heads: int, linears: Mapping[Node, Linear]) 
     counts = {kind: max((len(each) for (_, of), each in groups.items() if of == kind), default=0) for kind in _KINDS}
     if counts["query"] != heads:
         raise NotSeparable(_SHARED)
-    if counts["value"] != counts["key"] or heads % counts["key"]:
+    if not counts["key"] or counts["value"] != counts["key"] or heads % counts["key"]:
         raise NotSeparable(f"{heads} query heads, {counts['key']} key heads, {counts['value']} value heads")
     projections = []
     for (name, kind), each in groups.items():

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.graph import traits
-from fxsparse.graph.record import Change, skipped
+from fxsparse.graph.record import Change, record_of, skipped
 from fxsparse.graph.state import module_path
 
 _PRODUCTS = ("linear", "matmul", "mm", "mv", "conv", "einsum", "bilinear", "dot")
@@ -40,18 +40,21 @@ def weighted(gm: GraphModule) -> list[Weighted]:
     another layout or converted, and what passes hold them as."""
     found: dict[str, Weighted] = {}
     names = fx.parameter_names(gm)
+    originals = {f"{weight.name}_values": weight for weight in record_of(gm).weights}
     for read in gm.graph.find_nodes(op="get_attr"):
         held = fx.attribute(gm, str(read.target))
         if not isinstance(held, nn.Parameter) or held.dim() < 2:
             continue
         name = str(read.target)
         all_names = frozenset(names.get(id(held), [name]))
+        if name in originals:
+            name, all_names = originals[name].name, frozenset((*all_names, *originals[name].names))
         for user in _readers(read, held.dim() > 2):
             kind = _kind(user, held)
             if kind is not None:
                 paths = {module_path(each) for each in all_names}
                 path = fx.stack_path(user) if fx.stack_path(user) in paths else module_path(name)
-                site = path if name.rpartition(".")[2].startswith("weight") else name
+                site = path if fx.weight_site(name) != name else name
                 found.setdefault(site, Weighted(site, kind, all_names))
     return list(found.values())
 

@@ -17,6 +17,15 @@ from fxsparse import graph as fx
 from fxsparse.graph import traits
 
 
+class CannotRun(Exception):
+    """A part of a graph does not run on random values: sizes in it may be data, as how many tokens an expert gets."""
+
+    def __init__(self, node: Node, reason: Exception):
+        said = str(reason).splitlines()
+        what = said[0] if said else type(reason).__name__
+        super().__init__(f"{node.name} ({node.target}) does not run on random values: {what}")
+
+
 def nearest(target: Node, stops: Collection[Node]) -> list[Node]:
     """Those of ``stops`` that a node is computed from without another one in between, in order of execution."""
     found, seen, pending = [], {target}, [target]
@@ -71,6 +80,9 @@ def evaluate(
         stand_ins: of what else is read; filled in, so that further runs see the same.
         arguments: those of some nodes that differ from the ones they are called with, by name.
         make: makes a stand-in; by default :func:`stand_in` at the traced sizes.
+
+    Raises:
+        CannotRun: a node raises.
     """
     values: dict[Node, Any] = dict(given)
 
@@ -85,7 +97,10 @@ def evaluate(
         written = arguments.get(node) if arguments is not None else None
         call = (node.args, node.kwargs) if not written else ((), {**fx.arguments(node), **written})
         args, kwargs = torch.fx.map_arg(call, read)
-        values[node] = node.target(*args, **_on_cpu(kwargs))  # type: ignore[operator]
+        try:
+            values[node] = node.target(*args, **_on_cpu(kwargs))  # type: ignore[operator]
+        except Exception as error:
+            raise CannotRun(node, error) from error
     return values
 
 

@@ -35,6 +35,8 @@ def reached(section: Section, target: Node, axis: int, units: Tensor) -> list[Te
     result = section.run(values, {})[target]
     weights = torch.rand_like(result) + 0.5
     hits = [torch.zeros(len(units), value.shape[-1], dtype=torch.bool) for value in drawn.values()]
+    if not result.requires_grad:  # integers chosen by values
+        return hits
     for place, asked in enumerate(_asked(section, target, axis, units, result)):
         gradients = torch.autograd.grad(
             (result * weights.mul(asked)).sum(), list(drawn.values()), retain_graph=True, allow_unused=True
@@ -116,7 +118,10 @@ class Runs:
     def rows(self, columns: Tensor) -> dict[Node, Tensor]:
         """By source, the rows, bool, that any of some columns, bool, depends on."""
         wanted = (self._result * self._weights)[..., columns].sum()
-        gradients = torch.autograd.grad(wanted, list(self._values.values()), retain_graph=True, allow_unused=True)
+        values = list(self._values.values())
+        gradients: Any = [None] * len(values)  # what is chosen by values
+        if wanted.requires_grad:
+            gradients = torch.autograd.grad(wanted, values, retain_graph=True, allow_unused=True)
         return {
             source: torch.zeros(value.shape[-1], dtype=torch.bool) if gradient is None else _any(gradient.ne(0))
             for (source, value), gradient in zip(self._values.items(), gradients, strict=True)

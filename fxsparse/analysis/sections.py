@@ -30,7 +30,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from fxsparse import graph as fx
-from fxsparse.analysis.probing import between, evaluate, held_integers, number, shape_of, stand_in
+from fxsparse.analysis.probing import CannotRun, between, evaluate, held_integers, number, shape_of, stand_in
 from fxsparse.analysis.ties import sizes, ties
 from fxsparse.graph import traits
 from fxsparse.graph.resize import first_axis
@@ -147,7 +147,7 @@ class Section:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             try:
                 results = self._evaluate(values, {}, lengths)
-            except (RuntimeError, TypeError, ValueError, IndexError):
+            except (CannotRun, RuntimeError, TypeError, ValueError, IndexError):
                 return False
         return all(
             tuple(result.shape) == _with(tuple(map(number, traced.shape)), lengths.get(node, {}))

@@ -29,7 +29,7 @@ from fxsparse.analysis.heads import (
     common_path,
 )
 from fxsparse.analysis.inventory import softmaxes
-from fxsparse.analysis.probing import between, nearest, shape_of
+from fxsparse.analysis.probing import CannotRun, between, nearest, shape_of
 from fxsparse.analysis.products import activation_product
 from fxsparse.analysis.reach import reached
 from fxsparse.analysis.sections import Section, remembered
@@ -121,7 +121,7 @@ def _found(sites: Iterable[tuple[str, Callable[[], _T]]]) -> tuple[list[_T], lis
     for path, probe in sites:
         try:
             found.append(probe())
-        except NotSeparable as reason:
+        except (NotSeparable, CannotRun) as reason:
             left.append(skipped(path, str(reason)))
     return found, left
 
@@ -149,7 +149,7 @@ def _mlp_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], MLP]]]:
 
 def _why_not(linear: Linear, sources: list[Node], path: list[Node], computed: set[Node]) -> str | None:
     """Why what a linear reads is not the channels of an MLP; None if it may be."""
-    if mixing := [node for node in path if not _keeps_channels(node)]:
+    if mixing := [node for node in path if not keeps_channels(node)]:
         return f"its channels are not only worked on one by one: {mixing[0].name} ({mixing[0].target}) is between"
     own = {linear.node, *path}
     for node in (*sources, *path):
@@ -180,7 +180,8 @@ def _attends(node: Node) -> bool:
     return activation_product(node) is not None
 
 
-def _keeps_channels(node: Node) -> bool:
+def keeps_channels(node: Node) -> bool:
+    """Whether a node works on each channel alone."""
     return traits.of(node.target).axes in {"pointwise", "reshape", "slices", "select", "item"}
 
 
@@ -194,12 +195,11 @@ def _mlp(gm: GraphModule, linear: Linear, sources: list[Node], linears: dict[Nod
         if other.name in own and other.node not in (linear.node, *sources):
             raise NotSeparable(f"{other.name} is used more than once")
     channels = linear.in_features
-    bits = max(1, (channels - 1).bit_length())
-    section = Section({source: but_last(source) for source in sources}, [linear.input], _POSITIONS * 2 * bits)
+    section = section_of_channels(sources, linear.input, channels)
     key = ("channels of rows", channels, section.key)
     projections = []
     for source, answer in zip(
-        sources, remembered(gm, key, lambda: _channels(section, linear.input, channels, bits)), strict=True
+        sources, remembered(gm, key, lambda: rows_of_channels(section, linear.input, channels)), strict=True
     ):
         if isinstance(answer, str):
             raise NotSeparable(answer.format(row=linears[source].path))
@@ -209,12 +209,23 @@ def _mlp(gm: GraphModule, linear: Linear, sources: list[Node], linears: dict[Nod
     return MLP(path_of or linear.path, channels, tuple(projections), Columns(linear, numbers))
 
 
-def _channels(section: Section, target: Node, channels: int, bits: int) -> list[Tensor | str]:
+def section_of_channels(sources: Iterable[Node], target: Node, channels: int) -> Section:
+    """What lies between the results of products and the channels that are read."""
+    return Section({source: but_last(source) for source in sources}, [target], _POSITIONS * 2 * bits_of(channels))
+
+
+def bits_of(channels: int) -> int:
+    """How many bits the number of a channel has."""
+    return max(1, (channels - 1).bit_length())
+
+
+def rows_of_channels(section: Section, target: Node, channels: int) -> list[Tensor | str]:
     """For every source the rows of each channel, int64 ``[channels, rows of each]``, or why there are none.
 
     The number of a row's channel is read bit by bit: from which of the channels with the bit, and which of those
     without it, depend on the row.
     """
+    bits = bits_of(channels)
     has_bit = (torch.arange(channels) >> torch.arange(bits)[:, None] & 1).bool()
     hits = [torch.zeros(2 * bits, shape_of(source)[-1], dtype=torch.bool) for source in section.sources]
     for _ in range(_DRAWS):

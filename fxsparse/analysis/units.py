@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
+from fxsparse.analysis.expert_channels import ExpertMLP
+from fxsparse.analysis.experts import Mixture
 from fxsparse.analysis.residual_streams import Stream
 from fxsparse.analysis.structures import MLP, Attention
 from fxsparse.graph import Linear
@@ -56,11 +58,30 @@ def parts_of(site: Attention | MLP | Stream, gm: GraphModule) -> list[Part]:
     return [*rows, Part(site.output.linear, 1, site.output.index)]
 
 
-def magnitudes(gm: GraphModule, site: Attention | MLP | Stream) -> Tensor:
-    """The root mean square of each unit's weights, relative to the mean of its site; float64 ``[units]``."""
+def magnitudes(gm: GraphModule, site: Attention | MLP | Stream | Mixture | ExpertMLP) -> Tensor:
+    """The root mean square of each unit's weights, relative to the mean of its site; float64 ``[units]``. The weights
+    of an expert are its matrices, without its row of the router."""
+    if isinstance(site, Mixture):
+        weights = [gm.get_parameter(str(product.weight.target)).detach().double() for product in site.products]
+        squares = torch.stack([weight.square().flatten(1).sum(1).cpu() for weight in weights]).sum(0)
+        return _relative((squares / sum(weight[0].numel() for weight in weights)).sqrt())
+    if isinstance(site, ExpertMLP):
+        return _of_channels(gm, site)
     parts = parts_of(site, gm)
     totals = [part.sums(gm.get_parameter(part.linear.name).detach().double().square()).cpu() for part in parts]
     return _relative((torch.stack(totals).sum(0) / sum(part.numel for part in parts)).sqrt())
+
+
+def _of_channels(gm: GraphModule, site: ExpertMLP) -> Tensor:
+    """The same of the channels of experts, over all of them."""
+
+    def squares(read: Node, dim: int) -> Tensor:
+        return gm.get_parameter(str(read.target)).detach().double().square().movedim(dim, 0).flatten(1).sum(1).cpu()
+
+    total = squares(site.output.weight, site.columns)
+    for read, dim, index in site.projections:
+        total = total + squares(read, dim)[index].sum(1)
+    return _relative((total / site.per_channel).sqrt())
 
 
 def activations(gm: GraphModule, site: Attention | MLP | Stream, norms: Mapping[str, Tensor]) -> Tensor:

@@ -164,10 +164,10 @@ def _inline(
         if key not in made:
             made[key] = f"{base}{number or ''}"
             register = fx.set_parameter if tensor.is_floating_point() else fx.set_buffer
-            register(gm, made[key], tensor.t().contiguous() if transposed else tensor)
+            register(gm, made[key], tensor.mT.contiguous() if transposed else tensor)
         read = fx.insert_attribute(gm, made[key], before=node)
         if transposed:
-            read = fx.insert_call(gm, torch.ops.aten.t.default, (read,), like=node)
+            read = fx.insert_call(gm, torch.ops.aten.transpose.int, (read, -2, -1), like=node)
         node.replace_all_uses_with(read)
 
 

@@ -33,6 +33,7 @@ _ALL_HEADS = ("all_head_size", "inner_dim", "split_size")
 _QUERIES, _KEYS = ("q_proj", "query", "q"), ("k_proj", "key", "k")
 _FUSED = {"c_attn": "c_proj", "query_key_value": "dense"}
 """Projections to queries, keys and values together, and those that read as many features as queries have."""
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _BIAS = "relative_attention_bias"
 _LENGTHS = {
     "Linear": ("out_features", "in_features"),
@@ -211,6 +212,7 @@ def _follow(module: nn.Module, path: str, chosen: Mapping[str, list[int]]) -> No
     if isinstance(weight, nn.Parameter) and names:
         for name, length in zip(names, weight.shape, strict=False):
             setattr(module, name, int(length))
+    _follow_experts(module)
     if isinstance(module, nn.LayerNorm) and isinstance(weight, nn.Parameter):
         module.normalized_shape = tuple(weight.shape)
     size = next(
@@ -236,6 +238,14 @@ def _follow(module: nn.Module, path: str, chosen: Mapping[str, list[int]]) -> No
     ):
         if hasattr(module, name):
             setattr(module, name, number)
+
+
+def _follow_experts(module: nn.Module) -> None:
+    """Sets the number of experts that a router, or what holds their matrices, stores."""
+    own = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
+    for name in _EXPERTS:
+        if own and isinstance(getattr(module, name, None), int):
+            setattr(module, name, int(own[0].shape[0]))
 
 
 def _rows(module: nn.Module) -> tuple[int, int]:

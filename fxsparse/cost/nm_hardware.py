@@ -24,8 +24,8 @@ from fxsparse.graph.record import HeldWeight, record_of
 from fxsparse.ops.nm import Pattern
 from fxsparse.ops.operator import operator_name
 
-_COMPRESSED = {"nm_linear", "nm_linear_low_rank"}
-_MASKED = {"masked_linear", "masked_linear_low_rank"}
+_COMPRESSED = {"nm_linear", "nm_linear_low_rank", "nm_expert_linear"}
+_MASKED = {"masked_linear", "masked_linear_low_rank", "masked_expert_linear"}
 
 
 def nm_step_flops(gm: GraphModule, graph: BackpropGraph) -> int:

@@ -8,6 +8,7 @@ named by their fully qualified name, ``node.meta["val"]`` is a fake tensor with 
 |---|---|
 | `traits` | what operators do to their tensors |
 | `linears` | products with a parameter |
+| `experts` | products of rows with the matrices of their experts |
 | `state` | parameters and buffers |
 | `values` | fake values and module paths of nodes |
 | `edit` | inserting, replacing and removing nodes |
@@ -35,6 +36,7 @@ from fxsparse.graph.edit import (
     replace_with_call,
     transform,
 )
+from fxsparse.graph.experts import ExpertLinear, expert_linears, replace_product, weight_site
 from fxsparse.graph.linears import (
     FROZEN,
     Linear,
@@ -72,6 +74,7 @@ from fxsparse.graph.wrapped import graph_module_of, module_form_of, rewritten_of
 
 __all__ = [
     "FROZEN",
+    "ExpertLinear",
     "Linear",
     "adopt",
     "applies_parameter",
@@ -84,6 +87,7 @@ __all__ = [
     "depends_on_inputs",
     "eliminate_dead_code",
     "example_of",
+    "expert_linears",
     "fake_mode",
     "first_linears",
     "graph_module_of",
@@ -107,6 +111,7 @@ __all__ = [
     "refresh",
     "replace",
     "replace_parameter",
+    "replace_product",
     "replace_with_call",
     "rewritten_of",
     "set_buffer",
@@ -118,4 +123,5 @@ __all__ = [
     "transform",
     "unwrapped",
     "value",
+    "weight_site",
 ]

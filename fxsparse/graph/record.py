@@ -131,10 +131,11 @@ class HeldWeight:
         name: the original full name, such as ``model.layers.0.fc1.weight``.
         storage: ``compressed`` (values and indices) or ``masked`` (dense weight and mask).
         pattern: ``n:m`` along the input dimension.
-        transposed: whether the original is stored ``[in, out]``.
+        transposed: whether the original is stored ``[in, out]``, or ``[experts, in, out]``.
         in_features: length of the input dimension.
         names: all names of the original, ``name`` included; several if it was tied.
         backward: ``n:m`` along the output dimension, of the weight in the gradient of the input; empty if not n:m.
+        experts: how many matrices the weight holds, one for each expert; 0 if it is no weight of experts.
         further: fields that another version wrote.
     """
 
@@ -145,6 +146,7 @@ class HeldWeight:
     in_features: int
     names: tuple[str, ...]
     backward: str = ""
+    experts: int = 0
     further: Further = ()
 
 

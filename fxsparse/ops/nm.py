@@ -9,6 +9,8 @@ A weight ``[out, in]`` is cut into groups of m consecutive elements along ``in``
 Indices are packed into bytes, the first in the lowest bits: 2 bits each for m <= 4, 4 bits for m <= 16, else 8. At 2:4
 a nibble is ``first | second << 2``, the order of sparse tensor cores. Rows are padded with zeros to whole bytes.
 
+Several matrices in one tensor ``[experts, out, in]`` are cut the same way, each row of each.
+
 The column mask is W^{R,C}: bit k of byte j tells whether kept value 8j + k also survives a pruning along ``out``.
 
 In every mask True (1) means kept, and of equal scores the lower index is kept.
@@ -150,19 +152,19 @@ def double_prune_mask(weight: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
     """The mask of W^{R,C}: what is kept when W^R is pruned once more along ``out`` (SLoPe, arXiv 2405.16325, eq. 6).
 
     Args:
-        weight: ``[out, in]``, or W^R itself.
-        mask: bool ``[out, in]``, of W^R.
+        weight: ``[*, out, in]``, or W^R itself.
+        mask: bool of the same shape, of W^R.
         pattern: n:m of the second pruning, by magnitude.
 
     Returns:
-        bool ``[out, in]``, a subset of ``mask`` with at most n True in every m consecutive rows of a column.
+        bool of the same shape, a subset of ``mask`` with at most n True in every m consecutive rows of a column.
 
     Raises:
         RewriteError: the shapes differ, or the rows are not a multiple of m.
     """
     _check_same_shape(weight, mask)
     scores = weight.detach().abs()
-    return nm_mask(scores.masked_fill(~mask, -1), pattern, dim=0) & mask
+    return nm_mask(scores.masked_fill(~mask, -1), pattern, dim=-2) & mask
 
 
 def transposable_mask(scores: Tensor, pattern: Pattern) -> Tensor:
@@ -172,25 +174,26 @@ def transposable_mask(scores: Tensor, pattern: Pattern) -> Tensor:
     that no single exchange betters for larger m (``fxsparse.ops.transposable`` says how).
 
     Args:
-        scores: ``[out, in]``, both multiples of m; a NaN counts as the highest score.
+        scores: ``[*, out, in]``, both multiples of m; a NaN counts as the highest score.
         pattern: n:m.
 
     Returns:
-        bool ``[out, in]``.
+        bool of the same shape.
 
     Raises:
-        RewriteError: ``scores`` is no matrix, or a dimension is not a multiple of m.
+        RewriteError: ``scores`` is no matrix nor several, or a dimension is not a multiple of m.
     """
-    if scores.dim() != 2:
+    if scores.dim() < 2:
         raise RewriteError(f"a transposable mask needs scores [out, in], these are {list(scores.shape)}")
-    _check_divisible(scores, pattern, 0)
-    _check_divisible(scores, pattern, 1)
+    _check_divisible(scores, pattern, -2)
+    _check_divisible(scores, pattern, -1)
     if not _readable(scores):
         return torch.empty_like(scores, dtype=torch.bool)
-    m, (rows, columns) = pattern.m, scores.shape
-    blocks = scores.detach().view(rows // m, m, columns // m, m).transpose(1, 2).reshape(-1, m, m)
-    mask = transposable_blocks(blocks, pattern.n)
-    return mask.view(rows // m, columns // m, m, m).transpose(1, 2).reshape(rows, columns)
+    m, (*_, rows, columns) = pattern.m, scores.shape
+    leading = math.prod(scores.shape[:-2])
+    blocks = scores.detach().reshape(leading, rows // m, m, columns // m, m).transpose(2, 3)
+    mask = transposable_blocks(blocks.reshape(-1, m, m), pattern.n)
+    return mask.view(blocks.shape).transpose(2, 3).reshape(scores.shape)
 
 
 def extra_zeros(pattern: Pattern) -> float:
@@ -234,41 +237,42 @@ def pack(weight: Tensor, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor
     """Compresses a masked weight.
 
     Args:
-        weight: ``[out, in]``.
-        mask: bool ``[out, in]``, exactly n True in every group of m.
+        weight: ``[out, in]``, or ``[experts, out, in]``.
+        mask: bool of the same shape, exactly n True in every group of m.
         pattern: n:m.
 
     Returns:
-        values ``[out, in * n / m]`` of the weight's dtype and packed indices, uint8. A kept zero stays a value.
+        values ``[..., out, in * n / m]`` of the weight's dtype and packed indices, uint8. A kept zero stays a value.
 
     Raises:
         RewriteError: the shapes do not fit, or a group does not keep exactly n.
     """
     _check_mask(weight, mask, pattern)
     positions = _kept_positions(mask, pattern)
-    values = weight.unflatten(1, (-1, pattern.m)).gather(-1, positions)
-    return values.flatten(1), _pack_bits(positions.flatten(1), pattern.index_bits)
+    values = weight.unflatten(-1, (-1, pattern.m)).gather(-1, positions)
+    return values.flatten(-2), _pack_bits(positions.flatten(-2), pattern.index_bits)
 
 
 def unpack(values: Tensor, indices: Tensor, pattern: Pattern, in_features: int) -> Tensor:
-    """The dense weight ``[out, in_features]``, zero where pruned, of values and packed indices.
+    """The dense weight ``[..., out, in_features]``, zero where pruned, of values and packed indices.
 
     Differentiable in ``values``, without control flow on data, and any torch device or tracer can run it.
     """
     positions = _positions(indices, pattern, in_features)
-    groups = values.new_zeros(values.shape[0], in_features // pattern.m, pattern.m)
-    return groups.scatter(-1, positions, values.unflatten(1, (-1, pattern.n))).flatten(1)
+    groups = values.new_zeros(*values.shape[:-1], in_features // pattern.m, pattern.m)
+    return groups.scatter(-1, positions, values.unflatten(-1, (-1, pattern.n))).flatten(-2)
 
 
 def gather_kept(dense: Tensor, indices: Tensor, pattern: Pattern) -> Tensor:
-    """The elements of ``dense [out, in]`` at the kept positions, ``[out, in * n / m]``: what :func:`unpack` undoes."""
-    positions = _positions(indices, pattern, dense.shape[1])
-    return dense.unflatten(1, (-1, pattern.m)).gather(-1, positions).flatten(1)
+    """The elements of ``dense [..., out, in]`` at the kept positions, ``[..., out, in * n / m]``: what :func:`unpack`
+    undoes."""
+    positions = _positions(indices, pattern, dense.shape[-1])
+    return dense.unflatten(-1, (-1, pattern.m)).gather(-1, positions).flatten(-2)
 
 
 def unpack_mask(indices: Tensor, pattern: Pattern, in_features: int) -> Tensor:
-    """The mask, bool ``[out, in_features]``, of packed indices."""
-    kept = torch.ones(indices.shape[0], pattern.kept(in_features), dtype=torch.bool, device=indices.device)
+    """The mask, bool ``[..., out, in_features]``, of packed indices."""
+    kept = torch.ones(*indices.shape[:-1], pattern.kept(in_features), dtype=torch.bool, device=indices.device)
     return unpack(kept, indices, pattern, in_features)
 
 
@@ -276,30 +280,30 @@ def pack_column_mask(column_mask: Tensor, mask: Tensor, pattern: Pattern) -> Ten
     """One bit for every kept value: whether it survives the column pruning.
 
     Args:
-        column_mask: bool ``[out, in]``; only its entries inside ``mask`` count.
-        mask: bool ``[out, in]``, of W^R.
+        column_mask: bool ``[..., out, in]``; only its entries inside ``mask`` count.
+        mask: bool of the same shape, of W^R.
         pattern: n:m of W^R, whatever pattern the columns have.
 
     Returns:
-        uint8 ``[out, ceil(in * n / m / 8)]``.
+        uint8 ``[..., out, ceil(in * n / m / 8)]``.
 
     Raises:
         RewriteError: as for :func:`pack`.
     """
     _check_mask(column_mask, mask, pattern)
-    kept = column_mask.unflatten(1, (-1, pattern.m)).gather(-1, _kept_positions(mask, pattern))
-    return _pack_bits(kept.flatten(1), 1)
+    kept = column_mask.unflatten(-1, (-1, pattern.m)).gather(-1, _kept_positions(mask, pattern))
+    return _pack_bits(kept.flatten(-2), 1)
 
 
 def unpack_column_mask(packed: Tensor, mask: Tensor, pattern: Pattern) -> Tensor:
-    """The column mask, bool ``[out, in]``, of its packed bits and the mask of W^R."""
-    kept = kept_columns(packed, pattern.kept(mask.shape[1])).unflatten(1, (-1, pattern.n))
-    groups = torch.zeros_like(mask).unflatten(1, (-1, pattern.m))
-    return groups.scatter(-1, _kept_positions(mask, pattern), kept).flatten(1)
+    """The column mask, bool ``[..., out, in]``, of its packed bits and the mask of W^R."""
+    kept = kept_columns(packed, pattern.kept(mask.shape[-1])).unflatten(-1, (-1, pattern.n))
+    groups = torch.zeros_like(mask).unflatten(-1, (-1, pattern.m))
+    return groups.scatter(-1, _kept_positions(mask, pattern), kept).flatten(-2)
 
 
 def kept_columns(packed: Tensor, kept: int) -> Tensor:
-    """The bits of a packed column mask as bool ``[out, kept]``."""
+    """The bits of a packed column mask as bool ``[..., out, kept]``."""
     return _unpack_bits(packed, 1, kept).bool()
 
 
@@ -325,9 +329,9 @@ def validate(
     """
     if in_features % pattern.m:
         raise CheckpointError(f"{name}: {in_features} columns are not a multiple of {pattern.m}, as {pattern} needs")
-    rows = next((part.shape[0] for part in (values, indices) if part.dim() == 2), 0)
+    rows = tuple(next((part.shape[:-1] for part in (values, indices) if part.dim() in (2, 3)), (0,)))
     kept = pattern.kept(in_features)
-    _check_state(f"{name}_values", values, (rows, kept))
+    _check_state(f"{name}_values", values, (*rows, kept))
     if not values.is_floating_point():
         raise CheckpointError(f"{name}_values is {values.dtype}, not a real floating-point type")
     _check_bits(f"{name}_indices", indices, rows, kept, pattern.index_bits)
@@ -335,7 +339,7 @@ def validate(
         _check_bits(f"{name}_column_mask", column_mask, rows, kept, 1)
     if not _readable(indices):
         return
-    positions = _unpack_bits(indices, pattern.index_bits, kept).unflatten(1, (-1, pattern.n)).int()
+    positions = _unpack_bits(indices, pattern.index_bits, kept).unflatten(-1, (-1, pattern.n)).int()
     _complain(f"{name}_indices", positions >= pattern.m, f"holds an index that is not below m = {pattern.m}")
     disorder = positions[..., 1:] <= positions[..., :-1]
     _complain(f"{name}_indices", disorder, "has a group whose indices do not ascend")
@@ -345,30 +349,30 @@ def validate(
 
 
 def _kept_positions(mask: Tensor, pattern: Pattern) -> Tensor:
-    """Positions inside their group of the kept, ascending, int64 ``[out, groups, n]``."""
-    groups = mask.unflatten(1, (-1, pattern.m)).to(torch.uint8)
+    """Positions inside their group of the kept, ascending, int64 ``[..., out, groups, n]``."""
+    groups = mask.unflatten(-1, (-1, pattern.m)).to(torch.uint8)
     return groups.sort(dim=-1, descending=True, stable=True).indices[..., : pattern.n]
 
 
 def _positions(indices: Tensor, pattern: Pattern, in_features: int) -> Tensor:
     """The same positions from packed indices."""
-    return _unpack_bits(indices, pattern.index_bits, pattern.kept(in_features)).unflatten(1, (-1, pattern.n)).long()
+    return _unpack_bits(indices, pattern.index_bits, pattern.kept(in_features)).unflatten(-1, (-1, pattern.n)).long()
 
 
 def _pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Integers below 2^bits ``[rows, count]`` as uint8 ``[rows, ceil(count * bits / 8)]``, the first lowest."""
+    """Integers below 2^bits ``[*, count]`` as uint8 ``[*, ceil(count * bits / 8)]``, the first lowest."""
     a_byte = 8 // bits
-    codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[1] % a_byte))
+    codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % a_byte))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (codes.unflatten(1, (-1, a_byte)) << shifts).sum(-1, dtype=torch.uint8)
+    return (codes.unflatten(-1, (-1, a_byte)) << shifts).sum(-1, dtype=torch.uint8)
 
 
 def _unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first ``count`` integers of every row, uint8 ``[rows, count]``."""
+    """The first ``count`` integers of every row, uint8 ``[*, count]``."""
     if bits == 8:
-        return packed[:, :count]
+        return packed[..., :count]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1)[:, :count]
+    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)[..., :count]
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -394,11 +398,13 @@ def _check_same_shape(weight: Tensor, mask: Tensor) -> None:
 
 
 def _check_mask(weight: Tensor, mask: Tensor, pattern: Pattern) -> None:
-    if weight.dim() != 2:
-        raise RewriteError(f"an N:M weight is a matrix [out, in], this one is {list(weight.shape)}")
+    if weight.dim() not in (2, 3):
+        raise RewriteError(
+            f"an N:M weight is a matrix [out, in], or several [experts, out, in], this one is {list(weight.shape)}"
+        )
     _check_same_shape(weight, mask)
-    _check_divisible(mask, pattern, 1)
-    if _readable(mask) and not (mask.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all():
+    _check_divisible(mask, pattern, -1)
+    if _readable(mask) and not (mask.unflatten(-1, (-1, pattern.m)).sum(-1) == pattern.n).all():
         raise RewriteError(f"the mask is not {pattern}: a group of {pattern.m} does not keep exactly {pattern.n}")
 
 
@@ -407,13 +413,13 @@ def _check_state(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise CheckpointError(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
 
 
-def _check_bits(name: str, packed: Tensor, rows: int, kept: int, bits: int) -> None:
-    _check_state(name, packed, (rows, -(-kept * bits // 8)))
+def _check_bits(name: str, packed: Tensor, rows: tuple[int, ...], kept: int, bits: int) -> None:
+    _check_state(name, packed, (*rows, -(-kept * bits // 8)))
     if packed.dtype != torch.uint8:
         raise CheckpointError(f"{name} is {packed.dtype}, expected torch.uint8")
     used = kept * bits % 8
     if used and _readable(packed):
-        _complain(name, (packed[:, -1:] >> used) != 0, "has padding bits that are not zero")
+        _complain(name, (packed[..., -1:] >> used) != 0, "has padding bits that are not zero")
 
 
 def _complain(name: str, wrong: Tensor, what: str) -> None:

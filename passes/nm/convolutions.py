@@ -72,7 +72,7 @@ def _reads(node: Node) -> set[str]:
 
 def masked_convolutions(gm: GraphModule) -> list[HeldWeight]:
     """How the weights of N:M convolutions are held, of those that the graph still reads."""
-    weights = [weight for weight in record_of(gm).weights if weight.storage == "masked"]
+    weights = [weight for weight in record_of(gm).weights if weight.storage == "masked" and not weight.experts]
     tensors = fx.tensors_of(gm)
     return [weight for weight in weights if weight.name in tensors and tensors[weight.name].dim() > 2]
 

@@ -104,6 +104,8 @@ class DoublePruneBackward(Pass):
             return "is already double-pruned"
         if self.permutations and linear.compressed:
             return "backward stays exact, kernels of compressed weights group rows in their order; use storage=masked"
+        if self.permutations and linear.held.experts:
+            return "backward stays exact, orders of rows are of linears only; prune it without permutations"
         if linear["straight_through"] and not self.permutations:
             return (
                 "its mask is dynamic and its gradient dense, so there is no W^R to prune once more; "

@@ -84,6 +84,8 @@ class AddLowRankBranches(Pass):
         candidates = self._candidates(graph)
         for held in masked_convolutions(graph):
             yield skipped(fx.module_path(held.name), f"{CONVOLUTION}, and branches are of linears")
+        for weight in dict.fromkeys(linear.path for linear in sparse_linears(graph) if linear.held.experts):
+            yield skipped(weight, "its rows are routed to experts, and branches are of linears")
         present = {name for name, _ in graph.named_parameters(remove_duplicate=False)}
         mine: set[str] = set()
         for linear in candidates:
@@ -104,7 +106,7 @@ class AddLowRankBranches(Pass):
         register_state(graph, STARTED, names, set(names) - waits, start_branches, _started_earlier)
 
     def _candidates(self, gm: GraphModule) -> list[Linear | SparseLinear]:
-        sparse = list(sparse_linears(gm))
+        sparse = [linear for linear in sparse_linears(gm) if not linear.held.experts]
         if self.layers is None:
             if not sparse:
                 raise RewriteError(

@@ -18,7 +18,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard
 
 import torch
 from annotated_types import Interval, MinLen
@@ -28,7 +28,7 @@ from torch.fx import GraphModule, Node
 from fxsparse import graph as fx
 from fxsparse.analysis.activation_norms import activation_norms
 from fxsparse.errors import OptionError, RewriteError
-from fxsparse.graph import Linear, live
+from fxsparse.graph import ExpertLinear, Linear, live
 from fxsparse.graph.derived_buffers import BORROWED, Derived, derive
 from fxsparse.graph.record import Change, HeldWeight, hold, rewrote, skipped
 from fxsparse.ops.nm import WITH_KERNELS, Pattern, PatternText, pack
@@ -43,18 +43,21 @@ from fxsparse.passes.nm.convolutions import (
     insert_mask,
     masked_convolutions,
 )
+from fxsparse.passes.nm.experts import EXPERTS, call_compressed, call_masked
 from fxsparse.passes.nm.rules import Criterion, NMMask
 from fxsparse.passes.nm.sparse_linear import sparse_linears
 from fxsparse.passes.nm.sparsegpt import Pruned, sparsegpt
 from fxsparse.passes.nm.sr_ste import DynamicMasks
 from fxsparse.passes.pipeline import structure_only
 
+_Site = list[Linear] | list[ExpertLinear]
+"""The products that share a weight."""
 _ADAPTER = re.compile(r"(\w*lora|\w*vera|hira|lily|adamss|peanut|stride)_(\w+_)?[A-E]")  # PEFT's names of their parts
 
 
 @dataclass(frozen=True)
 class InsertNMMasks(Pass):
-    """Makes the weights of linears N:M sparse.
+    """Makes the weights of linears N:M sparse, and those of experts: each expert's matrix on its own, along its input.
 
     Attributes:
         pattern: ``"2:4"`` for all linears, or a mapping from globs over module paths to patterns,
@@ -89,7 +92,7 @@ class InsertNMMasks(Pass):
     """
 
     name: ClassVar[str] = "nm-masks"
-    rest: ClassVar[str] = "kept dense, masks are for the matrices of linears"
+    rest: ClassVar[str] = "kept dense, masks are for the matrices of linears and experts"
     cannot_follow: ClassVar[tuple[str, ...]] = ("select-tensors", "gates", "drop-dims")
     pattern: PatternText | Annotated[Mapping[Glob, PatternText], MinLen(1)] = "2:4"
     criterion: Criterion = "magnitude"
@@ -126,10 +129,10 @@ class InsertNMMasks(Pass):
         sites, filters = _sites(graph), list(convolutions(graph))
         self._check_globs([site[0].path for site in sites], [conv.path for conv in filters])
         reasons = _DenseByDefault(graph, self.keep_first, self.keep_head, self.keep_adapters)
-        chosen: list[tuple[list[Linear], Pattern]] = []
+        chosen: list[tuple[_Site, Pattern]] = []
         for site in sites:
             pattern, reason = self._pattern_for(site[0])
-            reason = reason or reasons(site)
+            reason = reason or reasons(site) or self._keeps_experts(site[0])
             if reason is None and pattern is not None:
                 reason = self._misfit(site[0], pattern)
             if reason is None and pattern is not None:
@@ -142,8 +145,9 @@ class InsertNMMasks(Pass):
             yield skipped(linear.path, f"is already {linear.pattern}")
         if not sites and not sparse and not filters:
             yield skipped("the model", "has no linears to prune")
-        norms = self._norms(graph, [site for site, _ in chosen])
-        pruned = self._pruned(graph, chosen)
+        of_linears = [(site, pattern) for site, pattern in chosen if _is_of_linears(site)]
+        norms = self._norms(graph, [site for site, _ in of_linears])
+        pruned = self._pruned(graph, of_linears)
         names = fx.parameter_names(graph)
         for site, pattern in chosen:
             name = site[0].name
@@ -152,7 +156,7 @@ class InsertNMMasks(Pass):
 
     # --- which weights ---
 
-    def _pattern_for(self, linear: Linear | Convolution) -> tuple[Pattern | None, str | None]:
+    def _pattern_for(self, linear: Linear | ExpertLinear | Convolution) -> tuple[Pattern | None, str | None]:
         for glob in self.exclude:
             if fnmatch.fnmatchcase(linear.path, glob):
                 return None, f"excluded by {glob!r}"
@@ -173,7 +177,12 @@ class InsertNMMasks(Pass):
                     f"the glob {glob!r} matches no linear; there are: {shown or 'none'}", pass_name=self.name
                 )
 
-    def _misfit(self, linear: Linear, pattern: Pattern) -> str | None:
+    def _keeps_experts(self, linear: Linear | ExpertLinear) -> str | None:
+        if isinstance(linear, ExpertLinear) and self.criterion not in ("magnitude", "random"):
+            return f"{EXPERTS}, and {self.criterion} calibrates linears only; prune it by magnitude in a pass before"
+        return None
+
+    def _misfit(self, linear: Linear | ExpertLinear, pattern: Pattern) -> str | None:
         dtype = fx.value(linear.weight).dtype
         if not dtype.is_floating_point:
             return f"its weight is {dtype}, not a real floating-point type"
@@ -220,7 +229,8 @@ class InsertNMMasks(Pass):
         borrowed = bool(gm.meta.get(BORROWED))
         weight = fx.attribute(gm, conv.name).detach()
         criterion = "magnitude" if structure_only(gm) else self.criterion
-        rule = NMMask(str(pattern), criterion, seed=self.seed, name="" if borrowed else conv.name)
+        name = "" if borrowed else conv.name
+        rule = NMMask(str(pattern), criterion, seed=self.seed, name=name, filters=True)
         fx.set_buffer(gm, f"{conv.name}_mask", rule(weight))
         if borrowed:
             derive(gm, f"{conv.name}_mask", Derived(rule, (conv.name,)))
@@ -253,13 +263,13 @@ class InsertNMMasks(Pass):
         return sparsegpt(graph, chosen, self._batches(graph), self.transposable)
 
     def _sparsify(
-        self, gm: GraphModule, site: list[Linear], pattern: Pattern, by: Pruned | Tensor | None, names: tuple[str, ...]
+        self, gm: GraphModule, site: _Site, pattern: Pattern, by: Pruned | Tensor | None, names: tuple[str, ...]
     ) -> Change:
         borrowed = bool(gm.meta.get(BORROWED))
         storage = "masked" if borrowed else self.storage
         name, transposed = site[0].name, site[0].transposed
         weight = fx.attribute(gm, name)
-        dense = weight.detach().t() if transposed else weight.detach()
+        dense = weight.detach().mT if transposed else weight.detach()
         criterion = "magnitude" if structure_only(gm) else self.criterion
         rule = NMMask(str(pattern), criterion, self.transposable, self.seed, "" if borrowed else name, transposed)
         if isinstance(by, Pruned):
@@ -281,13 +291,21 @@ class InsertNMMasks(Pass):
         for linear in site:
             _call_compressed(gm, linear, pattern) if storage == "compressed" else self._call_masked(gm, linear)
         along_out = str(pattern) if self.transposable else ""
-        hold(gm, [HeldWeight(name, storage, str(pattern), transposed, site[0].in_features, names, along_out)])
+        experts = site[0].experts if isinstance(site[0], ExpertLinear) else 0
+        held = HeldWeight(name, storage, str(pattern), transposed, site[0].in_features, names, along_out, experts)
+        hold(gm, [held])
         kind = "transposable " if self.transposable else ""
-        has_kernel = storage == "masked" or (pattern.n, pattern.m) in WITH_KERNELS
+        has_kernel = storage == "masked" or ((pattern.n, pattern.m) in WITH_KERNELS and not experts)
         slow = "" if has_kernel else f"; no kernel multiplies by {pattern}, the weight is expanded"
-        return rewrote(site[0].path, f"{kind}{pattern}, {self.criterion}, {storage}{error}{dense_part}{slow}")
+        of_experts = f", {experts} experts" if experts else ""
+        said = f"{kind}{pattern}, {self.criterion}, {storage}{of_experts}{error}{dense_part}{slow}"
+        return rewrote(site[0].path, said)
 
-    def _call_masked(self, gm: GraphModule, linear: Linear) -> None:
+    def _call_masked(self, gm: GraphModule, linear: Linear | ExpertLinear) -> None:
+        if isinstance(linear, ExpertLinear):
+            call_masked(gm, linear, self.dynamic)
+            return
+
         def masked(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
             rows = weight.t() if linear.transposed else weight
             return torch.ops.fxsparse.masked_linear(x, rows, mask, None, bias, self.dynamic)
@@ -312,19 +330,28 @@ class InsertNMMasks(Pass):
             )
 
 
-def _call_compressed(gm: GraphModule, linear: Linear, pattern: Pattern) -> None:
+def _call_compressed(gm: GraphModule, linear: Linear | ExpertLinear, pattern: Pattern) -> None:
+    if isinstance(linear, ExpertLinear):
+        call_compressed(gm, linear, pattern)
+        return
     values = fx.insert_attribute(gm, f"{linear.name}_values", before=linear.node)
     indices = fx.insert_attribute(gm, f"{linear.name}_indices", before=linear.node)
     args = (linear.input, values, indices, None, linear.bias, pattern.n, pattern.m)
     fx.replace_with_call(gm, linear.node, torch.ops.fxsparse.nm_linear.default, args)
 
 
-def _sites(gm: GraphModule) -> list[list[Linear]]:
-    """The linears of a graph, those that share a weight together."""
-    sites: dict[int, list[Linear]] = {}
-    for linear in fx.linears(gm):
+def _sites(gm: GraphModule) -> list[_Site]:
+    """The linears of a graph and the products of experts, those that share a weight together."""
+    sites: dict[int, Any] = {}
+    every: list[Linear | ExpertLinear] = [*fx.linears(gm), *fx.expert_linears(gm)]
+    for linear in every:
         sites.setdefault(id(fx.attribute(gm, linear.name)), []).append(linear)
     return list(sites.values())
+
+
+def _is_of_linears(site: _Site) -> TypeGuard[list[Linear]]:
+    """Whether the products of a site are linears."""
+    return isinstance(site[0], Linear)
 
 
 class _DenseByDefault:
@@ -337,7 +364,7 @@ class _DenseByDefault:
         self.heads: set[Node] = fx.head_linears(gm) if keep_head else set()
         self.additions = Additions(gm)
 
-    def __call__(self, site: list[Linear]) -> str | None:
+    def __call__(self, site: _Site) -> str | None:
         if reason := self.additions.reason(site[0].name):
             return reason
         reads = self.reads[id(fx.attribute(self.gm, site[0].name))]

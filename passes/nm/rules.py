@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -26,7 +26,8 @@ class NMMask:
         seed: of ``random``.
         name: the weight's name, so that equal seeds give different weights different masks; if it is empty, the
             weight's first elements do so.
-        transposed: whether the weight is stored ``[in, out]``.
+        transposed: whether the weight is stored ``[in, out]``, or ``[experts, in, out]``.
+        filters: whether it is that of a convolution, ``[out, in, taps...]``, and each filter is flattened.
     """
 
     pattern: str
@@ -35,17 +36,18 @@ class NMMask:
     seed: int = 0
     name: str = ""
     transposed: bool = False
+    filters: bool = False
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """The mask, bool ``[out, in]``, of a weight ``[out, in]`` (``[in, out]`` if transposed)."""
+        """The mask, bool ``[..., out, in]``, of a weight ``[..., out, in]`` (``[..., in, out]`` if transposed)."""
         return self.with_norms(weight, None)
 
     def with_norms(self, weight: Tensor, norms: Tensor | None) -> Tensor:
-        """The mask, with the input norms ``[in]`` that ``wanda`` multiplies magnitudes by. That of a convolution's
-        weight has its shape, with n of every m kept in each flattened filter."""
-        if weight.dim() > 2:
-            return self.with_norms(weight.flatten(1), norms).view_as(weight)
-        dense = weight.t() if self.transposed else weight
+        """The mask, with the input norms ``[in]``, or ``[experts, 1, in]``, that ``wanda`` multiplies magnitudes by.
+        That of a convolution's weight has its shape, with n of every m kept in each flattened filter."""
+        if self.filters:
+            return replace(self, filters=False).with_norms(weight.flatten(1), norms).view_as(weight)
+        dense = weight.mT if self.transposed else weight
         scores = self._random(dense) if self.criterion == "random" else dense.abs().float()
         if norms is not None:
             scores = scores * norms.to(scores.device)
@@ -83,7 +85,7 @@ class ColumnMask:
 
     def in_order(self, weight: Tensor, mask: Tensor, order: Tensor | None) -> Tensor:
         """The mask for an order of the rows, int64 ``[out]``, as `order` gives it."""
-        dense, pattern = weight.t() if self.transposed else weight, Pattern.parse(self.pattern)
+        dense, pattern = weight.mT if self.transposed else weight, Pattern.parse(self.pattern)
         if order is None:
             return double_prune_mask(dense, mask, pattern)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

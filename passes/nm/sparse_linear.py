@@ -1,4 +1,5 @@
-"""The sparse linears of a graph: fxsparse's own operators, read and edited by the names of their schema."""
+"""The sparse linears of a graph, those of experts too: fxsparse's own operators, read and edited by the names of their
+schema."""
 
 from __future__ import annotations
 
@@ -21,6 +22,8 @@ from fxsparse.passes.base import Pass, sites_of_others
 COMPRESSED = (torch.ops.fxsparse.nm_linear.default, torch.ops.fxsparse.nm_linear_low_rank.default)
 MASKED = (torch.ops.fxsparse.masked_linear.default, torch.ops.fxsparse.masked_linear_low_rank.default)
 LOW_RANK = (COMPRESSED[1], MASKED[1])
+EXPERTS = (torch.ops.fxsparse.nm_expert_linear.default, torch.ops.fxsparse.masked_expert_linear.default)
+_VALUES = (*COMPRESSED, EXPERTS[0])
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class SparseLinear:
 
     @property
     def path(self) -> str:
-        return fx.module_path(self.held.name)
+        return fx.weight_site(self.held.name) if self.held.experts else fx.module_path(self.held.name)
 
     @property
     def pattern(self) -> Pattern:
@@ -50,7 +53,7 @@ class SparseLinear:
 
     @property
     def compressed(self) -> bool:
-        return self.node.target in COMPRESSED
+        return self.node.target in _VALUES
 
     @property
     def has_branch(self) -> bool:
@@ -58,7 +61,7 @@ class SparseLinear:
 
     @property
     def out_features(self) -> int:
-        return int(fx.value(self["values" if self.compressed else "mask"]).shape[0])
+        return int(fx.value(self["values" if self.compressed else "mask"]).shape[-2])
 
     @property
     def in_features(self) -> int:
@@ -78,7 +81,7 @@ def sparse_linears(gm: GraphModule) -> Iterator[SparseLinear]:
     """The N:M linears of a graph in order of execution."""
     held = {weight.name: weight for weight in record_of(gm).weights}
     for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in (*COMPRESSED, *MASKED):
+        if node.op == "call_function" and node.target in (*COMPRESSED, *MASKED, *EXPERTS):
             name = _weight_name(node)
             if name in held:
                 yield SparseLinear(node, held[name])
@@ -101,11 +104,16 @@ def of_pass(item: Pass, model: nn.Module) -> list[SparseLinear | ModuleSite]:
     """The N:M linears, one for each weight, that no other pass of the same name has rewritten."""
     others = sites_of_others(item, model)
     weights = {linear.name: linear for linear in sparse_sites(model)}
-    return [linear for linear in weights.values() if fx.module_path(name_in_graph(linear)) not in others]
+    return [linear for linear in weights.values() if _site(linear) not in others]
+
+
+def _site(linear: SparseLinear | ModuleSite) -> str:
+    """The site that the record has of a weight."""
+    return linear.path if isinstance(linear, SparseLinear) else fx.module_path(linear.form.name)
 
 
 def _weight_name(node: Node) -> str:
-    if node.target in COMPRESSED:
+    if node.target in _VALUES:
         return str(fx.read_of(fx.arguments(node)["values"]).target).removesuffix("_values")
     return str(fx.arguments(node)["mask"].target).removesuffix("_mask")
 
@@ -118,7 +126,7 @@ def replace_call(gm: GraphModule, node: Node, target: Any, **changed: Any) -> No
 
 
 def dense_and_mask(gm: nn.Module, linear: SparseLinear | ModuleSite) -> tuple[Tensor, Tensor]:
-    """W^R and its mask, both ``[out, in]``, of the tensors as they are now."""
+    """W^R and its mask, both ``[..., out, in]``, of the tensors as they are now."""
     if linear.compressed:
         values = whole(fx.attribute(gm, f"{linear.name}_values").detach())
         indices = fx.attribute(gm, f"{linear.name}_indices")
@@ -128,9 +136,9 @@ def dense_and_mask(gm: nn.Module, linear: SparseLinear | ModuleSite) -> tuple[Te
         )
     weight = whole(fx.attribute(gm, linear.name).detach())
     mask = fx.attribute(gm, f"{linear.name}_mask")
-    return (weight.t() if linear.held.transposed else weight) * mask, mask
+    return (weight.mT if linear.held.transposed else weight) * mask, mask
 
 
 def store_column_mask(gm: nn.Module, linear: SparseLinear | ModuleSite, column_mask: Tensor, mask: Tensor) -> Tensor:
-    """A column mask ``[out, in]`` in the form the operator takes: packed bits of kept values, or the mask itself."""
+    """A column mask ``[..., out, in]`` as the operator takes it: packed bits of kept values, or the mask itself."""
     return pack_column_mask(column_mask, mask, linear.pattern) if linear.compressed else column_mask

@@ -66,7 +66,7 @@ class DynamicMasks(Event):
             weight, mask = fx.attribute(self.gm, linear.name), fx.attribute(self.gm, f"{linear.name}_mask")
             if weight.grad is not None and self.decay and id(weight) not in pulled:
                 pulled.add(id(weight))  # modules may share a weight
-                pruned = ~(mask.t() if linear.held.transposed else mask)
+                pruned = ~(mask.mT if linear.held.transposed else mask)
                 weight.grad.add_(weight * cut_like(pruned, weight), alpha=self.decay)
 
     @torch.no_grad()

@@ -1,5 +1,6 @@
 """Gates on attention heads, MLP channels and whole sublayers (CoFi, arXiv 2204.00408).
 
+    experts        log z[e] added to the score that a router gives an expert, before its softmax
     heads          z[h] on the result of attention, before the output projection
     attention      z on what an attention adds to the stream
     intermediate   z[c] on the channels of an MLP, before its last linear
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
+from fxsparse.analysis.residual_streams import Stream
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.record import Change, rewrote
@@ -46,8 +48,9 @@ class GateStructures(Gating):
     gates of their own, keys and values stay as long as one of their heads does.
 
     Attributes:
-        units: what gets gates: any of heads, attention, intermediate, ffn, hidden. Hidden dimensions are those of the
-            whole model, so ``layers`` does not choose among them.
+        units: what gets gates: any of heads, attention, intermediate, ffn, hidden, experts. Hidden dimensions are
+            those of the whole model, so ``layers`` does not choose among them. Of the experts of a router that takes
+            the largest scores of one softmax or before one, as many stay as it chooses for a token.
         target: share of the gated linears' parameters to take away, in [0, 1).
         warmup: share of the training over which the target rises from 0, linearly.
         lr: of the gates.
@@ -68,6 +71,7 @@ class GateStructures(Gating):
     rest: ClassVar[str] = "has no units of its own that were asked for and can be taken apart"
     cannot_follow: ClassVar[tuple[str, ...]] = CLASHES
     training_only: ClassVar[bool] = True
+    of_experts: ClassVar[bool] = True
     no_module: ClassVar[str] = "gates are values in the graph and not yet smaller weights; run materialize first"
     units: Annotated[tuple[Unit, ...], MinLen(1)] = UNITS[:4]
     target: Annotated[float, Interval(ge=0, lt=1)] = 0.6
@@ -92,7 +96,7 @@ class GateStructures(Gating):
             if item.gates:
                 names = [name.rpartition(".")[2].removesuffix("_gate") for name in item.gates]
                 yield rewrote(site.path, f"gates on {' and '.join(names)}, {item.size:,} parameters")
-            if self.score is not None:
+            if self.score is not None and not isinstance(site, Stream):
                 units = scorer(site)
                 scores |= {item.units: units} if item.units is not None else {}
                 scores |= {item.layer: units.mean()[None]} if item.layer is not None else {}
@@ -121,6 +125,13 @@ class GateStructures(Gating):
 
     def _check_reachable(self, gm: GraphModule) -> None:
         if self.score is not None:
+            most = hard_concrete.most(gm)
+            if self.target > most:
+                raise RewriteError(
+                    f"the target {self.target} is above what can go, {math.floor(most * 1000) / 1000}, since a router "
+                    "chooses among the experts that are left: ask for less, or gate more units",
+                    pass_name=self.name,
+                )
             return
         lowest = torch.tensor(hard_concrete.LOWEST, dtype=torch.double)
         most = float(

@@ -28,6 +28,8 @@ from fxsparse.graph.sharded import whole
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 LOWEST, HIGHEST = math.log(0.01), math.log(100)
 """What `a` is kept within, as CoFi does."""
+EXPERT, EXPERT_CHANNEL = "expert", "channel of experts"
+"""What rows of weights make of a unit that is an expert, or a channel of all experts."""
 MULTIPLIERS = ("sparsity.lambda_1", "sparsity.lambda_2")
 
 
@@ -70,6 +72,7 @@ class Gated(live.Live):
         output: name of the weight that reads the units.
         projections: rows of the weights that make its units; it ends with any of its weights.
         columns: int64 ``[units, columns of each]``, of that weight as ``[out, in]``.
+        least: how many units stay open at least: as many experts as a router chooses.
     """
 
     path: str
@@ -84,6 +87,7 @@ class Gated(live.Live):
     output: str
     projections: tuple[live.Rows, ...] = field(compare=False)
     columns: Tensor = field(compare=False)
+    least: int = 1
 
     def moved(self, old: str, new: str, rows: int) -> Gated:
         projections = tuple(part.moved(old, new, rows) for part in self.projections)
@@ -100,6 +104,15 @@ class Gated(live.Live):
     @property
     def is_attention(self) -> bool:
         return any(part.kind == "query" for part in self.projections)
+
+    @property
+    def is_experts(self) -> bool:
+        return any(part.kind == EXPERT for part in self.projections)
+
+    @property
+    def is_in_experts(self) -> bool:
+        """Whether its units are channels of experts."""
+        return any(part.kind == EXPERT_CHANNEL for part in self.projections)
 
     @property
     def size(self) -> int:
@@ -163,6 +176,14 @@ def expected_sparsity(gm: GraphModule) -> Tensor:
 def mask_sparsity(gm: GraphModule) -> float:
     """The share of the gated sublayers' parameters that the masks take away."""
     return float(sparsity_at(gm, lambda name: gm.get_buffer(mask_name(name)).double()))
+
+
+def most(gm: GraphModule) -> float:
+    """The share of the gated sublayers' parameters that can go where experts stay for their routers to choose among."""
+    least = {item.units: item.least for item in gated(gm) if item.is_experts}
+    counts = {name: len(gm.get_buffer(mask_name(name))) for name in gate_names(gm)}
+    kept = {name: (torch.arange(count) < least.get(name, 0)).double() for name, count in counts.items()}
+    return float(sparsity_at(gm, kept.__getitem__))
 
 
 def sparsity_loss(gm: nn.Module) -> Tensor:
@@ -238,6 +259,7 @@ class _Ledger:
             for name in (*item.gates, item.hidden):
                 if name is not None:
                     self.of_gate[name].append(item)
+        self.least = {item.units: item.least for item in self.items if item.units is not None}
         self.left_of = {item.path: float(item.size) for item in self.items}
         self.left = self.total = sum(self.left_of.values())
 
@@ -255,7 +277,7 @@ class _Ledger:
         if not self.masks[name][position]:
             return []
         closing = [(name, position)]
-        if self.open[name] == 1 and all(name != item.layer for item in self.of_gate[name]):
+        if self.open[name] == self.least.get(name, 1) and all(name != item.layer for item in self.of_gate[name]):
             layer = next((item.layer for item in self.of_gate[name] if item.units == name), None)
             if layer is None:
                 return []

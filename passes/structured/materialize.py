@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
+from fxsparse.analysis.expert_channels import expert_mlps
+from fxsparse.analysis.experts import mixtures
+from fxsparse.analysis.probing import CannotRun
 from fxsparse.analysis.residual_streams import streams
 from fxsparse.analysis.structures import MLP, Attention, Columns, Rows
 from fxsparse.errors import RewriteError
@@ -28,7 +31,7 @@ from fxsparse.passes.structured.hard_concrete import Gated, gate_names, gated, m
 from fxsparse.passes.structured.hidden_dims import narrow
 from fxsparse.passes.structured.nodes import gated_nodes, remove_gates
 from fxsparse.passes.structured.slice_heads import slice_attention
-from fxsparse.passes.structured.slicing import remove_result, slice_mlp
+from fxsparse.passes.structured.slicing import drop_experts, remove_result, slice_expert_mlp, slice_mlp
 from fxsparse.text import ranges
 
 _RANGE = r"[0-9]{1,9}(-[0-9]{1,9})?"
@@ -63,7 +66,10 @@ class Materialize(Pass):
         remove_gates(graph)
         yield from self._narrow(graph, masks, acted_on)
         for item in filter(lambda item: item.gates, sublayers):
-            yield self._take_out(graph, item, masks)
+            try:
+                yield self._take_out(graph, item, masks)
+            except CannotRun as error:
+                raise RewriteError(str(error), pass_name=self.name, site=item.path) from error
         live.end(graph, Gated, Dimensions)
         if hasattr(graph, "sparsity"):
             del graph.sparsity
@@ -76,6 +82,10 @@ class Materialize(Pass):
         """Takes out what the gates of a sublayer have closed."""
         keep = masks[item.units] if item.units is not None else torch.ones(item.count, dtype=torch.bool)
         is_open = item.layer is None or bool(masks[item.layer].all())
+        if item.is_experts:
+            return self._drop_experts(gm, item, keep)
+        if item.is_in_experts:
+            return self._narrow_experts(gm, item, keep)
         linears = {linear.name: linear for linear in fx.linears(gm)}
         if missing := [name for name in item.weights if name not in linears]:
             raise RewriteError(f"{missing[0]} is no dense linear any more", pass_name=self.name, site=item.path)
@@ -93,6 +103,24 @@ class Materialize(Pass):
         _slice(gm, item, linears, torch.arange(item.count) == 0)
         fx.set_parameter(gm, item.output, torch.zeros_like(gm.get_parameter(item.output)))
         return rewrote(item.path, f"none of {item.count} {what} counts; one stays, of weight 0, for the bias")
+
+    def _drop_experts(self, gm: GraphModule, item: Gated, keep: Tensor) -> Change:
+        if bool(keep.all()):
+            return skipped(item.path, f"all {item.count} experts stay")
+        mixture = next((found for found in mixtures(gm)[0] if found.path == item.path), None)
+        if mixture is None:
+            raise RewriteError("its router and experts are no longer found", pass_name=self.name, site=item.path)
+        drop_experts(gm, mixture, keep)
+        return rewrote(item.path, f"{int(keep.sum())} of {item.count} experts stay")
+
+    def _narrow_experts(self, gm: GraphModule, item: Gated, keep: Tensor) -> Change:
+        if bool(keep.all()):
+            return skipped(item.path, f"all {item.count} channels stay")
+        mlp = next((found for found in expert_mlps(gm)[0] if found.path == item.path), None)
+        if mlp is None:
+            raise RewriteError("its experts are no longer found", pass_name=self.name, site=item.path)
+        slice_expert_mlp(gm, mlp, keep)
+        return rewrote(item.path, f"{int(keep.sum())} of {item.count} channels of every expert stay")
 
     def _masks(self, gm: GraphModule) -> dict[str, Tensor]:
         counts = {name: len(gm.get_buffer(mask_name(name))) for name in gate_names(gm)}

@@ -56,6 +56,27 @@ def multiply(gm: GraphModule, node: Node, name: str, shape: tuple[int, ...], mar
     _marked(fx.transform(gm, node, product, drawn(gm, name, after), before=after), node, mark)
 
 
+def gate_scores(gm: GraphModule, node: Node, name: str, mark: Mark) -> None:
+    """Adds the logarithms of gates ``[experts]`` to the scores that a router gives experts.
+
+    Before a softmax that is to multiply by the gates; a closed expert has the lowest score of all and no share.
+    """
+    after = node.next
+    _marked(fx.transform(gm, node, _shifted, drawn(gm, name, after), before=after), node, mark)
+
+
+def _shifted(scores: Tensor, gate: Tensor) -> Tensor:
+    closed = torch.finfo(scores.dtype).min / 2  # finite, so that a draw that closes all of them means no NaN
+    return scores + torch.where(gate > 0, gate.clamp_min(1e-6).log(), closed).to(scores.dtype)
+
+
+def gate_columns(gm: GraphModule, node: Node, name: str, mark: Mark) -> None:
+    """Multiplies the last dimension of what a node computes, the channels of experts, by their gates."""
+    after = node.next
+    product = functools.partial(gated, behind=0, straight=False)
+    _marked(fx.transform(gm, node, product, drawn(gm, name, after), before=after), node, mark)
+
+
 def multiply_input(gm: GraphModule, linear: Linear, name: str, columns: Tensor, mark: Mark, straight: bool) -> None:
     """Multiplies the columns that units have of what a linear reads, ``[units, columns of each]``, by their gates."""
     node, source = linear.node, linear.input

@@ -14,12 +14,14 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
 from fxsparse.analysis.axes import losses
+from fxsparse.analysis.expert_channels import ExpertMLP
+from fxsparse.analysis.experts import Mixture
 from fxsparse.analysis.probing import between, shape_of
 from fxsparse.analysis.sections import Section
 from fxsparse.analysis.structures import MLP
 from fxsparse.errors import RewriteError
 from fxsparse.graph import Linear, traits
-from fxsparse.graph.resize import CannotResize, DoesNotFit, Losses, patches_for, resize
+from fxsparse.graph.resize import CannotResize, DoesNotFit, Losses, Patches, patches_for, resize
 
 aten = torch.ops.aten
 
@@ -44,6 +46,37 @@ def slice_mlp(gm: GraphModule, mlp: MLP, keep: Tensor) -> None:
     follow(gm, lost, changed, mlp.path)
 
 
+def drop_experts(gm: GraphModule, mixture: Mixture, keep: Tensor) -> None:
+    """Leaves some experts of a mixture: their rows of the router, their matrices and the numbers of experts.
+
+    Args:
+        gm: the graph; weights are replaced, never written to.
+        mixture: of `fxsparse.analysis.experts`, found in ``gm`` as it is.
+        keep: bool ``[experts]``, as many at least as a row is routed to.
+
+    Raises:
+        RewriteError: too few are left, or a constant of the graph does not follow.
+    """
+    left = int(keep.sum())
+    if left < mixture.chosen:
+        raise RewriteError(f"{left} experts are left, and each row is routed to {mixture.chosen}", site=mixture.path)
+    changed = take(gm, mixture.router, 0, (~keep).nonzero().flatten())
+    for weight in mixture.weights:
+        changed += _replace_state(gm, weight, 0, keep.nonzero().flatten())
+    patches = {node: arguments(left) for node, arguments in mixture.counts.items()}
+    _resize(gm, patches, changed, mixture.path)
+
+
+def slice_expert_mlp(gm: GraphModule, mlp: ExpertMLP, keep: Tensor) -> None:
+    """Leaves some channels of experts, the same of each; as :func:`slice_mlp`."""
+    lost = losses({source: index[~keep].flatten() for source, index in mlp.sources}, [mlp.output.input])
+    changed = _replace_state(gm, mlp.output.weight, mlp.columns, keep.nonzero().flatten())
+    for read, dim, index in mlp.projections:
+        rows = torch.ones(fx.value(read).shape[dim], dtype=torch.bool).index_fill(0, index[~keep].flatten(), False)
+        changed += _replace_state(gm, read, dim, rows.nonzero().flatten())
+    follow(gm, lost, changed, mlp.path)
+
+
 def follow(gm: GraphModule, lost: Losses, changed: Iterable[Node], site: str) -> None:
     """Lets all sizes follow what is lost.
 
@@ -57,7 +90,15 @@ def follow(gm: GraphModule, lost: Losses, changed: Iterable[Node], site: str) ->
         RewriteError: sizes do not fit, or would for some batch sizes only.
     """
     try:
-        resize(gm, patches_for(lost), changed)
+        patches = patches_for(lost)
+    except CannotResize as error:
+        raise RewriteError(str(error), site=site) from error
+    _resize(gm, patches, changed, site)
+
+
+def _resize(gm: GraphModule, patches: Patches, changed: Iterable[Node], site: str) -> None:
+    try:
+        resize(gm, patches, changed)
     except DoesNotFit as error:
         raise RewriteError(f"does not fit smaller sizes at {error.node.name}: {error.reason}", site=site) from error
     except CannotResize as error:

@@ -23,7 +23,9 @@ from fxsparse.cost.formulas import formula
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.ops import low_rank, masked_linear, nm_linear
 from fxsparse.ops.nm import Pattern, nm_mask, pack
+from fxsparse.rewriting import rewrite
 from fxsparse.tracing.trace import trace
+from tests.support.experts import Mixture
 from tests.support.traced import traced
 
 
@@ -138,6 +140,22 @@ def test_experts_cost_what_the_tokens_routed_to_them_do() -> None:
     assert experts.forward == 2 * (3 * 5 * 2) * 3 * 32 * 48
     assert experts.backward == 2 * experts.forward
     assert not count.uncounted
+
+
+@pytest.mark.parametrize("passes", ["", "nm-masks{keep_first=false,keep_head=false}"])
+def test_experts_cost_the_same_however_their_products_are_written(passes: str) -> None:
+    """Forward and backward; n:m experts multiply by what is kept, and dW is computed whole."""
+    rows, each = 3 * 4 * 2, 16 * 24
+    for form in ("grouped", "gathered"):
+        gm = trace(Mixture(form), (torch.randn(3, 4, 12),))
+        gm = rewrite(gm, passes) if passes else gm
+        graph, suffix = BackpropGraph(gm), "_values" if passes else ""
+        kept = 2 if passes else 1
+        linears = 2 * 12 * (12 * 16 + 16 * 5 + 16 * 7)
+        assert graph.forward() == (linears + 2 * 2 * rows * each) // kept
+        through = (2 * 12 * 16 * 7) // kept  # dx of the last linear
+        assert graph.cost({f"down_proj{suffix}"}) == through + 2 * rows * each
+        assert graph.cost({f"up_proj{suffix}"}) == through + (2 * rows * each) // kept + 2 * rows * each
 
 
 # --- sparse operators -------------------------------------------------------------------------------------------------

@@ -324,8 +324,8 @@ def test_opcheck_covers_every_operator() -> None:
     assert {op.default for op, _ in _calls(Case())} == here
     elsewhere = {"mux", "demux_linear", "nm_values", "nm_spread"} | {
         f"{name}{gradient}"
-        for name in ("gather_linear", "pruned_operand_linear")
-        for gradient in ("", "_grad_input", "_grad_weight")
+        for name in ("gather_linear", "pruned_operand_linear", "masked_expert_linear", "nm_expert_linear")
+        for gradient in ("", "_grad_input", "_grad_weight", "_grad_values")
     }
     assert {op._opname for op in set(decompositions()) - here} <= elsewhere  # with their own tests
 
