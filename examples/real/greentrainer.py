@@ -226,10 +226,10 @@ def main() -> None:
     options = harness.parser(__doc__)
     options.add_argument("--data", default="rotten_tomatoes", choices=("rotten_tomatoes", "imdb"))
     args = harness.parse(options)
-    sizes = {"train": 1536, "dev": 500, "test": 2000, "length": 32 if args.data == "rotten_tomatoes" else 128}
+    sizes = {"train": 1024, "dev": 256, "test": 1024, "length": 32 if args.data == "rotten_tomatoes" else 128}
     epochs = 3
     if args.quick:
-        sizes |= {"train": 384, "dev": 200, "test": 400}
+        sizes |= {"train": 256, "dev": 128, "test": 512}
         epochs = 2
     if args.tiny:
         sizes |= {"train": 64, "dev": 16, "test": 32}
