@@ -53,7 +53,7 @@ def fit(
     model: nn.Module,
     task: Task,
     *,
-    epochs: int,
+    epochs: float,
     lr: float,
     seed: int,
     batch: int = 32,
@@ -68,7 +68,7 @@ def fit(
     Args:
         model: called with ``input_ids``, ``attention_mask`` and ``labels``.
         task: its texts.
-        epochs: passes over the training texts.
+        epochs: passes over the training texts; the last one may be a part.
         lr: peak learning rate of AdamW.
         seed: of the order of the texts and of dropout.
         batch: texts in a step, for each member.
@@ -80,7 +80,7 @@ def fit(
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     per_epoch = max(1, len(task.train) // (batch * members))
-    steps = epochs * per_epoch
+    steps = max(1, round(epochs * per_epoch))
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     events = schedule(optimizer, steps) if schedule else None
     draw = torch.Generator().manual_seed(seed)
@@ -114,7 +114,7 @@ def fit(
         if events is not None:
             events.step()
         decay.step()
-        if (step + 1) % per_epoch == 0:
+        if (step + 1) % per_epoch == 0 or step + 1 == steps:
             result.dev.append(accuracy(model, task.dev))
             result.values.append(dict(events.values()) if events is not None else {})
             if stop_early and result.dev[-1] == max(result.dev):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,68 @@ def _snippets(train: int, dev: int, test: int, length: int) -> Task:
 
     splits = split(data.train, 0, train), split(data.test, 0, dev), split(data.test, dev, test)
     return Task("snippets of code", *splits, classes=2, vocabulary=data.vocabulary, folder=None, layers=4)
+
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def language_model() -> tuple[str, Any, Callable[[str], list[int]], int]:
+    """SmolLM2 with its weights as floats, or a small untrained Llama on bytes where it was not fetched.
+
+    Returns:
+        its name, the model, what makes token ids of a text, and the size of the vocabulary.
+    """
+    folder = assets.find("smollm2")
+    if folder is None or assets.find("reviews") is None:
+        print(
+            "no SmolLM2 or no reviews here: `python -m examples.assets` fetches them; a small untrained Llama instead"
+        )
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, tie_word_embeddings=True, use_cache=False,
+        )  # fmt: skip
+        return "untrained Llama", transformers.LlamaForCausalLM(config), lambda text: list(text.encode()), 256
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    # The weights are floats now; what still calls the model quantised would stop it from being saved and trained.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model, "quantization_method"):
+        del model.quantization_method
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.use_cache = False
+    return "SmolLM2-135M", model, lambda text: tokenizer(text)["input_ids"], len(tokenizer)
+
+
+def token_windows(coded: Callable[[str], list[int]], *, count: int, length: int) -> tuple[str, Tensor, Tensor]:
+    """Whole reviews as windows of tokens: the text's name, windows to train on ``[count, length]``, and held-out ones.
+
+    Args:
+        coded: makes token ids of a text.
+        count: windows to train on; a quarter as many are held out.
+        length: tokens of a window.
+    """
+    held_out = max(4, count // 4)
+    name, train, dev = read_text(limit=8 * (count + held_out) * length * 10, validation=0.5)
+
+    def windows(text: Tensor, number: int) -> Tensor:
+        ids = coded(bytes(text[: 8 * number * length].tolist()).decode(errors="ignore"))
+        if len(ids) < number * length:
+            raise SystemExit(f"{name}: {len(ids)} tokens are fewer than {number} windows of {length}")
+        return torch.tensor(ids[: number * length]).view(number, length)
+
+    return name, windows(train, count), windows(dev, held_out)
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: Tensor, batch: int = 4) -> float:
+    """Of a token, on windows of text; the mode is left as it was."""
+    was_training = model.training
+    model.eval()
+    losses = [float(model(input_ids=ids, labels=ids).loss) * len(ids) for ids in windows.split(batch)]
+    model.train(was_training)
+    return math.exp(sum(losses) / len(windows))
 
 
 @torch.no_grad()
