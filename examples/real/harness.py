@@ -108,12 +108,13 @@ def about() -> Cell:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    module = Path(sys.argv[0]).stem
+    spec = sys.modules["__main__"].__spec__
+    module = spec.name if spec is not None else Path(sys.argv[0]).stem
     return {
         "device": processor(),
         "threads": torch.get_num_threads(),
         "versions": versions,
-        "command": f"python -m examples.real.{module} {shlex.join(sys.argv[1:])}".strip(),
+        "command": f"python -m {module} {shlex.join(sys.argv[1:])}".strip(),
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
