@@ -110,11 +110,12 @@ def about() -> Cell:
             continue
     spec = sys.modules["__main__"].__spec__
     module = spec.name if spec is not None else Path(sys.argv[0]).stem
+    given = [word for place, word in enumerate(sys.argv) if place and "--out" not in sys.argv[place - 1 : place + 1]]
     return {
         "device": processor(),
         "threads": torch.get_num_threads(),
         "versions": versions,
-        "command": f"python -m {module} {shlex.join(sys.argv[1:])}".strip(),
+        "command": f"python -m {module} {shlex.join(given)}".strip(),
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
