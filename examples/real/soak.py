@@ -3,10 +3,10 @@
     python -m examples.real.soak            # 3,000 steps of MiniLM on Rotten Tomatoes
     python -m examples.real.soak --quick    # 60 steps
 
-Two pipelines, because gates are not trained beside a selection of tensors:
+Two pipelines, because gates are not trained beside a selection of tensors or branches:
 
 * lazy low-rank branches, a new choice of neurons in every step with a ladder, tensors selected anew ten times;
-* lazy low-rank branches and CoFi's gates, whose target rises.
+* two texts in one pass, whose losses change by stages, and CoFi's gates, whose target rises.
 
 Each is trained once without a break, and once in three parts: what an interruption leaves is the file of
 ``fxsparse.save`` and the states of optimizer, schedule and random numbers; the next part starts from a fresh model.
@@ -39,7 +39,7 @@ PIPELINES = {
         "low-rank{rank=4,start=0.5,layers=[*query,*value]},"
         "select-neurons{omission=0.4,rungs=2},select-tensors{rho=0.8,times=10}"
     ),
-    "gates, branches": "low-rank{rank=4,start=0.5,layers=[*query,*value]},gates{target=0.4}",
+    "gates, two texts in one": "multiplex{n=2,stages=[[0.3,0,1],[1,0.9,0.1]]},gates{target=0.4}",
 }
 
 

@@ -25,7 +25,7 @@ PROGRAMS = {
     "prumux": ("N=2, s=0.6", "Auto-PruMUX"),
     "sat": ("SAT 0.5 + LORS", "dense at this time"),
     "slope": ("dense, then Wanda", "FST (ends dense)"),
-    "soak": ("gates, branches", "off after two resumptions"),
+    "soak": ("gates, two texts in one", "off after two resumptions"),
     "structured": ("CoFi 60%", "Torch-Pruning 60%", "LayerCHOP 50%"),
     "together": ("all four, N = 2, s = 0.7", "best of four together"),
 }
