@@ -163,5 +163,5 @@ def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4.5)
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    matplotlib.rcParams["svg.hashsalt"] = "fxsparse"
+    matplotlib.rcParams |= {"svg.hashsalt": "fxsparse", "svg.fonttype": "none"}  # text stays text
     return plt.subplots(rows, columns, figsize=size, layout="constrained")
