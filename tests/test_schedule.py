@@ -135,6 +135,27 @@ def test_lazy_branches_join_at_their_step_and_in_the_optimizer(own_group: bool) 
     assert "start=0.0" in record_of(gm).text
 
 
+@pytest.mark.parametrize("total", [2, 40, 50])
+def test_the_default_start_trains_branches_in_short_trainings_too(total: int) -> None:
+    """0.99 of 50 steps and fewer rounds to all of them."""
+    gm = rewritten("nm-masks,low-rank{rank=2}")
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
+    schedule = fxsparse.Schedule(gm, optimizer, total_steps=total)
+    for number in range(1, total + 1):
+        assert all(linear.has_branch for linear in sparse_linears(gm)) == (number == total)
+        step(gm, optimizer, schedule, torch.randn(5, 8))
+    assert gm.get_parameter("2.weight_up").abs().sum() > 0
+
+
+def test_branches_that_start_after_the_last_step_are_not_trained() -> None:
+    gm = rewritten("nm-masks,low-rank{rank=2,start=1.0}")
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
+    schedule = fxsparse.Schedule(gm, optimizer, total_steps=3)
+    for _ in range(3):
+        step(gm, optimizer, schedule, torch.randn(5, 8))
+    assert gm.get_parameter("2.weight_up").abs().sum() == 0
+
+
 def test_a_running_compile_takes_the_branches_up() -> None:
     gm = rewritten("nm-masks,low-rank{rank=2,start=0.5}")
     compiled = torch.compile(gm, backend="aot_eager")

@@ -48,7 +48,8 @@ class AddLowRankBranches(Pass):
     Attributes:
         rank: r; by default it follows from the ratio.
         ratio: r over the smaller of the weight's two dimensions, at least 1; SLoPe's are 0.39, 1.56 and 6.25 %.
-        start: fraction of the training steps after which the branches take part; 0 is at once.
+        start: fraction of the training steps after which the branches take part; 0 is at once, and below 1 they are
+            trained in the last of several steps at least.
         layers: globs over the module paths of linears, dense or N:M, that get a branch; by default every N:M linear.
         seed: of ``down``.
 
@@ -140,7 +141,12 @@ class AddLowRankBranches(Pass):
         return self.start > 0
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
-        yield _Start(graph, optimizer, round(self.start * total_steps), sites_of_others(self, graph))
+        at = round(self.start * total_steps)
+        if self.start < 1:
+            at = min(
+                at, total_steps - 1
+            )  # 0.99 of 40 steps rounds to all of them, and nothing would train the branches
+        yield _Start(graph, optimizer, at, sites_of_others(self, graph))
 
 
 def _holder(linear: Linear | SparseLinear | ModuleSite) -> str:
