@@ -179,7 +179,7 @@ def by_hand(
         seed(step + 1)
         micro = data[step * ACCUMULATE : (step + 1) * ACCUMULATE]
         schedule.observe(micro[0])
-        losses.append(float(step_of(gm, run or gm, optimizer, micro, autocast)))
+        losses.append(float(step_of(gm, gm if run is None else run, optimizer, micro, autocast)))
         schedule.step()
         optimizer.zero_grad()
     schedule.remove()
