@@ -79,7 +79,8 @@ def test_one_line_trains_as_two_steps_and_frees_the_dense_weights(compiler: str)
     assert sorted(moments[0]) == sorted(moments[1])
     with torch.no_grad():
         outputs = [each.model.eval()(**inputs)["logits"] for each in pair]
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)
+    exact = {"rtol": 0, "atol": 0} if compiler == "aot_eager" else {}  # Inductor may vectorise sizes otherwise
+    torch.testing.assert_close(outputs[0], outputs[1], **exact)
     graphs = compiled_graphs(fast)
     assert graphs and all(any(c.op.startswith("nm_linear") for c in graph.choices) for graph in graphs)
     assert "nm-masks" in fxsparse.explain(fast) and "2 rewritten" in fxsparse.explain(fast)

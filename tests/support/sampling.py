@@ -27,7 +27,7 @@ SAMPLES = ("passes/test_matrix.py", "test_fuzz.py", "test_families.py")
 
 def period(seconds: float) -> int:
     """In how many days a case of a test that takes so long runs once."""
-    return next((days for limit, days in ((SLOW, 1), (2, 3), (4, 4), (10, 6)) if seconds < limit), 8)
+    return next((days for limit, days in ((SLOW, 1), (2, 4), (4, 6), (10, 8)) if seconds < limit), 12)
 
 
 def test_of(case: str) -> str:
