@@ -96,8 +96,8 @@ class RegisteredStates:
 
 def note_example(state: AddedState, pipeline: Pipeline) -> None:
     """Keeps the arguments of the call that is running, with which the model can be traced as a whole."""
-    example = arguments_given()
-    if state.whole is None and not holds_cache(example):
+    example = arguments_given() if state.whole is None else None
+    if example is not None and not holds_cache(example):
         example = pytree.tree_map_only(Tensor, Tensor.detach, example)
         state.whole = functools.partial(_whole, pipeline, example)
 

@@ -387,10 +387,11 @@ class Call:
         return cls(model, arguments, keywords, context(method), getattr(context, "_dynamic", None), among)
 
 
-def arguments_given() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the call of ``torch.compile``'s result that is running was given."""
-    entry = next(frame for frame in _callers(sys._getframe(1)) if frame.f_code.co_name == "compile_wrapper")
-    return tuple(entry.f_locals["args"]), dict(entry.f_locals["kwargs"])
+def arguments_given() -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What the call of ``torch.compile``'s result that is running was given; None if none is."""
+    frames = (frame for frame in _callers(sys._getframe(1)) if frame.f_code.co_name == "compile_wrapper")
+    entry = next(frames, None)
+    return None if entry is None else (tuple(entry.f_locals["args"]), dict(entry.f_locals["kwargs"]))
 
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:

@@ -69,7 +69,7 @@ def _without_values(leaf: Any) -> bool:
 
 
 def _run(module: nn.Module, example: Inputs, moved: bool = False) -> Any:
-    """What a module returns in evaluation mode; its state, and torch's random one, stay.
+    """What a module returns in evaluation mode; its state, and torch's random one from which each run begins, stay.
 
     Args:
         module: the model or the graph.
@@ -78,12 +78,10 @@ def _run(module: nn.Module, example: Inputs, moved: bool = False) -> Any:
     """
     with left_as_it_was(module), without_autocast(), torch.no_grad():
         module.eval()
-        torch.manual_seed(0)
         state = {name: tensor.clone() for name, tensor in module.named_buffers()}
         if moved:
             state |= {name: _moved(tensor) for name, tensor in module.named_parameters()}
         args, kwargs = pytree.tree_map_only(Tensor, torch.clone, example)
-        torch.manual_seed(0)
         return torch.func.functional_call(module, state, args, kwargs)
 
 
