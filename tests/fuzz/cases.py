@@ -1,8 +1,8 @@
 """A case: a model, a pipeline and one property of what becomes of it.
 
-Whatever is drawn, a pipeline either rewrites the model or refuses in our own words, and the model stays as it was. A
-rewritten model trains beside an oracle in plain torch where there is one. Besides, one property of `PROPERTIES` is
-checked, which costs a capture or a compilation:
+Whatever is drawn, a pipeline either rewrites the model or refuses in our own words, and the model stays as it was. What
+is refused is left out, and the rest of the pipeline goes on. A rewritten model trains beside an oracle in plain torch
+where there is one. Besides, one property of `PROPERTIES` is checked, which costs a capture or a compilation:
 
     twice       one pass after the other gives the graph of all at once
     sizes       rows of a batch do not depend on each other, at other sizes than the traced ones
@@ -75,8 +75,9 @@ def check(case: Case) -> tuple[str, str]:
     """Runs a case; an AssertionError or any exception that is not a refusal is a bug.
 
     Returns:
-        ``rewritten``, ``refused``, ``refused later`` (in training or by the property) or ``untraced``; and what it was
-        held against, or the refusal.
+        ``rewritten``, ``rewritten in part`` (by the passes that were not refused), ``refused`` (all of them),
+        ``refused later`` (in training or by the property) or ``untraced``; and what it was held against, or the
+        refusal.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -85,11 +86,17 @@ def check(case: Case) -> tuple[str, str]:
         except TraceError as error:
             return "untraced", _template(error)
         with _unchanged(model, base):
-            try:
-                passes = passes_of(case)
-                gm = Pipeline(passes)(base)
-            except RewriteError as error:
-                return _refused(error)
+            drawn = case.passes
+            while True:
+                try:
+                    passes = passes_of(case)
+                    gm = Pipeline(passes)(base)
+                    break
+                except RewriteError as error:
+                    refusal = _refused(error)
+                    case = _without_refused(case, error)
+                    if not case.passes:
+                        return refusal
         assert Pipeline.parse(str(Pipeline(passes))) == Pipeline(passes), "text both ways"
         try:
             _trains(case, passes, gm)
@@ -101,7 +108,8 @@ def check(case: Case) -> tuple[str, str]:
             if case.prop not in _MAY_REFUSE:
                 raise
             return "refused later", _template(error)
-        return "rewritten", "with an oracle" if oracle.is_covered(case.spec, passes) else "without an oracle"
+        done = "rewritten" if case.passes == drawn else "rewritten in part"
+        return done, "with an oracle" if oracle.is_covered(case.spec, passes) else "without an oracle"
 
 
 def passes_of(case: Case) -> list[Pass]:
@@ -129,8 +137,9 @@ class _Teacher(torch.nn.Module):
 
 
 def _teacher(spec: Spec) -> GraphModule:
-    model, gm = traced(spec, seed=7)
-    composed.TEACHERS[oracle.NAME] = _Teacher(copy.deepcopy(model).eval())
+    model, gm = build(spec, seed=7), copy.deepcopy(traced(spec)[1])
+    gm.load_state_dict(model.state_dict())
+    composed.TEACHERS[oracle.NAME] = _Teacher(model.eval())
     return gm
 
 
@@ -156,6 +165,12 @@ def _refused(error: RewriteError) -> tuple[str, str]:
     message = str(error)
     assert 20 < len(message) < 1500, f"a refusal of {len(message)} characters: {message}"
     return "refused", _template(error)
+
+
+def _without_refused(case: Case, error: RewriteError) -> Case:
+    """The case without the last pass of the name that the refusal starts with; without any where it names none."""
+    refused = [at for at, text in enumerate(case.passes) if re.match(rf"{text.partition('{')[0]}\b", str(error))]
+    return replace(case, passes=case.passes[: refused[-1]] + case.passes[refused[-1] + 1 :] if refused else ())
 
 
 def _template(error: Exception) -> str:

@@ -79,6 +79,11 @@ class Spec:
         return f"Spec({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in differ)})"
 
 
+def _mostly(usual: Any, *others: Any) -> st.SearchStrategy[Any]:
+    """The usual value in three of four cases: all at once, rare ones would leave few models that plain torch covers."""
+    return st.sampled_from([usual] * 3 * len(others) + list(others))
+
+
 @st.composite
 def specs(draw: Callable[[Any], Any]) -> Spec:
     heads = draw(st.sampled_from([1, 2, 3, 4]))
@@ -102,12 +107,12 @@ def specs(draw: Callable[[Any], Any]) -> Spec:
         bias=draw(st.booleans()),
         positions=draw(st.booleans()),
         head_of=draw(st.sampled_from(["own", "none", *(["embedding"] if inputs == "tokens" else [])])),
-        sharing=draw(st.sampled_from(["none", "none", "none", "blocks", "weights"])),
-        flat=draw(st.sampled_from([False, False, False, True])),
-        dtype=draw(st.sampled_from(["float32", "float32", "float32", "bfloat16", "float64"])),
-        frozen=draw(st.sampled_from(["none", "none", "none", "embedding", "first", "norms", "all but head"])),
+        sharing=draw(_mostly("none", "blocks", "weights")),
+        flat=draw(_mostly(False, True)),
+        dtype=draw(_mostly("float32", "bfloat16", "float64")),
+        frozen=draw(_mostly("none", "embedding", "first", "norms", "all but head")),
         outputs=draw(st.sampled_from(["loss", "loss", "logits", "several", "tuple"])),
-        dropout=draw(st.sampled_from([0.0, 0.0, 0.0, 0.1])),
+        dropout=draw(_mostly(0.0, 0.1)),
     )
 
 
@@ -289,7 +294,7 @@ def batch_of(spec: Spec, rows: int = 3, length: int = 6, seed: int = 0) -> dict[
 
 
 @functools.lru_cache(maxsize=32)
-def traced(spec: Spec, seed: int = 0) -> tuple[Model, GraphModule]:
+def traced(spec: Spec) -> tuple[Model, GraphModule]:
     """A model and its graph; both are left as they are."""
-    model = build(spec, seed)
+    model = build(spec)
     return model, fxsparse.trace(model, kwargs=batch_of(spec))
