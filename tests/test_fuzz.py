@@ -11,7 +11,7 @@ import pytest
 
 from tests.fuzz import runs
 
-CASES = {"models": 15, "texts": 160, "checkpoints": 50, "caches": 75}
+CASES = {"models": 28, "texts": 160, "checkpoints": 50, "caches": 62}
 
 
 @pytest.mark.parametrize("kind", CASES)

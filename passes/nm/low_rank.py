@@ -142,10 +142,8 @@ class AddLowRankBranches(Pass):
 
     def schedule(self, graph: GraphModule, optimizer: torch.optim.Optimizer, total_steps: int) -> Iterable[Event]:
         at = round(self.start * total_steps)
-        if self.start < 1:
-            at = min(
-                at, total_steps - 1
-            )  # 0.99 of 40 steps rounds to all of them, and nothing would train the branches
+        if self.start < 1:  # 0.99 of 40 steps rounds to all of them, and nothing would train the branches
+            at = min(at, total_steps - 1)
         yield _Start(graph, optimizer, at, sites_of_others(self, graph))
 
 

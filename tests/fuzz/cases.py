@@ -66,9 +66,14 @@ class Case:
     prop: str = "none"
 
 
+PIPELINES = 4
+"""What is tried on one model: capturing it costs as much as the rest of a case."""
+
+
 @st.composite
-def cases(draw: Callable[[Any], Any]) -> Case:
-    return Case(draw(models.specs()), draw(pipelines.pipelines()), draw(st.sampled_from(sorted(PROPERTIES))))
+def cases(draw: Callable[[Any], Any]) -> list[Case]:
+    spec, properties = draw(models.specs()), st.sampled_from(sorted(PROPERTIES))
+    return [Case(spec, draw(pipelines.pipelines()), draw(properties)) for _ in range(PIPELINES)]
 
 
 def check(case: Case) -> tuple[str, str]:

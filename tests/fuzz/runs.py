@@ -12,13 +12,28 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.fuzz import caches, cases, checkpoints, texts
 
-KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], tuple[str, str]]]] = {
-    "models": (cases.cases, cases.check),
-    "texts": (texts.texts, texts.check),
-    "checkpoints": (checkpoints.damages, checkpoints.check),
-    "caches": (caches.damages, caches.check),
+
+@dataclass(frozen=True)
+class Kind:
+    """How cases are drawn, and what checks one: it returns what became of the case and more about it, or raises.
+
+    Attributes:
+        drawn: draws a case, or a list of them.
+        check: checks one.
+        together: how many are drawn at once.
+    """
+
+    drawn: Callable[[], Any]
+    check: Callable[[Any], tuple[str, str]]
+    together: int = 1
+
+
+KINDS = {
+    "models": Kind(cases.cases, cases.check, together=cases.PIPELINES),
+    "texts": Kind(texts.texts, texts.check),
+    "checkpoints": Kind(checkpoints.damages, checkpoints.check),
+    "caches": Kind(caches.damages, caches.check),
 }
-"""How a case is drawn, and what checks it: it returns what became of the case and more about it, or raises."""
 
 
 @dataclass
@@ -45,12 +60,12 @@ class Report:
 
 def run(kind: str, number: int, first_seed: int, count: int, report: Report, *, shrink: bool = True) -> None:
     """Draws and checks ``count`` cases; equal arguments draw equal cases. A failure is shrunk and ends the run."""
-    strategy, check = KINDS[kind]
+    tried = KINDS[kind]
     last: list[Any] = []
 
     @seed(first_seed * 1_000_003 + number)
     @settings(
-        max_examples=count,
+        max_examples=count // tried.together,
         database=None,
         deadline=None,
         print_blob=False,
@@ -58,13 +73,14 @@ def run(kind: str, number: int, first_seed: int, count: int, report: Report, *, 
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
     )
-    @given(strategy())
-    def one(case: Any) -> None:
-        last[:] = [case]
-        report.outcomes[check(case)] += 1
+    @given(tried.drawn())
+    def some(drawn: Any) -> None:
+        for case in drawn if tried.together > 1 else [drawn]:
+            last[:] = [case]
+            report.outcomes[tried.check(case)] += 1
 
     try:
-        one()
+        some()
     except Exception as error:
         place = next(reversed(traceback.extract_tb(error.__traceback__)))
         first_line = str(error).partition("\n")[0][:300]

@@ -263,7 +263,8 @@ class Oracle:
             if branch.weight.rpartition(".")[0] in self.rewritten:
                 linear.down = nn.Parameter(gm.get_parameter(branch.down).detach().clone())
                 linear.up = nn.Parameter(gm.get_parameter(branch.up).detach().clone())
-                linear.starts_after, linear.started = round(item.start * STEPS), item.start == 0
+                latest = STEPS - 1 if item.start < 1 else STEPS  # a branch that starts at all is trained
+                linear.starts_after, linear.started = min(round(item.start * STEPS), latest), item.start == 0
 
     def _select_tensors(self, item: Any, gm: GraphModule) -> None:
         self.rho = item.rho is not None
