@@ -181,8 +181,9 @@ class _Start(Event):
         return [fx.attribute(self.gm, name) for _, _, parts in _branches(self.gm) for name in parts]
 
     def values(self) -> dict[str, float]:
-        state = fx.meta_of(self.gm)[STATES][STARTED]
-        return {"start": float(self.at), "started": float(state.on >= self.weights)}
+        """The step that waiting branches start at; a graph whose branches take part does not know when they did."""
+        started = fx.meta_of(self.gm)[STATES][STARTED].on >= self.weights
+        return {"started": 1.0} if started else {"start": float(self.at), "started": 0.0}
 
     def _join(self) -> None:
         known = {id(parameter): group for group in self.optimizer.param_groups for parameter in group["params"]}
