@@ -366,6 +366,7 @@ class Oracle:
             gate.read(gm)
         if self.rho:
             self.frozen = {name for name, _ in gm.named_parameters()} - set(trained(gm))
+        self.units.clear()  # a rung of the ladder may choose among fewer sites
         for event in schedule.events.values() if schedule is not None else ():
             for key, units in getattr(event, "kept", {}).items():
                 (site,) = (site for site in live.sites(gm, NeuronSite) if site.key == key)
