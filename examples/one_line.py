@@ -160,17 +160,19 @@ def main() -> None:
         for _ in progress.track(range(args.first_steps), description="the model that all start from"):
             train_step(first, next_batch())
         trained = first.fast._orig_mod
+        console.print(f"accuracy of the model that all start from: {accuracy(trained, data):.1f} %")
         runs = [start_dense(copy.deepcopy(trained), args)]
         runs += [start(recipe, copy.deepcopy(trained), args) for recipe in args.recipes]
         task = progress.add_task("training on", total=args.steps * len(runs))
-        for _ in range(args.steps):
+        for step in range(1, args.steps + 1):
             batch = next_batch()
             for run in runs:
                 progress.update(task, description=f"training on: {run.recipe}")
                 train_step(run, batch)
                 progress.advance(task)
+            if not console.is_terminal and step % 10 == 0:  # where no bar is drawn
+                console.print(f"step {step} of {args.steps}")
     levels = [accuracy(run.fast, data) for run in runs]
-    console.print(f"accuracy before: {accuracy(trained, data):.1f} %")
     console.print(result_table(runs, levels, [step_flops(run, batch) for run in runs], args.compiler))
 
 

@@ -85,10 +85,10 @@ def _value(kind: Any, data: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         allowed = [one for one in args if one is not type(None)]
         return None if data is None and len(allowed) < len(args) else _value(allowed[0], data, where)
-    if origin is tuple and isinstance(data, list):
-        return tuple(_value(args[0], entry, f"{where}[{place}]") for place, entry in enumerate(data))
-    if origin is list and isinstance(data, list):
-        return [_value(args[0], entry, f"{where}[{place}]") for place, entry in enumerate(data)]
+    if origin in (tuple, list) and isinstance(data, list):
+        if args[0] in _NAMES and {*map(type, data)} <= {args[0]}:
+            return origin(data)  # long ones are mostly right, and naming every place takes most of the time
+        return origin(_value(args[0], entry, f"{where}[{place}]") for place, entry in enumerate(data))
     if origin is dict and isinstance(data, dict):
         return {name: _value(args[1], entry, f"{where}[{name[:80]!r}]") for name, entry in data.items()}
     if hasattr(kind, "__dataclass_fields__"):

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 import fxsparse
 from fxsparse import stored
 from fxsparse.errors import CheckpointError
-from fxsparse.graph.record import record_of
+from fxsparse.graph.record import Record, record_of
 from tests.support.families import FAMILIES
 from tests.support.traced import traced
 
@@ -307,3 +307,11 @@ def test_formats_older_are_read_newer_refused_and_unknown_fields_kept(tmp_path: 
     rewritten_record(path, lambda record: record.update(format=99, version="9.1"))
     with pytest.raises(CheckpointError, match=r"format 99.*install fxsparse 9\.1 or later"):
         fxsparse.load(path, family.model)
+
+
+def test_the_one_wrong_entry_of_a_long_list_is_named() -> None:
+    notes = ["read"] * 1000
+    assert Record.from_json(json.dumps({"notes": notes})).notes == tuple(notes)
+    notes[700] = 7  # type: ignore[call-overload]
+    with pytest.raises(CheckpointError, match=r"record\.notes\[700\] must be a text, not 7"):
+        Record.from_json(json.dumps({"notes": notes}))
