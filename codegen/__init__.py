@@ -12,5 +12,4 @@ running      source    generated files on disk; ``loaded`` the kernels of this p
 cpu          C++ kernels: instruction sets, specs and sources, building, and calls that compiled graphs hold
 operators    operators puts launches behind the ``fxsparse::`` operators
              fused_ops operators with an epilogue, or on sparse tensor cores
-             kept_transpose  gradients of inputs on sparse tensor cores
 """

@@ -21,7 +21,7 @@ from fxsparse.codegen.fused_ops import cusparselt_linear
 from fxsparse.graph import arguments
 from fxsparse.graph.dynamo import add_placeholder, copy_dynamo_graph, placeholders, static_fake
 from fxsparse.graph.runtime_state import FollowedStates, Slot
-from fxsparse.lowering.choose import cpp_kernel, library_algorithm
+from fxsparse.lowering.choose import cpp_kernel, library_algorithm, runs_below_autograd
 from fxsparse.lowering.find import Product
 from fxsparse.lowering.fusion import (
     NM_LINEAR,
@@ -86,6 +86,8 @@ class LoweredGraph:
         elif first.masks is not None:
             if implementation == COMPRESSED:
                 self._compress_masked(first, first.masks)
+        elif runs_below_autograd(first.site, implementation):
+            return  # `fxsparse.lowering.after_partition`
         elif implementation not in (DENSE, OPERATOR, REFERENCE) and first.site.op == "nm_linear":
             target, args = self._call(products, implementation, self.twins.get(first.bias))
             self._replace(first.node, target, *args)

@@ -18,11 +18,13 @@ from fxsparse.codegen.kernels.nm_linear import LARGEST_RANK_INSIDE, NMLinear
 from fxsparse.codegen.kernels.nm_linear_grad_input import NMGradInput
 from fxsparse.codegen.kernels.nm_linear_grad_values import NMGradValues
 from fxsparse.codegen.kernels.nm_prune import NMPrune
+from fxsparse.codegen.kernels.nm_transpose import NMTranspose
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import SPARSE, SparseTensorCoreLinear
 from fxsparse.codegen.kernels.sparse_wgmma_linear import WGMMA, SparseWgmmaLinear
 from fxsparse.codegen.loaded import kernel
+from fxsparse.codegen.metadata import PACK
 from fxsparse.codegen.spec import NMSpec, Spec, Tile
-from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, LARGE, SHIPPED
+from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, HOPPER, LARGE, SHIPPED
 
 BIAS = Epilogue(True)
 GELU = Epilogue(True, ("gelu",))
@@ -42,6 +44,8 @@ def half_precision(pattern: tuple[int, int]) -> Iterator[Spec]:
     for tile in SHIPPED["nm_prune"].values():
         yield NMPrune("bfloat16", tile, *pattern)
     if usual:
+        for instruction in PACK:
+            yield NMTranspose("bfloat16", SHIPPED["nm_transpose"][LARGE], *pattern, instruction)
         for tile in SHIPPED["nm_linear_low_rank"].values():
             yield NMLinear("bfloat16", tile, *pattern, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
             yield NMLinear("float16", tile, *pattern, even=True, low_rank="after", rank_tile=32)
@@ -132,6 +136,15 @@ def test_shipped_configurations_fit(group, capability):
         if used.spills or used.shared > SHARED_LIMIT[capability]:
             failures.append(line)
     assert not failures, "\n".join(failures)
+
+
+def test_hoppers_own_tiles_fit():
+    for pattern in NMSpec.PATTERNS:
+        for even in (True, False):
+            used = resources(compile_for(NMGradValues("bfloat16", HOPPER["nm_linear_grad_values"], *pattern, even), 90))
+            assert not used.spills and used.shared <= SHARED_LIMIT[90], (pattern, even)
+    assert tiles.default("nm_linear_grad_values", 4096, hopper=True) == HOPPER["nm_linear_grad_values"]
+    assert tiles.default("nm_linear", 4096, hopper=True) == SHIPPED["nm_linear"][LARGE]
 
 
 def test_hoppers_sparse_tensor_cores_fit():
