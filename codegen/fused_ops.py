@@ -3,6 +3,8 @@
     nm_linear_epilogue(x, values, indices, bias?, n, m, steps, operands)
     sparse_tensor_core_linear(x, values, metadata, bias?, steps, operands)
     sparse_wgmma_linear(x, values, metadata, bias?, steps, operands)
+    sparse_tensor_core_linear_low_rank(x, values, metadata, down, up, bias?, scale?, steps, operands)
+    sparse_wgmma_linear_low_rank(x, values, metadata, down, up, bias?, scale?, steps, operands)
     sparse_transpose(values, indices, column_mask, instruction) -> (values, metadata)
     cusparselt_linear(x, packed, bias?, out_features, alg_id=0, split_k=1, split_k_mode=-1)
 
@@ -134,7 +136,58 @@ def sparse_wgmma_linear(
     return apply_steps(F.linear(x, weight, bias), steps, operands).contiguous()
 
 
-INSTRUCTIONS = {"sparse_tensor_core_linear": MMA_SP, "sparse_wgmma_linear": WGMMA_SP}
+@_operator(lambda values, **_: values.shape[0])
+def sparse_tensor_core_linear_low_rank(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    steps: str,
+    operands: list[Tensor],
+) -> Tensor:
+    """steps(x W^T + scale (x down^T) up^T + bias), W 2:4; the branch is a dense product that the epilogue adds."""
+    branch = _hidden(x, down, scale) @ up.t()
+    return sparse_tensor_core_linear(x, values, metadata, bias, f"add {steps}", [branch, *operands])
+
+
+@_operator(lambda values, **_: values.shape[0])
+def sparse_wgmma_linear_low_rank(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    steps: str,
+    operands: list[Tensor],
+) -> Tensor:
+    """steps(x W^T + scale (x down^T) up^T + bias), W 2:4; the kernel multiplies by ``up`` in steps of its own loop."""
+    hidden = _hidden(x, down, scale)
+    if not x.is_cuda:
+        return sparse_wgmma_linear(x, values, metadata, bias, f"add {steps}", [hidden @ up.t(), *operands])
+    return wgmma_kernels.sparse_wgmma_linear(
+        x, values, metadata, bias, steps=steps.split(), operands=operands, hidden=hidden, up=up
+    )
+
+
+def _hidden(x: Tensor, down: Tensor, scale: float | None) -> Tensor:
+    """scale x down^T ``[..., r]``, by one dense product. Not inside the sparse one: each of its tiles of columns would
+    read ``down`` anew, which in decoding is more than it reads of W."""
+    inputs = x.reshape(-1, x.shape[-1])
+    alpha = 1 / down.shape[0] if scale is None else scale
+    hidden = torch.addmm(x.new_zeros(()), inputs, down.t(), beta=0, alpha=alpha)
+    return hidden.view(*x.shape[:-1], down.shape[0])
+
+
+INSTRUCTIONS = {
+    f"{name}{branch}": instruction
+    for name, instruction in (("sparse_tensor_core_linear", MMA_SP), ("sparse_wgmma_linear", WGMMA_SP))
+    for branch in ("", "_low_rank")
+}
 """What the operators on sparse tensor cores run, by their names."""
 
 
@@ -182,6 +235,5 @@ def cusparselt_linear(
 
 
 if HAS_TRITON:
-    declare_kernel("nm_linear_epilogue", "cuda")
-    declare_kernel("sparse_tensor_core_linear", "cuda")
-    declare_kernel("sparse_wgmma_linear", "cuda")
+    for _name in ("nm_linear_epilogue", *INSTRUCTIONS):
+        declare_kernel(_name, "cuda")

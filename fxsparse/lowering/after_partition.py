@@ -20,11 +20,10 @@ from fxsparse.codegen.metadata import PACK
 from fxsparse.graph import arguments
 from fxsparse.graph.aten import insert_aten
 from fxsparse.lowering import timings
-from fxsparse.lowering.choose import GRAD_INPUT, choose
-from fxsparse.lowering.fusion import ON_SPARSE_TENSOR_CORES
+from fxsparse.lowering.choose import GRAD_INPUT, LINEARS, choose
+from fxsparse.lowering.fusion import ON_SPARSE_TENSOR_CORES, arguments_on_cores
 from fxsparse.lowering.pins import Pins
 from fxsparse.lowering.sites import Site, site_of
-from fxsparse.ops.nm_linear import nm_linear
 from fxsparse.ops.nm_values import nm_spread, nm_values
 from fxsparse.ops.operator import OPERATOR, REFERENCE, operator_name
 
@@ -116,22 +115,21 @@ def use_sparse_tensor_cores(graph: Graph, overrides: Mapping[str, str]) -> int:
     count = 0
     for call in [node for node in graph.nodes if node.op == "call_function"]:
         name = operator_name(call.target)
-        site = site_of(name, call) if name in (nm_linear.name, GRAD_INPUT) else None
+        site = site_of(name, call) if name in (*LINEARS, GRAD_INPUT) else None
         if name is None or site is None or site.problem is None:
             continue
-        target = ON_SPARSE_TENSOR_CORES.get(overrides.get(timings.key(site.problem), ""))
-        named = arguments(call)
+        chosen, named = overrides.get(timings.key(site.problem), ""), arguments(call)
+        target = ON_SPARSE_TENSOR_CORES.get((chosen, "down" in named))
         if target is None or (name == GRAD_INPUT and named["column_mask"] is None):
             continue
         instruction = INSTRUCTIONS[operator_name(target) or ""]
         if name == GRAD_INPUT:
-            x, bias = named["dy"], None
             values, metadata = _transposed(graph, call, named, instruction)
+            named = {"x": named["dy"], "bias": None}
         else:
-            x, bias, values = named["x"], named["bias"], named["values"]
-            metadata = insert_aten(graph, PACK[instruction], [named["indices"]], before=call)
+            values, metadata = named["values"], insert_aten(graph, PACK[instruction], [named["indices"]], before=call)
         with graph.inserting_before(call):
-            _stand_in(graph, call, graph.call_function(target, (x, values, metadata, bias, "", [])))
+            _stand_in(graph, call, graph.call_function(target, arguments_on_cores(named, values, metadata)))
         count += 1
     return count
 

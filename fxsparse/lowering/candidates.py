@@ -24,8 +24,10 @@ from fxsparse.codegen.fused_ops import (
     INSTRUCTIONS,
     cusparselt_linear,
     sparse_tensor_core_linear,
+    sparse_tensor_core_linear_low_rank,
     sparse_transpose,
     sparse_wgmma_linear,
+    sparse_wgmma_linear_low_rank,
 )
 from fxsparse.codegen.metadata import PACK
 from fxsparse.codegen.operators import launch_of
@@ -48,7 +50,13 @@ from fxsparse.ops.operator import (
 
 Run = Callable[[], Tensor]
 
-_ON_CORES = {SPARSE_TENSOR_CORES: sparse_tensor_core_linear, SPARSE_WGMMA: sparse_wgmma_linear}
+_ON_CORES = {
+    (SPARSE_TENSOR_CORES, False): sparse_tensor_core_linear,
+    (SPARSE_WGMMA, False): sparse_wgmma_linear,
+    (SPARSE_TENSOR_CORES, True): sparse_tensor_core_linear_low_rank,
+    (SPARSE_WGMMA, True): sparse_wgmma_linear_low_rank,
+}
+"""By whether there is a low-rank branch."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +187,15 @@ def _cpp(problem: Problem, args: tuple[Any, ...]) -> dict[str, Run]:
 
 def _on_cores(op: str, name: str, args: tuple[Any, ...]) -> dict[str, Run]:
     """A product on sparse tensor cores: a linear, or the gradient of an input, which makes its transpose every time."""
-    linear = _ON_CORES[name]
+    linear = _ON_CORES[name, op == "nm_linear_low_rank"]
     instruction = INSTRUCTIONS[linear._name]
-    x, values, indices, column_mask, *_ = args
+    x, values, indices, column_mask, *rest = args
     if op == choose.GRAD_INPUT:
         return {name: lambda: linear(x, *sparse_transpose(values, indices, column_mask, instruction), None, "", [])}
     metadata = PACK[instruction](indices)
+    if op == "nm_linear_low_rank":
+        down, up, bias, _, _, scale = rest
+        return {name: lambda: linear(x, values, metadata, down, up, bias, scale, "", [])}
     return {name: lambda: linear(x, values, metadata, None, "", [])}
 
 

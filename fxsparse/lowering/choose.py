@@ -48,6 +48,7 @@ from fxsparse.ops.operator import (
 
 SPARSE_TENSOR_CORES_OP, SPARSE_WGMMA_OP = "sparse_tensor_core_linear", "sparse_wgmma_linear"
 GRAD_INPUT = "nm_linear_grad_input"
+LINEARS = "nm_linear", "nm_linear_low_rank"
 
 LAUNCHING = {OPERATOR, COMPRESSED, SPARSE_TENSOR_CORES, SPARSE_WGMMA}
 """Implementations that may launch generated kernels."""
@@ -277,7 +278,9 @@ def no_cusparselt(site: Site) -> str | None:
         return f"there is no cuSPARSELt for {site.device}"
     if site.dtype not in (torch.bfloat16, torch.float16) or any(size % 16 for size in site.shape):
         return f"cuSPARSELt takes bfloat16 and float16 weights of multiples of 16, not {site.dtype} {list(site.shape)}"
-    if site.op == GRAD_INPUT or not site.inference:
+    if site.op != "nm_linear":
+        return f"it runs nm_linear, not {site.op}"
+    if not site.inference:
         return "the graph is differentiated"
     return _no_two_four(site) or (None if site.frozen else "its copy of the weight would not follow training")
 
@@ -290,7 +293,7 @@ def library_algorithm(site: Site) -> tuple[int, ...]:
 
 
 def _no_two_four(site: Site) -> str | None:
-    if site.op not in ("nm_linear", GRAD_INPUT) or site.pattern is None or len(site.shape) != 2:
+    if site.op not in (*LINEARS, GRAD_INPUT) or site.pattern is None or len(site.shape) != 2:
         return f"they run nm_linear, not {site.op}"
     if site.in_memory and not site.inference:
         return "the graph is differentiated"

@@ -109,6 +109,7 @@ def sparse_tensor_cores() -> Iterator[Spec]:
 def wgmma() -> Iterator[Spec]:
     for tile in WGMMA.values():
         yield SparseWgmmaLinear("bfloat16", tile, split=tile.rows <= 64, epilogue=BIAS)
+        yield SparseWgmmaLinear("bfloat16", tile, tile.rows <= 64, Epilogue(True, ("gelu", "add")), low_rank=True)
     for rows in (16, 256):
         yield SparseWgmmaLinear("float16", WGMMA[rows], split=True, epilogue=Epilogue(True, ("gelu", "mul", "add")))
 
@@ -154,10 +155,10 @@ def test_hoppers_sparse_tensor_cores_fit():
         assert not used.spills and used.shared <= SHARED_LIMIT[90], spec
 
 
-@pytest.mark.parametrize(("rows", "split"), [(16, True), (256, False)])
-def test_products_in_flight_are_not_serialised(tmp_path, rows, split):
+@pytest.mark.parametrize(("rows", "split", "low_rank"), [(16, True, False), (256, False, True)])
+def test_products_in_flight_are_not_serialised(tmp_path, rows, split, low_rank):
     """The assembler says so where it waits for each product because registers are used in between."""
-    ptx = compile_for(SparseWgmmaLinear("bfloat16", WGMMA[rows], split=split), 90).asm["ptx"]
+    ptx = compile_for(SparseWgmmaLinear("bfloat16", WGMMA[rows], split=split, low_rank=low_rank), 90).asm["ptx"]
 
     def said(text: str) -> str:
         path = tmp_path / "kernel.ptx"

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import fxsparse
+from fxsparse.codegen.fused_ops import INSTRUCTIONS
+from fxsparse.codegen.metadata import PACK
 from fxsparse.lowering import candidates, choose
 from fxsparse.ops import define
-from fxsparse.ops.nm import Pattern
+from fxsparse.ops.nm import Pattern, nm_mask, pack
 from fxsparse.ops.operator import SPARSE_TENSOR_CORES, SPARSE_WGMMA, Problem
 
 DOUBLY = "nm-masks{pattern=2:4,keep_first=false,keep_head=false},double-prune"
@@ -23,7 +25,7 @@ CORES = {SPARSE_TENSOR_CORES: "sparse_tensor_core_linear", SPARSE_WGMMA: "sparse
 
 @pytest.fixture(autouse=True)
 def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    played = {(name, "cpu") for name in CORES.values()}
+    played = {(name, "cpu") for name in INSTRUCTIONS}
     monkeypatch.setattr(define, "_kernels", define._kernels | played)
 
 
@@ -41,7 +43,8 @@ def sparse(passes: str = DOUBLY) -> torch.fx.GraphModule:
 
 
 def options(cores: str, compiler: str = "aot_eager") -> dict[str, Any]:
-    return {"compiler": compiler, "lower": {"nm_linear": cores, choose.GRAD_INPUT: cores}, "fallback": False}
+    lower = {"nm_linear": cores, choose.GRAD_INPUT: cores}
+    return {"compiler": compiler, "lower": lower, "fallback": False, "tune": 0}
 
 
 def gradients(module: Any, x: Tensor) -> list[Tensor]:
@@ -110,9 +113,9 @@ def test_nobody_gets_them_who_did_not_ask() -> None:
     assert not check(gm, compiled, torch.randn(6, 32).bfloat16()).keys() & CORES.values()
 
 
-@pytest.mark.parametrize("op", ["nm_linear", choose.GRAD_INPUT])
+@pytest.mark.parametrize("op", ["nm_linear", "nm_linear_low_rank", choose.GRAD_INPUT])
 def test_what_measuring_compares_is_right(op: str) -> None:
-    problem = Problem(op, Pattern(2, 4), torch.bfloat16, 5, 48, 64)
+    problem = Problem(op, Pattern(2, 4), torch.bfloat16, 5, 48, 64, (7,) if "low_rank" in op else ())
     several = candidates.candidates_for(problem, "cpu", compile_reference=False)
     for name in CORES:
         (run,) = several.makers[name]().values()
@@ -122,8 +125,12 @@ def test_what_measuring_compares_is_right(op: str) -> None:
 def bytes_alive() -> int:
     """Of all tensors, each storage once."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
-    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    every = (thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter))
+    tensors = [
+        tensor for tensor in every if tensor.device.type == "cpu"
+    ]  # shapes alone, which compilers keep, are meta
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def state_of_a_step(module: nn.Module, compiled: Any) -> int:
@@ -143,3 +150,41 @@ def test_the_state_of_a_step_is_half_of_dense() -> None:
     compiled = torch.compile(gm, backend="fxsparse", options=options(SPARSE_TENSOR_CORES))
     ratio = state_of_a_step(gm, compiled) / state_of_a_step(dense, dense)
     assert 0.5 < ratio < 0.53, ratio
+
+
+@pytest.mark.parametrize("cores", CORES)
+@pytest.mark.parametrize("train", [True, False])
+def test_low_rank_branches_run_there(cores: str, train: bool) -> None:
+    gm = sparse(DOUBLY + ",low-rank{rank=3,start=0.0}")
+    with torch.no_grad():
+        for parameter in gm.parameters():  # branches begin at zero
+            parameter.copy_(torch.randn_like(parameter) / 4)
+    lower = {"nm_linear_low_rank": cores, choose.GRAD_INPUT: cores}
+    compiled = torch.compile(gm, backend="fxsparse", options={**options(cores), "lower": lower})
+    for rows in (6, 9):
+        x = torch.randn(rows, 32).bfloat16()
+        if train:
+            count = check(gm, compiled, x)
+            assert count[f"{CORES[cores]}_low_rank"] == count["sparse_transpose"] == 2
+            continue
+        with torch.no_grad():
+            exact = copy.deepcopy(gm).double()(x.double())
+            assert (compiled(x) - exact).abs().max() <= 3e-2 * exact.abs().max()
+    assert "pinned by options" in fxsparse.explain(compiled)
+    assert f"fxsparse.{CORES[cores]}_low_rank" in "\n".join(map(str, fxsparse.graphs(compiled))) or train
+
+
+def test_low_rank_operators_equal_the_reference() -> None:
+    dense = torch.randn(48, 64).bfloat16()
+    mask = nm_mask(dense.abs(), Pattern(2, 4))
+    values, indices = pack(dense, mask, Pattern(2, 4))
+    x, down, up = torch.randn(2, 3, 64).bfloat16(), torch.randn(5, 64).bfloat16(), torch.randn(48, 5).bfloat16()
+    bias, operand = torch.randn(48).bfloat16(), torch.randn(2, 3, 48).bfloat16()
+    exact = torch.nn.functional.linear(x.double(), (dense * mask).double(), bias.double())
+    for scale, factor in ((None, 1 / 5), (0.5, 0.5)):
+        expected = (exact + factor * (x.double() @ down.double().t() @ up.double().t())).relu() + operand.double()
+        for name, pack_words in ((name, PACK[INSTRUCTIONS[name]]) for name in CORES.values()):
+            op = getattr(torch.ops.fxsparse, f"{name}_low_rank")
+            args = (x, values, pack_words(indices), down, up, bias, scale, "relu add", [operand])
+            torch.library.opcheck(op, args)
+            assert (op(*args) - expected).abs().max() <= 2e-2 * expected.abs().max()
