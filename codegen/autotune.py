@@ -7,6 +7,7 @@ process or in the file of the device (`store`), and takes the shipped default ot
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any
@@ -107,8 +108,19 @@ def measure(name: str, run: Callable[[Plan], object], plans: Iterable[Plan]) -> 
     return times
 
 
+_changes = itertools.count(1)
+_latest = 0
+
+
+def changes() -> int:
+    """How often a plan was remembered in this process."""
+    return _latest
+
+
 def remember(name: str, best: Plan) -> None:
     """Keeps a plan for this process and later ones."""
+    global _latest
+    _latest = next(_changes)
     _TABLE.update(name, "cuda", {**asdict(best.tile), "square": best.square})
 
 

@@ -23,6 +23,7 @@ from torch.fx import Graph, Node
 
 from fxsparse.backend.options import BackendOptions
 from fxsparse.codegen.cpu import extern, loaded
+from fxsparse.codegen.operators import HAS_TRITON
 from fxsparse.graph.aten import insert_aten
 from fxsparse.lowering.after_partition import call_kernels, runs_reference, use_sparse_tensor_cores
 from fxsparse.ops.operator import operator_of
@@ -104,6 +105,11 @@ def config_patches(
             from fxsparse.backend import extern_kernels
 
             extern_kernels.register()
+    if torch.cuda.is_available() and HAS_TRITON:
+        with contextlib.suppress(ImportError):
+            from fxsparse.backend import replays
+
+            replays.register()
     theirs = options.inductor.get(_SLOT, getattr(config, _SLOT)) or ()
     return {
         **options.inductor,
