@@ -66,11 +66,13 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel: its spec, what it uses and its main loop."""
+    """A compiled kernel: its spec, what it uses, its main loop, and whether a ``wgmma`` is left in flight there while
+    the next step begins."""
 
     spec: Spec
     resources: Resources
     loop: Loop
+    overlaps: bool
 
     @classmethod
     def of(cls, spec: Spec, capability: int) -> Kernel:
@@ -101,7 +103,8 @@ class Kernel:
 @functools.cache
 def _compiled(spec: Spec, capability: int) -> Kernel:
     compiled = compile_for(spec, capability)
-    return Kernel(spec, resources(compiled), main_loop(compiled))
+    overlaps = re.search(r"wgmma\.wait_group\S+\s+[1-9]", compiled.asm["ptx"]) is not None
+    return Kernel(spec, resources(compiled), main_loop(compiled), overlaps)
 
 
 @dataclass(frozen=True)
@@ -225,5 +228,7 @@ def _alone(kernel: Kernel, units: dict[str, float]) -> float:
     if isinstance(kernel.spec, SparseWgmmaLinear):
         return 200 + max(units["tensor"], units["shared"]) / 2  # one of two groups of warps
     waits = LATENCY if kernel.loop.named(r"LDG(\.|$)") else 60.0
-    serial = units["tensor"] if kernel.loop.named("HGMMA") else 0.0
-    return waits + max(units["issue"], units["integer"]) + serial
+    issued = waits + max(units["issue"], units["integer"])
+    if kernel.overlaps:
+        return max(issued, units["tensor"])
+    return issued + (units["tensor"] if kernel.loop.named("HGMMA") else 0.0)

@@ -97,14 +97,14 @@ def test_hoppers_kernel_is_worth_it_on_paper():
 
 
 def test_a_training_step_is_worth_it_on_paper():
-    """Of linears with 4096 outputs or more. On an H100 the gradient of the values takes longer than the dense one."""
+    """Of linears with 4096 outputs or more. On an H100 products alone gain little: one of three is a dense one."""
     a100, h100, _ = MACHINES
     for columns, depth in static_step.LINEARS.values():
         on_a100, on_h100 = (static_step.step(machine, 4096, columns, depth) for machine in (a100, h100))
         if columns >= 4096:
             assert on_a100.products > 1.14 and on_a100.ratio > 1.19
-            assert on_h100.products > 0.97 and on_h100.ratio > 1.06
-        assert on_h100.transpose < 0.13 * on_h100.grad_input
+            assert on_h100.products > 1.01 and on_h100.ratio > 1.1
+        assert on_h100.transpose < 0.16 * on_h100.grad_input
 
 
 def test_a_kernel_without_a_loop_is_all_of_it(monkeypatch):
