@@ -140,5 +140,11 @@ def microseconds(problem: Problem, implementation: str, on: Device) -> float | N
     return 1e6 * time
 
 
+def effort(problem: Problem) -> float:
+    """Microseconds of a dense product of its size on a GPU of middling speed: to compare products with each other."""
+    on, moved = DEVICES[1], problem.weight_bytes + problem.input_bytes + problem.output_bytes
+    return 1e6 * _time(moved, problem.flops / (on.rate * _DENSE_EFFICIENCY), on)
+
+
 def _time(moved: float, computing: float, on: Device) -> float:
     return LAUNCH + max(moved / on.bandwidth, computing)

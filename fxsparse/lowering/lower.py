@@ -75,6 +75,7 @@ def lower_graph(
     choosing = _Choosing(example_inputs, first_use, room, Columns(gm, example_inputs))
     grouping = Grouping(example_inputs, first_use, room)
     alone = find_products(gm, example_inputs, names, inference)
+    first_use.measure_all(site for product in alone for site in _sites(product, inference))
     groups = grouping.groups([Group((product,), choosing.choose(product, inference)) for product in alone])
     lowered = LoweredGraph(gm, example_inputs, names)
     for group in groups:
@@ -85,6 +86,14 @@ def lower_graph(
         lowered.fuse(pins)
     notes = dict.fromkeys([*first_use.failures, *grouping.notes])
     return Lowered(*lowered.finish(), tuple(choosing.choices), choosing.overrides, tuple(notes))
+
+
+def _sites(product: Product, inference: bool) -> list[Site]:
+    """A product and its gradients, where each is chosen on its own."""
+    if product.masks is not None:
+        return []
+    has_gradients = not inference and not product.site.in_memory
+    return [product.site, *(gradients_of(product.site, product.node) if has_gradients else ())]
 
 
 class _Choosing:
@@ -108,7 +117,6 @@ class _Choosing:
         site, name = product.site, product.name
         if product.masks is not None:
             return self._masked(product, product.masks, inference)
-        self.first_use.measure(site)
         if site.in_memory:
             implementation, reason = self._frozen(product)
             self._note(site, name, implementation, reason)
@@ -116,7 +124,6 @@ class _Choosing:
         implementation, reason = self._operator(product)
         self._note(site, name, implementation, reason)
         for gradient in [] if inference else gradients_of(site, product.node):
-            self.first_use.measure(gradient)
             doubly_pruned = arguments(product.node).get("column_mask") is not None
             columns = self.columns.obstacle if doubly_pruned and gradient.op == GRAD_INPUT else None
             self._note(gradient, name, *choose_gradient(gradient, doubly_pruned, self.pins, columns))

@@ -90,6 +90,37 @@ def test_an_implementation_that_is_wrong_or_fails_is_left_out(monkeypatch: pytes
     assert set(found.milliseconds) == {"dense", "reference"} and set(found.failed) == {"sparse_tensor_cores"}
 
 
+def test_products_are_measured_in_order_of_the_time_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three linears take longer than one that is twice as large and stands before most of them; equal ones are measured
+    once."""
+    seen: list[tuple[str, int, int]] = []
+
+    def note(problem: Problem, *args: object, **kwargs: object) -> measure.Measurement:
+        seen.append((problem.op, problem.out_features, problem.in_features))
+        times = {"dense": 1.0, "operator": 2.0, "compressed": 2.0}
+        timings.remember(problem, "cpu", times)
+        return measure.Measurement(problem, times)
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.large = nn.Linear(512, 1024)
+            self.equal = nn.ModuleList(nn.Linear(size, 512) for size in (1024, 512, 512, 512))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.large(x)
+            for layer in self.equal:
+                x = layer(x.relu())
+            return x
+
+    monkeypatch.setattr(measure, "measure", note)
+    passes = "nm-masks{pattern=2:4,keep_first=false,keep_head=false}"
+    gm = fxsparse.rewrite(Layers(), passes, (torch.randn(64, 512),))
+    torch.compile(gm, backend="fxsparse", options={"compiler": "aot_eager", "tune": 30})(torch.randn(64, 512))
+    assert seen[0] == ("nm_linear", 512, 512) and ("nm_linear", 1024, 512) in seen
+    assert len(seen) == len(set(seen))
+
+
 def test_hoppers_kernel_is_measured_only_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
