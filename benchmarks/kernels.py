@@ -36,11 +36,11 @@ from fxsparse.codegen.kernels.nm_linear import nm_linear, nm_linear_low_rank
 from fxsparse.codegen.kernels.nm_linear_grad_input import nm_linear_grad_input
 from fxsparse.codegen.kernels.nm_linear_grad_values import nm_linear_grad_values
 from fxsparse.codegen.kernels.nm_prune import nm_prune
+from fxsparse.codegen.kernels.nm_transpose import nm_transpose
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import (
-    sparse_tensor_core_grad_input,
     sparse_tensor_core_linear,
 )
-from fxsparse.codegen.metadata import SparseTranspose, pack_metadata
+from fxsparse.codegen.metadata import MMA_SP, pack_metadata
 from fxsparse.ops import nm
 from fxsparse.ops.nm import Pattern
 
@@ -254,9 +254,8 @@ def sparse_tensor_cores(tokens: int, out_features: int, in_features: int) -> Ite
 
     def make() -> tuple[Tensor, ...]:
         dense, values, indices, column_mask = compressed(out_features, in_features, pattern)
-        transpose = SparseTranspose.of(values, indices, column_mask)
-        turned = transpose.values, transpose.metadata, transpose.origin
-        return randn(tokens, in_features), randn(tokens, out_features), dense, values, pack_metadata(indices), *turned
+        x, dy = randn(tokens, in_features), randn(tokens, out_features)
+        return x, dy, dense, values, pack_metadata(indices), indices, column_mask
 
     sets = copies(make)
     x, dy, _, values, metadata, *_ = sets[0]
@@ -268,8 +267,8 @@ def sparse_tensor_cores(tokens: int, out_features: int, in_features: int) -> Ite
     yield Case(
         "sparse_tensor_core_linear",
         shape,
-        at(lambda x, dy, w, v, e, *turned: sparse_tensor_core_linear(x, v, e, None)),
-        at(lambda x, dy, w, v, e, *turned: x @ w.t()),
+        at(lambda x, dy, w, v, e, i, c: sparse_tensor_core_linear(x, v, e, None)),
+        at(lambda x, dy, w, v, e, i, c: x @ w.t()),
         moved,
         flops,
     )
@@ -277,9 +276,9 @@ def sparse_tensor_cores(tokens: int, out_features: int, in_features: int) -> Ite
         "sparse_tensor_core_grad_input",
         shape,
         at(
-            lambda x, dy, w, v, e, *turned: sparse_tensor_core_grad_input(dy, SparseTranspose(*turned)),
+            lambda x, dy, w, v, e, i, c: sparse_tensor_core_linear(dy, *nm_transpose(v, i, c, MMA_SP), None),
         ),
-        at(lambda x, dy, w, v, e, *turned: dy @ w),
+        at(lambda x, dy, w, v, e, i, c: dy @ w),
         moved,
         flops,
     )

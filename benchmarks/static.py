@@ -5,7 +5,7 @@
 First each shipped kernel as compiled: registers, spills, shared memory and the instructions of its main loop by class.
 Then the linears of OPT-13B and Llama-3-8B at 1 to 4096 tokens on an A100, an H100 and an H200: blocks, bytes in flight
 on a multiprocessor, what bounds the kernel, and the time of a dense product over its time, as `static_model` predicts.
-No number here was measured on a GPU.
+At last a training step of the linears (`static_step`). No number here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -17,25 +17,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.static_model import MACHINES, Kernel, Prediction, predict
+from benchmarks.static_step import LINEARS, on_ampere, on_hopper, table_of_steps
 from fxsparse.codegen.epilogue import Epilogue
-from fxsparse.codegen.kernels.nm_linear import NMLinear
+from fxsparse.codegen.kernels.demux_linear import DemuxLinear
+from fxsparse.codegen.kernels.gather_linear import GatherLinear
+from fxsparse.codegen.kernels.mux import Mux
+from fxsparse.codegen.kernels.nm_linear import LARGEST_RANK_INSIDE, NMLinear
 from fxsparse.codegen.kernels.nm_linear_grad_input import NMGradInput
 from fxsparse.codegen.kernels.nm_linear_grad_values import NMGradValues
-from fxsparse.codegen.kernels.sparse_tensor_core_linear import SPARSE, SparseTensorCoreLinear, parts_of
-from fxsparse.codegen.kernels.sparse_wgmma_linear import WGMMA, SparseWgmmaLinear, split
+from fxsparse.codegen.kernels.nm_prune import NMPrune
+from fxsparse.codegen.kernels.nm_transpose import NMTranspose
+from fxsparse.codegen.kernels.sparse_tensor_core_linear import SPARSE, SparseTensorCoreLinear
+from fxsparse.codegen.kernels.sparse_wgmma_linear import WGMMA, SparseWgmmaLinear
+from fxsparse.codegen.metadata import MMA_SP, PACK
 from fxsparse.codegen.sass import CLASSES, OTHER
 from fxsparse.codegen.spec import Spec
-from fxsparse.codegen.tiles import SHIPPED, regime
+from fxsparse.codegen.tiles import HOPPER, LARGE, SHIPPED, regime
 
-LINEARS = {
-    "OPT-13B q,k,v,o": (5120, 5120),
-    "OPT-13B fc1": (20480, 5120),
-    "OPT-13B fc2": (5120, 20480),
-    "Llama-3-8B q,o": (4096, 4096),
-    "Llama-3-8B k,v": (1024, 4096),
-    "Llama-3-8B gate,up": (14336, 4096),
-    "Llama-3-8B down": (4096, 14336),
-}
 TOKENS = (1, 16, 64, 512, 4096)
 LARGE_WITH_STEPS = "large with steps"
 
@@ -47,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--capabilities", nargs="*", type=int, default=[80, 90])
     args = parser.parse_args(arguments)
     lines = [title(), ""]
-    for line in (*table_of_kernels(args.only, args.capabilities), "", *table_of_linears(args.capabilities)):
+    tables = table_of_kernels(args.only, args.capabilities), table_of_linears(args.capabilities), table_of_steps()
+    for line in itertools.chain.from_iterable((*table, "") for table in tables):
         print(line, flush=True)
         lines.append(line)
     args.output.write_text("\n".join(lines) + "\n")
@@ -67,14 +66,29 @@ def shipped(capability: int) -> Iterator[Spec]:
         yield NMLinear("bfloat16", tile, 2, 4, even=True)
     for tile in SHIPPED["nm_linear_grad_input"].values():
         yield NMGradInput("bfloat16", tile, 2, 4, column_mask=True, even=True)
-    for tile in SHIPPED["nm_linear_grad_values"].values():
+    for tile in (SHIPPED["nm_linear_grad_values"][LARGE], *([HOPPER["nm_linear_grad_values"]] * (capability == 90))):
         yield NMGradValues("bfloat16", tile, 2, 4, even=True)
+    for instruction in PACK if capability == 90 else (MMA_SP,):
+        yield NMTranspose("bfloat16", SHIPPED["nm_transpose"][LARGE], 2, 4, instruction)
+    yield from others()
     for name, shape in SPARSE.items():
         steps = Epilogue(True, ("gelu",)) if name == LARGE_WITH_STEPS else Epilogue()
         yield SparseTensorCoreLinear("bfloat16", *shape, steps)
     if capability == 90:
         for tile in WGMMA.values():
             yield SparseWgmmaLinear("bfloat16", tile, split=tile.rows <= 64)
+
+
+def others() -> Iterator[Spec]:
+    """Kernels of products that the report predicts no times of."""
+    for tile in SHIPPED["nm_linear_low_rank"].values():
+        yield NMLinear("bfloat16", tile, 2, 4, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
+    yield NMPrune("bfloat16", SHIPPED["nm_prune"][LARGE], 2, 4)
+    for product, columns in itertools.product(("forward", "grad_input", "grad_weight"), (False, True)):
+        kernel = "gather_linear_grad_weight" if product == "grad_weight" else "gather_linear"
+        yield GatherLinear("bfloat16", SHIPPED[kernel][LARGE], product, rows=not columns, columns=columns)
+    yield DemuxLinear("bfloat16", SHIPPED["demux_linear"][LARGE], members=5)
+    yield Mux("bfloat16", SHIPPED["mux"][LARGE], members=5)
 
 
 def table_of_kernels(only: list[str], capabilities: list[int]) -> Iterator[str]:
@@ -111,16 +125,10 @@ def predictions(device: str, rows: int, columns: int, depth: int) -> Iterator[tu
     machine = next(machine for machine in MACHINES if machine.name == device)
     size, name = (rows, columns, depth), regime(rows)
     plain = NMLinear("bfloat16", SHIPPED["nm_linear"][name], 2, 4, even=True)
-    tile = SPARSE[name][0]
-    tiles, steps = -(-rows // tile.rows) * -(-columns // tile.columns), -(-depth // tile.depth)
-    parts = parts_of(tiles, steps, machine.multiprocessors)
-    cores = SparseTensorCoreLinear("bfloat16", *SPARSE[name], split=parts > 1)
     yield "nm_linear", predict(Kernel.of(plain, machine.capability), machine, size)
-    yield "sparse_tensor_core_linear", predict(Kernel.of(cores, machine.capability), machine, size, parts)
+    yield "sparse_tensor_core_linear", on_ampere(machine, size)
     if machine.capability == 90:
-        way = split(rows, columns, depth, machine.multiprocessors)
-        wgmma = SparseWgmmaLinear("bfloat16", WGMMA[way.rows], split=way.rows <= 64)
-        yield "sparse_wgmma_linear", predict(Kernel.of(wgmma, 90), machine, size, parts=way.parts)
+        yield "sparse_wgmma_linear", on_hopper(machine, size)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import re
 from dataclasses import dataclass
 
 from fxsparse.codegen.aot import Resources, compile_for, resources
+from fxsparse.codegen.kernels.nm_linear_grad_values import NMGradValues
 from fxsparse.codegen.kernels.sparse_wgmma_linear import SparseWgmmaLinear
 from fxsparse.codegen.sass import ALU, SHARED, Loop, main_loop
 from fxsparse.codegen.spec import Spec
@@ -65,11 +66,13 @@ MACHINES = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel: its spec, what it uses and its main loop."""
+    """A compiled kernel: its spec, what it uses, its main loop, and whether a ``wgmma`` is left in flight there while
+    the next step begins."""
 
     spec: Spec
     resources: Resources
     loop: Loop
+    overlaps: bool
 
     @classmethod
     def of(cls, spec: Spec, capability: int) -> Kernel:
@@ -79,6 +82,14 @@ class Kernel:
     def warps(self) -> int:
         """Warps of a block that multiply."""
         return 8 if isinstance(self.spec, SparseWgmmaLinear) else self.spec.tile.warps
+
+    @property
+    def operands(self) -> tuple[float, float]:
+        """Bytes of a step's tile of the weight, kept values and their positions, and of the other operand. Those of a
+        gradient of values are both dense."""
+        tile = self.spec.tile
+        an_element = 2.0 if isinstance(self.spec, NMGradValues) else 1.125
+        return tile.columns * tile.depth * an_element, tile.rows * tile.depth * 2.0
 
     @property
     def resident(self) -> int:
@@ -92,7 +103,8 @@ class Kernel:
 @functools.cache
 def _compiled(spec: Spec, capability: int) -> Kernel:
     compiled = compile_for(spec, capability)
-    return Kernel(spec, resources(compiled), main_loop(compiled))
+    overlaps = re.search(r"wgmma\.wait_group\S+\s+[1-9]", compiled.asm["ptx"]) is not None
+    return Kernel(spec, resources(compiled), main_loop(compiled), overlaps)
 
 
 @dataclass(frozen=True)
@@ -117,11 +129,11 @@ def predict(kernel: Kernel, machine: Machine, size: tuple[int, int, int], parts:
     """Predicts a product of ``size`` rows, columns and depth."""
     rows, columns, depth = size
     tile, sms = kernel.spec.tile, machine.multiprocessors
+    weight, others = kernel.operands
     row_tiles = -(-rows // tile.rows)
     blocks = row_tiles * -(-columns // tile.columns) * parts
     held = min(kernel.resident, -(-blocks // sms))
-    weight = tile.columns * tile.depth * 1.125  # bytes of kept values and of their positions
-    bytes_ = weight + tile.rows * tile.depth * 2
+    bytes_ = weight + others
     in_flight = held * (tile.stages - 1) * bytes_
     busy = min(blocks, sms)
     dram = min(machine.bandwidth * REACHED / machine.clock / busy, in_flight / LATENCY)
@@ -137,11 +149,36 @@ def predict(kernel: Kernel, machine: Machine, size: tuple[int, int, int], parts:
     return Prediction(blocks, in_flight, bound, microseconds, dense(machine, size) / microseconds)
 
 
+def one_pass(kernel: Kernel, machine: Machine, rows: int, columns: int, bytes_: float) -> float:
+    """Microseconds of a kernel without a main loop, each program of which computes one tile of ``rows x columns``.
+
+    Args:
+        kernel: the kernel.
+        machine: the device.
+        rows, columns: of what is computed.
+        bytes_: that it moves through DRAM, for each of its elements.
+    """
+    tile = kernel.spec.tile
+    waves = rows * columns / (tile.rows * tile.columns) / machine.multiprocessors
+    units = _issued(kernel)
+    busy = max(waves * max(units.values()), by_bytes(machine, rows * columns * bytes_) * REACHED)
+    return (FIXED + LATENCY + busy / REACHED) / machine.clock * 1e6
+
+
+def by_bytes(machine: Machine, bytes_: float) -> float:
+    """Cycles that DRAM takes to move bytes."""
+    return bytes_ / (REACHED * machine.bandwidth) * machine.clock
+
+
+def pointwise(machine: Machine, bytes_: float) -> float:
+    """Microseconds of a launch that moves bytes and does little else."""
+    return (FIXED + by_bytes(machine, bytes_)) / machine.clock * 1e6
+
+
 def dense(machine: Machine, size: tuple[int, int, int]) -> float:
     """Microseconds of a dense product by the library: its best tile, split along the depth where that helps."""
     rows, columns, depth = size
     moved = 2 * (columns * depth + rows * depth + rows * columns)
-    by_bytes = moved / (REACHED * machine.bandwidth) * machine.clock
     ways = []
     for tall, wide in ((256, 128), (128, 128), (128, 64), (64, 64)):
         tiles = -(-rows // tall) * -(-columns // wide)
@@ -149,7 +186,7 @@ def dense(machine: Machine, size: tuple[int, int, int]) -> float:
             waves = -(-tiles * parts // machine.multiprocessors)
             busy = tall * wide * depth / parts / (machine.rate * machine.library)
             ways.append(waves * (busy + 600 + 4 * tall + ADDING * (parts > 1)))
-    return (FIXED + max(by_bytes + 600, min(ways))) / machine.clock * 1e6
+    return (FIXED + max(by_bytes(machine, moved) + 600, min(ways))) / machine.clock * 1e6
 
 
 def _units(kernel: Kernel, machine: Machine) -> dict[str, float]:
@@ -165,14 +202,15 @@ def _units(kernel: Kernel, machine: Machine) -> dict[str, float]:
         tensor += adds / doubled / speed * (warps / 4 if group else warps)
         reads += read * (warps / 4)
     steps = work / (tile.rows * tile.columns * tile.depth) if work else 1.0
-    stored = tile.columns * tile.depth * 1.125 + tile.rows * tile.depth * 2
-    shared = (reads / 128 + 3.0 * loop.count(SHARED) * warps) / steps + stored / 128
-    return {
-        "issue": len(loop.instructions) * warps / 4 / steps,
-        "integer": 2.0 * loop.count(ALU) * warps / 4 / steps,
-        "tensor": tensor / steps,
-        "shared": shared,
-    }
+    shared = (reads / 128 + 3.0 * loop.count(SHARED) * warps) / steps + sum(kernel.operands) / 128
+    issued = {unit: cycles / steps for unit, cycles in _issued(kernel).items()}
+    return issued | {"tensor": tensor / steps, "shared": shared}
+
+
+def _issued(kernel: Kernel) -> dict[str, float]:
+    """Cycles that the instructions of a block's main loop take to issue, and its integer instructions to run."""
+    loop, warps = kernel.loop, kernel.warps
+    return {"issue": len(loop.instructions) * warps / 4, "integer": 2.0 * loop.count(ALU) * warps / 4}
 
 
 def _product(name: str) -> tuple[float, bool, float]:
@@ -190,5 +228,7 @@ def _alone(kernel: Kernel, units: dict[str, float]) -> float:
     if isinstance(kernel.spec, SparseWgmmaLinear):
         return 200 + max(units["tensor"], units["shared"]) / 2  # one of two groups of warps
     waits = LATENCY if kernel.loop.named(r"LDG(\.|$)") else 60.0
-    serial = units["tensor"] if kernel.loop.named("HGMMA") else 0.0
-    return waits + max(units["issue"], units["integer"]) + serial
+    issued = waits + max(units["issue"], units["integer"])
+    if kernel.overlaps:
+        return max(issued, units["tensor"])
+    return issued + (units["tensor"] if kernel.loop.named("HGMMA") else 0.0)

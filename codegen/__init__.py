@@ -7,10 +7,10 @@ making       spec      frozen description of a kernel, its tile and its argument
              kernels/  one file a kernel: its spec, its template, its default tiles and its launch
 running      source    generated files on disk; ``loaded`` the kernels of this process and their launches
              launching helpers of the launches; ``split`` products whose depth is computed in parts
+             replay    launches again, with everything known but the tensors' addresses
              tiles     default tiles; ``autotune`` measures others and ``store`` keeps every measured result
              aot       compiling for a GPU that need not be there; ``sass`` reads the machine code
 cpu          C++ kernels: instruction sets, specs and sources, building, and calls that compiled graphs hold
 operators    operators puts launches behind the ``fxsparse::`` operators
              fused_ops operators with an epilogue, or on sparse tensor cores
-             kept_transpose  gradients of inputs on sparse tensor cores
 """

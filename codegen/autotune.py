@@ -7,6 +7,7 @@ process or in the file of the device (`store`), and takes the shipped default ot
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any
@@ -27,7 +28,16 @@ def plan(
     """How to run a product of this size on a tensor's device and dtype."""
     dtype = dtype_of(like)
     best = tuned(key(kernel, rows, columns, depth, dtype, n, m)) if like.is_cuda else None
-    return best or Plan(tiles.default(kernel, rows, dtype, aligned=columns % 16 == 0 and depth % 16 == 0))
+    if best is not None:
+        return best
+    aligned = columns % 16 == 0 and depth % 16 == 0
+    return Plan(tiles.default(kernel, rows, dtype, aligned=aligned, hopper=is_hopper(like.device)))
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is a GPU of compute capability 9.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def key(
@@ -45,12 +55,14 @@ def tuned(name: str) -> Plan | None:
     return None if row is None else _plan(frozenset(row.items()))
 
 
-def candidates(kernel: str, rows: int, dtype: str = "bfloat16", *, tall: bool = False) -> list[Plan]:
+def candidates(
+    kernel: str, rows: int, dtype: str = "bfloat16", *, tall: bool = False, hopper: bool = False
+) -> list[Plan]:
     """Plans worth measuring for an input of ``rows`` rows.
 
     The shipped tiles of the kernel; for few rows also twice as many columns; for the gradient of a weight also half as
     many rows, which occupies more of a device where the weight is small; for a ``tall`` weight, of more rows than
-    columns, also square blocks.
+    columns, also square blocks; on a ``hopper``, its own tile.
     """
     tried = [tiles.default(kernel, number, dtype) for number in (1, 64, 1 << 30)]
     if kernel.endswith(("grad_values", "grad_weight")):
@@ -58,6 +70,8 @@ def candidates(kernel: str, rows: int, dtype: str = "bfloat16", *, tall: bool = 
     if rows <= 64 and kernel.startswith("nm_linear") and "grad" not in kernel:
         small = tried[0]
         tried.append(replace(small, columns=2 * small.columns, depth=small.depth // 2))
+    if hopper and dtype != "float32" and kernel in tiles.HOPPER:
+        tried.append(tiles.HOPPER[kernel])
     blocks = [False, True] if tall else [False]
     return [Plan(tile, square) for tile in dict.fromkeys(tried) for square in blocks]
 
@@ -94,8 +108,19 @@ def measure(name: str, run: Callable[[Plan], object], plans: Iterable[Plan]) -> 
     return times
 
 
+_changes = itertools.count(1)
+_latest = 0
+
+
+def changes() -> int:
+    """How often a plan was remembered in this process."""
+    return _latest
+
+
 def remember(name: str, best: Plan) -> None:
     """Keeps a plan for this process and later ones."""
+    global _latest
+    _latest = next(_changes)
     _TABLE.update(name, "cuda", {**asdict(best.tile), "square": best.square})
 
 

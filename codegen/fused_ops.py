@@ -3,12 +3,16 @@
     nm_linear_epilogue(x, values, indices, bias?, n, m, steps, operands)
     sparse_tensor_core_linear(x, values, metadata, bias?, steps, operands)
     sparse_wgmma_linear(x, values, metadata, bias?, steps, operands)
+    sparse_tensor_core_linear_low_rank(x, values, metadata, down, up, bias?, scale?, steps, operands)
+    sparse_wgmma_linear_low_rank(x, values, metadata, down, up, bias?, scale?, steps, operands)
+    sparse_transpose(values, indices, column_mask, instruction) -> (values, metadata)
     cusparselt_linear(x, packed, bias?, out_features, alg_id=0, split_k=1, split_k_mode=-1)
 
-``steps`` are names of :class:`~fxsparse.codegen.epilogue.Epilogue` separated by blanks; the last operator is NVIDIA's
-library through torch. On a CPU they run plain torch (but for the library's, whose packed form only it can read). They
-have no gradients: they stand in graphs that are not differentiated, or below the gradients. Nor have they rules for
-autocast or a reference to inline, which is why they are not made with ``fxsparse.ops.define``.
+``steps`` are names of :class:`~fxsparse.codegen.epilogue.Epilogue` separated by blanks. The transpose is that of
+W^{R,C}, for the gradient of an input; the last operator is NVIDIA's library through torch. On a CPU they run plain
+torch (but for the library's, whose packed form only it can read). They have no gradients: they stand in graphs that are
+not differentiated, or below the gradients. Nor have they rules for autocast or a reference to inline, which is why they
+are not made with ``fxsparse.ops.define``.
 """
 
 from __future__ import annotations
@@ -26,7 +30,16 @@ from fxsparse.codegen.epilogue import GATED
 from fxsparse.codegen.kernels import nm_linear as nm_kernels
 from fxsparse.codegen.kernels import sparse_tensor_core_linear as sparse_kernels
 from fxsparse.codegen.kernels import sparse_wgmma_linear as wgmma_kernels
-from fxsparse.codegen.metadata import unpack_metadata, unpack_wgmma_metadata
+from fxsparse.codegen.kernels.nm_transpose import nm_transpose
+from fxsparse.codegen.metadata import (
+    MMA_SP,
+    PACK,
+    WGMMA_SP,
+    compressed_transpose,
+    metadata_shape,
+    unpack_metadata,
+    unpack_wgmma_metadata,
+)
 from fxsparse.codegen.operators import HAS_TRITON
 from fxsparse.errors import OptionError
 from fxsparse.ops.define import declare_kernel
@@ -123,6 +136,77 @@ def sparse_wgmma_linear(
     return apply_steps(F.linear(x, weight, bias), steps, operands).contiguous()
 
 
+@_operator(lambda values, **_: values.shape[0])
+def sparse_tensor_core_linear_low_rank(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    steps: str,
+    operands: list[Tensor],
+) -> Tensor:
+    """steps(x W^T + scale (x down^T) up^T + bias), W 2:4; the branch is a dense product that the epilogue adds."""
+    branch = _hidden(x, down, scale) @ up.t()
+    return sparse_tensor_core_linear(x, values, metadata, bias, f"add {steps}", [branch, *operands])
+
+
+@_operator(lambda values, **_: values.shape[0])
+def sparse_wgmma_linear_low_rank(
+    x: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    down: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    steps: str,
+    operands: list[Tensor],
+) -> Tensor:
+    """steps(x W^T + scale (x down^T) up^T + bias), W 2:4; the kernel multiplies by ``up`` in steps of its own loop."""
+    hidden = _hidden(x, down, scale)
+    if not x.is_cuda:
+        return sparse_wgmma_linear(x, values, metadata, bias, f"add {steps}", [hidden @ up.t(), *operands])
+    return wgmma_kernels.sparse_wgmma_linear(
+        x, values, metadata, bias, steps=steps.split(), operands=operands, hidden=hidden, up=up
+    )
+
+
+def _hidden(x: Tensor, down: Tensor, scale: float | None) -> Tensor:
+    """scale x down^T ``[..., r]``, by one dense product. Not inside the sparse one: each of its tiles of columns would
+    read ``down`` anew, which in decoding is more than it reads of W."""
+    inputs = x.reshape(-1, x.shape[-1])
+    alpha = 1 / down.shape[0] if scale is None else scale
+    hidden = torch.addmm(x.new_zeros(()), inputs, down.t(), beta=0, alpha=alpha)
+    return hidden.view(*x.shape[:-1], down.shape[0])
+
+
+INSTRUCTIONS = {
+    f"{name}{branch}": instruction
+    for name, instruction in (("sparse_tensor_core_linear", MMA_SP), ("sparse_wgmma_linear", WGMMA_SP))
+    for branch in ("", "_low_rank")
+}
+"""What the operators on sparse tensor cores run, by their names."""
+
+
+@torch.library.custom_op("fxsparse::sparse_transpose", mutates_args=())
+def sparse_transpose(values: Tensor, indices: Tensor, column_mask: Tensor, instruction: str) -> tuple[Tensor, Tensor]:
+    """The transpose of W^{R,C}; arguments and results as of the kernel's ``nm_transpose``."""
+    if values.is_cuda:
+        return nm_transpose(values, indices, column_mask, instruction)
+    turned, packed = compressed_transpose(values, indices, column_mask)
+    return turned, PACK[instruction](packed)
+
+
+@sparse_transpose.register_fake
+def _(values: Tensor, indices: Tensor, column_mask: Tensor, instruction: str) -> tuple[Tensor, Tensor]:
+    rows, columns = values.shape[0], values.shape[1] * 2
+    shape = metadata_shape(instruction, columns, rows)
+    return values.new_empty(columns, rows // 2), values.new_empty(shape, dtype=torch.int32)
+
+
 @_operator(lambda out_features, **_: out_features)
 def cusparselt_linear(
     x: Tensor,
@@ -151,6 +235,5 @@ def cusparselt_linear(
 
 
 if HAS_TRITON:
-    declare_kernel("nm_linear_epilogue", "cuda")
-    declare_kernel("sparse_tensor_core_linear", "cuda")
-    declare_kernel("sparse_wgmma_linear", "cuda")
+    for _name in ("nm_linear_epilogue", *INSTRUCTIONS):
+        declare_kernel(_name, "cuda")

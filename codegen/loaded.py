@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,46 @@ class Kernel:
 
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
         """Runs it on the current device and stream, without waiting for it."""
-        self.launches += 1
-        for counts, _ in _recordings:
-            counts[self.file] = counts.get(self.file, 0) + 1
+        self.count()
         options: dict[str, int] = {"num_warps": self.spec.tile.warps}
         if not self.spec.gluon:
             options["num_stages"] = self.spec.tile.stages
         if self.spec.relies_on_ptx and not self.checked:
             self.spec.check(self.function.warmup(*args, grid=grid, **options).asm["ptx"])
             self.checked = True
-        self.function[grid](*args, **options)
+        compiled = self.function[grid](*args, **options)
+        for seen in _seen.get():
+            seen.append(Launched(self, grid, args, compiled))
+
+    def count(self) -> None:
+        """Notes a launch."""
+        self.launches += 1
+        for counts, _ in _recordings:
+            counts[self.file] = counts.get(self.file, 0) + 1
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A launch, and what Triton compiled for its arguments."""
+
+    kernel: Kernel
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    compiled: Any
+
+
+_seen: ContextVar[tuple[list[Launched], ...]] = ContextVar("_seen", default=())
+
+
+@contextmanager
+def launched() -> Iterator[list[Launched]]:
+    """Launches inside the block, of this thread."""
+    seen: list[Launched] = []
+    token = _seen.set((*_seen.get(), seen))
+    try:
+        yield seen
+    finally:
+        _seen.reset(token)
 
 
 _kernels: dict[Path, Kernel] = {}

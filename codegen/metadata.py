@@ -1,4 +1,4 @@
-"""The metadata words of sparse tensor cores, and a compressed transpose of W^{R,C}, in plain torch.
+"""The metadata words of sparse tensor cores, and the compressed transpose of W^{R,C}, in plain torch.
 
 A 2:4 weight ``[N, K]`` has one nibble for four weights, ``first | second << 2``: `ops.nm` packs two to a
 byte. Four nibbles of a row are half a word. The word of lane 4g + 2s + h, for 32 rows and 32 columns, holds
@@ -16,12 +16,15 @@ same lanes then tell two instructions along the columns apart: for 64 rows and 6
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fxsparse.ops.nm import Pattern, nm_mask, pack, unpack
+from fxsparse.ops.nm import Pattern, kept_columns, nm_mask, pack, unpack
+
+MMA_SP, WGMMA_SP = "mma.sp", "wgmma.sp"
+"""The instructions that metadata is packed for."""
 
 _PATTERN = Pattern(2, 4)
 _FIRST_TWO = 0x44  # two groups that keep positions 0 and 1, which is what padding may say
@@ -39,11 +42,17 @@ def pack_metadata(indices: Tensor) -> Tensor:
     """
     rows, row_bytes = indices.shape
     padded = torch.nn.functional.pad(indices, (0, -row_bytes % 16, 0, -rows % 32), value=_FIRST_TWO)
-    halves = padded.view(torch.int16).to(torch.int32) & 0xFFFF
+    halves = _halves(padded)
     # [rows / 32, which 16, low or high, g, columns / 32, h]
     parts = halves.view(padded.shape[0] // 32, 2, 2, 8, padded.shape[1] // 4, 2)
     words = parts[:, :, 0] | (parts[:, :, 1] << 16)
     return words.permute(0, 3, 2, 1, 4).reshape(words.shape[0], -1, 32).contiguous()
+
+
+def _halves(packed: Tensor) -> Tensor:
+    """Pairs of bytes as numbers; without a view of another dtype, so that a compiler can fuse it with what follows."""
+    low, high = packed.unflatten(1, (-1, 2)).to(torch.int32).unbind(-1)
+    return low | (high << 8)
 
 
 def unpack_metadata(metadata: Tensor, rows: int, columns: int) -> Tensor:
@@ -65,7 +74,7 @@ def pack_wgmma_metadata(indices: Tensor) -> Tensor:
     """
     rows, row_bytes = indices.shape
     padded = torch.nn.functional.pad(indices, (0, -row_bytes % 8, 0, -rows % 128), value=_FIRST_TWO)
-    halves = padded.view(torch.int16).to(torch.int32) & 0xFFFF
+    halves = _halves(padded)
     # [rows / 64, warp, low or high, g, columns / 64, s, h]
     parts = halves.view(padded.shape[0] // 64, 4, 2, 8, padded.shape[1] // 8, 2, 2)
     words = parts[:, :, 0] | (parts[:, :, 1] << 16)
@@ -81,46 +90,35 @@ def unpack_wgmma_metadata(metadata: Tensor, rows: int, columns: int) -> Tensor:
     return packed[:rows, : columns // 8].contiguous()
 
 
-@dataclass(frozen=True)
-class SparseTranspose:
-    """(W^{R,C})^T ``[K, N]``, which is 2:4 along N, for the gradient of the input on sparse tensor cores.
+def metadata_shape(instruction: str, rows: int, columns: int) -> tuple[int, int, int]:
+    """The shape of the metadata of a weight ``[rows, columns]``."""
+    if instruction == MMA_SP:
+        return -(-rows // 32), -(-columns // 128) * 4, 32
+    return -(-columns // 64), -(-rows // 128) * 2, 128
 
-    It costs the memory of W^R once more. Its pattern holds as long as indices and column mask do; its values follow W's
-    by :meth:`refresh`.
 
-    Attributes:
-        values: ``[K, N / 2]``.
-        metadata: int32, of :func:`pack_metadata`.
-        origin: ``[K, N / 2]``, int32 where that reaches, else int64: where each value lies in the flattened values of
-            W; those that lie nowhere, where fewer than two of four are kept, point at the end.
+def compressed_transpose(values: Tensor, indices: Tensor, column_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(W^{R,C})^T ``[K, N]``, which is 2:4 along N, of a 2:4 weight whose columns were pruned 2:4 too.
+
+    Args:
+        values, indices, column_mask: of W ``[N, K]`` in the form of `fxsparse.ops.nm`; N is a multiple of 4.
+
+    Returns:
+        values ``[K, N / 2]`` and packed indices; where a column keeps fewer than two of four, its first are kept zeros.
     """
+    survivors = torch.where(kept_columns(column_mask, values.shape[1]), values, 0)
+    turned = unpack(survivors, indices, _PATTERN, values.shape[1] * 2).t().contiguous()
+    return pack(turned, nm_mask(turned != 0, _PATTERN), _PATTERN)
 
-    values: Tensor
-    metadata: Tensor
-    origin: Tensor
 
-    @classmethod
-    def of(cls, values: Tensor, indices: Tensor, column_mask: Tensor) -> SparseTranspose:
-        """Makes it from a 2:4 weight whose columns were pruned 2:4 too.
+def columns_are_two_four(indices: Tensor, column_mask: Tensor, columns: int) -> bool:
+    """Whether at most two of every four rows of W^{R,C} ``[N, columns]`` survive in a column, so that its transpose is
+    2:4; ``indices`` and ``column_mask`` are those of a 2:4 weight."""
+    if indices.shape[0] % 4:
+        return False
+    survives = unpack(kept_columns(column_mask, columns // 2).to(torch.uint8), indices, _PATTERN, columns)
+    return bool((survives.unflatten(0, (-1, 4)).sum(1, dtype=torch.uint8) <= 2).all())
 
-        Args:
-            values, indices, column_mask: of W ``[N, K]`` in the form of `fxsparse.ops.nm`; N, K multiples of 16.
-        """
-        kept, columns = values.shape[1], values.shape[1] * 2
-        number = torch.arange(1, values.numel() + 1, device=values.device).view_as(values)
-        bit = torch.arange(kept, device=values.device)
-        survives = (column_mask[:, bit // 8] >> (bit % 8)) & 1
-        # 1 + where each weight's value lies, 0 for those not in W^{R,C}
-        where = unpack(number * survives, indices, _PATTERN, columns).t().contiguous()
-        mask = nm_mask(where != 0, _PATTERN)
-        origin, packed = pack(where, mask, _PATTERN)
-        number_type = torch.int32 if values.numel() < 2**31 else torch.int64
-        origin = torch.where(origin == 0, values.numel(), origin - 1).to(number_type)
-        transpose = cls(values.new_empty(origin.shape), pack_metadata(packed), origin)
-        transpose.refresh(values)
-        return transpose
 
-    def refresh(self, values: Tensor) -> None:
-        """Takes over changed values of W, in place."""
-        flat = torch.nn.functional.pad(values.detach().reshape(-1), (0, 1))
-        torch.index_select(flat, 0, self.origin.view(-1), out=self.values.view(-1))
+PACK: dict[str, Callable[[Tensor], Tensor]] = {MMA_SP: pack_metadata, WGMMA_SP: pack_wgmma_metadata}
+"""Packs indices for an instruction."""

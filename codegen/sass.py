@@ -1,7 +1,7 @@
 """The machine code of a compiled kernel: its main loop, and what its instructions are.
 
-The main loop is the one where matrix products are most of the instructions, or where there are none the longest. A loop
-is what lies between a branch and the earlier label that it goes to.
+The main loop is the one where matrix products are most of the instructions, or where there are none the longest; of a
+kernel without loops it is all of it. A loop is what lies between a branch and the earlier label that it goes to.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ def class_of(name: str) -> str:
 
 
 def main_loop(compiled: Any) -> Loop:
-    """The main loop of a kernel of `aot.compile_for`; empty where it has none."""
+    """The main loop of a kernel of `aot.compile_for`."""
     names, loops = _parse(disassemble(compiled))
-    bodies = [Loop(tuple(names[first : last + 1])) for first, last in loops]
-    return max(bodies, key=_importance, default=Loop(()))
+    # A branch to itself is what the assembler ends kernels with.
+    bodies = [Loop(tuple(names[first : last + 1])) for first, last in loops if first < last]
+    return max(bodies, key=_importance, default=Loop(tuple(names)))
 
 
 def _importance(loop: Loop) -> tuple[float, int]:

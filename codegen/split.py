@@ -7,6 +7,10 @@ of the parts, so that results do not depend on which one it is, and sets the cou
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +34,24 @@ def workspace(results: int, parts: int, elements: int, device: torch.device) -> 
         device: of the launch.
     """
     sums = torch.empty(results * parts * elements, dtype=torch.float32, device=device)
-    return sums, _zeros(results, device)
+    both = sums, _zeros(results, device)
+    for seen in _seen.get():
+        seen.append((both, (results, parts, elements, device)))
+    return both
+
+
+_seen: ContextVar[tuple[list[Any], ...]] = ContextVar("_seen", default=())
+
+
+@contextmanager
+def workspaces() -> Iterator[list[tuple[tuple[Tensor, Tensor], tuple[Any, ...]]]]:
+    """Memory that is asked for inside the block by this thread, with the arguments it was asked for with."""
+    seen: list[Any] = []
+    token = _seen.set((*_seen.get(), seen))
+    try:
+        yield seen
+    finally:
+        _seen.reset(token)
 
 
 def _zeros(count: int, device: torch.device) -> Tensor:

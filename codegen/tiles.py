@@ -33,6 +33,9 @@ SHAPES = ((16, DECODE), (64, SMALL))
 SHIPPED: dict[str, dict[str, Tile]] = {}
 """Default tiles of every kernel by regime; each file of `fxsparse.codegen.kernels` adds its own."""
 
+HOPPER: dict[str, Tile] = {}
+"""Tiles that stand for LARGE on an H100 and its like, by kernel: products there take wider ones."""
+
 # Elements of 32 bits take twice the shared memory and registers, and their exact product runs on ordinary cores.
 FLOAT32 = {
     DECODE: Tile(16, 32, 32, warps=4, stages=2),
@@ -49,11 +52,11 @@ def regime(rows: int) -> str:
     return next((name for most, name in SHAPES if rows <= most), LARGE)
 
 
-def default(kernel: str, rows: int, dtype: str = "bfloat16", *, aligned: bool = True) -> Tile:
+def default(kernel: str, rows: int, dtype: str = "bfloat16", *, aligned: bool = True, hopper: bool = False) -> Tile:
     """The shipped tile of a kernel for an input of ``rows`` rows.
 
     Sizes that are not multiples of 16 are not ``aligned``: elements are then copied one by one, which takes registers
-    that the largest tiles do not have.
+    that the largest tiles do not have. ``hopper`` is a device of compute capability 9.0.
     """
     tiles = SHIPPED[kernel]
     name = regime(rows) if len(tiles) > 1 else LARGE
@@ -61,4 +64,4 @@ def default(kernel: str, rows: int, dtype: str = "bfloat16", *, aligned: bool = 
         name = SMALL
     if dtype == "float32" and tiles[LARGE].depth > 1:
         return (FLOAT32 if kernel.startswith("nm_linear") else FLOAT32_DENSE)[name]
-    return tiles[name]
+    return HOPPER.get(kernel, tiles[name]) if hopper and aligned and name == LARGE else tiles[name]

@@ -7,6 +7,7 @@ read from shared memory, where TMA has put them. Triton has no operation for it;
     x      rows x 32 columns. A row of a step is 128 bytes, swizzled by 128
     E      one word a thread, read by the first instruction of a step in its selector 0 and by the second in its
            selector 1 (``metadata.py`` packs it)
+    up     of a low-rank branch, 64 rows x 16 columns, whole; 32 columns fill the place of W's kept values of a step
     sums   float32, register 4j + 2h + p of lane 4g + t of warp v: row 16v + g + 8h of W, row 8j + 2t + p of x
 
 Descriptors of shared memory, layouts and the order of the words follow the PTX ISA, sections on ``wgmma``. Gluon has no
@@ -59,8 +60,36 @@ class Ring:
         count, kind = self.tokens // 2, "bf16" if dtype == "bfloat16" else "f16"
         sums = ", ".join(f"${i}" for i in range(count))
         opcode = f"wgmma.mma_async.sp.sync.aligned.m64n{self.tokens}k32.f32.{kind}.{kind}"
+        products = [
+            f"{opcode} {{{sums}}}, dw, dx, ${count}, 0, p, 1, 1, 0, 0;",
+            "add.s64 dw, dw, 2; add.s64 dx, dx, 4;",
+            f"{opcode} {{{sums}}}, dw, dx, ${count}, 1, p, 1, 1, 0, 0;",
+        ]
+        return self._assembly(f"${2 * count}", products)
+
+    def constraints(self) -> str:
+        return self._constraints(2)
+
+    def dense_instructions(self, dtype: str) -> str:
+        """A step of 32 columns of a dense operand in the place of W, as source of a string.
+
+        Operands: those of a step, without the metadata.
+        """
+        count, kind = self.tokens // 2, "bf16" if dtype == "bfloat16" else "f16"
+        opcode = f"wgmma.mma_async.sync.aligned.m64n{self.tokens}k16.f32.{kind}.{kind}"
+        product = f"{opcode} {{{', '.join(f'${i}' for i in range(count))}}}, dw, dx, p, 1, 1, 0, 0;"
+        return self._assembly(f"${count}", [product, "add.s64 dw, dw, 2; add.s64 dx, dx, 2;", product])
+
+    def dense_constraints(self) -> str:
+        return self._constraints(1)
+
+    def _constraints(self, inputs: int) -> str:
+        count = self.tokens // 2
+        return ",".join(["=f"] * count + ["r"] * (inputs * count) + [str(i) for i in range(count)])
+
+    def _assembly(self, half: str, products: list[str]) -> str:
+        """Products of a step, between what finds their operands and what waits for them."""
         w_place, x_place = self.offsets()
-        half = f"${2 * count}"
         lines = [
             "{",
             ".reg .b32 base, stage, w, x; .reg .b64 dw, dx; .reg .pred p;",
@@ -73,19 +102,13 @@ class Ring:
             f"or.b64 dw, dw, {_descriptor(_SWIZZLE_64, row_bytes=64):#x};",
             f"or.b64 dx, dx, {_descriptor(_SWIZZLE_128, row_bytes=128):#x};",
             "wgmma.fence.sync.aligned;",
-            f"{opcode} {{{sums}}}, dw, dx, ${count}, 0, p, 1, 1, 0, 0;",
-            "add.s64 dw, dw, 2; add.s64 dx, dx, 4;",
-            f"{opcode} {{{sums}}}, dw, dx, ${count}, 1, p, 1, 1, 0, 0;",
+            *products,
             "wgmma.commit_group.sync.aligned;",
             # Across pieces of assembly the compiler serialises what is in flight; the other group of warps hides it.
             "wgmma.wait_group.sync.aligned 0;",
             "}",
         ]
         return "\n".join(f'    "{line}\\n"' for line in lines)
-
-    def constraints(self) -> str:
-        count = self.tokens // 2
-        return ",".join(["=f"] * count + ["r"] * (2 * count) + [str(i) for i in range(count)])
 
 
 def _descriptor(swizzle: int, row_bytes: int) -> int:

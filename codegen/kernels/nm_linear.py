@@ -21,7 +21,7 @@ from fxsparse.codegen.launching import device_of, dtype_of, if_present, launch_t
 from fxsparse.codegen.operators import kernel_of
 from fxsparse.codegen.spec import Argument, NMSpec, Tile
 from fxsparse.codegen.template import fill, module, multiply, optional, order, weight_tile
-from fxsparse.codegen.tiles import DECODE, LARGE, SHIPPED, SMALL, Plan
+from fxsparse.codegen.tiles import DECODE, LARGE, SHIPPED, SMALL, Plan, regime
 from fxsparse.errors import OptionError
 from fxsparse.ops import low_rank
 from fxsparse.ops import nm_linear as ops
@@ -38,7 +38,8 @@ SHIPPED["nm_linear_low_rank"] = {
 }
 
 LARGEST_RANK_INSIDE = 64
-"""A low-rank branch up to this rank is computed whole inside the sparse product's launch."""
+"""A low-rank branch up to this rank is computed whole inside the sparse product's launch, where rows are many. In
+decoding each of many tiles of columns would read ``down`` anew, together more than they read of W."""
 
 
 @dataclass(frozen=True)
@@ -214,11 +215,12 @@ for r in range(0, R, R_TILE):
 
 
 class _Branch(NamedTuple):
-    """A low-rank branch: ``down [r, in]``, ``up [out, r]``, and the factor of their product."""
+    """A low-rank branch: ``down [r, in]``, ``up [out, r]``, the factor of their product, and rows of its input."""
 
     down: Tensor
     up: Tensor
     scale: float
+    rows: int
 
     @property
     def padded_rank(self) -> int:
@@ -227,7 +229,7 @@ class _Branch(NamedTuple):
 
     @property
     def is_inside(self) -> bool:
-        return self.padded_rank <= LARGEST_RANK_INSIDE
+        return self.padded_rank <= LARGEST_RANK_INSIDE and regime(self.rows) != DECODE
 
     def beside(self, spec: NMLinear) -> NMLinear:
         """The spec of the product with this branch."""
@@ -287,14 +289,15 @@ def nm_linear_low_rank(
 ) -> Tensor:
     """y = x W^T + scale (x down^T) up^T + bias, then an epilogue (SLoPe, eq. 11, with ``down`` not pruned).
 
-    One launch up to rank `LARGEST_RANK_INSIDE`, beyond it a dense product for x down^T and one launch.
+    One launch up to rank `LARGEST_RANK_INSIDE`, beyond it and in decoding a dense product for x down^T and one launch.
 
     Args:
         down, up: ``[r, in]`` and ``[out, r]``.
         scale: 1/r unless given.
         others: as for :func:`nm_linear`.
     """
-    branch = _Branch(down, up, 1 / down.shape[0] if scale is None else float(scale))
+    factor = 1 / down.shape[0] if scale is None else float(scale)
+    branch = _Branch(down, up, factor, x.numel() // max(1, x.shape[-1]))
     return _launch(x, values, indices, bias, n, m, steps, operands, branch, plan)
 
 

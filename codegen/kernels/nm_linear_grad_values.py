@@ -16,10 +16,11 @@ from fxsparse.codegen.launching import device_of, dtype_of, launch_tiles, precis
 from fxsparse.codegen.operators import kernel_of
 from fxsparse.codegen.spec import Argument, NMSpec, Tile
 from fxsparse.codegen.template import fill, join, load_words, module, multiply, optional, order, planes, position
-from fxsparse.codegen.tiles import LARGE, SHIPPED, Plan
+from fxsparse.codegen.tiles import HOPPER, LARGE, SHIPPED, Plan
 from fxsparse.ops import nm_linear as ops
 
-SHIPPED["nm_linear_grad_values"] = {LARGE: Tile(128, 64, 64, warps=8, stages=3)}
+SHIPPED["nm_linear_grad_values"] = {LARGE: Tile(128, 128, 64, warps=8, stages=3)}
+HOPPER["nm_linear_grad_values"] = Tile(128, 256, 64, warps=8, stages=3)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class NMGradValues(NMSpec):
             functions=[order("N_TILE", "K_TILE", tile.group), multiply(self, self.precision)],
             body=fill(
                 _BODY,
-                dy_mask=optional(masked, ", mask=(depth < M)[:, None] & (rows < N)[None, :], other=0.0"),
+                dy_mask=optional(masked, ", mask=(rows < N)[:, None] & (depth < M)[None, :], other=0.0"),
                 x_mask=optional(masked, ", mask=(depth < M)[:, None] & (columns < K)[None, :], other=0.0"),
                 n=str(n),
                 m=str(m),
@@ -93,10 +94,11 @@ columns = column_tile * K_TILE + tl.arange(0, K_TILE)
 product = tl.zeros((N_TILE, K_TILE), tl.float32)
 for m in range(0, M, M_TILE):
     depth = m + tl.arange(0, M_TILE)
-    tokens = depth.to(tl.int64)[:, None]
-    dy_tile = tl.load(dy + tokens * dy_stride + rows[None, :]$dy_mask)
-    x_tile = tl.load(x + tokens * x_stride + columns[None, :]$x_mask)
-    product = multiply(tl.trans(dy_tile), x_tile, product)
+    tokens = depth.to(tl.int64)
+    # Loaded as it is multiplied: a tile that is transposed afterwards does not go to shared memory without registers.
+    dy_tile = tl.load(dy + tokens[None, :] * dy_stride + rows[:, None]$dy_mask)
+    x_tile = tl.load(x + tokens[:, None] * x_stride + columns[None, :]$x_mask)
+    product = multiply(dy_tile, x_tile, product)
 $planes
 group = column_tile * GROUPS
 groups = K // $m

@@ -7,7 +7,7 @@ the metadata too, run some steps ahead of the products. Where there are fewer ti
 each is computed in parts (`split`).
 
 The gradient of the input, dy W^{R,C}, is the same product with the transpose of W^{R,C}, which is 2:4 along ``out``;
-``metadata.SparseTranspose`` keeps it.
+`nm_transpose` makes it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch import Tensor
 from fxsparse.codegen.epilogue import Epilogue
 from fxsparse.codegen.launching import device_of, dtype_of, if_present, rows_of
 from fxsparse.codegen.loaded import kernel
-from fxsparse.codegen.metadata import SparseTranspose
 from fxsparse.codegen.mma_sp import Layouts, instructions
 from fxsparse.codegen.spec import Argument, Spec, Tile
 from fxsparse.codegen.split import multiprocessors, workspace
@@ -362,19 +361,6 @@ def parts_of(tiles: int, steps: int, multiprocessors: int) -> int:
         return waves * (-(-steps // parts) + 6 + (4 if parts > 1 else 0))
 
     return min(range(1, max(1, min(16, steps // 4)) + 1), key=time)
-
-
-def sparse_tensor_core_grad_input(dy: Tensor, transpose: SparseTranspose) -> Tensor:
-    """dx = dy W^{R,C} from the kept transpose of W^{R,C}.
-
-    Args:
-        dy: ``[..., out]``, ``out`` a multiple of 16.
-        transpose: of W, its values up to date.
-
-    Returns:
-        ``[..., in]``, contiguous.
-    """
-    return sparse_tensor_core_linear(dy, transpose.values, transpose.metadata, None)
 
 
 def _default(rows: int, steps: bool) -> tuple[Tile, int, int]:

@@ -14,6 +14,9 @@ Programs are persistent: there is one for each multiprocessor, and it computes t
 ahead. Where there are fewer tiles than multiprocessors, each tile's depth is split into parts: a part's sums go to
 memory, and the part that arrives last adds all of them, in the order of the parts, so that results do not depend on
 which one it is.
+
+A low-rank branch beside the product, (x down^T) up^T, takes some more steps of the same ring. x down^T is given; its
+columns and those of ``up``, 32 at a time, lie where x and W's values do.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fxsparse.codegen.epilogue import Epilogue
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import unsupported_sparse
@@ -60,6 +64,7 @@ class SparseWgmmaLinear(Spec):
     Attributes:
         split: the depth is computed in parts.
         epilogue: what follows the product.
+        low_rank: a branch is added to the product, from ``hidden [M, R]``, which is x down^T, and ``up [N, R]``.
     """
 
     gluon: ClassVar[bool] = True
@@ -67,6 +72,7 @@ class SparseWgmmaLinear(Spec):
 
     split: bool = False
     epilogue: Epilogue = field(default_factory=Epilogue)
+    low_rank: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +98,7 @@ class SparseWgmmaLinear(Spec):
             Argument("values", f"tensordesc<{self.short_dtype}[{FEATURES}, {STEP // 2}]>"),
             Argument("x", f"tensordesc<{self.short_dtype}[{self.tile.rows}, {STEP}]>"),
             Argument("metadata", f"tensordesc<i32[{E_STEP // 4}]>"),
+            *self._branch_arguments,
             Argument("y", self.pointer),
             *self._split_arguments,
             *self.epilogue.arguments(self.pointer),
@@ -103,9 +110,19 @@ class SparseWgmmaLinear(Spec):
         some = Argument("sums", "*fp32"), Argument("arrived", "*i32"), Argument("parts", "i32")
         return some if self.split else ()
 
+    @property
+    def _branch_arguments(self) -> tuple[Argument, ...]:
+        some = (
+            Argument("up", f"tensordesc<{self.short_dtype}[{FEATURES}, {STEP // 2}]>"),
+            Argument("hidden", f"tensordesc<{self.short_dtype}[{self.tile.rows}, {STEP}]>"),
+            Argument("R", "i32"),
+        )
+        return some if self.low_rank else ()
+
     def types(self) -> dict[str, str]:
         """As the compiler takes them: a descriptor with the layout that it copies to."""
-        layouts = dict(zip(("values", "x", "metadata"), shared_layouts(), strict=True))
+        w, x, metadata = shared_layouts()
+        layouts = {"values": w, "x": x, "metadata": metadata} | ({"up": w, "hidden": x} if self.low_rank else {})
         types = super().types()
         return types | {name: f"{types[name][:-1]},{layout!r}>" for name, layout in layouts.items()}
 
@@ -128,14 +145,17 @@ class SparseWgmmaLinear(Spec):
             "SUMS": tile.rows // 2,
             "CHUNK": min(tile.rows, _CHUNK),
             "STEP_BYTES": ring.step,
+            **({"BRANCH_BYTES": W_STEP + ring.x_step} if self.low_rank else {}),
         }
         result = ["y", *(one.name for one in self.epilogue.arguments(self.pointer)), "M", "N", "y_stride"]
         split = [one.name for one in self._split_arguments]
+        branch = [one.name for one in self._branch_arguments]
         rings = ["w_ring", "x_ring", "e_ring", "full", "empty"]
         return (
             fill(
                 _SOURCE,
-                title=self.epilogue.formula("x W^T"),
+                title=self.epilogue.formula("x W^T + hidden up^T" if self.low_rank else "x W^T"),
+                text=optional(self.low_rank, "hidden [M, R] is x down^T of a low-rank branch, and up [N, R]."),
                 dtype=self.dtype,
                 spec=self.describe(),
                 sizes="\n".join(f"{name} = gl.constexpr({size})" for name, size in sizes.items()),
@@ -143,13 +163,16 @@ class SparseWgmmaLinear(Spec):
                 element=self.dtype,
                 instructions=ring.instructions(self.dtype),
                 constraints=ring.constraints(),
+                dense=optional(self.low_rank, _dense(ring, self.dtype)),
+                consume_branch=optional(self.low_rank, fill(_CONSUME_BRANCH, when=_WHEN[self.split])),
+                produce_branch=optional(self.low_rank, fill(_PRODUCE_BRANCH, when=_WHEN[self.split])),
                 group=str(tile.group),
                 name=self.name,
                 parameters=parameters(self.arguments),
                 result=", ".join(result),
                 chunks=_chunks(tile.rows, ", ".join(result)),
-                consumed=", ".join([*rings[2:], *result, "K", *split]),
-                produced=", ".join(["values", "x", "metadata", *rings, "M", "N", "K", *split[2:]]),
+                consumed=", ".join([*rings[2:], *result, "K", *split, *branch[2:]]),
+                produced=", ".join(["values", "x", "metadata", *rings, "M", "N", "K", *split[2:], *branch]),
                 units="row_tiles * column_tiles * parts" if self.split else "row_tiles * column_tiles",
                 unit=_PART if self.split else _WHOLE,
                 add_parts=optional(self.split, _ADD_PARTS),
@@ -184,6 +207,7 @@ _SOURCE = '''
 
 x [M, K], values [N, K / 2], metadata [K / 64, N / 64, 128] words, sizes rounded up, read by TMA; y [M, N]. K is a
 multiple of 16. One warp lets copies run ahead, two times four warps multiply.
+$text
 
 Made by fxsparse.codegen from
 $spec
@@ -213,6 +237,7 @@ $instructions
 CONSTRAINTS = gl.constexpr(
     "$constraints"
 )
+$dense
 
 
 @gluon.jit
@@ -279,6 +304,7 @@ def consume(w: gl.constexpr, $consumed):
             )
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = following(stage, phase)
+        $consume_branch
         first_row = row_tile * M_TILE
         first_column = column_tile * N_TILE + w * 64
         $finish_product
@@ -311,6 +337,7 @@ def produce($produced):
             load(x, [row_tile * M_TILE, k * 64], full.index(stage), x_ring.index(stage))
             load(metadata, [(k * column_tiles + column_tile) * (N_TILE * 2)], full.index(stage), e_ring.index(stage))
             stage, phase = following(stage, phase)
+        $produce_branch
 
 
 @gluon.jit
@@ -348,6 +375,43 @@ tile = unit // parts
 part = unit % parts
 first = part * steps // parts
 end = (part + 1) * steps // parts
+"""
+
+# The last part of a depth adds the branch.
+_WHEN = {False: "gl.cdiv(R, 32)", True: "gl.where(part == parts - 1, gl.cdiv(R, 32), 0)"}
+
+_CONSUME_BRANCH = """
+for r in range($when):
+    mbarrier.wait(full.index(stage), phase)
+    product = gl.inline_asm_elementwise(
+        WGMMA, DENSE_CONSTRAINTS, [2 * stage + w, product], dtype=gl.float32, is_pure=False, pack=SUMS
+    )
+    mbarrier.arrive(empty.index(stage), count=1)
+    stage, phase = following(stage, phase)
+"""
+
+# Of the 64 columns of x down^T that are copied, the first 32 are read.
+_PRODUCE_BRANCH = """
+for r in range($when):
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    mbarrier.expect(full.index(stage), BRANCH_BYTES)
+    load(up, [column_tile * N_TILE, r * 32], full.index(stage), w_ring.index(stage))
+    load(hidden, [row_tile * M_TILE, r * 32], full.index(stage), x_ring.index(stage))
+    stage, phase = following(stage, phase)
+"""
+
+
+def _dense(ring: Ring, dtype: str) -> str:
+    return fill(_DENSE, instructions=ring.dense_instructions(dtype), constraints=ring.dense_constraints())
+
+
+_DENSE = """
+WGMMA = gl.constexpr(
+$instructions
+)
+DENSE_CONSTRAINTS = gl.constexpr(
+    "$constraints"
+)
 """
 
 _FINISH = "finish_tile(product, first_row, first_column, $result)"
@@ -446,6 +510,8 @@ def sparse_wgmma_linear(
     *,
     steps: Sequence[str] = (),
     operands: Sequence[Tensor] = (),
+    hidden: Tensor | None = None,
+    up: Tensor | None = None,
     way: Split | None = None,
     blocks: int | None = None,
 ) -> Tensor:
@@ -458,6 +524,7 @@ def sparse_wgmma_linear(
         bias: ``[out]``.
         steps: of :class:`Epilogue`.
         operands: the tensors its steps take, each ``[..., out]``.
+        hidden, up: ``[..., r]`` and ``[out, r]``: hidden up^T is added to the product.
         way, blocks: instead of what :func:`split` finds, and of one program for each multiprocessor.
 
     Returns:
@@ -482,11 +549,13 @@ def sparse_wgmma_linear(
         )
     blocks = blocks or multiprocessors(x.device)
     way = way or split(rows, columns, depth, blocks)
-    spec = SparseWgmmaLinear(dtype_of(x), WGMMA[way.rows], way.parts > 1, Epilogue(bias is not None, tuple(steps)))
+    epilogue = Epilogue(bias is not None, tuple(steps))
+    spec = SparseWgmmaLinear(dtype_of(x), WGMMA[way.rows], way.parts > 1, epilogue, hidden is not None)
     with device_of(x):
         kernel(spec).launch(
             (min(way.units, blocks),),
             *_descriptors(spec, inputs, values, metadata),
+            *([] if hidden is None or up is None else _branch(spec, hidden, up)),
             *(rows_of(y), *_workspace(way, x.device), *if_present(bias), *others),
             *(other.stride(0) for other in others),
             *(rows, columns, depth, columns),
@@ -496,14 +565,29 @@ def sparse_wgmma_linear(
 
 def _descriptors(spec: SparseWgmmaLinear, x: Tensor, values: Tensor, metadata: Tensor) -> list[Any]:
     """What TMA is told of W, x and the metadata."""
+    w, rows, words = _layouts()
+    return [
+        _descriptor(_copied_by_tma(values), [FEATURES, STEP // 2], w),
+        _descriptor(_copied_by_tma(x), [spec.tile.rows, STEP], rows),
+        _descriptor(metadata.view(-1), [E_STEP // 4], words),
+    ]
+
+
+def _branch(spec: SparseWgmmaLinear, hidden: Tensor, up: Tensor) -> list[Any]:
+    """What TMA is told of a low-rank branch, and its rank; columns of zeros make rows of whole 16 bytes."""
+    (w, rows, _), rank = _layouts(), up.shape[1]
+    hidden, up = (pad(matrix, (0, -rank % 8)) if rank % 8 else matrix for matrix in (rows_of(hidden), up))
+    return [
+        _descriptor(_copied_by_tma(up), [FEATURES, STEP // 2], w),
+        _descriptor(_copied_by_tma(hidden), [spec.tile.rows, STEP], rows),
+        up.shape[1],
+    ]
+
+
+def _descriptor(tensor: Tensor, box: list[int], layout: Any) -> Any:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    shapes = [FEATURES, STEP // 2], [spec.tile.rows, STEP], [E_STEP // 4]
-    tensors = _copied_by_tma(values), _copied_by_tma(x), metadata.view(-1)
-    return [
-        TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), shape, layout)
-        for tensor, shape, layout in zip(tensors, shapes, _layouts(), strict=True)
-    ]
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box, layout)
 
 
 _layouts = functools.cache(shared_layouts)

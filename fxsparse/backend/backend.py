@@ -38,7 +38,7 @@ from fxsparse.graph.dynamo import copy_dynamo_graph, state_names
 from fxsparse.graph.record import record_of
 from fxsparse.graph.runtime_state import Slot, invalidate
 from fxsparse.graph.wrapped import unwrapped_module
-from fxsparse.lowering.after_partition import call_kernels
+from fxsparse.lowering.after_partition import call_kernels, use_sparse_tensor_cores
 from fxsparse.lowering.choose import LAUNCHING
 from fxsparse.lowering.lower import lower_graph
 
@@ -224,7 +224,8 @@ def _compile(gm: GraphModule, inputs: list[Any], report: CompiledGraph) -> Calla
 
         def shown(graph: GraphModule, args: list[Any]) -> Callable[..., Any]:
             report.show(graph.graph)
-            if call_kernels(graph.graph, report.overrides):
+            edits = use_sparse_tensor_cores(graph.graph, report.overrides), call_kernels(graph.graph, report.overrides)
+            if any(edits):
                 graph.recompile()
             return boxed_nop(graph, args)
 

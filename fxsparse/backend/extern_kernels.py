@@ -73,9 +73,9 @@ def _extern_kernel(overload: torch._ops.OpOverload, args: Sequence[Any]) -> ir.T
     strides = []
     for name in ("x", "dy"):
         if name in tensors:
-            tensors[name], stride = _rows(tensors[name])
+            tensors[name], stride = rows_input(tensors[name])
             strides.append(stride)
-    tensors = {name: arg if name in ("x", "dy") else _dense(arg) for name, arg in tensors.items()}
+    tensors = {name: arg if name in ("x", "dy") else dense_input(arg) for name, arg in tensors.items()}
     rank = int(tensors["down"].get_size()[0]) if "down" in tensors else 0
     bound = (named["kernel"], tuple(tensors), in_features, out_features, rank, float(named.get("scale", 1.0)))
     x = tensors["x"]
@@ -115,7 +115,7 @@ def _known(size: Any) -> int | None:
     return int(size) if isinstance(size, (int, sympy.Integer)) else None
 
 
-def _rows(tensor: ir.IRNode) -> tuple[ir.IRNode, Any]:
+def rows_input(tensor: ir.IRNode) -> tuple[ir.IRNode, Any]:
     """A tensor whose leading dimensions are rows of one stride, its last dimension dense, and that stride."""
     node = ir.ExternKernel.realize_input(tensor)
     size = node.get_size()
@@ -127,5 +127,6 @@ def _rows(tensor: ir.IRNode) -> tuple[ir.IRNode, Any]:
     return ir.ExternKernel.require_contiguous(node), size[-1]
 
 
-def _dense(tensor: ir.IRNode) -> ir.IRNode:
+def dense_input(tensor: ir.IRNode) -> ir.IRNode:
+    """A contiguous tensor."""
     return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(tensor))

@@ -18,22 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxsparse.backend.options import BackendOptions
 from fxsparse.codegen.cpu import extern, loaded
-from fxsparse.lowering.after_partition import call_kernels, keep_transposes, runs_reference
+from fxsparse.codegen.operators import HAS_TRITON
+from fxsparse.graph.aten import insert_aten
+from fxsparse.lowering.after_partition import call_kernels, runs_reference, use_sparse_tensor_cores
 from fxsparse.ops.operator import operator_of
 
 _SLOT = "post_grad_custom_pre_pass"
 
 
 class InlineReferences(CustomGraphPass):
-    """Inlines the references of the operators that were chosen to run so, and lets others call C++ kernels.
+    """Inlines the references of the operators that were chosen to run so, and lets others run on sparse tensor cores or
+    call C++ kernels.
 
     Args:
         options: of the backend.
@@ -54,7 +54,7 @@ class InlineReferences(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         self.show(graph)
         pins = self.options.pins
-        keep_transposes(graph, pins)
+        use_sparse_tensor_cores(graph, self.overrides)
         call_kernels(graph, self.overrides)
         inline_references(graph, lambda call: runs_reference(call, pins, self.overrides))
         for theirs in self.then:
@@ -105,6 +105,11 @@ def config_patches(
             from fxsparse.backend import extern_kernels
 
             extern_kernels.register()
+    if torch.cuda.is_available() and HAS_TRITON:
+        with contextlib.suppress(ImportError):
+            from fxsparse.backend import replays
+
+            replays.register()
     theirs = options.inductor.get(_SLOT, getattr(config, _SLOT)) or ()
     return {
         **options.inductor,
@@ -130,23 +135,14 @@ def inline_references(graph: Graph, wanted: Callable[[Node], bool] = lambda node
 
 
 def _inline(graph: Graph, call: Node) -> None:
-    from torch._inductor.decomposition import select_decomp_table
-
     sources, operator = call.all_input_nodes, operator_of(call.target)
     assert operator is not None
     reference = operator.reference
-    values = [source.meta["val"] for source in sources]
 
     def compute(*tensors: Any) -> torch.Tensor:
         tensor_of = dict(zip(sources, tensors, strict=True))
         args, kwargs = torch.fx.map_arg((call.args, call.kwargs), tensor_of.__getitem__)
         return reference(*args, **kwargs)
 
-    with detect_fake_mode(values) or contextlib.nullcontext(), enable_python_dispatcher():
-        traced = make_fx(compute, select_decomp_table())(*values)
-    with graph.inserting_before(call):
-        twins = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))
-        result = graph.graph_copy(traced.graph, twins)
-    assert isinstance(result, Node)  # operators return one tensor
-    call.replace_all_uses_with(result)
+    call.replace_all_uses_with(insert_aten(graph, compute, sources, before=call))
     graph.erase_node(call)

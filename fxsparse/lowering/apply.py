@@ -21,13 +21,14 @@ from fxsparse.codegen.fused_ops import cusparselt_linear
 from fxsparse.graph import arguments
 from fxsparse.graph.dynamo import add_placeholder, copy_dynamo_graph, placeholders, static_fake
 from fxsparse.graph.runtime_state import FollowedStates, Slot
-from fxsparse.lowering.choose import cpp_kernel, library_algorithm
+from fxsparse.lowering.choose import LINEARS, cpp_kernel, library_algorithm, runs_below_autograd
 from fxsparse.lowering.find import Product
 from fxsparse.lowering.fusion import (
     NM_LINEAR,
     NM_LINEAR_EPILOGUE,
     ON_SPARSE_TENSOR_CORES,
     GatedPair,
+    arguments_on_cores,
     following,
     fuse_linears,
     has_own_kernel,
@@ -86,7 +87,9 @@ class LoweredGraph:
         elif first.masks is not None:
             if implementation == COMPRESSED:
                 self._compress_masked(first, first.masks)
-        elif implementation not in (DENSE, OPERATOR, REFERENCE) and first.site.op == "nm_linear":
+        elif runs_below_autograd(first.site, implementation):
+            return  # `fxsparse.lowering.after_partition`
+        elif implementation not in (DENSE, OPERATOR, REFERENCE) and first.site.op in LINEARS:
             target, args = self._call(products, implementation, self.twins.get(first.bias))
             self._replace(first.node, target, *args)
 
@@ -115,10 +118,12 @@ class LoweredGraph:
             (packed,) = self._extra_inputs(first.weights, PackForLibrary(first.transposed), ("packed",))
             args = (x, packed, bias, first.out_features, *library_algorithm(first.site))
             return cusparselt_linear._opoverload, args
-        target = ON_SPARSE_TENSOR_CORES.get(implementation)
+        named = {} if first.site.in_memory else arguments(first.node)
+        target = ON_SPARSE_TENSOR_CORES.get((implementation, "down" in named))
         if target is not None:
             values, metadata = self._for_sparse_tensor_cores(products, operator_name(target) or "")
-            return target, (x, values, metadata, bias, "", [])
+            twins = {name: self.twins[arg] if isinstance(arg, Node) else arg for name, arg in named.items()}
+            return target, arguments_on_cores(twins | {"x": x, "bias": bias}, values, metadata)
         values, indices = self._compressed(products)
         return NM_LINEAR, (x, values, indices, None, bias, first.pattern.n, first.pattern.m)
 

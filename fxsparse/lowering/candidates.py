@@ -20,8 +20,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxsparse.codegen import autotune as tile_tuning
 from fxsparse.codegen import tiles
 from fxsparse.codegen.cpu import operators as cpu
-from fxsparse.codegen.fused_ops import cusparselt_linear, sparse_tensor_core_linear, sparse_wgmma_linear
-from fxsparse.codegen.metadata import pack_metadata, pack_wgmma_metadata
+from fxsparse.codegen.fused_ops import (
+    INSTRUCTIONS,
+    cusparselt_linear,
+    sparse_tensor_core_linear,
+    sparse_tensor_core_linear_low_rank,
+    sparse_transpose,
+    sparse_wgmma_linear,
+    sparse_wgmma_linear_low_rank,
+)
+from fxsparse.codegen.metadata import PACK
 from fxsparse.codegen.operators import launch_of
 from fxsparse.lowering import choose
 from fxsparse.lowering.sites import Site
@@ -41,6 +49,14 @@ from fxsparse.ops.operator import (
 )
 
 Run = Callable[[], Tensor]
+
+_ON_CORES = {
+    (SPARSE_TENSOR_CORES, False): sparse_tensor_core_linear,
+    (SPARSE_WGMMA, False): sparse_wgmma_linear,
+    (SPARSE_TENSOR_CORES, True): sparse_tensor_core_linear_low_rank,
+    (SPARSE_WGMMA, True): sparse_wgmma_linear_low_rank,
+}
+"""By whether there is a low-rank branch."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +109,10 @@ def candidates_for(
         makers[OPERATOR] = lambda: _cpp(problem, args)
     elif has_kernel(problem.op, device):
         makers[OPERATOR] = lambda: _operator(problem, args, until)
-    if inference and choose.no_sparse_tensor_cores(site) is None:
-        makers[SPARSE_TENSOR_CORES] = lambda: _sparse_tensor_cores(args)
-    if inference and choose.no_sparse_wgmma(site) is None:
-        makers[SPARSE_WGMMA] = lambda: _sparse_wgmma(args)
+    if choose.no_sparse_tensor_cores(site) is None:
+        makers[SPARSE_TENSOR_CORES] = lambda: _on_cores(problem.op, SPARSE_TENSOR_CORES, args)
+    if choose.no_sparse_wgmma(site) is None:
+        makers[SPARSE_WGMMA] = lambda: _on_cores(problem.op, SPARSE_WGMMA, args)
     if inference and choose.no_cusparselt(site) is None:
         makers[CUSPARSELT] = lambda: _library(problem, args)
     return Candidates(makers, _exact(problem, operands, is_cpp), operands.result)
@@ -135,7 +151,7 @@ def as_inductor_compiles(function: Callable[..., Tensor], args: tuple[Any, ...])
         return function(*(next(rest) if isinstance(arg, Tensor) else arg for arg in args))
 
     with _outside_of_compilation():
-        compiled = torch._inductor.compile(make_fx(of_tensors)(*tensors), [*tensors])
+        compiled = torch._inductor.compile(make_fx(of_tensors, tracing_mode="fake")(*tensors), [*tensors])
 
     def run() -> Tensor:
         result = compiled(*tensors)
@@ -169,16 +185,18 @@ def _cpp(problem: Problem, args: tuple[Any, ...]) -> dict[str, Run]:
     return runs
 
 
-def _sparse_tensor_cores(args: tuple[Any, ...]) -> dict[str, Run]:
-    x, values, indices = args[:3]
-    metadata = pack_metadata(indices)
-    return {SPARSE_TENSOR_CORES: lambda: sparse_tensor_core_linear(x, values, metadata, None, "", [])}
-
-
-def _sparse_wgmma(args: tuple[Any, ...]) -> dict[str, Run]:
-    x, values, indices = args[:3]
-    metadata = pack_wgmma_metadata(indices)
-    return {SPARSE_WGMMA: lambda: sparse_wgmma_linear(x, values, metadata, None, "", [])}
+def _on_cores(op: str, name: str, args: tuple[Any, ...]) -> dict[str, Run]:
+    """A product on sparse tensor cores: a linear, or the gradient of an input, which makes its transpose every time."""
+    linear = _ON_CORES[name, op == "nm_linear_low_rank"]
+    instruction = INSTRUCTIONS[linear._name]
+    x, values, indices, column_mask, *rest = args
+    if op == choose.GRAD_INPUT:
+        return {name: lambda: linear(x, *sparse_transpose(values, indices, column_mask, instruction), None, "", [])}
+    metadata = PACK[instruction](indices)
+    if op == "nm_linear_low_rank":
+        down, up, bias, _, _, scale = rest
+        return {name: lambda: linear(x, values, metadata, down, up, bias, scale, "", [])}
+    return {name: lambda: linear(x, values, metadata, None, "", [])}
 
 
 def _library(problem: Problem, args: tuple[Any, ...]) -> dict[str, Run]:
@@ -212,7 +230,8 @@ def tune_tiles(problem: Problem, args: tuple[Any, ...], until: float | None = No
     run = launch_of(problem.op)
     dtype, pattern = str(problem.dtype).removeprefix("torch."), problem.pattern
     tall = shape.square and problem.out_features > problem.in_features
-    plans = tile_tuning.candidates(shape.kernel, problem.rows, dtype, tall=tall)
+    hopper = tile_tuning.is_hopper(args[0].device)
+    plans = tile_tuning.candidates(shape.kernel, problem.rows, dtype, tall=tall, hopper=hopper)
     if len(plans) > 1:
         n, m = (None, None) if pattern is None else (pattern.n, pattern.m)
         key = tile_tuning.key(shape.kernel, *shape.sizes(problem), dtype, n, m)

@@ -5,8 +5,8 @@ in memory anyway?) and for the fxsparse operators that a graph holds.
 
     dense                 a dense product; the weight of a compressed frozen one is expanded once and followed
     compressed, operator  the operator's own generated kernel, on the compressed weight
-    sparse_tensor_cores   the generated kernel on 2:4 tensor cores
-    sparse_wgmma          the generated kernel on Hopper's
+    sparse_tensor_cores   the generated kernel on 2:4 tensor cores; a gradient of an input on the transpose of W^{R,C}
+    sparse_wgmma          the generated kernel on Hopper's, the same
     cusparselt            NVIDIA's library through torch, on its own compressed copy
     reference             plain ATen, inlined for the compiler to fuse
 
@@ -48,6 +48,7 @@ from fxsparse.ops.operator import (
 
 SPARSE_TENSOR_CORES_OP, SPARSE_WGMMA_OP = "sparse_tensor_core_linear", "sparse_wgmma_linear"
 GRAD_INPUT = "nm_linear_grad_input"
+LINEARS = "nm_linear", "nm_linear_low_rank"
 
 LAUNCHING = {OPERATOR, COMPRESSED, SPARSE_TENSOR_CORES, SPARSE_WGMMA}
 """Implementations that may launch generated kernels."""
@@ -210,7 +211,7 @@ def _by_estimates(site: Site, possible: list[str]) -> tuple[str, str] | None:
     if not ranked:
         return None
     shown = f"estimated from bytes and FLOPs: {', '.join(f'{name} {time:.0f} us' for time, name in ranked[:2])}"
-    safe, programs = [pair for pair in ranked if pair[1] in BASELINES], estimates.programs(site.problem)
+    safe, programs = [pair for pair in ranked if pair[1] in BASELINES], estimates.programs(site.problem, device)
     if safe and ranked[0][1] not in BASELINES:
         if programs is not None and programs < device.multiprocessors:
             few = f"but its {programs} programs leave some of {device.multiprocessors} multiprocessors idle"
@@ -254,9 +255,7 @@ def no_sparse_tensor_cores(site: Site) -> str | None:
     """Why a linear cannot run on sparse tensor cores; None if it can."""
     if not has_kernel(SPARSE_TENSOR_CORES_OP, site.device):
         return f"there are none on {site.device}"
-    if site.op == GRAD_INPUT and site.pattern == Pattern(2, 4) and not any(size % 16 for size in site.shape):
-        return unsupported_sparse(site.dtype, site.shape[0])
-    return _no_two_four(site) or unsupported_sparse(site.dtype, site.shape[1])
+    return _no_two_four(site) or unsupported_sparse(site.dtype, _depth(site))
 
 
 def no_sparse_wgmma(site: Site) -> str | None:
@@ -265,7 +264,12 @@ def no_sparse_wgmma(site: Site) -> str | None:
         return f"there are none on {site.device}"
     if site.device == "cuda" and (not torch.cuda.is_available() or torch.cuda.get_device_capability() != CAPABILITY):
         return "the device has no wgmma, which takes compute capability {}.{}".format(*CAPABILITY)
-    return _no_two_four(site) or unsupported_sparse(site.dtype, site.shape[1])
+    return _no_two_four(site) or unsupported_sparse(site.dtype, _depth(site))
+
+
+def _depth(site: Site) -> int:
+    """Of the product: the gradient of an input sums over the rows of the weight."""
+    return site.shape[0] if site.op == GRAD_INPUT else site.shape[1]
 
 
 def no_cusparselt(site: Site) -> str | None:
@@ -274,6 +278,10 @@ def no_cusparselt(site: Site) -> str | None:
         return f"there is no cuSPARSELt for {site.device}"
     if site.dtype not in (torch.bfloat16, torch.float16) or any(size % 16 for size in site.shape):
         return f"cuSPARSELt takes bfloat16 and float16 weights of multiples of 16, not {site.dtype} {list(site.shape)}"
+    if site.op != "nm_linear":
+        return f"it runs nm_linear, not {site.op}"
+    if not site.inference:
+        return "the graph is differentiated"
     return _no_two_four(site) or (None if site.frozen else "its copy of the weight would not follow training")
 
 
@@ -285,9 +293,9 @@ def library_algorithm(site: Site) -> tuple[int, ...]:
 
 
 def _no_two_four(site: Site) -> str | None:
-    if site.op != "nm_linear" or site.pattern is None or len(site.shape) != 2:
+    if site.op not in (*LINEARS, GRAD_INPUT) or site.pattern is None or len(site.shape) != 2:
         return f"they run nm_linear, not {site.op}"
-    if not site.inference:
+    if site.in_memory and not site.inference:
         return "the graph is differentiated"
     return None if site.pattern == Pattern(2, 4) else f"they take 2:4, not {site.pattern}"
 
@@ -316,15 +324,30 @@ def gradients_of(site: Site, call: Node) -> list[Site]:
     ]
 
 
-def choose_gradient(site: Site, doubly_pruned: bool, pins: Pins) -> tuple[str, str]:
-    """The implementation of a gradient, and why. The one of a linear's input runs on sparse tensor cores only where
-    they are pinned: they cost memory."""
-    pin = pins.of_gradient(site.op)
-    if is_cpp(site) and site.op == GRAD_INPUT and not doubly_pruned and pin.name not in {OPERATOR, SPARSE_TENSOR_CORES}:
+def choose_gradient(site: Site, doubly_pruned: bool, pins: Pins, columns: str | None = None) -> tuple[str, str]:
+    """The implementation of a gradient, and why.
+
+    Args:
+        site: of the gradient.
+        doubly_pruned: whether the operator has a column mask.
+        pins: what the user said.
+        columns: why the transpose of the weight is not 2:4 although it has; None if it is.
+    """
+    pin, cores = pins.of_gradient(site.op), frozenset({SPARSE_TENSOR_CORES, SPARSE_WGMMA})
+    if is_cpp(site) and site.op == GRAD_INPUT and not doubly_pruned and pin.name not in {OPERATOR, *cores}:
         other, why = choose(site, replace(pin, excluded=pin.excluded | {OPERATOR}))
         return other, f"{why}; its kernel pays where columns are pruned too (double-prune)"
-    if pin.name == SPARSE_TENSOR_CORES and not doubly_pruned:
-        other, why = choose(site, Pin(excluded=frozenset({SPARSE_TENSOR_CORES})))
-        reason = "only its rows are 2:4 (double-prune does columns)"
-        return other, f"not {SPARSE_TENSOR_CORES} as pinned, because {reason}; {why}"
-    return choose(site, pin)
+    reason = columns if doubly_pruned else "only its rows are 2:4 (double-prune does columns)"
+    if site.op != GRAD_INPUT or reason is None:
+        return choose(site, pin)
+    excluded = pin.excluded | cores
+    if pin.name not in cores:
+        return choose(site, replace(pin, excluded=excluded))
+    other, why = choose(site, Pin(excluded=excluded))
+    return other, f"not {pin.name} as pinned, because {reason}; {why}"
+
+
+def runs_below_autograd(site: Site, implementation: str) -> bool:
+    """Whether a product on sparse tensor cores takes its operator's place in the graphs of a training step, below the
+    gradients that the operator defines; in inference it does so in Dynamo's graph."""
+    return implementation in (SPARSE_TENSOR_CORES, SPARSE_WGMMA) and not site.inference

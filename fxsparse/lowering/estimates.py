@@ -38,6 +38,10 @@ class Device:
     sparse: float
     multiprocessors: int
 
+    @property
+    def is_hopper(self) -> bool:
+        return self.name.startswith("NVIDIA H")
+
 
 # NVIDIA's data sheets; the names as CUDA gives them begin so.
 DEVICES = (
@@ -89,13 +93,15 @@ def device(name: str | None = None) -> Device | None:
     return next((known for known in DEVICES if name.startswith(known.name)), None)
 
 
-def programs(problem: Problem) -> int | None:
-    """Programs that the generated kernel of a product launches with its default tile; None if it has none."""
+def programs(problem: Problem, on: Device | None = None) -> int | None:
+    """Programs that a product's generated kernel launches with its default tile on a device; None if it has none."""
     shape = OPERATORS[problem.op].tiles
     if shape is None:
         return None
     rows, columns, _ = shape.sizes(problem)
-    tile = tiles.default(shape.kernel, rows, str(problem.dtype).removeprefix("torch."))
+    tile = tiles.default(
+        shape.kernel, rows, str(problem.dtype).removeprefix("torch."), hopper=on is not None and on.is_hopper
+    )
     if shape.kernel.endswith(("grad_values", "grad_weight")):  # of a result as large as the weight
         rows, columns = problem.out_features, problem.in_features
     return -(-rows // tile.rows) * -(-columns // tile.columns)
@@ -132,6 +138,12 @@ def microseconds(problem: Problem, implementation: str, on: Device) -> float | N
     else:
         time = _time(traffic.kernel, problem.flops / (rate * efficiency), on)
     return 1e6 * time
+
+
+def effort(problem: Problem) -> float:
+    """Microseconds of a dense product of its size on a GPU of middling speed: to compare products with each other."""
+    on, moved = DEVICES[1], problem.weight_bytes + problem.input_bytes + problem.output_bytes
+    return 1e6 * _time(moved, problem.flops / (on.rate * _DENSE_EFFICIENCY), on)
 
 
 def _time(moved: float, computing: float, on: Device) -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
+from collections.abc import Iterable
 
-from fxsparse.lowering import measure
+from fxsparse.lowering import estimates, measure, timings
 from fxsparse.lowering.choose import undecided
 from fxsparse.lowering.pins import Pins
 from fxsparse.lowering.sites import Site
@@ -29,6 +31,17 @@ class FirstUse:
     def __init__(self, pins: Pins, seconds: float):
         self.pins, self.failures = pins, list[str]()
         self._until = time.monotonic() + seconds
+
+    def measure_all(self, sites: Iterable[Site]) -> None:
+        """Measures the products of a graph, first those that it spends the most time in; equal ones once."""
+        spent, alike = defaultdict[str, float](float), dict[str, Site]()
+        for site in sites:
+            if site.problem is not None:
+                key = timings.key(site.problem)
+                alike.setdefault(key, site)
+                spent[key] += estimates.effort(site.problem)
+        for key in sorted(spent, key=spent.__getitem__, reverse=True):
+            self.measure(alike[key])
 
     def measure(self, site: Site) -> None:
         problem, is_pinned = site.problem, self.pins.of_gradient(site.op).name is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,16 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxsparse.codegen.epilogue import GATED, Epilogue
-from fxsparse.codegen.fused_ops import nm_linear_epilogue, sparse_tensor_core_linear, sparse_wgmma_linear
+from fxsparse.codegen.fused_ops import (
+    INSTRUCTIONS,
+    nm_linear_epilogue,
+    sparse_tensor_core_linear,
+    sparse_tensor_core_linear_low_rank,
+    sparse_wgmma_linear,
+    sparse_wgmma_linear_low_rank,
+)
 from fxsparse.codegen.launching import unsupported
 from fxsparse.graph import arguments
-from fxsparse.lowering.choose import SPARSE_TENSOR_CORES_OP, SPARSE_WGMMA_OP
 from fxsparse.lowering.sites import fake_of
 from fxsparse.ops.define import has_kernel
 from fxsparse.ops.nm import Pattern
@@ -31,9 +37,20 @@ aten = torch.ops.aten
 
 NM_LINEAR, NM_LINEAR_EPILOGUE = nm_linear.overload, nm_linear_epilogue._opoverload
 ON_SPARSE_TENSOR_CORES = {
-    SPARSE_TENSOR_CORES: sparse_tensor_core_linear._opoverload,
-    SPARSE_WGMMA: sparse_wgmma_linear._opoverload,
+    (SPARSE_TENSOR_CORES, False): sparse_tensor_core_linear._opoverload,
+    (SPARSE_WGMMA, False): sparse_wgmma_linear._opoverload,
+    (SPARSE_TENSOR_CORES, True): sparse_tensor_core_linear_low_rank._opoverload,
+    (SPARSE_WGMMA, True): sparse_wgmma_linear_low_rank._opoverload,
 }
+"""What an implementation calls, without and with a low-rank branch."""
+
+
+def arguments_on_cores(named: Mapping[str, Any], values: Any, metadata: Any) -> tuple[Any, ...]:
+    """Arguments of an operator on sparse tensor cores, from those of the operator that it stands for, by name."""
+    if named.get("down") is None:
+        return named["x"], values, metadata, named["bias"], "", []
+    return named["x"], values, metadata, named["down"], named["up"], named["bias"], named["scale"], "", []
+
 
 _UNARY: dict[Any, str] = {
     aten.relu.default: "relu",
@@ -173,10 +190,9 @@ def fuse_linears(gm: GraphModule, unwanted: Callable[[Node], bool] = lambda node
         if node.target is NM_LINEAR:
             args = tuple(named[name] for name in ("x", "values", "indices", "bias", "n", "m"))
             return gm.graph.call_function(NM_LINEAR_EPILOGUE, (*args, steps, operands))
-        if not named["steps"]:
-            args = tuple(named[name] for name in ("x", "values", "metadata", "bias"))
-            return gm.graph.call_function(node.target, (*args, steps, operands))
-        return None
+        if named["steps"]:
+            return None
+        return gm.graph.call_function(node.target, tuple((named | {"steps": steps, "operands": operands}).values()))
 
     return fuse(gm, replace)
 
@@ -184,7 +200,7 @@ def fuse_linears(gm: GraphModule, unwanted: Callable[[Node], bool] = lambda node
 def has_own_kernel(node: Node) -> bool:
     """Whether a call is a sparse linear whose kernel can take over what follows it."""
     fake, name = fake_of(node), operator_name(node.target)
-    if fake is None or name not in ("nm_linear", SPARSE_TENSOR_CORES_OP, SPARSE_WGMMA_OP):
+    if fake is None or name not in ("nm_linear", *INSTRUCTIONS):
         return False
     if name == "nm_linear":
         named = arguments(node)

@@ -17,7 +17,15 @@ from fxsparse.lowering import timings
 from fxsparse.lowering.after_partition import deviates
 from fxsparse.lowering.apply import LoweredGraph
 from fxsparse.lowering.choice import Choice
-from fxsparse.lowering.choose import choose, choose_gradient, cpp_kernel, gradients_of
+from fxsparse.lowering.choose import (
+    GRAD_INPUT,
+    choose,
+    choose_gradient,
+    cpp_kernel,
+    gradients_of,
+    runs_below_autograd,
+)
+from fxsparse.lowering.columns import Columns
 from fxsparse.lowering.find import Product, find_products
 from fxsparse.lowering.first_use import FirstUse
 from fxsparse.lowering.group import Group, Grouping, joint_site
@@ -64,8 +72,10 @@ def lower_graph(
     """
     inference = is_inference(gm)
     first_use, room = FirstUse(pins, seconds), Room()
-    choosing, grouping = _Choosing(example_inputs, first_use, room), Grouping(example_inputs, first_use, room)
+    choosing = _Choosing(example_inputs, first_use, room, Columns(gm, example_inputs))
+    grouping = Grouping(example_inputs, first_use, room)
     alone = find_products(gm, example_inputs, names, inference)
+    first_use.measure_all(site for product in alone for site in _sites(product, inference))
     groups = grouping.groups([Group((product,), choosing.choose(product, inference)) for product in alone])
     lowered = LoweredGraph(gm, example_inputs, names)
     for group in groups:
@@ -78,6 +88,14 @@ def lower_graph(
     return Lowered(*lowered.finish(), tuple(choosing.choices), choosing.overrides, tuple(notes))
 
 
+def _sites(product: Product, inference: bool) -> list[Site]:
+    """A product and its gradients, where each is chosen on its own."""
+    if product.masks is not None:
+        return []
+    has_gradients = not inference and not product.site.in_memory
+    return [product.site, *(gradients_of(product.site, product.node) if has_gradients else ())]
+
+
 class _Choosing:
     """Chooses implementations of products, and of their gradients.
 
@@ -85,10 +103,12 @@ class _Choosing:
         example_inputs: the graph's real inputs.
         first_use: measures products.
         room: memory for copies of weights.
+        columns: the graph's column masks.
     """
 
-    def __init__(self, example_inputs: Sequence[Any], first_use: FirstUse, room: Room):
+    def __init__(self, example_inputs: Sequence[Any], first_use: FirstUse, room: Room, columns: Columns):
         self.example_inputs, self.first_use, self.room, self.pins = example_inputs, first_use, room, first_use.pins
+        self.columns = columns
         self.choices: list[Choice] = []
         self.overrides: dict[str, str] = {}
 
@@ -97,7 +117,6 @@ class _Choosing:
         site, name = product.site, product.name
         if product.masks is not None:
             return self._masked(product, product.masks, inference)
-        self.first_use.measure(site)
         if site.in_memory:
             implementation, reason = self._frozen(product)
             self._note(site, name, implementation, reason)
@@ -105,9 +124,9 @@ class _Choosing:
         implementation, reason = self._operator(product)
         self._note(site, name, implementation, reason)
         for gradient in [] if inference else gradients_of(site, product.node):
-            self.first_use.measure(gradient)
             doubly_pruned = arguments(product.node).get("column_mask") is not None
-            self._note(gradient, name, *choose_gradient(gradient, doubly_pruned, self.pins))
+            columns = self.columns.obstacle if doubly_pruned and gradient.op == GRAD_INPUT else None
+            self._note(gradient, name, *choose_gradient(gradient, doubly_pruned, self.pins, columns))
         return implementation
 
     def _masked(self, product: Product, masks: Masks, inference: bool) -> str:
@@ -163,5 +182,7 @@ class _Choosing:
         key, number = timings.key(site.problem), cpp_kernel(site, implementation)
         if number is not None:
             self.overrides[key] = f"{OPERATOR}:{number}"
-        elif not site.in_memory and deviates(site, implementation, self.pins):
+        elif runs_below_autograd(site, implementation) or (
+            not site.in_memory and deviates(site, implementation, self.pins)
+        ):
             self.overrides[key] = implementation

@@ -6,20 +6,15 @@ A rule that gives None says that the weights' contents no longer allow the form;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fxsparse.codegen.metadata import pack_metadata, pack_wgmma_metadata
+from fxsparse.codegen.fused_ops import INSTRUCTIONS
+from fxsparse.codegen.metadata import PACK
 from fxsparse.ops.nm import Pattern, mask_of, pack, pack_column_mask, satisfies, unpack
-
-METADATA: dict[str, Callable[[Tensor], Tensor]] = {
-    "sparse_tensor_core_linear": pack_metadata,
-    "sparse_wgmma_linear": pack_wgmma_metadata,
-}
-"""How the operators on sparse tensor cores want the indices of a weight."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class Compress:
                 return None
             packed.append(pack(dense, mask_of(dense, self.pattern), self.pattern))
         values, indices = (_joined(parts, self.alternating) for parts in zip(*packed, strict=True))
-        return values, METADATA[self.metadata](indices) if self.metadata else indices
+        return values, PACK[INSTRUCTIONS[self.metadata]](indices) if self.metadata else indices
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class PackMetadata:
     operator: str
 
     def __call__(self, indices: Tensor) -> tuple[Tensor, ...]:
-        return (METADATA[self.operator](indices),)
+        return (PACK[INSTRUCTIONS[self.operator]](indices),)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from fxsparse.options import Written, shown
 WITH_KERNELS = ((1, 2), (2, 4), (1, 4), (2, 8), (4, 8))
 """Patterns n:m that kernels are generated for, on GPUs and CPUs. Others run as the reference or a dense weight."""
 
+_POINTWISE = 4  # largest n whose values a compiler puts in their places by comparing
 _PAIRWISE = 16  # largest m whose groups are ranked by comparing pairs, which beats sorting short groups
 
 
@@ -256,8 +257,17 @@ def pack(weight: Tensor, mask: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor
 def unpack(values: Tensor, indices: Tensor, pattern: Pattern, in_features: int) -> Tensor:
     """The dense weight ``[..., out, in_features]``, zero where pruned, of values and packed indices.
 
-    Differentiable in ``values``, without control flow on data, and any torch device or tracer can run it.
+    Differentiable in ``values``, without control flow on data, and any torch device or tracer can run it. Traced over
+    fake tensors it compares places, which a compiler makes one pass of that reads each value and writes each weight
+    once; it could not fuse a scatter, which is faster where every operator runs on its own.
     """
+    if pattern.n <= _POINTWISE and isinstance(values, FakeTensor):
+        codes = _unpack_bits(indices, pattern.index_bits, pattern.kept(in_features)).unflatten(-1, (-1, pattern.n))
+        kept, place = values.unflatten(-1, (-1, pattern.n)), torch.arange(pattern.m, device=values.device)
+        dense = values.new_zeros(())
+        for j in range(pattern.n):
+            dense = torch.where(codes[..., j, None] == place, kept[..., j, None], dense)
+        return dense.flatten(-2)
     positions = _positions(indices, pattern, in_features)
     groups = values.new_zeros(*values.shape[:-1], in_features // pattern.m, pattern.m)
     return groups.scatter(-1, positions, values.unflatten(-1, (-1, pattern.n))).flatten(-2)

@@ -12,7 +12,7 @@ mask is given. The gradient of a compressed weight is that of its values. There 
 | ``nm_linear_grad_values(dy, x, indices, n, m)`` | dW at kept positions |
 
 Shapes: ``x [*, in]``, ``y`` and ``dy [*, out]``, ``bias [out]``; ``values``, ``indices`` and ``column_mask`` as in
-`fxsparse.ops.nm`. A reference unpacks the weight: inlined, the int64 positions it scatters by are never in memory.
+`fxsparse.ops.nm`. A reference unpacks the weight, which a compiler does in one pass over values and weight.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ nm_linear_grad_input = define(
         _grad_input,
         _grad_input_output,
         flops.linear_grad_input,
-        implementations=(OPERATOR, SPARSE_TENSOR_CORES, REFERENCE),
+        implementations=(OPERATOR, SPARSE_TENSOR_CORES, SPARSE_WGMMA, REFERENCE),
         sizes=_grad_input_sizes,
         operands=_grad_input_operands,
         traffic=traffic,

@@ -22,7 +22,9 @@ from fxsparse.codegen.kernels.nm_linear import nm_linear, nm_linear_low_rank
 from fxsparse.codegen.kernels.nm_linear_grad_input import nm_linear_grad_input
 from fxsparse.codegen.kernels.nm_linear_grad_values import nm_linear_grad_values
 from fxsparse.codegen.kernels.nm_prune import nm_prune
+from fxsparse.codegen.kernels.nm_transpose import nm_transpose
 from fxsparse.codegen.loaded import kernels, recording
+from fxsparse.codegen.metadata import PACK, compressed_transpose
 from fxsparse.codegen.spec import NMSpec, Tile
 from fxsparse.codegen.tiles import Plan
 from fxsparse.ops import nm
@@ -142,6 +144,19 @@ class TestNM:
         expected_values, expected_indices = nm.pack(weight, mask, Pattern(*pattern))
         assert torch.equal(values, expected_values)
         assert torch.equal(indices, expected_indices)
+
+
+@pytest.mark.parametrize("instruction", PACK)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_transpose(draw, dtype, instruction):
+    rows, columns = 16 * draw.randint(1, 12), 16 * draw.randint(1, 12)
+    dense, mask = torch.randn(rows, columns).to(dtype), nm.nm_mask(torch.rand(rows, columns), Pattern(2, 4))
+    kept = nm.double_prune_mask(torch.rand(rows, columns), mask, Pattern(2, 4))
+    args = *nm.pack(dense, mask, Pattern(2, 4)), nm.pack_column_mask(kept, mask, Pattern(2, 4))
+    turned, metadata = nm_transpose(*args, instruction)
+    expected, indices = compressed_transpose(*args)
+    assert torch.equal(turned, expected)
+    assert torch.equal(metadata, PACK[instruction](indices))
 
 
 @pytest.mark.parametrize("low_rank", [False, True])

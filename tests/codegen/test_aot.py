@@ -18,11 +18,13 @@ from fxsparse.codegen.kernels.nm_linear import LARGEST_RANK_INSIDE, NMLinear
 from fxsparse.codegen.kernels.nm_linear_grad_input import NMGradInput
 from fxsparse.codegen.kernels.nm_linear_grad_values import NMGradValues
 from fxsparse.codegen.kernels.nm_prune import NMPrune
+from fxsparse.codegen.kernels.nm_transpose import NMTranspose
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import SPARSE, SparseTensorCoreLinear
 from fxsparse.codegen.kernels.sparse_wgmma_linear import WGMMA, SparseWgmmaLinear
 from fxsparse.codegen.loaded import kernel
+from fxsparse.codegen.metadata import PACK
 from fxsparse.codegen.spec import NMSpec, Spec, Tile
-from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, LARGE, SHIPPED
+from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, HOPPER, LARGE, SHIPPED
 
 BIAS = Epilogue(True)
 GELU = Epilogue(True, ("gelu",))
@@ -42,6 +44,8 @@ def half_precision(pattern: tuple[int, int]) -> Iterator[Spec]:
     for tile in SHIPPED["nm_prune"].values():
         yield NMPrune("bfloat16", tile, *pattern)
     if usual:
+        for instruction in PACK:
+            yield NMTranspose("bfloat16", SHIPPED["nm_transpose"][LARGE], *pattern, instruction)
         for tile in SHIPPED["nm_linear_low_rank"].values():
             yield NMLinear("bfloat16", tile, *pattern, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
             yield NMLinear("float16", tile, *pattern, even=True, low_rank="after", rank_tile=32)
@@ -105,6 +109,7 @@ def sparse_tensor_cores() -> Iterator[Spec]:
 def wgmma() -> Iterator[Spec]:
     for tile in WGMMA.values():
         yield SparseWgmmaLinear("bfloat16", tile, split=tile.rows <= 64, epilogue=BIAS)
+        yield SparseWgmmaLinear("bfloat16", tile, tile.rows <= 64, Epilogue(True, ("gelu", "add")), low_rank=True)
     for rows in (16, 256):
         yield SparseWgmmaLinear("float16", WGMMA[rows], split=True, epilogue=Epilogue(True, ("gelu", "mul", "add")))
 
@@ -134,6 +139,15 @@ def test_shipped_configurations_fit(group, capability):
     assert not failures, "\n".join(failures)
 
 
+def test_hoppers_own_tiles_fit():
+    for pattern in NMSpec.PATTERNS:
+        for even in (True, False):
+            used = resources(compile_for(NMGradValues("bfloat16", HOPPER["nm_linear_grad_values"], *pattern, even), 90))
+            assert not used.spills and used.shared <= SHARED_LIMIT[90], (pattern, even)
+    assert tiles.default("nm_linear_grad_values", 4096, hopper=True) == HOPPER["nm_linear_grad_values"]
+    assert tiles.default("nm_linear", 4096, hopper=True) == SHIPPED["nm_linear"][LARGE]
+
+
 def test_hoppers_sparse_tensor_cores_fit():
     for spec in wgmma():
         used = resources(compile_for(spec, 90))
@@ -141,10 +155,10 @@ def test_hoppers_sparse_tensor_cores_fit():
         assert not used.spills and used.shared <= SHARED_LIMIT[90], spec
 
 
-@pytest.mark.parametrize(("rows", "split"), [(16, True), (256, False)])
-def test_products_in_flight_are_not_serialised(tmp_path, rows, split):
+@pytest.mark.parametrize(("rows", "split", "low_rank"), [(16, True, False), (256, False, True)])
+def test_products_in_flight_are_not_serialised(tmp_path, rows, split, low_rank):
     """The assembler says so where it waits for each product because registers are used in between."""
-    ptx = compile_for(SparseWgmmaLinear("bfloat16", WGMMA[rows], split=split), 90).asm["ptx"]
+    ptx = compile_for(SparseWgmmaLinear("bfloat16", WGMMA[rows], split=split, low_rank=low_rank), 90).asm["ptx"]
 
     def said(text: str) -> str:
         path = tmp_path / "kernel.ptx"

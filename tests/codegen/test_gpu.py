@@ -25,12 +25,12 @@ from fxsparse.codegen.kernels.nm_linear import nm_linear, nm_linear_low_rank
 from fxsparse.codegen.kernels.nm_linear_grad_input import nm_linear_grad_input
 from fxsparse.codegen.kernels.nm_linear_grad_values import nm_linear_grad_values
 from fxsparse.codegen.kernels.nm_prune import nm_prune
+from fxsparse.codegen.kernels.nm_transpose import nm_transpose
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import (
-    sparse_tensor_core_grad_input,
     sparse_tensor_core_linear,
 )
 from fxsparse.codegen.kernels.sparse_wgmma_linear import sparse_wgmma_linear
-from fxsparse.codegen.metadata import SparseTranspose, pack_metadata, pack_wgmma_metadata
+from fxsparse.codegen.metadata import MMA_SP, PACK, compressed_transpose, pack_metadata, pack_wgmma_metadata
 from fxsparse.codegen.spec import NMSpec
 from fxsparse.ops import nm
 from fxsparse.ops.nm import Pattern
@@ -143,9 +143,15 @@ def test_input_gradient_on_sparse_tensor_cores():
     dense, values, indices, _ = weight(192, 256, Pattern(2, 4), torch.bfloat16)
     mask = nm.unpack_mask(indices, Pattern(2, 4), 256)
     kept = nm.double_prune_mask(dense, mask, Pattern(2, 4))
-    transpose = SparseTranspose.of(values, indices, nm.pack_column_mask(kept, mask, Pattern(2, 4)))
+    args = values, indices, nm.pack_column_mask(kept, mask, Pattern(2, 4))
+    expected, packed = compressed_transpose(*args)
+    for instruction, pack in PACK.items():
+        turned, metadata = nm_transpose(*args, instruction)
+        assert torch.equal(turned, expected)
+        assert torch.equal(metadata, pack(packed))
     dy = randn(70, 192, dtype=torch.bfloat16)
-    close(sparse_tensor_core_grad_input(dy, transpose), dy.double() @ (dense * kept).double())
+    dx = sparse_tensor_core_linear(dy, *nm_transpose(*args, MMA_SP), None)
+    close(dx, dy.double() @ (dense * kept).double())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -334,6 +340,7 @@ import torch
 from fxsparse.codegen.kernels.gather_linear import gather_linear, gather_linear_grad_weight
 from fxsparse.codegen.kernels.nm_linear import nm_linear
 from fxsparse.codegen.kernels.nm_prune import nm_prune
+from fxsparse.codegen.kernels.nm_transpose import nm_transpose
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import sparse_tensor_core_linear
 from fxsparse.codegen.metadata import pack_metadata
 weight = torch.randn(70, 80, device="cuda").bfloat16()

@@ -34,7 +34,7 @@ def test_a_machine_without_triton_runs_references() -> None:
     code = """
 import sys
 sys.modules["triton"] = None
-from fxsparse.codegen import fused_ops, kept_transpose, operators
+from fxsparse.codegen import fused_ops, operators
 from fxsparse.codegen.kernels.nm_linear import NMLinear
 from fxsparse.codegen.tiles import SHIPPED
 from fxsparse.ops.define import has_kernel

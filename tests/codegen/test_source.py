@@ -18,6 +18,7 @@ from fxsparse.codegen.epilogue import Epilogue
 from fxsparse.codegen.kernels.gather_linear import GatherLinear
 from fxsparse.codegen.kernels.nm_linear import NMLinear
 from fxsparse.codegen.kernels.nm_linear_grad_input import NMGradInput
+from fxsparse.codegen.kernels.nm_transpose import NMTranspose
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import SparseTensorCoreLinear, unsupported_sparse
 from fxsparse.codegen.kernels.sparse_wgmma_linear import WGMMA, SparseWgmmaLinear
 from fxsparse.codegen.launching import unsupported
@@ -31,6 +32,7 @@ GOLDEN = {
         "bfloat16", Tile(64, 64, 64), 2, 4, low_rank="inside", epilogue=Epilogue(True, ("gelu", "mul"))
     ),
     "nm_linear_grad_input": NMGradInput("float32", Tile(32, 64, 32), 4, 8, column_mask=True, even=True),
+    "nm_transpose": NMTranspose("bfloat16", Tile(64, 32, 1), 2, 4, "wgmma.sp"),
     "sparse_wgmma_linear": SparseWgmmaLinear("bfloat16", WGMMA[16], split=True, epilogue=Epilogue(True, ("silu",))),
     "sparse_tensor_core_linear": SparseTensorCoreLinear(
         "bfloat16", Tile(64, 64, 64, stages=4), 32, 32, Epilogue(True, ("silu",))

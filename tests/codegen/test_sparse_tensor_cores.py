@@ -15,7 +15,7 @@ from fxsparse.codegen.kernels.sparse_tensor_core_linear import (
     parts_of,
     sparse_tensor_core_linear,
 )
-from fxsparse.codegen.metadata import SparseTranspose, pack_metadata, unpack_metadata
+from fxsparse.codegen.metadata import compressed_transpose, pack_metadata, unpack_metadata
 from fxsparse.codegen.spec import Tile
 from fxsparse.errors import OptionError
 from fxsparse.ops.nm import Pattern, double_prune_mask, nm_mask, pack, pack_column_mask, unpack
@@ -63,25 +63,6 @@ def test_padding_of_metadata_is_in_order():
     nibbles = unpack_metadata(pack_metadata(indices), 32, 128)
     for nibble in (nibbles & 15, nibbles >> 4):
         assert ((nibble & 3) < (nibble >> 2)).all()
-
-
-def test_sparse_transpose_holds_the_doubly_pruned_weight():
-    rows, columns = 48, 64
-    weight, values, indices = weight_24(rows, columns, torch.float32)
-    mask = unpack(torch.ones_like(values), indices, PATTERN, columns).bool()
-    kept = double_prune_mask(weight, mask, PATTERN)
-    transpose = SparseTranspose.of(values, indices, pack_column_mask(kept, mask, PATTERN))
-
-    def dense() -> Tensor:
-        packed = unpack_metadata(transpose.metadata, columns, rows)
-        return unpack(transpose.values, packed, PATTERN, rows).t()
-
-    assert torch.equal(dense(), weight * kept)
-    assert transpose.origin.dtype == torch.int32
-    changed, storage = torch.randn_like(values), transpose.values.data_ptr()
-    transpose.refresh(changed)
-    assert torch.equal(dense(), unpack(changed, indices, PATTERN, columns) * kept)
-    assert transpose.values.data_ptr() == storage
 
 
 # --- the kernels, emulated --------------------------------------------------------------------------------------------
@@ -209,9 +190,8 @@ def test_input_gradient_from_the_sparse_transpose():
     weight, values, indices = weight_24(rows, columns)
     mask = unpack(torch.ones_like(values), indices, PATTERN, columns).bool()
     kept = double_prune_mask(weight, mask, PATTERN)
-    transpose = SparseTranspose.of(values, indices, pack_column_mask(kept, mask, PATTERN))
-    packed = unpack_metadata(transpose.metadata, columns, rows)
-    given = ((weight * kept).t(), transpose.values, packed)
+    turned, packed = compressed_transpose(values, indices, pack_column_mask(kept, mask, PATTERN))
+    given = ((weight * kept).t(), turned, packed)
     dx, dy, dense = emulate(SMALL, 80, (33, columns, rows), operands_for=given)
     close(dx, dy.float() @ dense.float().t())
 

@@ -164,6 +164,37 @@ def test_epilogue(parts):
     close(y, F.relu(expected))
 
 
+@pytest.mark.parametrize(
+    ("size", "rows", "parts", "rank", "dtype"),
+    [
+        ((20, 136, 144), 32, 1, 40, BF16),
+        ((5, 128, 64 * 9), 8, 1, 96, FP16),  # the ring wraps inside the branch
+        ((16, 256, 512), 16, 2, 5, BF16),
+        ((130, 128, 128), 256, 1, 64, BF16),
+    ],
+    ids=str,
+)
+def test_a_low_rank_branch(size, rows, parts, rank, dtype):
+    """In steps of the same ring; its last part adds it, and an epilogue sees the sum."""
+    tokens, columns, depth = size
+    weight, values, indices = weight_24(columns, depth, dtype)
+    x, hidden = torch.randn(tokens, depth).to(dtype), torch.randn(tokens, rank).to(dtype)
+    up, bias = torch.randn(columns, rank).to(dtype), torch.randn(columns).to(dtype)
+    draw = random.Random()
+    with emulation(90, lambda warps: draw.sample(range(warps), warps)):
+        y = sparse_wgmma_linear(
+            x,
+            *(values, pack_wgmma_metadata(indices), bias),
+            steps=("silu",),
+            hidden=hidden,
+            up=up,
+            way=way(size, rows, parts),
+            blocks=3,
+        )
+    branch = hidden.double() @ up.double().t()
+    close(y, F.silu(F.linear(x.double(), weight.double(), bias.double()) + branch))
+
+
 def test_rows_that_are_not_adjacent():
     weight, values, indices = weight_24(128, 64)
     wide = torch.randn(9, 130).to(BF16)

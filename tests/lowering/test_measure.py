@@ -90,6 +90,33 @@ def test_an_implementation_that_is_wrong_or_fails_is_left_out(monkeypatch: pytes
     assert set(found.milliseconds) == {"dense", "reference"} and set(found.failed) == {"sparse_tensor_cores"}
 
 
+def test_products_are_measured_in_order_of_the_time_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three linears take longer than one of twice their size that stands before them; equal ones are measured once."""
+    seen: list[tuple[str, int]] = []
+
+    def note(problem: Problem, *args: object, **kwargs: object) -> measure.Measurement:
+        seen.append((problem.op, problem.out_features))
+        return measure.Measurement(problem, {"dense": 1.0})
+
+    def site(op: str, size: int, rows: int = 64) -> Site:
+        return Site(op, "cuda", torch.bfloat16, (size, 512), Pattern(2, 4), rows)
+
+    monkeypatch.setattr(measure, "measure", note)
+    every = [site("nm_linear_grad_input", 128), site("nm_linear", 1024), *[site("nm_linear", 512)] * 3]
+    first_use.FirstUse(Pins(), 10.0).measure_all([*every, replace(every[0], rows=None)])
+    assert seen == [("nm_linear", 512), ("nm_linear", 1024), ("nm_linear_grad_input", 128)]
+
+
+def test_a_graph_measures_all_of_its_products_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(first_use.FirstUse, "measure_all", lambda self, sites: seen.extend(site.op for site in sites))
+    gm = fxsparse.rewrite(
+        nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), "nm-masks{keep_first=false}", (torch.randn(4, 16),)
+    )
+    torch.compile(gm, backend="fxsparse", options={"compiler": "aot_eager"})(torch.randn(4, 16))
+    assert seen == ["nm_linear", "nm_linear_grad_values"]  # the last linear stays dense
+
+
 def test_hoppers_kernel_is_measured_only_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import networkx as nx
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxsparse.errors import CheckpointError, OptionError, RewriteError
 from fxsparse.ops import nm
@@ -271,6 +273,19 @@ def test_kept_zeros_and_their_signs_survive() -> None:
     assert values.tolist() == [[0, 0, 0, 2]] and values.signbit().tolist() == [[False, True, False, False]]
     assert unpack(values, indices, Pattern(2, 4), 8).signbit()[0, 1]
     assert torch.equal(unpack_mask(indices, Pattern(2, 4), 8), mask)
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+def test_unpacking_is_pointwise_where_it_is_traced(text: str) -> None:
+    """Bit for bit, signs of zeros and what is not finite too."""
+    pattern = Pattern.parse(text)
+    weight = _weight(pattern, torch.float32)
+    weight.view(-1)[:3] = torch.tensor([-0.0, math.inf, math.nan])
+    parts = pack(weight, nm_mask(torch.rand_like(weight), pattern), pattern)
+    size = weight.shape[1]
+    traced = make_fx(lambda values, indices: unpack(values, indices, pattern, size), tracing_mode="fake")(*parts)
+    assert torch.equal(traced(*parts).view(torch.int32), unpack(*parts, pattern, size).view(torch.int32))
+    assert ("scatter" in traced.code) == (pattern.n > 4)
 
 
 def test_unpacking_passes_gradients_to_values() -> None:

@@ -467,15 +467,16 @@ class Warp:
             done = self.products.tick - 1 - int(args[0])
             self.agent.clock[self.products.number] = done
             self.in_flight = {name: group for name, group in self.in_flight.items() if group > done}
-        elif "mma_async.sp" in opcode:
-            shape = re.search(r"\.m64n(\d+)k32\.f32\.(bf16|f16)\.", opcode)
-            if shape is None or [int(arg) for arg in args[6:]] != [1, 1, 0, 0]:
+        elif "mma_async" in opcode:
+            shape = re.search(r"\.m64n(\d+)k(16|32)\.f32\.(bf16|f16)\.", opcode)
+            sparse = "mma_async.sp" in opcode
+            if shape is None or (shape[2] == "32") != sparse or [int(arg) for arg in args[-4:]] != [1, 1, 0, 0]:
                 raise NotImplementedError(f"{opcode} {args}")
-            rows, kind, sums = int(shape[1]), shape[2], parts_of(args[0])
+            rows, depth, kind, sums = int(shape[1]), int(shape[2]), shape[3], parts_of(args[0])
             w = self._operand(_one(self._value(args[1])), 64, 16, kind)[16 * (self.number % 4) :][:16]
-            x = self._operand(_one(self._value(args[2])), rows, 32, kind)
-            product = expand(w, self._value(args[3]), int(args[4])) @ x.T
-            scale = self._value(args[5]).astype(bool)
+            x = self._operand(_one(self._value(args[2])), rows, depth, kind)
+            product = (expand(w, self._value(args[3]), int(args[4])) if sparse else w) @ x.T
+            scale = self._value(args[-5]).astype(bool)
             for i, name in enumerate(sums):
                 old = np.where(scale, as_float(self.registers[name]), np.float32(0))
                 new = old + product[_G + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * _T + i % 2]
