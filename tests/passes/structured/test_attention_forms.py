@@ -158,6 +158,37 @@ class PostNorm(Block):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
+class Weighted(Block):
+    """What attention gives is weighted column by column, and by a number for each head, before it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.share = nn.Parameter(torch.rand(DIM) + 0.5), nn.Parameter(torch.randn(HEADS))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mixed = super().attend(query, key, value) * self.share.sigmoid()[:, None, None]
+        return (mixed.transpose(1, 2).flatten(2) * self.scale).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+class GatedOutput(Block):
+    """What attention gives meets the outputs of a linear of its own, for each column or (``size`` 1) for each head."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.gate = size, nn.Linear(DIM, HEADS * size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        query, key, value = self.qkv(y).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        mixed = self.attend(query, key, value).transpose(1, 2)
+        if self.size == 1:
+            mixed = (mixed * self.gate(y).sigmoid()[..., None]).flatten(2)
+        else:
+            mixed = mixed.flatten(2) * self.gate(y).sigmoid()
+        x = x + self.proj(mixed)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
 class Relative(Block):
     """Scores of content and of positions, whose keys the same projection makes, as in DeBERTa-v2."""
 
@@ -248,6 +279,9 @@ FORMS: dict[str, Form] = {
     "joined": Form(lambda: Layers(Joined), _tokens),
     "post-norm": Form(lambda: Layers(PostNorm), _tokens),
     "relative": Form(lambda: Layers(Relative), _tokens),
+    "weighted": Form(lambda: Layers(Weighted), _tokens),
+    "gated columns": Form(lambda: Layers(lambda: GatedOutput(DIM // HEADS)), _tokens),
+    "gated heads": Form(lambda: Layers(lambda: GatedOutput(1)), _tokens),
     "torch": Form(lambda: Layers(lambda: Torch(False)), _tokens),
     "torch with weights": Form(lambda: Layers(lambda: Torch(True)), _tokens),
     "encoder": Form(lambda: _encoder(True), lambda batch: {"src": torch.randn(batch, 7, DIM)}),
