@@ -214,12 +214,12 @@ def _same(mine: Any, theirs: Any, where: str) -> None:
         _close(one, other, where)
 
 
-def _close(one: Tensor | None, other: Tensor | None, where: str) -> None:
+def _close(one: Tensor | None, other: Tensor | None, where: str, rtol: float = 1e-4, atol: float = 2e-5) -> None:
     if one is None or other is None:
         present = next((tensor for tensor in (one, other) if tensor is not None), None)
         assert present is None or not present.any(), f"{where}: one is None"
         return
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5, msg=lambda text: f"{where}: {' '.join(text.split())}")
+    torch.testing.assert_close(one, other, rtol=rtol, atol=atol, msg=lambda text: f"{where}: {' '.join(text.split())}")
 
 
 # --- passes -----------------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ def _trains(bench: Bench, gm: GraphModule, oracle: _Oracle | None) -> None:
             loss.backward()
         assert loss.isfinite(), f"the loss of step {step} is not finite"
         if oracle is not None:
-            _close(loss.detach(), torch.tensor(expected), f"the loss of step {step}")
+            _close(loss.detach(), torch.tensor(expected), f"the loss of step {step}", rtol=1e-5)
             oracle.step(step, LR)
         optimizer.step()
         schedule.step()

@@ -351,6 +351,19 @@ def test_materialized_equals_gated(name: str, units: str, gm: GraphModule) -> No
     assert_same(small, gates, name)
 
 
+@pytest.mark.parametrize("name", ["gated columns", "gated heads"])
+def test_linears_that_gate_heads_go_with_them(name: str, gm: GraphModule) -> None:
+    size = gm.get_parameter("h.0.gate.weight").shape[0] // HEADS
+    for site in structures(gm).attentions:
+        (gate,) = (rows for rows in site.projections if rows.kind == "gate")
+        assert torch.equal(gate.index, torch.arange(HEADS * size).view(HEADS, size))
+    gates = fxsparse.rewrite(gm, "gates{units=heads,score=random,target=0.3}")
+    gates.get_buffer("h.0.heads_gate_mask").copy_(torch.tensor([1, 0, 1, 1]))
+    small = fxsparse.rewrite(gates, "materialize")
+    assert small.get_parameter("h.0.gate.weight").shape == (3 * size, DIM)
+    assert small.get_parameter("h.0.gate.bias").shape == (3 * size,)
+
+
 @pytest.mark.parametrize("name", ["grouped", "grouped, repeated", "grouped, fused", "multi-query", "eager"])
 def test_any_heads_may_go_and_more_of_them_later(name: str, gm: GraphModule) -> None:
     for masks in ([[1, 0, 1, 1], [1, 1, 0, 1]], [[0, 1, 1, 1], [0, 0, 0, 1]], [[0, 1, 0, 1], [1, 1, 1, 0]]):
