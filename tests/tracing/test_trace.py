@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -411,6 +412,54 @@ class Noise(nn.Module):
         return x + torch.randn_like(x) if self.training else x
 
 
+class StochasticDepth(nn.Module):
+    """Drops examples; of two results, one is the same in both modes."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.training:
+            return x, x
+        return x / 0.7 * (0.7 + torch.rand(x.shape[0], *[1] * (x.dim() - 1))).floor(), x
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop, self.noise = nn.Linear(16, 16), StochasticDepth(), Noise()
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped, whole = self.drop(F.gelu(self.linear(x)))
+        return self.noise(F.dropout(x + dropped, 0.1, self.training)) + whole
+
+
+def test_what_is_random_in_training_alone_follows_the_mode() -> None:
+    model = nn.Sequential(Residual(), nn.Dropout(0.5), Residual())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gm = trace(model, (torch.randn(4, 16),))
+    assert gm.meta[TRACE_KEY].notes == ()
+    for mode, still in ((True, False), (False, False), (True, True)):
+        for module in (model, gm):
+            module.train(mode)
+            module.get_submodule("2.noise").train(mode and not still)  # it draws last
+        x = torch.randn(9, 16, requires_grad=True)
+        expected, actual = seeded(model, x), seeded(gm, x)
+        assert_same(expected, actual)
+        gradients = [torch.autograd.grad(y.sum(), [x, model[0].linear.weight]) for y in (expected, actual)]
+        assert all(map(torch.equal, *gradients))
+    assert not torch.equal(seeded(gm.train(), x), seeded(gm.eval(), x))
+
+
+class NoisyLinear(nn.Module):
+    """Random in training, with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x) * self.scale if self.training else x * self.scale
+
+
 class LayerDrop(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -422,7 +471,7 @@ class LayerDrop(nn.Module):
         return self.linear(x)
 
 
-@pytest.mark.parametrize(("kind", "line"), [(Noise, "torch.randn_like"), (LayerDrop, "torch.rand([]) < 0.5")])
+@pytest.mark.parametrize(("kind", "line"), [(NoisyLinear, "torch.randn_like"), (LayerDrop, "torch.rand([]) < 0.5")])
 def test_random_training_is_held_in_evaluation(kind: type[nn.Module], line: str) -> None:
     model = nn.Sequential(kind(), nn.Dropout(0.5), kind())
     with pytest.warns(UserWarning, match=f"{kind.__name__} is captured as it evaluates"):
@@ -514,6 +563,16 @@ def test_another_function_in_training_is_refused_unless_evaluating() -> None:
         gm = trace(model, (torch.randn(4, 16),))
     x = torch.randn(3, 16)
     assert_same(model(x), gm(x))
+
+
+def test_spec_augment_says_how_to_turn_it_off() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    convolutions = {"conv_dim": [8], "conv_stride": [5], "conv_kernel": [10], "num_conv_pos_embedding_groups": 2}
+    config = transformers.Wav2Vec2Config(
+        **sizes, **convolutions, vocab_size=8, num_conv_pos_embeddings=4, layerdrop=0.0
+    )
+    with pytest.raises(TraceError, match=r"_mask_hidden_states(?s:.*)apply_spec_augment=False"):
+        trace(transformers.Wav2Vec2ForCTC(config), (torch.randn(2, 600),))
 
 
 class Regions(nn.Module):
