@@ -173,6 +173,7 @@ class _Graph:
             raise NotSeparable(f"its result is read by {_name(readers[0])}, which is no dense linear")
         factors = self._factors(ends)
         output = self.linears[readers[0]]
+        self._check_uses({output.node})
         if len(ends) == 1 and ends[0].target is SDPA and len(shape_of(ends[0])) == 4:
             rows, index = _by_axis(self.gm, ends[0], factors, output)
         else:

@@ -334,6 +334,20 @@ def test_fused_projections_and_cross_attention(build: Callable[[], Any], tmp_pat
     assert_generates(loaded)
 
 
+def test_scalars_of_a_model_stay(tmp_path: Path) -> None:
+    """CLIP scales its logits by a parameter without dimensions."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 64, "max_position_embeddings": 16, "eos_token_id": 2, "pad_token_id": 1}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
+    batch = {"input_ids": torch.randint(3, 64, (4, 7)), "pixel_values": torch.randn(4, 3, 16, 16)}
+    base = fxsparse.trace(model, kwargs=batch)
+    gm = pruned(base, random_masks(base))
+    fxsparse.save_pretrained(gm, model, tmp_path)
+    loaded = fxsparse.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(**batch).logits_per_image, gm(**batch).logits_per_image, rtol=1e-5, atol=1e-6)
+
+
 # --- settings, types, refusals ----------------------------------------------------------------------------------------
 
 

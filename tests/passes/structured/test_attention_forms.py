@@ -464,6 +464,21 @@ def test_shared_layers_are_refused_when_gates_are_inserted() -> None:
             fxsparse.rewrite(Shared(), passes, (torch.randn(3, 7, DIM),))
 
 
+def test_an_attention_whose_output_linear_serves_another_is_left_alone() -> None:
+    class Twice(Block):
+        """The output linear reads what a second stream has too, as in ProphetNet."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.proj(self.up(x)[..., :DIM])
+
+    gm = fxsparse.trace(Layers(Twice), (torch.randn(3, 7, DIM),))
+    found = structures(gm)
+    assert not found.attentions
+    assert "h.1: h.1.proj.weight is used more than once" in map(str, found.skipped)
+    with pytest.raises(RewriteError, match=r"found no.*used more than once"):
+        fxsparse.rewrite(gm, "gates{units=heads,score=magnitude,target=0.3}")
+
+
 def test_heads_of_axes_that_are_mixed_are_left_alone_with_a_reason() -> None:
     class Talking(Block):
         """Scores of all heads mixed, and norms over all of them."""
