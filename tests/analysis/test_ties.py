@@ -89,7 +89,18 @@ class Summed(Between):
         return x + torch.einsum("btnd,hnd->bth", heads.tanh(), self.out)
 
 
-@pytest.mark.parametrize("kind", [Activated, Transposed, Reshaped, Placed, Summed])
+class Joined(Between):
+    """The stream twice, side by side, under a norm and a linear, as patches are merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.merge = nn.LayerNorm(2 * SIZE), nn.Linear(2 * SIZE, SIZE)
+
+    def between(self, x: Tensor) -> Tensor:
+        return x + self.merge(self.norm(torch.cat([x, x.square()], -1)))
+
+
+@pytest.mark.parametrize("kind", [Activated, Transposed, Reshaped, Placed, Summed, Joined])
 def test_operators_that_keep_hidden_dimensions_apart(kind: type[Between]) -> None:
     model = kind()
     gm = fxsparse.trace(model, (torch.randn(3, 4, 7),))
