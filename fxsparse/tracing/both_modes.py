@@ -26,19 +26,22 @@ def may_run_twice(module: nn.Module) -> bool:
 
 
 @contextmanager
-def in_both_modes(model: nn.Module, kinds: Collection[type[nn.Module]]) -> Iterator[None]:
+def in_both_modes(model: nn.Module, kinds: Collection[type[nn.Module]], unfit: set[type[nn.Module]]) -> Iterator[None]:
     """Lets the modules of some types compute what they do in training and in evaluation, and the mode choose.
 
-    A module whose results differ in more than values computes what it does in its mode.
+    Args:
+        model: holds the modules.
+        kinds: the types.
+        unfit: takes the types whose results differ in more than values: such a module computes what its mode does.
     """
     with ExitStack() as stack:
         for module in model.modules():
             if type(module) in kinds:
-                stack.enter_context(mock.patch.object(module, "forward", _both(module)))
+                stack.enter_context(mock.patch.object(module, "forward", _both(module, unfit)))
         yield
 
 
-def _both(module: nn.Module) -> Callable[..., Any]:
+def _both(module: nn.Module, unfit: set[type[nn.Module]]) -> Callable[..., Any]:
     forward = module.forward
 
     @functools.wraps(forward)
@@ -47,6 +50,7 @@ def _both(module: nn.Module) -> Callable[..., Any]:
         leaves, spec = pytree.tree_flatten(trained)
         others, other_spec = pytree.tree_flatten(evaluated)
         if spec != other_spec or not all(map(_alike, leaves, others)):
+            unfit.add(type(module))
             return trained if module.training else evaluated
         weight = 1.0 if module.training else 0.0
         chosen = [

@@ -340,13 +340,14 @@ def _capture(model: nn.Module, example: Inputs, free: list[int], notes: list[str
     training alone runs in both."""
     held: dict[type[nn.Module], str] = {}
     both: set[type[nn.Module]] = set()
+    unfit: set[type[nn.Module]] = set()
     fixed: Fixed = set()
 
     def exported(training: bool) -> ExportedProgram:
         with left_as_it_was(model):
             for module in model.modules():
                 module.training = training and type(module) not in held
-            with in_both_modes(model, both - held.keys()):
+            with in_both_modes(model, both - held.keys(), unfit):
                 return export(model, example, free, fixed)
 
     while True:
@@ -356,6 +357,9 @@ def _capture(model: nn.Module, example: Inputs, free: list[int], notes: list[str
             bind_training_flags(gm, _flat_module(exported(training=False)), paths)
             break
         except ModesDiffer as difference:
+            if unfit - held.keys():
+                held |= dict.fromkeys(unfit, "in training it gives results of another type or shape")
+                continue
             path = difference.path
             while path and type(model.get_submodule(path)) in held:
                 path = path.rpartition(".")[0]

@@ -418,7 +418,7 @@ class StochasticDepth(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.training:
             return x, x
-        return x / 0.7 * (0.7 + torch.rand(x.shape[0], *[1] * (x.dim() - 1))).floor(), x
+        return x / 0.7 * (0.7 + torch.rand(x.shape[0], *[1] * (x.dim() - 1), dtype=x.dtype)).floor(), x
 
 
 class Residual(nn.Module):
@@ -447,6 +447,21 @@ def test_what_is_random_in_training_alone_follows_the_mode() -> None:
         gradients = [torch.autograd.grad(y.sum(), [x, model[0].linear.weight]) for y in (expected, actual)]
         assert all(map(torch.equal, *gradients))
     assert not torch.equal(seeded(gm.train(), x), seeded(gm.eval(), x))
+
+
+class Widened(nn.Module):
+    """Gives another dtype in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(x.shape, dtype=torch.float64) if self.training else x
+
+
+def test_random_training_of_another_dtype_is_held_in_evaluation() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), Widened())
+    with pytest.warns(UserWarning, match="Widened is captured as it evaluates, because in training it gives"):
+        gm = trace(model, (torch.randn(4, 16),))
+    x = torch.randn(3, 16)
+    assert_same(model.eval()(x), gm.train()(x))
 
 
 class NoisyLinear(nn.Module):
