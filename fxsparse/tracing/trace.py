@@ -494,13 +494,15 @@ def _recomputed(gm: GraphModule) -> Iterator[str]:
 
 
 def _has_effect(node: Node) -> bool:
-    """Whether ``node`` matters although nothing reads it: it writes, moves the random state or asserts."""
+    """Whether ``node`` matters although nothing reads it: it writes, asserts, or moves the random state. A dropout of
+    what nobody reads does not: it would keep all alive that it is computed from (CANINE's last encoder)."""
     if node.op != "call_function":
         return node.op in {"placeholder", "output"}
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return isinstance(node.target, torch._ops.HigherOrderOperator)
-    return bool(schema.is_mutable) or is_random(node) or traits.of(node.target).asserts
+    reads = any(isinstance(read.meta.get("val"), Tensor) for read in traits.values_read(node))
+    return bool(schema.is_mutable) or (is_random(node) and not reads) or traits.of(node.target).asserts
 
 
 def _always_holds(node: Node) -> bool:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fxsparse
+from fxsparse import graph as fx
 from fxsparse.errors import InternalError, TraceError
 from fxsparse.graph.record import TRACE_KEY
 from fxsparse.tracing.trace import trace
@@ -526,6 +527,33 @@ def test_dropout_of_a_held_module_still_trains() -> None:
     expected = model.layers[1](model.layers[0](F.dropout(x, 0.5, True)))
     assert_same(expected, seeded(gm, x))
     assert_same(model.eval()(x), gm.eval()(x))
+
+
+class Unread(nn.Module):
+    """Computes more than it returns, with a dropout in it, as CANINE's classifier does; and draws for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.unread = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        F.dropout(self.unread(y), 0.5, self.training).sum()
+        if self.training:
+            torch.rand(x.shape[0])
+        return y + x
+
+
+def test_what_nobody_reads_is_not_in_the_graph() -> None:
+    model = Unread()
+    gm = trace(model, (torch.randn(4, 16),))
+    assert [linear.name for linear in fx.linears(gm)] == ["linear.weight"]
+    assert gm.graph.find_nodes(op="call_function", target=torch.ops.aten.rand.default)
+    sparse = fxsparse.rewrite(gm, "nm-masks{keep_first=false,keep_head=false}")
+    assert {change.site for change in fxsparse.record_of(sparse).entries[-1].changes} == {"linear"}
+    module = fxsparse.to_module(sparse, model).eval()
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(module(x), sparse.eval()(x))
 
 
 class SameInBothModes(nn.Module):
