@@ -79,7 +79,7 @@ def _kind(node: Node, weight: nn.Parameter) -> str | None:
         return "convolution"
     if axes != "product" and not any(part in name for part in _PRODUCTS):
         return None
-    if weight.dim() == 3 and not ("einsum" in name and _sums_apart(str(node.args[0]))):
+    if weight.dim() == 3 and weight.shape[0] > 1 and not ("einsum" in name and _sums_apart(str(node.args[0]))):
         return "experts"
     return "linear" if weight.dim() == 2 else "product"
 
