@@ -34,7 +34,8 @@ one every day.
 MORE = """
 The first column is the time of tracing, with outputs and gradients compared to the model's. `save` loads a file into a
 model that is traced anew. The folders are those of `save_pretrained`, read by `from_pretrained` and, where they are
-ordinary checkpoints, by transformers alone. `compile` is the bare `torch.compile(model, backend="fxsparse")`.
+ordinary checkpoints, by transformers alone. Of several lists of layers the first one is multiplexed. `compile` is the
+bare `torch.compile(model, backend="fxsparse")`.
 """
 
 

@@ -67,10 +67,10 @@ RULES: tuple[tuple[str, int], ...] = (
 )
 """Settings by their names, and what they become."""
 
-OFF = re.compile(
-    r"\w*(dropout|drop_path|layerdrop|layer_drop|drop_rate|pdrop|drop_prob|jitter)\w*|mask_\w+_prob|resid_drop\w*"
-)
+OFF = re.compile(r"\w*(dropout|layerdrop|layer_drop|drop_rate|pdrop|drop_prob|jitter)\w*|mask_\w+_prob|resid_drop\w*")
 """Settings of what training draws at random, so that a step can be compared."""
+DROP_PATH, DEPTH_DROPPED = re.compile(r"\w*drop_path\w*"), 0.2
+"""Stochastic depth draws in a module of its own, in graph and model alike, and stays."""
 
 _UNSET = {"vocab_size": VOCABULARY, "pad_token_id": 0, "decoder_start_token_id": 0}
 """Settings that a configuration may leave to its checkpoints."""
@@ -105,7 +105,7 @@ class NotTiny(Exception):
 
 @dataclass(frozen=True)
 class Family:
-    """A tiny model in training mode, without anything random, and its batches.
+    """A tiny model in training mode, in which nothing is random but stochastic depth, and its batches.
 
     Attributes:
         name: transformers' ``model_type``.
@@ -211,10 +211,12 @@ def _small(name: str, item: Any, profile: Mapping[str, Any], ids: Iterator[int],
     """The small value of a setting; None leaves it as it is."""
     if isinstance(item, float) and OFF.fullmatch(name):
         return 0.0
+    if isinstance(item, float) and DROP_PATH.fullmatch(name):
+        return DEPTH_DROPPED
     if item is None and (name in _UNSET or _GIVEN in profile):
         return _UNSET.get(name, next((value for pattern, value in RULES if re.fullmatch(pattern, name)), None))
     if isinstance(item, bool) or item is None or isinstance(item, (float, str)):
-        return False if name in ("use_cache", "apply_spec_augment") and item else None
+        return False if name in ("use_cache", "use_mems_eval", "apply_spec_augment") and item else None
     if isinstance(item, dict):
         return {**item, "mrope_section": [1, 1, 2]} if "mrope_section" in item else None
     if isinstance(item, int) and re.fullmatch(r"\w*(token_id|token_index|_token)s?", name):
@@ -342,6 +344,18 @@ def with_masks(family: Family) -> Family:
     return replace(family, recipe=recipe)
 
 
+def without_labels(family: Family) -> Family:
+    """The same without labels, whose values some check in Python; a decoder reads them instead."""
+    names = inspect.signature(family.model.forward).parameters
+
+    def recipe(size: int) -> dict[str, Any]:
+        batch = family.recipe(size)
+        labels = batch.pop("labels", None)
+        return {**batch, "decoder_input_ids": labels} if labels is not None and "decoder_input_ids" in names else batch
+
+    return replace(family, recipe=recipe, labels="none")
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
@@ -408,10 +422,16 @@ def _randomise(model: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
+def _seeded(model: Any, batch: dict[str, Any]) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model(**batch)
+
+
 def _check_runs(family: Family) -> None:
     """It runs, the same twice, at two batch sizes, and has gradients."""
     batch = family.batch()
-    first, second = (family.model(**batch) for _ in range(2))
+    first, second = (_seeded(family.model, batch) for _ in range(2))
     for one, other in zip(floats(first), floats(second), strict=True):
         if not torch.equal(one, other):
             raise NotTiny("its training draws random numbers")

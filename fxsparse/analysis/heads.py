@@ -49,7 +49,7 @@ class Rows:
     Attributes:
         linear: the projection; the first, where an attention applies one weight several times.
         index: int64 ``[units, rows of a unit]``: of its outputs.
-        kind: ``query``, ``key``, ``value`` or ``channel``.
+        kind: ``query``, ``key``, ``value``, ``gate`` or ``channel``.
     """
 
     linear: Linear
@@ -78,7 +78,8 @@ class Attention:
         path: module path.
         heads: of queries; where those of a group can go together only, groups.
         kv_heads: of keys and values; query head h reads ``h // (heads // kv_heads)``.
-        projections: of queries, keys and values; one linear may hold several.
+        projections: of queries, keys and values, and of what the results of heads meet one by one; one linear may
+            hold several.
         output: the linear that reads all heads.
     """
 
@@ -172,6 +173,7 @@ class _Graph:
             raise NotSeparable(f"its result is read by {_name(readers[0])}, which is no dense linear")
         factors = self._factors(ends)
         output = self.linears[readers[0]]
+        self._check_uses({output.node})
         if len(ends) == 1 and ends[0].target is SDPA and len(shape_of(ends[0])) == 4:
             rows, index = _by_axis(self.gm, ends[0], factors, output)
         else:
@@ -182,6 +184,7 @@ class _Graph:
         if heads > kv_heads > 1 and not self._go_alone(factors, projections):
             heads, index = kv_heads, index.reshape(kv_heads, -1)
             projections = tuple(replace(part, index=part.index.reshape(kv_heads, -1)) for part in projections)
+        projections += self._gates(factors, output, index)
         path = common_path([*(part.linear.path for part in projections), output.path])
         return Attention(path or fx.stack_path(ends[0]), heads, kv_heads, projections, Columns(output, index))
 
@@ -230,6 +233,34 @@ class _Graph:
             if not remembered(self.gm, key, partial(_is_apart, removed, factor)):
                 return False
         return True
+
+    def _gates(self, factors: _Factors, output: Linear, index: Tensor) -> tuple[Rows, ...]:
+        """Linears of which every row meets the result of one head, before the output linear reads it."""
+        projecting = {source for _, each in factors.values() for source in each}
+        gates = []
+        for source in nearest(output.input, self.stops):
+            linear = self.linears.get(source)
+            if linear is None or source in projecting or not self._serves_only(linear, output):
+                continue
+            section = Section({source: but_last(source)}, [output.input], _POSITIONS * len(index))
+            asked = torch.zeros(len(index), output.in_features, dtype=torch.bool).scatter_(1, index, True)
+            key = ("rows of gates", tuple(map(tuple, index.tolist())), section.key)
+            touched = remembered(self.gm, key, partial(_rows_reached, section, output.input, -1, asked))
+            counts = touched.sum(1)
+            if bool(counts[0]) and len(counts.unique()) == 1 and not bool((touched.sum(0) > 1).any()):
+                gates.append(Rows(linear, touched.nonzero()[:, 1].view(len(index), -1), "gate"))
+        return tuple(gates)
+
+    def _serves_only(self, linear: Linear, output: Linear) -> bool:
+        """Whether all that a linear makes goes to one other, and its weight is applied once."""
+        if any(other.name == linear.name and other.node is not linear.node for other in self.linears.values()):
+            return False
+        inside = {linear.node, output.node, *between({linear.node}, [output.input])}
+        return all(
+            user in inside or not isinstance(user.meta.get("val"), Tensor)
+            for node in inside - {output.node}
+            for user in node.users
+        )
 
     def _check_single(self, factors: _Factors, rows: _Touched) -> None:
         """Refuses a single head that more rows make than its scores are sums over: it is several."""
@@ -286,16 +317,20 @@ def _rows_of_axis(gm: GraphModule, node: Node, source: Node) -> Tensor:
     section = Section({source: but_last(source)}, [node], _POSITIONS * heads)
     _refuse_linears(gm, section.nodes)
 
-    def probe() -> Tensor:
-        touched = torch.zeros(heads, shape_of(source)[-1], dtype=torch.bool)
-        for _ in range(_DRAWS):
-            (drawn,) = reached(section, node, 1, torch.eye(heads, dtype=torch.bool))
-            before, touched = touched, touched | drawn
-            if torch.equal(before, touched) and len(touched.sum(1).unique()) == 1:
-                break
-        return touched
+    each = torch.eye(heads, dtype=torch.bool)
+    return remembered(gm, ("rows of heads", heads, section.key), partial(_rows_reached, section, node, 1, each))
 
-    return remembered(gm, ("rows of heads", heads, section.key), probe)
+
+def _rows_reached(section: Section, target: Node, axis: int, heads: Tensor) -> Tensor:
+    """Which rows of a section's source reach each head of a target, bool ``[heads, rows]``; drawn until all are."""
+    (source,) = section.sources
+    touched = torch.zeros(len(heads), shape_of(source)[-1], dtype=torch.bool)
+    for _ in range(_DRAWS):
+        (drawn,) = reached(section, target, axis, heads)
+        before, touched = touched, touched | drawn
+        if torch.equal(before, touched) and len(touched.sum(1).unique()) == 1:
+            break
+    return touched
 
 
 def _by_columns(gm: GraphModule, factors: _Factors, output: Linear) -> tuple[_Touched, Tensor]:

@@ -26,7 +26,7 @@ class Weighted:
 
     Attributes:
         site: path of the module that applies it, or, of one that is not called a weight, its own name.
-        kind: ``linear``, ``convolution``, ``experts`` (several matrices in one weight) or ``product``.
+        kind: ``linear``, ``convolution``, ``experts`` (several matrices in one weight), or another ``product``.
         names: all of its names.
     """
 
@@ -79,7 +79,15 @@ def _kind(node: Node, weight: nn.Parameter) -> str | None:
         return "convolution"
     if axes != "product" and not any(part in name for part in _PRODUCTS):
         return None
-    return "linear" if weight.dim() == 2 else "experts" if weight.dim() == 3 else "product"
+    if weight.dim() == 3 and weight.shape[0] > 1 and not ("einsum" in name and _sums_apart(str(node.args[0]))):
+        return "experts"
+    return "linear" if weight.dim() == 2 else "product"
+
+
+def _sums_apart(equation: str) -> bool:
+    """Whether no index is that of a matrix of its own, which both operands and the result of an einsum have."""
+    terms = equation.replace("->", ",").replace("...", "").split(",")
+    return not set.intersection(*(set(term.strip()) for term in terms))
 
 
 def softmaxes(gm: GraphModule) -> list[Node]:

@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from fxsparse import graph as fx
 from fxsparse.graph import traits
+from fxsparse.graph.experts import grouped_operands
 from fxsparse.ops.multiplex import demux_linear, mux
 
 Axis = tuple[Node, int]
@@ -27,8 +28,8 @@ Axis = tuple[Node, int]
 
 def ties(node: Node) -> list[list[Axis]]:
     """The groups of axes, of a call and of its operands, that are one; a group of one is an axis that ends there."""
-    tie = _OURS.get(node.target) or _BY_AXES.get(traits.of(node.target).axes)
-    return [list(group) for group in tie(node)] if tie is not None else []
+    tie = _OURS.get(node.target) or _BY_AXES.get(traits.of(node.target).axes) or _of_experts
+    return [list(group) for group in tie(node)]
 
 
 def sizes(node: Any) -> Sequence[Any]:
@@ -170,6 +171,35 @@ def _norm(node: Node) -> list[list[Axis]]:
     return groups
 
 
+def _stacked(node: Node) -> list[list[Axis]]:
+    parts: Any = node.args[0]
+    rank = len(sizes(node))
+    dim = fx.arguments(node)["dim"] % rank
+    left = [axis for axis in range(rank) if axis != dim]
+    return [[(node, axis), *((part, at) for part in parts)] for at, axis in enumerate(left)]
+
+
+def _repeated(node: Node) -> list[list[Axis]]:
+    """Without a dimension, elements of all of them are repeated."""
+    source: Any = node.args[0]
+    dim, rank = fx.arguments(node)["dim"], len(sizes(node))
+    return [] if dim is None else [[(source, at), (node, at)] for at in range(rank) if at != dim % rank]
+
+
+def _padded(node: Node) -> list[list[Axis]]:
+    """Padding is written for the last axes, the last one first."""
+    source: Any = node.args[0]
+    rank, pads = len(sizes(node)), fx.arguments(node)["pad"]
+    padded = {rank - 1 - at // 2 for at, count in enumerate(pads) if count != 0}
+    return [[(source, axis), (node, axis)] for axis in range(rank) if axis not in padded]
+
+
+def _pooled(node: Node) -> list[list[Axis]]:
+    """Pooling of an axis, the last one."""
+    source: Any = node.args[0]
+    return [[(source, axis), (node, axis)] for axis in range(len(sizes(node)) - 1)]
+
+
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +214,29 @@ def _multiplied(node: Node) -> list[list[Axis]]:
     last, rows = len(sizes(x)) - 1, int(product.transposed)
     out = [(node, last), (weight, rows), *([(bias, len(sizes(bias)) - 1)] if isinstance(bias, Node) else [])]
     return [[(x, last), (weight, 1 - rows)], out, *([(x, axis), (node, axis)] for axis in range(last))]
+
+
+def _summed(node: Node) -> list[list[Axis]]:
+    """``einsum``: the axes of one index are one."""
+    equation, operands = fx.arguments(node)["equation"].replace(" ", ""), fx.arguments(node)["tensors"]
+    inputs, arrow, result = equation.partition("->")
+    terms = [*inputs.split(","), result]
+    if "." in equation or not arrow or any(len(set(term)) < len(term) for term in terms):
+        return []
+    of_index: dict[str, list[Axis]] = {}
+    for term, operand in zip(terms, (*operands, node), strict=True):
+        for axis, index in enumerate(term):
+            of_index.setdefault(index, []).append((operand, axis))
+    return list(of_index.values())
+
+
+def _of_experts(node: Node) -> list[list[Axis]]:
+    """A product of rows with the matrices of their experts; of any other operator nothing is known."""
+    operands = grouped_operands(node) if node.op == "call_function" else None
+    if operands is None or [len(sizes(operand)) for operand in operands[:2]] != [2, 3]:
+        return []
+    x, weight, _ = operands
+    return [[(x, 1), (weight, 1)], [(node, 1), (weight, 2)], [(x, 0), (node, 0)]]
 
 
 def _convolved(node: Node) -> list[list[Axis]]:
@@ -225,6 +278,12 @@ _OURS: dict[Any, _Tie] = {
     mux.overload: _mux,
     demux_linear.overload: _demux,
     torch.ops.aten.gather.default: _gathered,
+    torch.ops.aten.stack.default: _stacked,
+    torch.ops.aten.repeat_interleave.self_int: _repeated,
+    torch.ops.aten.pad.default: _padded,
+    torch.ops.aten.constant_pad_nd.default: _padded,
+    torch.ops.aten.adaptive_avg_pool1d.default: _pooled,
+    torch.ops.aten.einsum.default: _summed,
 }
 
 _BY_AXES: dict[traits.Axes | None, _Tie] = {

@@ -67,7 +67,8 @@ def with_layers(model: Any, shortened: Shortened) -> Any:
             raise CheckpointError(f"{path}: no setting of {type(config).__name__} gives it {len(numbers)} layers")
         for part in parts(config):
             _rename_stages(part, numbers, before)
-        if getattr(config, "num_decoder_layers", None):
+        is_derived = isinstance(getattr(type(config), "num_hidden_layers", None), property)  # ProphetNet
+        if getattr(config, "num_decoder_layers", None) and not is_derived:
             # `generate` sizes the cache by decoder_layers, but T5 configurations only have num_decoder_layers.
             config.decoder_layers = config.num_decoder_layers
     return config

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,14 @@ Heads = dict[str, dict[str, list[int]]]
 """For an attention, by module path: ``keys``, the key head of each query head; ``bias``, the bias head of each."""
 
 _SDPA = aten.scaled_dot_product_attention.default
+_LAYOUTS = (
+    aten.reshape.default,
+    aten.view.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.transpose.int,
+    aten.to.dtype,
+)
 _FUNCTION = "fxsparse_heads"
 
 
@@ -53,6 +62,10 @@ def heads_of(gm: GraphModule, model: nn.Module, before: Mapping[str, Mapping[str
         chosen = {kind: index for kind, index in (("keys", keys), ("bias", bias)) if index is not None}
         if chosen:
             heads[path] = chosen
+    for product in gm.graph.find_nodes(op="call_function", target=aten.matmul.default):  # of an eager attention
+        keys = _keys(gm, product)
+        if keys is not None:
+            heads.setdefault(fx.stack_path(product), {"keys": keys})
     return heads
 
 
@@ -86,9 +99,10 @@ def _attention(
     bias = options.get("position_bias")
     if bias is not None and hasattr(module, "bias_of_heads"):
         options["position_bias"] = bias.index_select(1, module.bias_of_heads)
-    # An eager function belongs to its modeling file and is not registered; SDPA accepts the same masks.
+    # An eager function belongs to its modeling file and is not registered; where there is none, SDPA accepts its masks.
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     name = module.config_of_model._attn_implementation
-    function = ALL_ATTENTION_FUNCTIONS.get(name) or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    function = ALL_ATTENTION_FUNCTIONS.get(name) or eager or ALL_ATTENTION_FUNCTIONS["sdpa"]
     result: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **options)
     return result
 
@@ -130,7 +144,7 @@ def _keys(gm: GraphModule, sdpa: Node) -> list[int] | None:
 def _repeated(key: Node) -> int:
     """How often the trace repeats each key head: ``[batch, key heads, 1, tokens, size]`` is expanded along its third
     dimension, or heads are repeated as they are."""
-    while key.target in (aten.reshape.default, aten.view.default, aten.contiguous.default, aten.clone.default):
+    while key.target in _LAYOUTS:
         key = key.all_input_nodes[0]
     if key.target is aten.repeat_interleave.self_int:
         return int(key.args[1])  # type: ignore[arg-type]

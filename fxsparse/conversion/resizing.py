@@ -65,7 +65,8 @@ def resize(
         CheckpointError: the rows of an attention's projections are not a whole number of heads.
     """
     tied = _tied(model)
-    named = {name for name, shape in sizes.items() if shape}
+    scalars = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.dim()}
+    named = {name for name, shape in sizes.items() if shape or name in scalars}
     for path, module in _absent(model, named, tied).items():
         model.set_submodule(path, module)
     alone = {name for name, _ in model.named_parameters()} - named - {name for group in tied for name in group}

@@ -102,11 +102,20 @@ def expert_linears(gm: GraphModule) -> Iterator[ExpertLinear]:
             yield found
 
 
-def _grouped(gm: GraphModule, node: Node) -> ExpertLinear | None:
+def grouped_operands(node: Node) -> tuple[Node, Node, Node | None] | None:
+    """x, weight ``[experts, in, out]`` and offsets of a product of the grouped form; None for any other call."""
     names = _GROUPED.get(getattr(getattr(node.target, "_schema", None), "name", ""))
     if names is None:
         return None
     x, weight, offsets = (arguments(node)[name] for name in names)
+    return x, weight, offsets
+
+
+def _grouped(gm: GraphModule, node: Node) -> ExpertLinear | None:
+    operands = grouped_operands(node)
+    if operands is None:
+        return None
+    x, weight, offsets = operands
     read = _weight(gm, weight)
     if read is None or not isinstance(offsets, Node) or value(x).dim() != 2:
         return None

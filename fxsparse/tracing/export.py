@@ -226,9 +226,14 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             vars(config).update(settings)
 
 
+_CACHES = ("use_cache", "use_mems_eval")
+"""Settings of what a model returns beside its results to go on from, in evaluation alone or at all."""
+
+
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Turns ``use_cache`` off in every configuration of ``model``: a graph cannot return a cache of keys.
+    """Turns caches off in every configuration of ``model``: a graph cannot return a cache of keys, nor, in evaluation
+    alone, states of earlier segments, as XLNet does.
 
     A model that makes a cache itself, as PEFT's prefix tuning does, returns it all the same; it is left out.
     """
@@ -242,15 +247,16 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
     for module in model.modules():
         visit(vars(module).get("config"))
-    cached = [(config, config.use_cache) for config in configs.values() if getattr(config, "use_cache", False)]
+    cached = [(config, name) for config in configs.values() for name in _CACHES if getattr(config, name, False)]
+    before = [getattr(*setting) for setting in cached]
     try:
-        for config, _ in cached:
-            config.use_cache = False
+        for setting in cached:
+            setattr(*setting, False)
         with _returning_no_cache(model):
             yield
     finally:
-        for config, before in cached:
-            config.use_cache = before
+        for setting, value in zip(cached, before, strict=True):
+            setattr(*setting, value)
 
 
 @contextlib.contextmanager

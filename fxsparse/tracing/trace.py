@@ -35,6 +35,7 @@ from fxsparse.graph.sharded import unsharded_class
 from fxsparse.graph.training_form import CONDITIONS_KEY, keep_forward, renew_form
 from fxsparse.modules.sites import STARTED
 from fxsparse.options import checked, shown
+from fxsparse.tracing.both_modes import in_both_modes, may_run_twice
 from fxsparse.tracing.casting import CONSTANTS, convert, note_origin
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
 from fxsparse.tracing.compared import check_values
@@ -209,9 +210,10 @@ def trace(
     included) and holds the model's own Parameter objects under their original names, tied ones under all of them;
     ``state_dict()`` has the model's keys. ``train()`` and ``eval()`` work. It runs on the device of the example.
 
-    A module whose training is not a graph (layer drop branches on a random number) or draws random numbers that its
-    evaluation does not (stochastic depth) is captured as it evaluates; the notes of the trace say so, and a warning. So
-    is one that was given in evaluation mode and computes something else in training.
+    A module without weights that draws random numbers in training alone (stochastic depth, noise) computes both, and
+    its mode chooses. One whose training is not a graph (layer drop branches on a random number) is captured as it
+    evaluates; the notes of the trace say so, and a warning. So is one with weights that draws what its evaluation does
+    not, and one that was given in evaluation mode and computes something else in training.
 
     Threads that trace, rewrite or compile wait for each other.
 
@@ -334,15 +336,19 @@ def _example_sizes(node: Node) -> tuple[int, ...]:
 
 
 def _capture(model: nn.Module, example: Inputs, free: list[int], notes: list[str]) -> GraphModule:
-    """Captures both modes as one graph; what only works in evaluation mode is held there."""
+    """Captures both modes as one graph; what only works in evaluation mode is held there, and what is random in
+    training alone runs in both."""
     held: dict[type[nn.Module], str] = {}
+    both: set[type[nn.Module]] = set()
+    unfit: set[type[nn.Module]] = set()
     fixed: Fixed = set()
 
     def exported(training: bool) -> ExportedProgram:
         with left_as_it_was(model):
             for module in model.modules():
                 module.training = training and type(module) not in held
-            return export(model, example, free, fixed)
+            with in_both_modes(model, both - held.keys(), unfit):
+                return export(model, example, free, fixed)
 
     while True:
         try:
@@ -351,12 +357,18 @@ def _capture(model: nn.Module, example: Inputs, free: list[int], notes: list[str
             bind_training_flags(gm, _flat_module(exported(training=False)), paths)
             break
         except ModesDiffer as difference:
+            if unfit - held.keys():
+                held |= dict.fromkeys(unfit, "in training it gives results of another type or shape")
+                continue
             path = difference.path
             while path and type(model.get_submodule(path)) in held:
                 path = path.rpartition(".")[0]
             module, error = model.get_submodule(path), _modes_differ(model, path, difference)
             if type(module) in held or (module.training and not difference.is_random(path)):
                 raise error from difference
+            if module.training and type(module) not in both and may_run_twice(module):
+                both.add(type(module))
+                continue
             held[type(module)] = f"in training it runs other operators{_where(difference)}"
         except Exception as failure:
             frames = model_frames(failure)
@@ -377,9 +389,17 @@ def _where(difference: ModesDiffer) -> str:
 
 def _modes_differ(model: nn.Module, path: str, difference: ModesDiffer) -> TraceError:
     site = f"{type(model).__name__}{f', {path}' if path else ''}"
+    what_to_do = (
+        "Call eval() on that module before tracing to capture what it evaluates, or move the difference out of it."
+    )
+    if getattr(getattr(model, "config", None), "apply_spec_augment", False):  # masks drawn by NumPy while Python runs
+        what_to_do = (
+            "SpecAugment draws its masks outside of torch, so a graph would have those of its capture: set "
+            "config.apply_spec_augment=False, and mask the inputs"
+        )
     return TraceError(
         f"{site}: training computes something else than evaluation, which one graph cannot hold{_where(difference)}\n"
-        "Call eval() on that module before tracing to capture what it evaluates, or move the difference out of it."
+        f"{what_to_do}"
     )
 
 
@@ -474,13 +494,15 @@ def _recomputed(gm: GraphModule) -> Iterator[str]:
 
 
 def _has_effect(node: Node) -> bool:
-    """Whether ``node`` matters although nothing reads it: it writes, moves the random state or asserts."""
+    """Whether ``node`` matters although nothing reads it: it writes, asserts, or moves the random state. A dropout of
+    what nobody reads does not: it would keep all alive that it is computed from (CANINE's last encoder)."""
     if node.op != "call_function":
         return node.op in {"placeholder", "output"}
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return isinstance(node.target, torch._ops.HigherOrderOperator)
-    return bool(schema.is_mutable) or is_random(node) or traits.of(node.target).asserts
+    reads = any(isinstance(read.meta.get("val"), Tensor) for read in traits.values_read(node))
+    return bool(schema.is_mutable) or (is_random(node) and not reads) or traits.of(node.target).asserts
 
 
 def _always_holds(node: Node) -> bool:

@@ -21,7 +21,7 @@ from fxsparse.analysis.structures import MLP, Attention
 from fxsparse.graph import Linear, live, traits
 from fxsparse.graph.resize import CannotResize, DoesNotFit, Losses, patches_for, resize
 from fxsparse.ops.gather_linear import gather_linear
-from fxsparse.passes.structured.slice_heads import applications, heads_beside, select
+from fxsparse.passes.structured.slice_heads import applications, heads_beside
 
 aten = torch.ops.aten
 
@@ -64,7 +64,7 @@ class Site(live.Live):
         units: how many; under grouped queries a unit is a key head with its query heads.
         projections: rows of the linears that compute the units.
         output: columns of the linear that reads them.
-        heads: int64 ``[units, query heads of a unit]``; empty for channels.
+        group: query heads of a unit; 0 for channels.
     """
 
     path: str
@@ -72,7 +72,7 @@ class Site(live.Live):
     units: int
     projections: tuple[Part, ...]
     output: Part
-    heads: Tensor
+    group: int
 
     def moved(self, old: str, new: str, rows: int) -> Site:
         parts = [replace(part, name=new) if part.name == old else part for part in self.parts]
@@ -98,9 +98,9 @@ class Site(live.Live):
 def site_of(found: Attention | MLP) -> Site:
     """The units of a structure, without its nodes."""
     if isinstance(found, MLP):
-        units, kind, heads = found.channels, "channels", torch.empty(found.channels, 0, dtype=torch.int64)
+        units, kind, group = found.channels, "channels", 0
     else:
-        units, kind, heads = found.kv_heads, "heads", torch.arange(found.heads).view(found.kv_heads, -1)
+        units, kind, group = found.kv_heads, "heads", found.heads // found.kv_heads
     rows: dict[Node, list[Tensor]] = {}
     linears: dict[Node, Linear] = {}
     for projection in found.projections:
@@ -108,7 +108,7 @@ def site_of(found: Attention | MLP) -> Site:
         rows.setdefault(projection.linear.node, []).append(projection.index.reshape(units, -1))
     projections = tuple(_part(linears[node], torch.cat(index, 1), is_rows=True) for node, index in rows.items())
     output = _part(found.output.linear, found.output.index.reshape(units, -1), is_rows=False)
-    return Site(found.path, kind, units, projections, output, heads)
+    return Site(found.path, kind, units, projections, output, group)
 
 
 def _part(linear: Linear, index: Tensor, *, is_rows: bool) -> Part:
@@ -132,10 +132,6 @@ def columns_name(site: Site) -> str:
     return f"{site.output.name}_columns"
 
 
-def heads_name(site: Site) -> str:
-    return f"{site.output.name}_heads"
-
-
 def units_name(site: Site) -> str:
     return f"{site.output.name}_units"
 
@@ -153,7 +149,6 @@ def selection(site: Site, units: Tensor) -> dict[str, Tensor]:
     buffers = {rows_name(part): part.of(units) for part in site.projections}
     buffers[columns_name(site)] = site.output.of(units)
     if site.kind == "heads":
-        buffers[heads_name(site)] = site.heads.to(units.device)[units].flatten().sort().values
         buffers[units_name(site)] = units.sort().values
     return buffers
 
@@ -207,10 +202,10 @@ def _gather_rows(gm: GraphModule, found: Attention | MLP, site: Site, linears: S
     """Lets the projections compute the rows of chosen units, and all up to the output linear follow."""
     source = found.output.linear.input
     path = between({linear.node for linear in linears}, [source])
-    lost = _losses(linears, site, source, omitted)
+    lost, lost_last = _losses(linears, site, source, omitted)
     patches = patches_for(lost)
     sizes = {node: _sizes(node) for node in path}
-    changed = _select_beside(gm, site, lost) if isinstance(found, Attention) else []
+    changed = _select_beside(gm, site, lost, lost_last) if isinstance(found, Attention) else []
     parts = {part.name: part for part in site.projections}
     for linear in linears:
         part = parts[linear.name]
@@ -254,29 +249,58 @@ def _observe(gm: GraphModule, site: Site, source: Node, before: Node) -> None:
     fx.insert_call(gm, aten.add_.Tensor, (batches, 1), like=before)
 
 
-def _select_beside(gm: GraphModule, site: Site, lost: Losses) -> list[Node]:
-    """What has an axis of heads and comes from elsewhere loses the heads left out, where it is read."""
+def _select_beside(gm: GraphModule, site: Site, lost: Losses, lost_last: Losses) -> list[Node]:
+    """What has an axis of units and comes from elsewhere loses the units left out, where it is read."""
     changed = []
-    for user, operand, axis, _ in heads_beside(lost):
-        is_of_keys = fx.value(operand).shape[axis] == site.units
-        name, count = (units_name(site), site.units) if is_of_keys else (heads_name(site), site.heads.numel())
-        smaller = select(gm, operand, axis, fx.insert_attribute(gm, name, before=user), count, user)
+    of_last = {(user, operand, axis): positions for user, operand, axis, positions in heads_beside(lost_last)}
+    for user, operand, axis, positions in heads_beside(lost):
+        size = _size_in_axis(positions.bool(), of_last[user, operand, axis].bool(), site.units)
+        if size is None:
+            raise CannotShrink(f"{operand.name} has no axis on which units follow one another")
+        units = fx.insert_attribute(gm, units_name(site), before=user)
+        smaller = _select(gm, operand, axis, units, site.units, size, user)
         user.replace_input_with(operand, smaller)
         changed.append(smaller)
     return changed
 
 
+def _size_in_axis(first: Tensor, last: Tensor, units: int) -> int | None:
+    """How many positions one unit has, side by side, on an axis of all units, perhaps of those of each example; None
+    where the positions of the first unit and of the last one do not lie so."""
+    size = int(first.long().cumprod(0).sum())
+    if not size or len(first) % (units * size):
+        return None
+    blocks = first.view(-1, units, size), last.view(-1, units, size)
+    expected = torch.arange(units) == 0, torch.arange(units) == units - 1
+    alike = all(torch.equal(own, which[:, None].expand_as(own)) for own, which in zip(blocks, expected, strict=True))
+    return size if alike else None
+
+
+def _select(gm: GraphModule, operand: Node, axis: int, index: Node, units: int, size: int, before: Node) -> Node:
+    """The units of ``index`` of an operand, whose axis holds ``size`` positions of each, perhaps for each example."""
+    if size == 1 and fx.value(operand).shape[axis] == units:
+        return fx.insert_call(gm, aten.index_select.default, (operand, axis, index), like=before)
+
+    def chosen(x: Tensor, kept: Tensor) -> Tensor:
+        apart = x.unflatten(axis, (-1, units, size))
+        return apart.index_select(axis + 1, kept).flatten(axis, axis + 2)
+
+    node: Node = fx.insert_function(gm, chosen, operand, index, before=before)
+    return node
+
+
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
-def _losses(linears: Sequence[Linear], site: Site, source: Node, omitted: int) -> Losses:
-    """What nodes between the linears and what the output linear reads lose, for ``omitted`` fewer units."""
+def _losses(linears: Sequence[Linear], site: Site, source: Node, omitted: int) -> tuple[Losses, Losses]:
+    """What nodes between the linears and what the output linear reads lose, for ``omitted`` fewer units that are like
+    the first, and like the last."""
     first, last = (_losses_of_unit(linears, site, source, unit, omitted) for unit in (0, site.units - 1))
     patches, others = patches_for(first), patches_for(last)
     for node in (*patches, *others):
         if patches.get(node) != others.get(node):
             raise CannotShrink(f"{node.name} treats units differently")
-    return first
+    return first, last
 
 
 def _losses_of_unit(linears: Sequence[Linear], site: Site, source: Node, unit: int, omitted: int) -> Losses:

@@ -252,7 +252,7 @@ def _mixed_by_branches(site: Site) -> tuple[Part, ...]:
 
 
 def _head_units(site: Site) -> str:
-    return "heads" if site.heads.shape[1] == 1 else f"groups of {site.heads.shape[1]} heads"
+    return "heads" if site.group == 1 else f"groups of {site.group} heads"
 
 
 def _uses(gm: GraphModule) -> dict[int, int]:

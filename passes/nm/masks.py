@@ -146,7 +146,7 @@ class InsertNMMasks(Pass):
         if not sites and not sparse and not filters:
             yield skipped("the model", "has no linears to prune")
         of_linears = [(site, pattern) for site, pattern in chosen if _is_of_linears(site)]
-        norms = self._norms(graph, [site for site, _ in of_linears])
+        norms = self._norms(graph, [site for site, _ in chosen])
         pruned = self._pruned(graph, of_linears)
         names = fx.parameter_names(graph)
         for site, pattern in chosen:
@@ -178,8 +178,8 @@ class InsertNMMasks(Pass):
                 )
 
     def _keeps_experts(self, linear: Linear | ExpertLinear) -> str | None:
-        if isinstance(linear, ExpertLinear) and self.criterion not in ("magnitude", "random"):
-            return f"{EXPERTS}, and {self.criterion} calibrates linears only; prune it by magnitude in a pass before"
+        if isinstance(linear, ExpertLinear) and self.criterion == "sparsegpt":
+            return f"{EXPERTS}, and sparsegpt calibrates linears only; prune it by wanda or magnitude in a pass before"
         return None
 
     def _misfit(self, linear: Linear | ExpertLinear, pattern: Pattern) -> str | None:
@@ -252,7 +252,7 @@ class InsertNMMasks(Pass):
             raise RewriteError(f"{self.criterion} needs calibration=[batch, ...]", pass_name=self.name)
         return self.calibration
 
-    def _norms(self, graph: GraphModule, sites: list[list[Linear]]) -> dict[str, Tensor]:
+    def _norms(self, graph: GraphModule, sites: list[_Site]) -> dict[str, Tensor]:
         if self.criterion != "wanda" or structure_only(graph):
             return {}
         return activation_norms(graph, [linear for site in sites for linear in site], self._batches(graph))

@@ -261,6 +261,8 @@ class _StreamGate:
 
         def opened(x: Tensor, weight: Tensor | None, closed: Tensor, ratio: Tensor, scale: Tensor) -> list[Any]:
             if is_centred:
+                times = x.shape[-1] // len(closed)  # the stream several times, side by side, as Swin merges patches
+                closed = closed.repeat(times) if times > 1 else closed
                 x = x + x.mean(-1, keepdim=True) * _as(ratio, x) * _as(closed, x)
             return [x, x * _as(scale, x), None if weight is None else weight / _as(scale, weight)]
 

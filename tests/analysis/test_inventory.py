@@ -109,7 +109,7 @@ def test_kinds_and_reasons() -> None:
     entry = record_of(fxsparse.rewrite(graph("mixed"), "nm-masks")).entries[0]
     details = {change.site: change.detail for change in entry.skipped}
     assert "convolution" in details["stem"]
-    assert "(experts)" in details["layers.0.experts"] and "(experts)" in details["layers.1.tensor"]
+    assert "(experts)" in details["layers.0.experts"] and "(product)" in details["layers.1.tensor"]
     assert {change.site for change in entry.rewritten} >= {"layers.1.proj", "layers.1.up"}
 
 

@@ -68,7 +68,39 @@ class Reshaped(Between):
         return x.broadcast_to(x.shape).view_as(x).flatten(0, 1).reshape_as(x)
 
 
-@pytest.mark.parametrize("kind", [Activated, Transposed, Reshaped])
+class Placed(Between):
+    """Tokens stacked, padded, pooled and repeated."""
+
+    def between(self, x: Tensor) -> Tensor:
+        x = torch.stack([x, x.square()], 1).flatten(1, 2)
+        x = F.pad(x, (0, 0, 1, 2)).transpose(1, 2)
+        return F.adaptive_avg_pool1d(x, 3).transpose(1, 2).repeat_interleave(2, dim=1)
+
+
+class Summed(Between):
+    """Products over indices, into a tensor of heads and out of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Parameter(torch.randn(2, SIZE, 3)), nn.Parameter(torch.randn(SIZE, 2, 3))
+
+    def between(self, x: Tensor) -> Tensor:
+        heads = torch.einsum("bth,nhd->btnd", x, self.into)
+        return x + torch.einsum("btnd,hnd->bth", heads.tanh(), self.out)
+
+
+class Joined(Between):
+    """The stream twice, side by side, under a norm and a linear, as patches are merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.merge = nn.LayerNorm(2 * SIZE), nn.Linear(2 * SIZE, SIZE)
+
+    def between(self, x: Tensor) -> Tensor:
+        return x + self.merge(self.norm(torch.cat([x, x.square()], -1)))
+
+
+@pytest.mark.parametrize("kind", [Activated, Transposed, Reshaped, Placed, Summed, Joined])
 def test_operators_that_keep_hidden_dimensions_apart(kind: type[Between]) -> None:
     model = kind()
     gm = fxsparse.trace(model, (torch.randn(3, 4, 7),))

@@ -106,7 +106,7 @@ def oracle_of(model: Model, sites: Mapping[str, Site], gm: GraphModule) -> FuzzO
     oracle.was_trained = {name: parameter.requires_grad for name, parameter in copied.named_parameters()}
     for path, module in list(copied.named_modules()):
         if isinstance(module, nn.Linear):
-            oracle.linears[f"{path}.weight"] = linear = Linear(module)
+            oracle.linears[f"{path}.weight"] = linear = Linear(module.weight, module.bias)
             copied.set_submodule(path, linear)
     oracle.apply(gm)
     return oracle

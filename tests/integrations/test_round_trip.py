@@ -334,6 +334,35 @@ def test_fused_projections_and_cross_attention(build: Callable[[], Any], tmp_pat
     assert_generates(loaded)
 
 
+def test_ragged_groups_of_an_attention_that_is_not_sdpa(tmp_path: Path) -> None:
+    """Gemma 2 caps its scores: what selects keys is read by a product, and its own function runs in the module."""
+    config = transformers.Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.5, attn_implementation="eager", use_cache=False,
+    )  # fmt: skip
+    model = transformers.Gemma2ForCausalLM(config).train()
+    batch = {"input_ids": torch.randint(2, 64, (4, 12)), "labels": torch.randint(2, 64, (4, 12))}
+    gm = pruned(fxsparse.trace(model, kwargs=batch), {"model.layers.1.self_attn.heads_gate": some(4, 3)})
+    fxsparse.save_pretrained(gm, model, tmp_path)
+    loaded = fxsparse.from_pretrained(tmp_path)
+    assert len(loaded.model.layers[1].self_attn.keys_of_heads) == 3
+    torch.testing.assert_close(loaded(**batch).logits, gm(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_scalars_of_a_model_stay(tmp_path: Path) -> None:
+    """CLIP scales its logits by a parameter without dimensions."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 64, "max_position_embeddings": 16, "eos_token_id": 2, "pad_token_id": 1}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
+    batch = {"input_ids": torch.randint(3, 64, (4, 7)), "pixel_values": torch.randn(4, 3, 16, 16)}
+    base = fxsparse.trace(model, kwargs=batch)
+    gm = pruned(base, random_masks(base))
+    fxsparse.save_pretrained(gm, model, tmp_path)
+    loaded = fxsparse.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(**batch).logits_per_image, gm(**batch).logits_per_image, rtol=1e-5, atol=1e-6)
+
+
 # --- settings, types, refusals ----------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxsparse
@@ -47,12 +48,20 @@ Site = Attention | MLP
 
 
 class EqualDraws(TorchDispatchMode):
-    """``rand_like`` gives every tensor of a shape the same numbers, so that gates draw alike in any order."""
+    """Every tensor of a shape gets the same numbers, so that gates draw alike in any order, and stochastic depth drops
+    the same examples."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.rand_like.default:
-            return torch.linspace(0.15, 0.85, args[0].numel()).roll(args[0].numel() // 3).view(args[0].shape)
+            return _spread(0.15, 0.85, args[0].shape)
+        if func is torch.ops.aten.rand.default:
+            return _spread(0.0, 0.95, args[0])
         return func(*args, **(kwargs or {}))
+
+
+def _spread(low: float, high: float, shape: Sequence[int]) -> Tensor:
+    count = math.prod(shape)
+    return torch.linspace(low, high, count).roll(count // 3).view(tuple(shape))
 
 
 class _Product(torch.autograd.Function):
@@ -75,10 +84,10 @@ class _Product(torch.autograd.Function):
 class Linear(nn.Module):
     """A linear of the original whose weight is seen as ``[out, in]``."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False):
         super().__init__()
-        self.transposed = not isinstance(module, nn.Linear)
-        self.weight, self.bias = module.weight, module.bias
+        self.transposed = transposed
+        self.weight, self.bias = weight, bias
         self.mask = torch.ones_like(self.dense.detach())
         self.columns = torch.ones_like(self.mask)
         self.rows_left = torch.arange(self.mask.shape[0])
@@ -152,6 +161,22 @@ class Linear(nn.Module):
         if self.prune_every and step % self.prune_every == 0:
             self.prune_again()
         self.started = self.started or (self.down is not None and step >= self.starts_after)
+
+
+class _Called(TorchFunctionMode):
+    """Lets ``F.linear`` with a weight that belongs to no linear, as routers call it, be a linear of the oracle."""
+
+    def __init__(self, linears: Iterable[Linear]):
+        super().__init__()
+        self.of_weight = {id(linear.weight): linear for linear in linears}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        linear = self.of_weight.get(id(args[1])) if func is F.linear and len(args) > 1 else None
+        if linear is None:
+            return func(*args, **(kwargs or {}))
+        bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+        y = linear(args[0])
+        return y if bias is None else y + bias
 
 
 def largest(weight: Tensor, n: int, m: int) -> Tensor:
@@ -234,7 +259,7 @@ class Oracle:
     def _nm_masks(self, item: Any, gm: GraphModule) -> None:
         for held in record_of(gm).weights:
             if held.name in self.originals and self.originals[held.name].dim() > 2:
-                self._prune_filters(held.name, Pattern.parse(held.pattern))
+                self._prune_filters(held.name, Pattern.parse(held.pattern), held.experts, held.transposed)
                 continue
             linear = self.linears[held.name]
             if held.name.rpartition(".")[0] in self.rewritten:
@@ -244,14 +269,19 @@ class Oracle:
                 linear.prune()
 
     @torch.no_grad()
-    def _prune_filters(self, name: str, pattern: Pattern) -> None:
+    def _prune_filters(self, name: str, pattern: Pattern, experts: int, transposed: bool) -> None:
+        """Of a filter along all that it sums over; of experts each along its input."""
         weight = self.originals[name]
-        mask = self.filters[name] = largest(weight.flatten(1), pattern.n, pattern.m).view_as(weight)
+        seen = (weight.mT if transposed else weight) if experts else weight.flatten(1)
+        mask = largest(seen.flatten(0, -2), pattern.n, pattern.m).view_as(seen)
+        mask = self.filters[name] = mask.mT if experts and transposed else mask.view_as(weight)
         weight *= mask
         weight.register_hook(lambda grad: grad * mask)
 
     def _double_prune(self, item: Any, gm: GraphModule) -> None:
         present = {name for name, _ in gm.named_buffers()}
+        if any(f"{name}_column_mask" in present for name in self.filters):
+            raise NotImplementedError("the composed model prunes no experts twice")
         for name, linear in self.linears.items():
             if f"{name}_column_mask" in present:
                 linear.prune_every = item.every
@@ -515,10 +545,31 @@ def oracle_of(
     oracle = kind(name, model, dict(sites), originals=dict(model.named_parameters()))
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            oracle.linears[f"{path}.weight"] = linear = Linear(module)
+            transposed = not isinstance(module, nn.Linear)
+            oracle.linears[f"{path}.weight"] = linear = Linear(module.weight, module.bias, transposed=transposed)
             model.set_submodule(path, linear)
+    _follow_calls(oracle)
     oracle.apply(gm)
     return oracle
+
+
+def _follow_calls(oracle: Oracle) -> None:
+    """Adds the matrices that belong to no linear, and lets the model call these where it multiplies by them."""
+    tables = {id(module.weight) for module in oracle.model.modules() if isinstance(module, nn.Embedding)}
+    known = {id(linear.weight) for linear in oracle.linears.values()} | tables
+    called = {
+        name: Linear(weight)
+        for name, weight in oracle.originals.items()
+        if weight.dim() == 2 and id(weight) not in known
+    }
+    oracle.linears |= called
+    forward = oracle.model.forward
+
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with _Called(called.values()):
+            return forward(*args, **kwargs)
+
+    oracle.model.forward = within
 
 
 def differences(gm: GraphModule, oracle: Oracle) -> dict[str, float]:
@@ -534,7 +585,10 @@ def differences(gm: GraphModule, oracle: Oracle) -> dict[str, float]:
                 value = unpack(
                     value, gm.get_buffer(f"{original}_indices"), Pattern.parse(weight.pattern), weight.in_features
                 )
-                off[name] = _off(value, _left(oracle, original, dense=True, pruned=True))
+                if original in oracle.filters:
+                    off[name] = _off(value, parameters[original].mT if weight.transposed else parameters[original])
+                else:
+                    off[name] = _off(value, _left(oracle, original, dense=True, pruned=True))
             elif name in oracle.filters:
                 off[name] = _off(value * oracle.filters[name], parameters[name])
             elif name in held and not oracle.linears[name].straight:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fxsparse
+from fxsparse import graph as fx
 from fxsparse.errors import InternalError, TraceError
 from fxsparse.graph.record import TRACE_KEY
 from fxsparse.tracing.trace import trace
@@ -411,6 +413,69 @@ class Noise(nn.Module):
         return x + torch.randn_like(x) if self.training else x
 
 
+class StochasticDepth(nn.Module):
+    """Drops examples; of two results, one is the same in both modes."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.training:
+            return x, x
+        return x / 0.7 * (0.7 + torch.rand(x.shape[0], *[1] * (x.dim() - 1), dtype=x.dtype)).floor(), x
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop, self.noise = nn.Linear(16, 16), StochasticDepth(), Noise()
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped, whole = self.drop(F.gelu(self.linear(x)))
+        return self.noise(F.dropout(x + dropped, 0.1, self.training)) + whole
+
+
+def test_what_is_random_in_training_alone_follows_the_mode() -> None:
+    model = nn.Sequential(Residual(), nn.Dropout(0.5), Residual())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gm = trace(model, (torch.randn(4, 16),))
+    assert gm.meta[TRACE_KEY].notes == ()
+    for mode, still in ((True, False), (False, False), (True, True)):
+        for module in (model, gm):
+            module.train(mode)
+            module.get_submodule("2.noise").train(mode and not still)  # it draws last
+        x = torch.randn(9, 16, requires_grad=True)
+        expected, actual = seeded(model, x), seeded(gm, x)
+        assert_same(expected, actual)
+        gradients = [torch.autograd.grad(y.sum(), [x, model[0].linear.weight]) for y in (expected, actual)]
+        assert all(map(torch.equal, *gradients))
+    assert not torch.equal(seeded(gm.train(), x), seeded(gm.eval(), x))
+
+
+class Widened(nn.Module):
+    """Gives another dtype in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(x.shape, dtype=torch.float64) if self.training else x
+
+
+def test_random_training_of_another_dtype_is_held_in_evaluation() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), Widened())
+    with pytest.warns(UserWarning, match="Widened is captured as it evaluates, because in training it gives"):
+        gm = trace(model, (torch.randn(4, 16),))
+    x = torch.randn(3, 16)
+    assert_same(model.eval()(x), gm.train()(x))
+
+
+class NoisyLinear(nn.Module):
+    """Random in training, with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x) * self.scale if self.training else x * self.scale
+
+
 class LayerDrop(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -422,7 +487,7 @@ class LayerDrop(nn.Module):
         return self.linear(x)
 
 
-@pytest.mark.parametrize(("kind", "line"), [(Noise, "torch.randn_like"), (LayerDrop, "torch.rand([]) < 0.5")])
+@pytest.mark.parametrize(("kind", "line"), [(NoisyLinear, "torch.randn_like"), (LayerDrop, "torch.rand([]) < 0.5")])
 def test_random_training_is_held_in_evaluation(kind: type[nn.Module], line: str) -> None:
     model = nn.Sequential(kind(), nn.Dropout(0.5), kind())
     with pytest.warns(UserWarning, match=f"{kind.__name__} is captured as it evaluates"):
@@ -462,6 +527,33 @@ def test_dropout_of_a_held_module_still_trains() -> None:
     expected = model.layers[1](model.layers[0](F.dropout(x, 0.5, True)))
     assert_same(expected, seeded(gm, x))
     assert_same(model.eval()(x), gm.eval()(x))
+
+
+class Unread(nn.Module):
+    """Computes more than it returns, with a dropout in it, as CANINE's classifier does; and draws for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.unread = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        F.dropout(self.unread(y), 0.5, self.training).sum()
+        if self.training:
+            torch.rand(x.shape[0])
+        return y + x
+
+
+def test_what_nobody_reads_is_not_in_the_graph() -> None:
+    model = Unread()
+    gm = trace(model, (torch.randn(4, 16),))
+    assert [linear.name for linear in fx.linears(gm)] == ["linear.weight"]
+    assert gm.graph.find_nodes(op="call_function", target=torch.ops.aten.rand.default)
+    sparse = fxsparse.rewrite(gm, "nm-masks{keep_first=false,keep_head=false}")
+    assert {change.site for change in fxsparse.record_of(sparse).entries[-1].changes} == {"linear"}
+    module = fxsparse.to_module(sparse, model).eval()
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(module(x), sparse.eval()(x))
 
 
 class SameInBothModes(nn.Module):
@@ -514,6 +606,16 @@ def test_another_function_in_training_is_refused_unless_evaluating() -> None:
         gm = trace(model, (torch.randn(4, 16),))
     x = torch.randn(3, 16)
     assert_same(model(x), gm(x))
+
+
+def test_spec_augment_says_how_to_turn_it_off() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    convolutions = {"conv_dim": [8], "conv_stride": [5], "conv_kernel": [10], "num_conv_pos_embedding_groups": 2}
+    config = transformers.Wav2Vec2Config(
+        **sizes, **convolutions, vocab_size=8, num_conv_pos_embeddings=4, layerdrop=0.0
+    )
+    with pytest.raises(TraceError, match=r"_mask_hidden_states(?s:.*)apply_spec_augment=False"):
+        trace(transformers.Wav2Vec2ForCTC(config), (torch.randn(2, 600),))
 
 
 class Regions(nn.Module):

@@ -226,8 +226,47 @@ def test_dynamic_masks_follow_each_expert() -> None:
     assert not torch.equal(sparse.up_proj_mask, before)
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
-def test_calibration_is_for_linears(criterion: Any) -> None:
+def _squares_by_expert(model: Mixture, batches: list[Tensor]) -> dict[str, list[Tensor]]:
+    """For each weight, by expert, the sums of squares of the features of the rows it reads."""
+    sums = {"up_proj": [torch.zeros(16) for _ in range(5)], "down_proj": [torch.zeros(24) for _ in range(5)]}
+    up = model._times(model.up_proj)
+    with torch.no_grad():
+        for batch in batches:
+            x = model.enter(batch).flatten(0, 1)
+            scores = model.router(x)
+            if model.idle is not None:
+                scores[:, model.idle] -= 1e9
+            chosen = scores.topk(model.top_k).indices
+            for expert in range(5):
+                rows = x if model.form == "every" else x[(chosen == expert).any(1)]
+                sums["up_proj"][expert] += rows.square().sum(0)
+                sums["down_proj"][expert] += (rows @ up[expert]).relu().square().sum(0)
+    return sums
+
+
+@pytest.mark.parametrize("storage", ["compressed", "masked"])
+@pytest.mark.parametrize(("form", "transposed"), [("grouped", False), ("gathered", True), ("every", False)])
+def test_wanda_weighs_by_the_rows_that_each_expert_reads(form: str, transposed: bool, storage: str) -> None:
+    """And by magnitude alone where it reads none."""
+    model, gm = mixture(form, transposed, idle=None if form == "every" else 3)
+    batches = [torch.randn(3, 4, 12), torch.randn(5, 3, 12)]
+    options: Any = {"keep_first": False, "keep_head": False, "storage": storage}
+    sparse = fxsparse.rewrite(gm, [InsertNMMasks(criterion="wanda", calibration=batches, **options)])
+    changes = {change.site: change for change in record_of(sparse).entries[-1].changes}
+    dense = fxsparse.dense_state_dict(sparse)
+    plain = fxsparse.dense_state_dict(fxsparse.rewrite(mixture(form, transposed)[1], [InsertNMMasks(**options)]))
+    for name, sums in _squares_by_expert(model, batches).items():
+        assert changes[name].rewritten and "wanda" in changes[name].detail
+        weights = model._times(getattr(model, name).detach()).mT
+        kept = model._times(dense[name]).mT != 0
+        for expert, squares in enumerate(sums):
+            norms = squares.sqrt() if bool(squares.any()) else torch.ones(())
+            assert torch.equal(kept[expert], nm_mask(weights[expert].abs() * norms, Pattern(2, 4)))
+        assert not torch.equal(plain[name], dense[name])
+
+
+def test_sparsegpt_is_for_linears() -> None:
+    criterion: Any = "sparsegpt"
     _, gm = mixture("grouped")
     item = InsertNMMasks(criterion=criterion, keep_first=False, keep_head=False, calibration=[torch.randn(3, 4, 12)])
     sparse = fxsparse.rewrite(gm, [item])

@@ -158,6 +158,37 @@ class PostNorm(Block):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
+class Weighted(Block):
+    """What attention gives is weighted column by column, and by a number for each head, before it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.share = nn.Parameter(torch.rand(DIM) + 0.5), nn.Parameter(torch.randn(HEADS))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mixed = super().attend(query, key, value) * self.share.sigmoid()[:, None, None]
+        return (mixed.transpose(1, 2).flatten(2) * self.scale).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+class GatedOutput(Block):
+    """What attention gives meets the outputs of a linear of its own, for each column or (``size`` 1) for each head."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.gate = size, nn.Linear(DIM, HEADS * size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        query, key, value = self.qkv(y).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        mixed = self.attend(query, key, value).transpose(1, 2)
+        if self.size == 1:
+            mixed = (mixed * self.gate(y).sigmoid()[..., None]).flatten(2)
+        else:
+            mixed = mixed.flatten(2) * self.gate(y).sigmoid()
+        x = x + self.proj(mixed)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
 class Relative(Block):
     """Scores of content and of positions, whose keys the same projection makes, as in DeBERTa-v2."""
 
@@ -248,6 +279,9 @@ FORMS: dict[str, Form] = {
     "joined": Form(lambda: Layers(Joined), _tokens),
     "post-norm": Form(lambda: Layers(PostNorm), _tokens),
     "relative": Form(lambda: Layers(Relative), _tokens),
+    "weighted": Form(lambda: Layers(Weighted), _tokens),
+    "gated columns": Form(lambda: Layers(lambda: GatedOutput(DIM // HEADS)), _tokens),
+    "gated heads": Form(lambda: Layers(lambda: GatedOutput(1)), _tokens),
     "torch": Form(lambda: Layers(lambda: Torch(False)), _tokens),
     "torch with weights": Form(lambda: Layers(lambda: Torch(True)), _tokens),
     "encoder": Form(lambda: _encoder(True), lambda batch: {"src": torch.randn(batch, 7, DIM)}),
@@ -315,6 +349,19 @@ def test_materialized_equals_gated(name: str, units: str, gm: GraphModule) -> No
     entry = small.meta["fxsparse"].entries[-1]
     assert entry.rewritten and entry.after.parameters < entry.before.parameters
     assert_same(small, gates, name)
+
+
+@pytest.mark.parametrize("name", ["gated columns", "gated heads"])
+def test_linears_that_gate_heads_go_with_them(name: str, gm: GraphModule) -> None:
+    size = gm.get_parameter("h.0.gate.weight").shape[0] // HEADS
+    for site in structures(gm).attentions:
+        (gate,) = (rows for rows in site.projections if rows.kind == "gate")
+        assert torch.equal(gate.index, torch.arange(HEADS * size).view(HEADS, size))
+    gates = fxsparse.rewrite(gm, "gates{units=heads,score=random,target=0.3}")
+    gates.get_buffer("h.0.heads_gate_mask").copy_(torch.tensor([1, 0, 1, 1]))
+    small = fxsparse.rewrite(gates, "materialize")
+    assert small.get_parameter("h.0.gate.weight").shape == (3 * size, DIM)
+    assert small.get_parameter("h.0.gate.bias").shape == (3 * size,)
 
 
 @pytest.mark.parametrize("name", ["grouped", "grouped, repeated", "grouped, fused", "multi-query", "eager"])
@@ -415,6 +462,21 @@ def test_shared_layers_are_refused_when_gates_are_inserted() -> None:
     for passes in ("gates", "gates{units=heads,score=magnitude}", "drop-dims{units=heads}"):
         with pytest.raises(RewriteError, match=r"found no.*qkv.weight is used more than once"):
             fxsparse.rewrite(Shared(), passes, (torch.randn(3, 7, DIM),))
+
+
+def test_an_attention_whose_output_linear_serves_another_is_left_alone() -> None:
+    class Twice(Block):
+        """The output linear reads what a second stream has too, as in ProphetNet."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.proj(self.up(x)[..., :DIM])
+
+    gm = fxsparse.trace(Layers(Twice), (torch.randn(3, 7, DIM),))
+    found = structures(gm)
+    assert not found.attentions
+    assert "h.1: h.1.proj.weight is used more than once" in map(str, found.skipped)
+    with pytest.raises(RewriteError, match=r"found no.*used more than once"):
+        fxsparse.rewrite(gm, "gates{units=heads,score=magnitude,target=0.3}")
 
 
 def test_heads_of_axes_that_are_mixed_are_left_alone_with_a_reason() -> None:

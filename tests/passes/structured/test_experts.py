@@ -305,6 +305,24 @@ def test_models_lose_channels_of_experts(family: tuple[Any, GraphModule], tmp_pa
     torch.testing.assert_close(again.eval()(**batch).logits, small(**batch).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_models_with_experts_lose_hidden_dimensions(family: tuple[Any, GraphModule]) -> None:
+    made, gm = family
+    gated = fxsparse.rewrite(copy.deepcopy(gm), "gates{units=[hidden],target=0.3,score=magnitude}").eval()
+    keep = gated.get_buffer("model.layers.hidden_gate_mask").bool()
+    assert 0 < int((~keep).sum()) < 32
+    small = fxsparse.rewrite(copy.deepcopy(gated), "materialize").eval()
+    for leaf in ("gate_up_proj", "down_proj", "down_proj_bias"):
+        name = f"model.layers.1.mlp.experts.{leaf}"
+        for before in (dict(gm.named_parameters()).get(name),):
+            if before is not None:
+                axis = [size == 32 for size in before.shape].index(True)
+                assert small.get_parameter(name).shape[axis] == int(keep.sum())
+    batch = made.make_batch(batch=3)
+    torch.testing.assert_close(small(**batch).logits, gated(**batch).logits, rtol=1e-4, atol=1e-5)
+    small(**batch).loss.backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+
+
 def test_layers_that_differ_in_experts(family: tuple[Any, GraphModule], tmp_path: Path) -> None:
     made, gm = family
     kept = '"model.layers.0.mlp.experts_gate":"1,3","model.layers.1.mlp.experts_gate":"0-3"'
