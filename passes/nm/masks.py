@@ -229,8 +229,7 @@ class InsertNMMasks(Pass):
         borrowed = bool(gm.meta.get(BORROWED))
         weight = fx.attribute(gm, conv.name).detach()
         criterion = "magnitude" if structure_only(gm) else self.criterion
-        name = "" if borrowed else conv.name
-        rule = NMMask(str(pattern), criterion, seed=self.seed, name=name, filters=True)
+        rule = NMMask(str(pattern), criterion, seed=self.seed, filters=True)
         fx.set_buffer(gm, f"{conv.name}_mask", rule(weight))
         if borrowed:
             derive(gm, f"{conv.name}_mask", Derived(rule, (conv.name,)))
@@ -271,7 +270,7 @@ class InsertNMMasks(Pass):
         weight = fx.attribute(gm, name)
         dense = weight.detach().mT if transposed else weight.detach()
         criterion = "magnitude" if structure_only(gm) else self.criterion
-        rule = NMMask(str(pattern), criterion, self.transposable, self.seed, "" if borrowed else name, transposed)
+        rule = NMMask(str(pattern), criterion, self.transposable, self.seed, transposed)
         if isinstance(by, Pruned):
             dense, mask, error = by.weight, by.mask, f", {by}"
         else:

@@ -23,9 +23,8 @@ class NMMask:
         pattern: ``n:m``.
         criterion: ``magnitude``, ``random`` or ``wanda``.
         transposable: n of m along the output dimension too.
-        seed: of ``random``.
-        name: the weight's name, so that equal seeds give different weights different masks; if it is empty, the
-            weight's first elements do so.
+        seed: of ``random``, together with the signs of the weight's first elements: weights get different masks, and a
+            weight the same one in every dtype and wherever it is found, by whatever name.
         transposed: whether the weight is stored ``[in, out]``, or ``[experts, in, out]``.
         filters: whether it is that of a convolution, ``[out, in, taps...]``, and each filter is flattened.
     """
@@ -34,7 +33,6 @@ class NMMask:
     criterion: str = "magnitude"
     transposable: bool = False
     seed: int = 0
-    name: str = ""
     transposed: bool = False
     filters: bool = False
 
@@ -57,7 +55,7 @@ class NMMask:
     def _random(self, dense: Tensor) -> Tensor:
         if dense.device.type == "meta":
             return dense.abs()
-        salt = self.name.encode() or dense.flatten()[:4096].float().cpu().numpy().tobytes()
+        salt = dense.flatten()[:4096].signbit().cpu().numpy().tobytes()
         generator = torch.Generator().manual_seed(zlib.crc32(salt, self.seed))
         return torch.rand(dense.shape, generator=generator).to(dense.device)
 

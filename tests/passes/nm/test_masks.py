@@ -154,6 +154,19 @@ def test_random_masks_follow_the_seed_and_differ_between_weights() -> None:
     assert (counts - 0.5).abs().max() < 0.06, "positions are not equally likely"
 
 
+def test_a_random_mask_is_the_weights_in_every_dtype_and_in_one_line() -> None:
+    model, x, passes = chain(8, 16, 16, 4), torch.randn(2, 8), "nm-masks{criterion=random,keep_first=false}"
+    gm = fxsparse.rewrite(copy.deepcopy(model), passes, (x,))
+    cast = fxsparse.rewrite(copy.deepcopy(model).half(), passes, (x.half(),))
+    for mine, theirs in zip(record_of(gm).weights, record_of(cast).weights, strict=True):
+        assert torch.equal(masks_of(gm, mine)[0], masks_of(cast, theirs)[0])
+    options = {"passes": passes, "compiler": "eager", "fallback": False}
+    compiled = torch.compile(model.eval(), backend="fxsparse", options=options)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), gm.eval()(x))
+        assert not torch.allclose(compiled(x), model(x))
+
+
 def test_wanda_weighs_by_the_inputs_of_the_calibration() -> None:
     model = chain(8, 16, 16, 4)
     batches = [torch.randn(6, 8) * 3, (torch.randn(2, 8),), {"input": torch.randn(1, 8)}]
