@@ -21,7 +21,7 @@ from fxsparse.errors import OptionError, RewriteError
 from fxsparse.exclusive import exclusive, random_state_kept
 from fxsparse.graph import live
 from fxsparse.graph.history import keep
-from fxsparse.graph.record import Costs, Entry, append, record_of
+from fxsparse.graph.record import Costs, Entry, append, forget_absent, record_of
 from fxsparse.graph.training_form import TRAINING_ONLY, follow_edit
 from fxsparse.options import shown
 from fxsparse.passes.base import Pass, outcome, parse_passes, pass_classes
@@ -188,6 +188,7 @@ def _run(item: Pass, gm: GraphModule, before: Costs) -> Costs:
         fx.eliminate_dead_code(gm)
         gm.graph.lint()
         fx.delete_state(gm, read_before - fx.state_read(gm))
+        forget_absent(gm)
         live.settle(gm)
         _follow_in_training(item, gm)
         milliseconds = (time.perf_counter() - start) * 1e3

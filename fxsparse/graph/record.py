@@ -23,7 +23,7 @@ from torch import nn
 
 from fxsparse import typed
 from fxsparse.errors import CheckpointError
-from fxsparse.graph.state import meta_of
+from fxsparse.graph.state import meta_of, tensors_of
 from fxsparse.version import __version__
 
 FORMAT = 2
@@ -239,6 +239,14 @@ def hold(gm: nn.Module, weights: Iterable[HeldWeight]) -> None:
     held = {weight.name: weight for weight in record.weights}
     held.update((weight.name, weight) for weight in weights)
     meta_of(gm)[META_KEY] = replace(record, weights=tuple(held.values()))
+
+
+def forget_absent(gm: nn.Module) -> None:
+    """Takes weights out of the record that the graph module no longer has, because their layer was dropped."""
+    record, present = record_of(gm), tensors_of(gm).keys()
+    left = tuple(weight for weight in record.weights if not present.isdisjoint((weight.name, f"{weight.name}_values")))
+    if left != record.weights:
+        meta_of(gm)[META_KEY] = replace(record, weights=left)
 
 
 def append(gm: nn.Module, entry: Entry) -> None:

@@ -202,6 +202,17 @@ def test_the_optimizer_forgets_what_was_dropped_and_keeps_the_rest() -> None:
     optimizer.step(), schedule.step()
 
 
+def test_weights_of_a_dropped_layer_are_no_longer_told_of() -> None:
+    base = traced("opt")[1]
+    whole = fxsparse.rewrite(base, "nm-masks{keep_first=false}")
+    gm = fxsparse.rewrite(base, "nm-masks{keep_first=false},drop-layers{indices=[1]}")
+    gone = {weight.name for weight in fxsparse.record_of(whole).weights if ".layers.1." in weight.name}
+    assert gone and not gone & {weight.name for weight in fxsparse.record_of(gm).weights}
+    dense, expected = fxsparse.dense_state_dict(gm), fxsparse.dense_state_dict(whole)
+    assert gone & expected.keys() and not gone & dense.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in dense.items())
+
+
 def test_composes_with_masks_and_saves(tmp_path: Any) -> None:
     family, base = traced("opt")
     gm = fxsparse.rewrite(base, [DropLayers(indices=(1,)), InsertNMMasks("2:4")]).eval()
