@@ -28,6 +28,7 @@ from fxsparse.modules.held import PARTS
 from fxsparse.modules.sites import module_sites
 from fxsparse.ops.nm import Pattern, unpack
 from fxsparse.passes.distill.distill import PATH as DISTILLATION
+from fxsparse.passes.drop_layers import DropLayers
 from fxsparse.passes.mux.multiplex import PATH as MULTIPLEXER
 from fxsparse.passes.nm.low_rank import merged
 from fxsparse.passes.structured.hard_concrete import Gated
@@ -68,6 +69,7 @@ def dense_state_dict(gm: nn.Module) -> dict[str, Tensor]:
         total = merged(original, state[f"{name}_down"], state[f"{name}_up"])
         names = held[name].names if name in held else _names_of(gm, name)
         dense.update((alias, total.t().contiguous() if transposed else total) for alias in names)
+    _refuse_shared_layers(gm, dense)
     return dense
 
 
@@ -91,6 +93,17 @@ def _refuse_gates(gm: nn.Module) -> None:
         raise CheckpointError(
             "gates and masked dimensions are values in the graph, which no weight of the original holds: take out what "
             'is closed first, fxsparse.rewrite(gm, "materialize"), or keep the graph with fxsparse.save'
+        )
+
+
+def _refuse_shared_layers(gm: nn.Module, dense: Mapping[str, Tensor]) -> None:
+    """Refuses weights that the original would take although it computes layers that were dropped."""
+    dropped = any(entry.rewritten and entry.text.startswith(DropLayers.name) for entry in record_of(gm).entries)
+    traced = getattr(fx.meta_of(gm).get(TRACE_KEY), "state", None)
+    if dropped and traced and dense.keys() >= set(traced):
+        raise CheckpointError(
+            "the layers that were dropped share all weights with layers that stay, so the original would load this and "
+            "compute all of them; keep the graph with fxsparse.save"
         )
 
 

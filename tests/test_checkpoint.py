@@ -19,6 +19,7 @@ import fxsparse
 from fxsparse import stored
 from fxsparse.errors import CheckpointError
 from fxsparse.graph.record import Record, record_of
+from tests.fuzz.models import Spec, batch_of, build
 from tests.support.families import FAMILIES
 from tests.support.traced import traced
 
@@ -261,6 +262,18 @@ def test_gates_have_no_dense_weights(passes: str) -> None:
     gm = fxsparse.rewrite(traced("opt")[1], passes)
     with pytest.raises(CheckpointError, match="materialize"):
         fxsparse.dense_state_dict(gm)
+
+
+@pytest.mark.parametrize("before", ["", "nm-masks{keep_first=false},"])
+def test_a_block_at_several_places_has_no_dense_weights_once_a_place_is_dropped(before: str) -> None:
+    """The original would load them and compute the place that was dropped."""
+    spec = Spec(blocks=3, sharing="blocks")
+    gm = fxsparse.rewrite(build(spec), f"{before}drop-layers{{indices=[1]}}", kwargs=batch_of(spec))
+    with pytest.raises(CheckpointError, match="share all weights with layers that stay"):
+        fxsparse.dense_state_dict(gm)
+    spec = Spec(blocks=3, sharing="weights")  # of the MLPs alone
+    gm = fxsparse.rewrite(build(spec), f"{before}drop-layers{{indices=[1]}}", kwargs=batch_of(spec))
+    assert fxsparse.dense_state_dict(gm).keys() < build(spec).state_dict().keys()
 
 
 @pytest.mark.parametrize("passes", ["multiplex{n=2}", "multiplex{n=2},nm-masks{keep_first=false,keep_head=false}"])
