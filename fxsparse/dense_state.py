@@ -98,7 +98,7 @@ def _refuse_gates(gm: nn.Module) -> None:
 
 def _refuse_shared_layers(gm: nn.Module, dense: Mapping[str, Tensor]) -> None:
     """Refuses weights that the original would take although it computes layers that were dropped."""
-    dropped = any(entry.rewritten and entry.text.startswith(DropLayers.name) for entry in record_of(gm).entries)
+    dropped = any(entry.rewritten and entry.name == DropLayers.name for entry in record_of(gm).entries)
     traced = getattr(fx.meta_of(gm).get(TRACE_KEY), "state", None)
     if dropped and traced and dense.keys() >= set(traced):
         raise CheckpointError(

@@ -104,7 +104,7 @@ def outcome(item: Pass, gm: GraphModule) -> tuple[tuple[Change, ...], Pass]:
 
 def sites_of_others(item: Pass, gm: nn.Module) -> frozenset[str]:
     """The sites that other passes of the same name rewrote, which events of ``item`` leave to theirs."""
-    entries = [entry for entry in record_of(gm).entries if entry.text.partition("{")[0] == item.name]
+    entries = [entry for entry in record_of(gm).entries if entry.name == item.name]
     return frozenset(change.site for entry in entries if entry.text != str(item) for change in entry.rewritten)
 
 

@@ -122,7 +122,7 @@ def _check_passes(gm: GraphModule) -> None:
             site=fx.module_path(held.name),
         )
     if FORM_KEY in gm.meta:
-        names = ", ".join(entry.text.partition("{")[0] for entry in record_of(gm).entries)
+        names = ", ".join(entry.name for entry in record_of(gm).entries)
         raise RewriteError(f"the graph runs another form in training, which modules cannot (its passes: {names})")
 
 

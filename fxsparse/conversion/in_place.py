@@ -175,5 +175,5 @@ def _who_changed(gm: GraphModule) -> str:
     for entry in reversed(entries):  # sites of earlier passes may be gone
         elsewhere = any(change.site not in held for change in entry.rewritten)
         if entry.before.parameters != entry.after.parameters and elsewhere:
-            return entry.text.partition("{")[0]
-    return entries[-1].text.partition("{")[0]
+            return entry.name
+    return entries[-1].name

@@ -115,6 +115,11 @@ class Entry:
     further: Further = ()
 
     @property
+    def name(self) -> str:
+        """The pass, without its options."""
+        return self.text.partition("{")[0]
+
+    @property
     def rewritten(self) -> tuple[Change, ...]:
         return tuple(change for change in self.changes if change.rewritten)
 

@@ -20,18 +20,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxsparse.codegen import autotune as tile_tuning
 from fxsparse.codegen import tiles
 from fxsparse.codegen.cpu import operators as cpu
-from fxsparse.codegen.fused_ops import (
-    INSTRUCTIONS,
-    cusparselt_linear,
-    sparse_tensor_core_linear,
-    sparse_tensor_core_linear_low_rank,
-    sparse_transpose,
-    sparse_wgmma_linear,
-    sparse_wgmma_linear_low_rank,
-)
+from fxsparse.codegen.fused_ops import INSTRUCTIONS, cusparselt_linear, sparse_transpose
 from fxsparse.codegen.metadata import PACK
 from fxsparse.codegen.operators import launch_of
 from fxsparse.lowering import choose
+from fxsparse.lowering.fusion import ON_SPARSE_TENSOR_CORES
 from fxsparse.lowering.sites import Site
 from fxsparse.ops import nm
 from fxsparse.ops.define import has_kernel
@@ -46,17 +39,10 @@ from fxsparse.ops.operator import (
     Operands,
     Problem,
     Random,
+    operator_name,
 )
 
 Run = Callable[[], Tensor]
-
-_ON_CORES = {
-    (SPARSE_TENSOR_CORES, False): sparse_tensor_core_linear,
-    (SPARSE_WGMMA, False): sparse_wgmma_linear,
-    (SPARSE_TENSOR_CORES, True): sparse_tensor_core_linear_low_rank,
-    (SPARSE_WGMMA, True): sparse_wgmma_linear_low_rank,
-}
-"""By whether there is a low-rank branch."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +173,8 @@ def _cpp(problem: Problem, args: tuple[Any, ...]) -> dict[str, Run]:
 
 def _on_cores(op: str, name: str, args: tuple[Any, ...]) -> dict[str, Run]:
     """A product on sparse tensor cores: a linear, or the gradient of an input, which makes its transpose every time."""
-    linear = _ON_CORES[name, op == "nm_linear_low_rank"]
-    instruction = INSTRUCTIONS[linear._name]
+    linear = ON_SPARSE_TENSOR_CORES[name, op == "nm_linear_low_rank"]
+    instruction = INSTRUCTIONS[operator_name(linear) or ""]
     x, values, indices, column_mask, *rest = args
     if op == choose.GRAD_INPUT:
         return {name: lambda: linear(x, *sparse_transpose(values, indices, column_mask, instruction), None, "", [])}

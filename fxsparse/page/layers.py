@@ -62,7 +62,7 @@ def layers_of(entries: Iterable[Entry]) -> list[Layer]:
     layers: dict[str, Layer] = {"": Layer("")}
     order: dict[tuple[str, str], int] = {}
     for number, entry in enumerate(entries, 1):
-        name = entry.text.partition("{")[0]
+        name = entry.name
         for change in entry.changes:
             path = block_of(change.site)
             site = change.site[len(path) :].lstrip(".") or change.site

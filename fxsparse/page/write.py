@@ -146,7 +146,7 @@ def _ledger(record: Record) -> list[tuple[str, list[Bar]]]:
     if not record.entries:
         return []
     stages = [("as traced", record.entries[0].before)]
-    stages += [(f"{n}. {entry.text.partition('{')[0]}", entry.after) for n, entry in enumerate(record.entries, 1)]
+    stages += [(f"{n}. {entry.name}", entry.after) for n, entry in enumerate(record.entries, 1)]
     ledger = []
     for name, field, base in COSTS:
         amounts = [getattr(costs, field) for _, costs in stages]

@@ -69,9 +69,8 @@ class FuzzOracle(Oracle):
         super()._nm_masks(item, gm)
         if item.criterion == "magnitude" and not item.transposable:
             return
-        present = {name.rpartition("_")[0] for name, _ in gm.named_buffers()}
         for held in record_of(gm).weights:
-            if held.name not in before and held.name in present:  # no weight of a layer that was dropped later
+            if held.name not in before:
                 mask = masks_of(gm, held)[0].to(self.linears[held.name].mask.dtype)
                 self.linears[held.name].mask = self.linears[held.name]._spread(mask)
 
