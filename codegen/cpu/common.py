@@ -32,6 +32,7 @@ struct Call {
   int64_t tokens, in, out, rank;
   int64_t few, vectors, rows;  // of the tile
   double scale;
+  int64_t threads;
   void (*parallel_for)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 };
 """

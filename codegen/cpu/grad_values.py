@@ -1,50 +1,49 @@
 """C++ for the gradient of kept values: the lanes of a vector are tokens, and the dense gradient is never there.
 
-    panels        x^T [in, tokens] and dy^T [out, tokens]
-    bundle        16 kept values of a row: dy of some tokens in registers, times x at each index, 16 vectors of sums
-    sums          the lanes of each are added up once a panel, all vectors together
+    panel         dy^T [rows, tokens] of some tokens, in the second cache while all columns pass
+    bundle        16 kept values of a row, of 32 columns at 2:4, whose x^T [columns, tokens] lies in the first cache
+    sums          8 vectors at once, one for each kept value; their lanes are added up once a panel, 16 together
 
 Half of the products of dense are made at 2:4, and sums lie in float until the last token.
 """
 
 from __future__ import annotations
 
-from fxsparse.codegen.cpu.instruction_sets import InstructionSet
 from fxsparse.codegen.template import fill
 
 _GRAD_VALUES = """
-constexpr int VECTORS = $vectors;  // of dy in registers
-// tokens of a panel, so that a bundle's columns fill 32 KB; cells of the panels that are made before they are used
-constexpr int64_t WIDTH = (32 << 10) / sizeof(cell) / BUNDLE_COLUMNS, SCRATCH_CELLS = (16 << 20) / sizeof(cell);
+constexpr int CHAINS = 8;  // sums that are added to in turn: enough that none waits for the one before
+// tokens of a panel, so that a bundle's columns of x fill 32 KB, and rows of dy that fill 1 MB
+constexpr int64_t WIDTH = (32 << 10) / sizeof(cell) / BUNDLE_COLUMNS, ROWS = (1 << 20) / sizeof(cell) / WIDTH;
+constexpr int64_t SHARE = 256;  // of them that a thread takes at once
 
-// sums of one bundle over one panel, for rows [first, last): to [.., row_kept]
-INLINE void add_bundle(const Call& call, const cell* x, const cell* dy, int64_t used, int64_t first, int64_t last,
+// to [rows, row_kept] += the bundle at `column`, over the tokens of x [BUNDLE_COLUMNS, WIDTH] and dy [rows, WIDTH]
+INLINE void add_bundle(const Call& call, const cell* x, const cell* dy, int64_t used, int64_t row, int64_t rows,
                        int64_t column, bool add, float* to) {
   constexpr bundle INDEX = (bundle(1) << INDEX_BITS) - 1;
   const int64_t row_kept = kept_of(call.in), row_bytes = index_bytes(call.in);
-  const int64_t kept = kept_of(column), byte = kept * INDEX_BITS / 8;
-  x += column * WIDTH;
-  for (int64_t row = first; row < last; ++row) {
-    const cell* dy_row = dy + (row - first) * WIDTH;
-    const uint8_t* at_indices = call.indices + row * row_bytes + byte;
-    bundle b = row_bytes - byte >= BUNDLE_BYTES ? load_bundle(at_indices) : load_bundle(at_indices, row_bytes - byte);
-    float* out = to + (row - first) * row_kept + kept;
+  const int64_t kept = kept_of(column), bytes = row_bytes - kept * INDEX_BITS / 8;
+  const uint8_t* indices = call.indices + row * row_bytes + kept * INDEX_BITS / 8;
+  for (float* out = to + kept; rows > 0; --rows, dy += WIDTH, indices += row_bytes, out += row_kept) {
+    bundle b = bytes >= BUNDLE_BYTES ? load_bundle(indices) : load_bundle(indices, bytes);
+    __builtin_prefetch(indices + 8 * row_bytes);
+    __builtin_prefetch(out + 8 * row_kept, 1);
     for (int pass = 0; pass < BUNDLE; pass += LANES) {
       vec total[LANES];
       UNROLL for (int k = 0; k < LANES; ++k) total[k] = vec{};
-      for (int64_t t = 0; t < used; t += VECTORS * CELLS) {
-        cells some[VECTORS];
-        UNROLL for (int j = 0; j < VECTORS; ++j) some[j] = load_cells(dy_row + t + j * CELLS);
-        UNROLL for (int part = 0; part < LANES; part += 4) {
-          const cell* at[4];
-          UNROLL for (int k = 0; k < 4; ++k) {
-            const int place = part + k;
-            at[k] = x + t + ((pass + place) / N * M + int64_t(b >> (INDEX_BITS * place) & INDEX)) * WIDTH;
-          }
-          UNROLL for (int j = 0; j < VECTORS; ++j)
-            UNROLL for (int k = 0; k < 4; ++k)
-              total[part + k] = multiply_cells(some[j], load_cells(at[k] + j * CELLS), total[part + k]);
+      auto add_some = [&](int part, const auto& from, int64_t t) INLINE_LAMBDA {
+        const cells some = load_cells(dy + t);
+        UNROLL for (int k = 0; k < CHAINS; ++k)
+          total[part + k] = multiply_cells(some, load_cells(from[k] + t), total[part + k]);
+      };
+      UNROLL for (int part = 0; part < LANES; part += CHAINS) {
+        const cell* from[CHAINS];
+        UNROLL for (int k = 0; k < CHAINS; ++k) {
+          const int64_t index = int64_t(b >> (INDEX_BITS * (part + k)) & INDEX);
+          from[k] = in_one_register(x + ((pass + part + k) / N * M + index) * WIDTH);
         }
+        if (used == WIDTH) UNROLL for (int64_t t = 0; t < WIDTH; t += CELLS) add_some(part, from, t);
+        else for (int64_t t = 0; t < used; t += CELLS) add_some(part, from, t);
       }
       if constexpr (LANES < BUNDLE) b >>= INDEX_BITS * LANES % (8 * sizeof(bundle));
       const int64_t left = row_kept - kept - pass;
@@ -58,39 +57,31 @@ INLINE void add_bundle(const Call& call, const cell* x, const cell* dy, int64_t 
 // rows [begin, end) of the gradient in float, to [.., row_kept]
 int make_rows(const Call& call, int64_t begin, int64_t end, float* to) {
   const element* x = static_cast<const element*>(call.x);
-  const element* dy = static_cast<const element*>(call.dy) + begin;
-  const int64_t padded = up_to(call.in, 64), rows = end - begin, padded_rows = up_to(rows, 64);
-  const int64_t panels = (call.tokens + WIDTH - 1) / WIDTH, size = (padded + padded_rows) * WIDTH;
-  const int64_t at_once = least(panels, most(1, SCRATCH_CELLS / size)), row_kept = kept_of(call.in);
-  Scratch scratch(at_once * size);
+  const int64_t bundles = (call.in + BUNDLE_COLUMNS - 1) / BUNDLE_COLUMNS, row_kept = kept_of(call.in);
+  Scratch scratch(least(ROWS, up_to(end - begin, 64)) * WIDTH);
   if (!scratch.get) return 1;
   cell* panel = reinterpret_cast<cell*>(scratch.get);
-  for (int64_t from = 0; from < panels; from += at_once) {
-    const int64_t now = least(at_once, panels - from), groups = (padded + padded_rows) / 64;
-    parallel(call, now * groups, (1 << 14) / (64 * WIDTH), [&](int64_t first, int64_t last) {
-      for (int64_t job = first; job < last; ++job) {
-        const int64_t p = job / groups, c = job % groups * 64, token = (from + p) * WIDTH;
-        const int64_t some = least(WIDTH, call.tokens - token);
-        cell* here = panel + p * size;
-        if (c < padded) make_panel(x + token * call.x_stride, call.x_stride, some, call.in, c, c + 64, WIDTH, here);
-        else
-          make_panel(dy + token * call.dy_stride, call.dy_stride, some, rows, c - padded, c - padded + 64, WIDTH,
-                     here + padded * WIDTH);
-      }
-    });
-    constexpr int64_t PIECE = 256;  // rows whose sums stay in the cache while the panels pass
-    const int64_t grain = (1 << 14) / most(1, row_kept * now * WIDTH / LANES);
-    parallel(call, (rows + 15) / 16, grain, [&](int64_t first, int64_t last) {
-      const int64_t stop = least(last * 16, rows);
-      for (int64_t row = first * 16; row < stop; row += PIECE)
-        for (int64_t column = 0; column < call.in; column += BUNDLE_COLUMNS)
-          for (int64_t p = 0; p < now; ++p) {
-            const cell* here = panel + p * size;
-            const int64_t used = least(WIDTH, up_to(call.tokens - (from + p) * WIDTH, VECTORS * CELLS));
-            add_bundle(call, here, here + (padded + row) * WIDTH, used, begin + row, begin + least(row + PIECE, stop),
-                       column, from + p > 0, to + row * row_kept);
-          }
-    });
+  for (int64_t row = begin; row < end; row += ROWS) {
+    const int64_t rows = least(ROWS, end - row), shares = (rows + SHARE - 1) / SHARE;
+    const element* dy = static_cast<const element*>(call.dy) + row;
+    for (int64_t token = 0; token < call.tokens; token += WIDTH) {
+      const int64_t some = least(WIDTH, call.tokens - token), used = up_to(some, CELLS);
+      parallel(call, (rows + 63) / 64, (1 << 14) / (64 * WIDTH), [&](int64_t first, int64_t last) {
+        make_panel(dy + token * call.dy_stride, call.dy_stride, some, rows, first * 64, last * 64, WIDTH, panel);
+      });
+      parallel(call, bundles * shares, (1 << 14) / (least(rows, SHARE) * used), [&](int64_t first, int64_t last) {
+        alignas(64) cell block[BUNDLE_COLUMNS * WIDTH];
+        for (int64_t job = first, made = -1; job < last; ++job) {
+          const int64_t column = job / shares * BUNDLE_COLUMNS, from = job % shares * SHARE;
+          if (column != made)
+            make_panel(x + token * call.x_stride + column, call.x_stride, some, call.in - column, 0, BUNDLE_COLUMNS,
+                       WIDTH, block);
+          made = column;
+          add_bundle(call, block, panel + from * WIDTH, used, row + from, least(SHARE, rows - from), column, token > 0,
+                     to + (row - begin + from) * row_kept);
+        }
+      });
+    }
   }
   return 0;
 }
@@ -129,8 +120,6 @@ int run(const Call& call) {
 """
 
 
-def grad_values(instruction_set: InstructionSet, dtype: str, *, pairs: bool) -> str:
+def grad_values(dtype: str) -> str:
     """The gradient of kept values, after ``panels.make_panel``."""
-    run = _DIRECT if dtype == "float32" else _CONVERTED
-    vectors = (4 if pairs else 8) if instruction_set.registers >= 32 else 2
-    return fill(_GRAD_VALUES, vectors=str(vectors), run=run) + "\n"
+    return fill(_GRAD_VALUES, run=_DIRECT if dtype == "float32" else _CONVERTED) + "\n"

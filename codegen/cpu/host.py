@@ -133,6 +133,9 @@ Tensor result(const Tensor& like, int64_t columns) {
 
 int launch(Kernel& kernel, Call& call) {
   call.parallel_for = parallel_for;
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  call.threads = threads;
   call.few = kernel.few;
   call.vectors = kernel.vectors;
   call.rows = kernel.rows;

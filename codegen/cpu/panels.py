@@ -78,7 +78,7 @@ INLINE void make_panel(const element* from, int64_t stride, int64_t tokens, int6
 
 _SIZES = """
 constexpr int64_t PANEL_CELLS = (32 << 10) / sizeof(cell);    // of a block of columns, in the first cache
-constexpr int64_t SCRATCH_CELLS = (16 << 20) / sizeof(cell);  // of the panels that are made before they are used
+constexpr int64_t SCRATCH_CELLS = (1 << 20) / sizeof(cell);   // of a thread's panels, made before they are used
 constexpr int64_t MOST_ROWS = $rows, UNIT = 64;  // columns of the result whose sums a thread holds, in steps of UNIT
 """
 
@@ -248,7 +248,8 @@ int multiply_tokens(const Call& call, const Weight& weight, const element* x, in
                     int64_t columns, int64_t begin, int64_t tokens) {
   constexpr int64_t WIDTH = VECTORS * LANES, GROUP = 256;
   const int64_t padded = up_to(depth, 64), size = padded * WIDTH, rank = call.rank;
-  const int64_t panels = (tokens + WIDTH - 1) / WIDTH, at_once = least(panels, most(1, SCRATCH_CELLS / most(1, size)));
+  const int64_t panels = (tokens + WIDTH - 1) / WIDTH, per_thread = most(1, SCRATCH_CELLS / most(1, size));
+  const int64_t at_once = least(panels, call.threads * per_thread);
   Scratch panel_scratch(at_once * size), hidden(at_once * rank * WIDTH);
   if (!panel_scratch.get || !hidden.get) return 1;
   cell* panel = reinterpret_cast<cell*>(panel_scratch.get);

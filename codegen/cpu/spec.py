@@ -227,9 +227,7 @@ class NMGradValues(CPUSpec):
         return str(grad_values.__doc__).rstrip()
 
     def body(self) -> str:
-        return panels.make_panel(pairs=self.pairs) + grad_values.grad_values(
-            self.instruction_set, self.dtype, pairs=self.pairs
-        )
+        return panels.make_panel(pairs=self.pairs) + grad_values.grad_values(self.dtype)
 
 
 _LINEAR = """

@@ -16,6 +16,7 @@ struct Call {
   void* y;
   int64_t x_stride, dy_stride, tokens, in, out, rank, few, vectors, rows;
   double scale;
+  int64_t threads;
   void (*parallel_for)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
 };
 
@@ -80,6 +81,7 @@ static void product(int64_t tokens, int64_t in, int64_t out, int64_t rank, bool 
   Call call{};
   call.values = values.get();
   call.indices = indices.get();
+  call.threads = 2;
   call.parallel_for = two_threads;
   call.tokens = tokens;
   call.in = in;
