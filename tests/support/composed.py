@@ -421,7 +421,8 @@ class Oracle:
             if self.rho or not name.startswith("multiplex."):  # of the multiplexer some are never trained
                 parameter.requires_grad_(not self._is_frozen(name))
         loss = self.loss(batch)
-        loss.backward()
+        if loss.requires_grad:  # some parameter that is read is trained
+            loss.backward()
         for linear in self.linears.values():
             linear.after_backward()
         return float(loss.detach())

@@ -118,6 +118,24 @@ def test_gradients(instruction_set, pattern, dtype):
         same(result, nm.gather_kept(dy.double().t() @ x.double(), indices, Pattern(n, m)))
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(("tokens", "columns", "rows"), ((520, 72, 1300), (300, 2180, 68)))
+def test_sizes_that_are_cut(tokens, columns, rows, dtype):
+    """More rows, columns and tokens than are taken at once, on one thread and on three."""
+    dense, pruned, values, indices, column_mask = weight(rows, columns, Pattern(2, 4), dtype)
+    x, dy = torch.randn(tokens, columns).to(dtype), torch.randn(tokens, rows).to(dtype)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            same(launch.nm_linear(x, values, indices, None, None, 2, 4), x.double() @ dense.t())
+            same(launch.nm_linear_grad_input(dy, values, indices, column_mask, 2, 4), dy.double() @ pruned)
+            expected = nm.gather_kept(dy.double().t() @ x.double(), indices, Pattern(2, 4))
+            same(launch.nm_linear_grad_values(dy, x, indices, 2, 4), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("instruction_set", (ALL[0], PORTABLE), ids=str)
 @pytest.mark.parametrize("steps", ("gated_silu mul", "gelu add", "gelu_tanh", "relu tanh"))
 def test_epilogues(instruction_set, steps):
