@@ -45,15 +45,16 @@ struct Rows {
   }
 };
 
-// columns [begin, end) of W as rows of values [.., kept_of(out)] and indices; whether some group keeps more than N
-bool transpose_weight(const Call& call, int64_t begin, int64_t end, element* values, uint8_t* indices) {
-  const int64_t row_bytes = index_bytes(call.in), kept = kept_of(call.out), bytes = index_bytes(call.out);
+// columns [begin, end) of W^T, N:M along `out`, as values [bundles, columns, BUNDLE] and packed indices
+// [bundles, columns, BUNDLE_BYTES], which are written in one stream; whether some group keeps more than N
+bool transpose_weight(const Call& call, int64_t begin, int64_t end, int64_t columns, element* values,
+                      uint8_t* indices) {
+  const int64_t row_bytes = index_bytes(call.in);
   const Rows rows{static_cast<const element*>(call.values), call.column_mask, call.in, kept_of(call.in),
                   (kept_of(call.in) + 7) / 8};
   alignas(64) uint8_t masks[BUNDLE_COLUMNS][BLOCK / 8];
   lane_set too_many{};
   for (int64_t first = 0; first < call.out; first += BUNDLE_COLUMNS) {
-    const int64_t slot = kept_of(first), byte = slot * INDEX_BITS / 8;
     const int64_t many = least(BUNDLE_COLUMNS, call.out - first);
     for (int64_t column = begin; column < end; column += LANES) {
       if (column == begin || column % BLOCK == 0) {
@@ -90,14 +91,10 @@ bool transpose_weight(const Call& call, int64_t begin, int64_t end, element* val
       }
       for (int part = 0; part < BUNDLE; part += LANES) transpose(kept_values + part);
       for (int i = 0; i < least(LANES, end - column); ++i) {
-        element* to = values + (column - begin + i) * kept + slot;
-        for (int part = 0; part < least(BUNDLE, kept - slot); part += LANES) {
-          const int64_t left = kept - slot - part;
-          if (left >= LANES) store(to + part, kept_values[part + i]);
-          else store_first(to + part, kept_values[part + i], left);
-        }
+        const int64_t at = first / BUNDLE_COLUMNS * columns + column - begin + i;
+        for (int part = 0; part < BUNDLE; part += LANES) store(values + at * BUNDLE + part, kept_values[part + i]);
         const uint32_t word[2] = {packed[0][i], packed[1][i]};
-        memcpy(indices + (column - begin + i) * bytes + byte, word, size_t(least(BUNDLE_BYTES, bytes - byte)));
+        memcpy(indices + at * BUNDLE_BYTES, word, BUNDLE_BYTES);
       }
     }
   }
@@ -151,9 +148,10 @@ int run(const Call& call) {
   product.rank = 0;
   bool whole = call.column_mask && call.out % M == 0;
   if (whole) {
-    const int64_t kept = kept_of(call.out), bytes = index_bytes(call.out);
-    const int64_t slab = least(call.in, most(1, (4 << 20) / most(1, kept) / 64) * 64);
-    Scratch turned_values(slab * kept * int64_t(sizeof(element)) / 4 + 1), turned_indices(slab * bytes / 4 + 1);
+    const int64_t bundles = (call.out + BUNDLE_COLUMNS - 1) / BUNDLE_COLUMNS;
+    const int64_t slab = least(call.in, most(1, (4 << 20) / (bundles * BUNDLE) / 64) * 64);
+    Scratch turned_values(slab * bundles * BUNDLE * int64_t(sizeof(element)) / 4);
+    Scratch turned_indices(slab * bundles * BUNDLE_BYTES / 4);
     if (!turned_values.get || !turned_indices.get) return 1;
     element* turned = reinterpret_cast<element*>(turned_values.get);
     uint8_t* packed = reinterpret_cast<uint8_t*>(turned_indices.get);
@@ -162,13 +160,15 @@ int run(const Call& call) {
       int too_many = 0;
       parallel(call, groups, (1 << 14) / (64 * call.out), [&](int64_t first, int64_t last) {
         const int64_t from = begin + first * 64, to = least(begin + last * 64, end);
-        if (transpose_weight(call, from, to, turned + (from - begin) * kept, packed + (from - begin) * bytes))
+        if (transpose_weight(call, from, to, end - begin, turned + (from - begin) * BUNDLE,
+                             packed + (from - begin) * BUNDLE_BYTES))
           __atomic_store_n(&too_many, 1, __ATOMIC_RELAXED);
       });
       whole = !too_many;
       if (!whole) break;
       product.y = static_cast<element*>(call.y) + begin;
-      const Gather weight{turned, packed, nullptr, call.out, 0};
+      const Gather weight{turned, packed, nullptr, call.out, 0, BUNDLE, (end - begin) * BUNDLE, BUNDLE_BYTES,
+                          (end - begin) * BUNDLE_BYTES};
       if (int failed = panel_product(product, weight, dy, call.x_stride, call.out, end - begin)) return failed;
     }
   }

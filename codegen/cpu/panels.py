@@ -164,17 +164,17 @@ INLINE void add_bundle(vec (&sums)[CHAINS][VECTORS], const cell* x, bundle indic
 _PANELS = """
 // What a panel is multiplied with: `run` makes sums [rows, VECTORS * LANES] of the result's columns [first, last).
 struct Gather {
-  const element* values;  // [columns of the result, kept_of(depth)]
+  const element* values;  // [columns of the result, kept_of(depth)], or a bundle of each in turn
   const uint8_t* indices;
   const element* up;      // [columns of the result, rank]
   int64_t depth, rank;
+  int64_t row_values, bundle_values, row_bytes, bundle_bytes;  // from a row, and from a bundle, to the next
 
   template <int VECTORS>
   void run(const cell* panel, const float* hidden, int64_t first, int64_t last, float* sums) const {
     constexpr int WIDTH = VECTORS * LANES;
     constexpr int CHAINS = VECTORS >= 8 ? 1 : VECTORS >= 4 ? 2 : 4;  // enough sums that none waits for the one before
     constexpr int64_t COLUMNS = most(1, PANEL_CELLS / WIDTH / BUNDLE_COLUMNS) * BUNDLE_COLUMNS;
-    const int64_t row_kept = kept_of(depth), row_bytes = index_bytes(depth);
     for (int64_t block = 0; block == 0 || block < depth; block += COLUMNS) {
       const int64_t end = least(block + COLUMNS, depth);
       for (int64_t row = first; row < last; ++row) {
@@ -188,22 +188,22 @@ struct Gather {
             for (int j = 0; j < VECTORS; ++j)
               total[0][j] = multiply_add(weight, load(hidden + k * WIDTH + j * LANES), total[0][j]);
           }
-        const element* row_values = values + row * row_kept;
-        const uint8_t* row_indices = indices + row * row_bytes;
+        const element* from = values + row * row_values + block / BUNDLE_COLUMNS * bundle_values;
+        const uint8_t* places = indices + row * row_bytes + block / BUNDLE_COLUMNS * bundle_bytes;
+        alignas(64) kept_value own[BUNDLE];
         int64_t column = block;
         for (; column + BUNDLE_COLUMNS <= end; column += BUNDLE_COLUMNS) {
-          const element* from = row_values + kept_of(column);
-          alignas(64) kept_value own[BUNDLE];
-          __builtin_prefetch(from + 4 * row_kept);
-          __builtin_prefetch(row_indices + 4 * row_bytes + kept_of(column) * INDEX_BITS / 8);
-          add_bundle(total, panel + column * WIDTH, load_bundle(row_indices + kept_of(column) * INDEX_BITS / 8),
-                     load_kept(from, own));
+          __builtin_prefetch(from + 4 * row_values);
+          __builtin_prefetch(places + 4 * row_bytes);
+          add_bundle(total, panel + column * WIDTH, load_bundle(places), load_kept(from, own));
+          from += bundle_values;
+          places += bundle_bytes;
         }
         if (column < end) {
-          const int64_t kept = kept_of(column), byte = kept * INDEX_BITS / 8;
-          alignas(64) kept_value own[BUNDLE];
-          load_kept(row_values + kept, row_kept - kept, own);
-          add_bundle(total, panel + column * WIDTH, load_bundle(row_indices + byte, row_bytes - byte), own);
+          const int64_t kept = kept_of(column);
+          load_kept(from, kept_of(depth) - kept, own);
+          const int64_t bytes = index_bytes(depth) - kept * INDEX_BITS / 8;
+          add_bundle(total, panel + column * WIDTH, load_bundle(places, bytes), own);
         }
         for (int j = 0; j < VECTORS; ++j) {
           vec all = total[0][j];

@@ -234,7 +234,7 @@ _LINEAR = """
 int run(const Call& call) {
   if (call.tokens <= call.few) return few_tokens(call);
   const Gather weight{static_cast<const element*>(call.values), call.indices, static_cast<const element*>(call.up),
-                      call.in, call.rank};
+                      call.in, call.rank, kept_of(call.in), BUNDLE, index_bytes(call.in), BUNDLE_BYTES};
   return panel_product(call, weight, static_cast<const element*>(call.x), call.x_stride, call.in, call.out);
 }
 
