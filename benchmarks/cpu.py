@@ -9,7 +9,8 @@ turn, with the quartiles. Beside it the limit, the ratio of the times that bytes
 the start. Rivals take turns on random data; weights of few tokens rotate through copies that no cache holds. With one
 thread CPU time is counted, so that other processes disturb less. Cases are written as they are measured; a run that
 stops resumes after the last one; ``--summary`` sums the table up. ``step`` and ``generate`` are whole models
-(`benchmarks.cpu_models`), ``host`` what calling an operator costs under Inductor; they are lines below the table.
+(`benchmarks.cpu_models`), ``host`` what calling an operator costs under Inductor, ``gather`` the share of a product
+over selected rows that copying them takes; they are lines below the table.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ FEW, MANY = (1, 2, 4, 8, 16, 32, 64), (256, 1024, 4096)
 PATTERNS = (Pattern(2, 4), Pattern(2, 8))
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {"forward": "nm_linear", "grad input": "nm_linear_grad_input", "grad values": "nm_linear_grad_values"}
-MODELS_TOO = ("host", "step", "generate")
+MODELS_TOO = ("host", "step", "generate", "gather")
 ROTATED = max(128 << 20, min(2 * last_cache(), 512 << 20))
 """Bytes of dense weights that one turn passes over where tokens are few: more than a cache holds."""
 
@@ -185,6 +186,7 @@ def add_models(path: Path, wanted: list[str], threads: int, rounds: int) -> None
         "host": [cpu_models.host_costs],
         "step": [lambda: cpu_models.training_steps(rounds, tick)],
         "generate": [lambda dtype=dtype: cpu_models.generation(dtype, rounds, tick) for dtype in DTYPES],  # type: ignore[misc]
+        "gather": [lambda: cpu_models.gathered_rows(rounds, tick)],
     }
     for name in wanted:
         head = f"{name}, {threads} threads:"

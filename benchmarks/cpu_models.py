@@ -1,4 +1,5 @@
-"""Whole models on a CPU: a SLoPe training step of a transformer block, and ``generate()`` of a Llama of 0.5 B.
+"""Whole models on a CPU: a SLoPe training step of a transformer block, and ``generate()`` of a Llama of 0.5 B; and what
+calls and copies cost.
 
 `benchmarks.cpu` runs these after the products; each case is a few lines of a report. Models take turns: a training step
 against the dense block under Inductor, and tokens a second of the pruned Llama against the same weights run dense,
@@ -8,6 +9,7 @@ eager and under Inductor. Memory is counted from the tensors that stay between s
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -134,6 +136,28 @@ def generation(dtype: torch.dtype, rounds: int, clock: Clock, *, tokens: int = 3
 def _faster(times: dict[str, Times], dense: str, ours: str) -> str:
     middle, low, high = times[dense].ratio(times[ours])
     return f"{middle:.2f} ({low:.2f} - {high:.2f}) times as fast"
+
+
+def gathered_rows(rounds: int, clock: Clock) -> Iterator[str]:
+    """What a kernel for ``gather_linear`` could save: the time to copy two thirds of a weight's rows, and to spread a
+    gradient of them over the whole weight, over that of the product which they are copied for or come from."""
+    for dtype, (shape, tokens) in itertools.product(
+        (torch.float32, torch.bfloat16), (((4096, 1024), 256), ((4096, 1024), 2048), ((3072, 768), 1024))
+    ):
+        weight, x = torch.randn(shape, dtype=dtype), torch.randn(tokens, shape[1], dtype=dtype)
+        rows = torch.randperm(shape[0])[: shape[0] * 2 // 3].sort().values
+        some, dy = weight[rows], torch.randn(tokens, len(rows), dtype=dtype)
+        runs: dict[str, Callable[[], object]] = {
+            "copy": lambda: weight.index_select(0, rows),  # noqa: B023
+            "product": lambda: F.linear(x, some),  # noqa: B023
+            "spread": lambda: torch.zeros_like(weight).index_copy_(0, rows, some),  # noqa: B023
+            "gradient": lambda: dy.t() @ x,  # noqa: B023
+        }
+        times = interleaved(runs, rounds=rounds, clock=clock)
+        copied = times["copy"].median / times["product"].median
+        spread = times["spread"].median / times["gradient"].median
+        name = f"{shape[0]}x{shape[1]}, {tokens} tokens, {str(dtype).removeprefix('torch.')}"
+        yield f"rows of {name}: copied in {copied:.3f} of their product, spread in {spread:.3f} of the gradient's"
 
 
 def host_costs(calls: int = 500) -> Iterator[str]:

@@ -46,6 +46,7 @@ constexpr int BUNDLE_BYTES = BUNDLE * INDEX_BITS / 8;
 using bundle = $bundle;                         // their packed indices
 
 INLINE constexpr int64_t kept_of(int64_t columns) { return columns / M * N; }
+INLINE constexpr int64_t bundles_of(int64_t columns) { return (columns + BUNDLE_COLUMNS - 1) / BUNDLE_COLUMNS; }
 INLINE constexpr int64_t index_bytes(int64_t columns) { return (kept_of(columns) * INDEX_BITS + 7) / 8; }
 
 INLINE bundle load_bundle(const uint8_t* p) {

@@ -148,7 +148,7 @@ int run(const Call& call) {
   product.rank = 0;
   bool whole = call.column_mask && call.out % M == 0;
   if (whole) {
-    const int64_t bundles = (call.out + BUNDLE_COLUMNS - 1) / BUNDLE_COLUMNS;
+    const int64_t bundles = bundles_of(call.out);
     const int64_t slab = least(call.in, most(1, (4 << 20) / (bundles * BUNDLE) / 64) * 64);
     Scratch turned_values(slab * bundles * BUNDLE * int64_t(sizeof(element)) / 4);
     Scratch turned_indices(slab * bundles * BUNDLE_BYTES / 4);

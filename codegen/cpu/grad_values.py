@@ -57,7 +57,7 @@ INLINE void add_bundle(const Call& call, const cell* x, const cell* dy, int64_t 
 // rows [begin, end) of the gradient in float, to [.., row_kept]
 int make_rows(const Call& call, int64_t begin, int64_t end, float* to) {
   const element* x = static_cast<const element*>(call.x);
-  const int64_t bundles = (call.in + BUNDLE_COLUMNS - 1) / BUNDLE_COLUMNS, row_kept = kept_of(call.in);
+  const int64_t bundles = bundles_of(call.in), row_kept = kept_of(call.in);
   Scratch scratch(least(ROWS, up_to(end - begin, 64)) * WIDTH);
   if (!scratch.get) return 1;
   cell* panel = reinterpret_cast<cell*>(scratch.get);
