@@ -1,10 +1,11 @@
 """C++ for the gradient of a linear's input: the product for many tokens, with the weight transposed on the way.
 
     W^{R,C}       [out, in], N:M along in, and along out after its column mask: at most N of M rows of a column are kept
-    transposed    values [in, out * N / M] and packed indices, made from 32 or 64 rows of W at a time
+    transposed    values [bundles, in, 16] and packed indices, a bundle for the 32 or 64 rows of W that it is made from
 
 Nothing is kept from step to step: M rows of some columns are expanded, and each column takes the first rows that hold
-something. That reads and writes the values once, a small share of the product, and is exact whatever the optimizer did.
+something. That reads and writes the values once, in streams (a store into each column's row took three times as long
+on Sapphire Rapids), a small share of the product, and is exact whatever the optimizer did.
 Without a column mask, or if a column keeps more than N of M rows, every kept value is added to the row of dx^T that it
 belongs to, which takes a store for every product.
 """
