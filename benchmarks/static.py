@@ -86,7 +86,9 @@ def others() -> Iterator[Spec]:
     yield NMPrune("bfloat16", SHIPPED["nm_prune"][LARGE], 2, 4)
     for product, columns in itertools.product(("forward", "grad_input", "grad_weight"), (False, True)):
         kernel = "gather_linear_grad_weight" if product == "grad_weight" else "gather_linear"
-        yield GatherLinear("bfloat16", SHIPPED[kernel][LARGE], product, rows=not columns, columns=columns)
+        for block in (1, 64):
+            tile = SHIPPED[kernel][LARGE]
+            yield GatherLinear("bfloat16", tile, product, rows=not columns, columns=columns, block=block)
     yield DemuxLinear("bfloat16", SHIPPED["demux_linear"][LARGE], members=5)
     yield Mux("bfloat16", SHIPPED["mux"][LARGE], members=5)
 

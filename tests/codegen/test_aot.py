@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 
@@ -78,6 +79,7 @@ def single_precision() -> Iterator[Spec]:
     yield NMGradValues("float32", large, 2, 4, even=True)
     for tile in FLOAT32_DENSE.values():
         yield GatherLinear("float32", tile, "forward", rows=True)
+        yield GatherLinear("float32", tile, "forward", columns=True, block=64)
     for product in ("grad_input", "grad_weight"):
         yield GatherLinear("float32", FLOAT32_DENSE[LARGE], product, rows=True)
     yield DemuxLinear("float32", FLOAT32_DENSE[LARGE], members=5, epilogue=GELU)
@@ -89,9 +91,13 @@ def others() -> Iterator[Spec]:
         yield GatherLinear("bfloat16", tile, "forward", columns=True)
         yield GatherLinear("bfloat16", tile, "grad_input", rows=True)
         yield GatherLinear("bfloat16", tile, "grad_input", columns=True)
+        yield GatherLinear("bfloat16", tile, "forward", columns=True, block=64)
+        yield GatherLinear("bfloat16", tile, "grad_input", rows=True, block=64)
     for tile in (*SHIPPED["gather_linear_grad_weight"].values(), *measured("gather_linear_grad_weight")):
         yield GatherLinear("bfloat16", tile, "grad_weight", rows=True)
         yield GatherLinear("bfloat16", tile, "grad_weight", columns=True)
+    yield GatherLinear("bfloat16", SHIPPED["gather_linear"][LARGE], "grad_input", columns=True, block=64)
+    yield GatherLinear("bfloat16", SHIPPED["gather_linear_grad_weight"][LARGE], "grad_weight", columns=True, block=64)
     for tile in SHIPPED["demux_linear"].values():
         yield DemuxLinear("bfloat16", tile, members=5, epilogue=GELU)
     for tile in SHIPPED["mux"].values():
@@ -186,6 +192,20 @@ def test_unaligned_sizes_fit(capability):
     ]
     for spec in specs:
         assert not resources(compile_for(spec, capability, aligned=False)).spills, spec
+
+
+@pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
+@pytest.mark.parametrize("product", ["forward", "grad_input"])
+def test_columns_in_blocks_are_copied_16_bytes_at_a_time(product, capability):
+    def copied(block: int) -> list[str]:
+        spec = GatherLinear("bfloat16", SHIPPED["gather_linear"][LARGE], product, columns=True, block=block)
+        return re.findall(r"(?:cp\.async\S+ \[.*\], \[.*\], (0x\w+)|ld\.global\S*\.(b16|u16))", ptx_of(spec))
+
+    def ptx_of(spec: Spec) -> str:
+        return compile_for(spec, capability).asm["ptx"]
+
+    assert {size for size, single in copied(64) if size} == {"0x10"} and not any(single for _, single in copied(64))
+    assert any(single for _, single in copied(1))
 
 
 @pytest.mark.parametrize("capability", [86, 89, 100, 120])

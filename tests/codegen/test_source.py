@@ -141,6 +141,8 @@ def test_what_the_generator_refuses():
         NMGradInput("bfloat16", Tile(32, 32, 16), 2, 4)
     with pytest.raises(OptionError, match="product='sideways'"):
         GatherLinear("bfloat16", tile, "sideways")
+    with pytest.raises(OptionError, match="block=48"):
+        GatherLinear("bfloat16", tile, columns=True, block=48)
     assert unsupported(torch.bfloat16, 2, 4) is None
     assert "float64" in str(unsupported(torch.float64, 2, 4))
     assert "2:16" in str(unsupported(torch.bfloat16, 2, 16))
