@@ -23,9 +23,9 @@ from fxsparse.codegen.kernels.nm_transpose import NMTranspose
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import SPARSE, SparseTensorCoreLinear
 from fxsparse.codegen.kernels.sparse_wgmma_linear import WGMMA, SparseWgmmaLinear
 from fxsparse.codegen.loaded import kernel
-from fxsparse.codegen.metadata import PACK
+from fxsparse.codegen.metadata import MMA_SP, PACK
 from fxsparse.codegen.spec import NMSpec, Spec, Tile
-from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, HOPPER, LARGE, SHIPPED
+from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, HOPPER, LARGE, SHIPPED, SMALL
 
 BIAS = Epilogue(True)
 GELU = Epilogue(True, ("gelu",))
@@ -47,8 +47,10 @@ def half_precision(pattern: tuple[int, int]) -> Iterator[Spec]:
     if usual:
         for instruction in PACK:
             yield NMTranspose("bfloat16", SHIPPED["nm_transpose"][LARGE], *pattern, instruction)
-        for tile in SHIPPED["nm_linear_low_rank"].values():
-            yield NMLinear("bfloat16", tile, *pattern, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
+        tiles_beside = SHIPPED["nm_linear_low_rank"]
+        few = tiles_beside[SMALL]
+        yield NMLinear("bfloat16", few, *pattern, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
+        for tile in tiles_beside.values():
             yield NMLinear("float16", tile, *pattern, even=True, low_rank="after", rank_tile=32)
         for tile in measured("nm_linear_grad_values"):
             yield NMGradValues("bfloat16", tile, *pattern, even=True)
@@ -215,6 +217,20 @@ def test_sparse_tensor_cores_of_other_devices(capability):
         spec = SparseTensorCoreLinear("bfloat16", *SPARSE[name], split=name == DECODE)
         used = resources(compile_for(spec, capability))
         assert not used.spills and used.shared <= 99 * 1024
+
+
+@pytest.mark.parametrize("capability", [86, 89, 100, 120])
+def test_training_and_low_rank_on_other_devices(capability):
+    """The transpose that ``mma.sp`` takes, branches beside a product, and gathers in blocks, within 99 KB."""
+    few, many = (SHIPPED["nm_linear_low_rank"][name] for name in (SMALL, LARGE))
+    for spec in (
+        NMTranspose("bfloat16", SHIPPED["nm_transpose"][LARGE], 2, 4, MMA_SP),
+        NMLinear("bfloat16", few, 2, 4, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE),
+        NMLinear("bfloat16", many, 2, 4, even=True, low_rank="after", rank_tile=32),
+        GatherLinear("bfloat16", SHIPPED["gather_linear"][LARGE], columns=True, block=64),
+    ):
+        used = resources(compile_for(spec, capability))
+        assert not used.spills and used.shared <= 99 * 1024, spec
 
 
 def test_sparse_tensor_cores_run_their_instruction():
