@@ -38,8 +38,8 @@ SHIPPED["nm_linear_low_rank"] = {
 }
 
 LARGEST_RANK_INSIDE = 64
-"""A low-rank branch up to this rank is computed whole inside the sparse product's launch for 17 to 64 rows, where that
-costs less than a launch. Every tile of columns computes x down^T anew. In decoding they would read more of ``down``
+"""A low-rank branch up to this rank is computed whole inside the sparse product's launch for 17 to 64 rows, which
+saves a launch. Every tile of columns computes x down^T anew. In decoding they would read more of ``down``
 than of W; of many rows, tiles of 128 columns would multiply r/128 more, which a dense product does once for all."""
 
 
