@@ -1,6 +1,7 @@
 """A training step with chosen heads and channels (SAT), against a dense step and the saving predicted by FLOPs.
 
     python -m benchmarks.select_neurons [--omission 0.5 0.333] [--tokens 2048] [--hidden 512] [--rounds 9]
+        [--block 64]
 
 The model is a stack of Llama layers without embeddings and head. A step is forward, backward, AdamW and the schedule,
 which chooses anew in every step; forward and backward are compiled. ``reached`` is the measured share of the ideal
@@ -56,7 +57,7 @@ def training_step(omission: float, args: argparse.Namespace, x: Tensor) -> Step:
     model = Layers(args.hidden, args.layers, args.heads, args.length).to(args.device)
     passes: list[Pass] = []
     if omission:
-        passes.append(SelectNeurons(omission, score=args.score, multiple=args.multiple))
+        passes.append(SelectNeurons(omission, score=args.score, multiple=args.multiple, block=args.block))
     gm = fxsparse.rewrite(model, passes, (x,))
     optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-5, fused=args.fused)
     schedule = fxsparse.Schedule(gm, optimizer, total_steps=10_000)
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--multiple", type=int, default=64)
+    parser.add_argument("--block", type=int, default=1, help="channels that are chosen together")
     parser.add_argument("--score", default="magnitude", choices=("magnitude", "weighted", "uniform"))
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--length", type=int, default=256)

@@ -32,7 +32,7 @@ from fxsparse.codegen.kernels.sparse_wgmma_linear import WGMMA, SparseWgmmaLinea
 from fxsparse.codegen.metadata import MMA_SP, PACK
 from fxsparse.codegen.sass import CLASSES, OTHER
 from fxsparse.codegen.spec import Spec
-from fxsparse.codegen.tiles import HOPPER, LARGE, SHIPPED, regime
+from fxsparse.codegen.tiles import HOPPER, LARGE, SHIPPED, SMALL, regime
 
 TOKENS = (1, 16, 64, 512, 4096)
 LARGE_WITH_STEPS = "large with steps"
@@ -81,12 +81,15 @@ def shipped(capability: int) -> Iterator[Spec]:
 
 def others() -> Iterator[Spec]:
     """Kernels of products that the report predicts no times of."""
-    for tile in SHIPPED["nm_linear_low_rank"].values():
-        yield NMLinear("bfloat16", tile, 2, 4, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
+    for name, tile in SHIPPED["nm_linear_low_rank"].items():
+        branch = ("inside", LARGEST_RANK_INSIDE) if name == SMALL else ("after", 32)
+        yield NMLinear("bfloat16", tile, 2, 4, True, *branch)
     yield NMPrune("bfloat16", SHIPPED["nm_prune"][LARGE], 2, 4)
     for product, columns in itertools.product(("forward", "grad_input", "grad_weight"), (False, True)):
         kernel = "gather_linear_grad_weight" if product == "grad_weight" else "gather_linear"
-        yield GatherLinear("bfloat16", SHIPPED[kernel][LARGE], product, rows=not columns, columns=columns)
+        for block in (1, 64):
+            tile = SHIPPED[kernel][LARGE]
+            yield GatherLinear("bfloat16", tile, product, rows=not columns, columns=columns, block=block)
     yield DemuxLinear("bfloat16", SHIPPED["demux_linear"][LARGE], members=5)
     yield Mux("bfloat16", SHIPPED["mux"][LARGE], members=5)
 

@@ -3,6 +3,7 @@
     python examples/continual_sat.py                   # two packages of the standard library; a few minutes
     python examples/continual_sat.py --data my.txt     # your own text as the second one
     python examples/continual_sat.py --compiler aot_eager --steps 20     # a quick look, without Inductor
+    python examples/continual_sat.py --block 1 64      # channels one by one, and in blocks of 64 neighbours
 
 The second phase runs dense and with ``select-neurons`` (arXiv 2406.01392) at omission rates 0.3 and 0.5. Each rate runs
 once at a constant rate and once with the ladder (LORS), which ends dense. All runs start from the same weights, see the
@@ -66,9 +67,11 @@ def ways(args: argparse.Namespace) -> dict[str, list[Pass]]:
     """The passes of every run, by its name."""
     passes: dict[str, list[Pass]] = {"dense": []}
     for omission in args.omission:
-        options = {"multiple": args.multiple, "score": args.score, "seed": args.seed}
-        passes[f"SAT {omission:g}"] = [SelectNeurons(omission, **options)]
-        passes[f"SAT {omission:g} + LORS"] = [SelectNeurons(omission, rungs=args.rungs, **options)]
+        for block in args.block:
+            options = {"multiple": args.multiple, "block": block, "score": args.score, "seed": args.seed}
+            name = f"SAT {omission:g}" + (f" in {block}s" if block > 1 else "")
+            passes[name] = [SelectNeurons(omission, **options)]
+            passes[f"{name} + LORS"] = [SelectNeurons(omission, rungs=args.rungs, **options)]
     return passes
 
 
@@ -177,6 +180,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--multiple", type=int, default=64, help="the number of channels is rounded to a multiple of this"
     )
+    parser.add_argument("--block", nargs="+", type=int, default=[1], help="channels that are chosen together")
     parser.add_argument("--score", default="magnitude", choices=("magnitude", "weighted", "uniform"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")

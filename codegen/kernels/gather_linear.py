@@ -7,10 +7,14 @@
 
 (A step of sparse fine-tuning: SAT, arXiv 2406.01392.) The index vectors are int64; without one a kernel takes all rows
 or all columns. An index may appear only once if the gradient of the weight is taken.
+
+A column chosen by itself is a load of 2 bytes. Where columns are chosen in blocks, aligned runs of consecutive ones, a
+thread copies 16 bytes, and where a run holds whole steps of the loop, one number tells a step where its run begins.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -34,6 +38,8 @@ SHIPPED["gather_linear"] = {
 }
 SHIPPED["gather_linear_grad_weight"] = {LARGE: Tile(128, 128, 32, warps=8, stages=3)}
 
+_LONGEST_RUN = 64
+
 
 @dataclass(frozen=True)
 class GatherLinear(Spec):
@@ -44,6 +50,7 @@ class GatherLinear(Spec):
         rows, columns: whether there is an index vector of each.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
         epilogue: of the forward kernel; its bias is indexed by ``rows`` as the weight is.
+        block: both indices come in runs of so many consecutive ones, the first of each a multiple of it.
     """
 
     PRODUCTS: ClassVar[tuple[str, ...]] = ("forward", "grad_input", "grad_weight")
@@ -53,11 +60,14 @@ class GatherLinear(Spec):
     columns: bool = False
     precision: str = "ieee"
     epilogue: Epilogue = field(default_factory=Epilogue)
+    block: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.product not in self.PRODUCTS:
             raise OptionError(f"product={self.product!r} is none of {', '.join(self.PRODUCTS)}")
+        if self.block < 1 or self.block & (self.block - 1):
+            raise OptionError(f"block={self.block} must be a power of two")
 
     @property
     def name(self) -> str:
@@ -108,16 +118,50 @@ class GatherLinear(Spec):
 
     def _index(self, axis: str, numbers: str, end: str) -> str:
         """Which row (or column) of the weight each of ``numbers`` is, int64."""
-        if self.rows if axis == "row" else self.columns:
-            return f"tl.load({axis}_index + {numbers}, mask={numbers} < {end}, other=0)"
-        return f"{numbers}.to(tl.int64)"
+        if not (self.rows if axis == "row" else self.columns):
+            return f"{numbers}.to(tl.int64)"
+        index = f"tl.load({axis}_index + {numbers}, mask={numbers} < {end}, other=0)"
+        if axis == "column" and self.block > 1:
+            return f"tl.max_contiguous(tl.multiple_of({index}, {self.block}), {self.block})"
+        return index
+
+    @property
+    def _steps_in_runs(self) -> bool:
+        """Whether every step of the loop lies within a run of the index that the loop follows."""
+        is_indexed = {"forward": self.columns, "grad_input": self.rows, "grad_weight": False}[self.product]
+        return is_indexed and self.block % self.tile.depth == 0
+
+    def _loop(self, axis: str, step: str) -> dict[str, str]:
+        """Pieces of a loop along rows or columns of the weight: their index, and the masks of what exists.
+
+        Within runs no step is partial, and where the next one begins is loaded a step ahead.
+        """
+        end, tile = step.upper(), f"{step.upper()}_TILE"
+        if not self._steps_in_runs:
+            return {
+                "before": "",
+                "index": f"w_{axis}s = {self._index(axis, 'depth', end)}",
+                "after": "",
+                "depth_mask": f", mask=(depth < {end})[None, :], other=0.0",
+                "depth_exists": f"(depth < {end})",
+            }
+        following = f"{step} + {tile}"
+        return {
+            "before": f"start = tl.load({axis}_index)",
+            "index": f"w_{axis}s = start // {tile} * {tile} + tl.arange(0, {tile})",
+            "after": f"start = tl.load({axis}_index + {following}, mask={following} < {end}, other=0)",
+            "depth_mask": "",
+            "depth_exists": "",
+        }
 
     def _body(self) -> str:
         if self.product == "forward":
+            loop = self._loop("column", "k")
+            exists = loop.pop("depth_exists")
             return fill(
                 _FORWARD,
                 w_rows=self._index("row", "columns", "N"),
-                w_columns=self._index("column", "depth", "K"),
+                w_mask=f"(columns < N)[:, None]{exists and f' & {exists}[None, :]'}",
                 epilogue=self.epilogue.lines(
                     column="columns[None, :]",
                     offset="y_rows[:, None]",
@@ -125,15 +169,15 @@ class GatherLinear(Spec):
                     column_mask="(columns < N)[None, :]",
                 ).replace("bias + columns[None, :]", "bias + w_rows[None, :]"),
                 dtype=self.dtype,
+                **loop,
             )
-        template = _GRAD_INPUT if self.product == "grad_input" else _GRAD_WEIGHT
-        rows = ("depth", "N") if self.product == "grad_input" else ("rows", "N")
-        return fill(
-            template,
-            w_rows=self._index("row", *rows),
-            w_columns=self._index("column", "columns", "K"),
-            dtype=self.dtype,
-        )
+        w_columns = self._index("column", "columns", "K")
+        if self.product == "grad_weight":
+            return fill(_GRAD_WEIGHT, w_rows=self._index("row", "rows", "N"), w_columns=w_columns, dtype=self.dtype)
+        loop = self._loop("row", "n")
+        exists = loop.pop("depth_exists")
+        w_mask = f"{exists and f'{exists}[:, None] & '}(columns < K)[None, :]"
+        return fill(_GRAD_INPUT, w_columns=w_columns, w_mask=w_mask, dtype=self.dtype, **loop)
 
 
 _FORWARD = """
@@ -143,15 +187,17 @@ columns = column_tile * N_TILE + tl.arange(0, N_TILE)
 x_rows = tl.minimum(rows, M - 1).to(tl.int64)
 w_rows = $w_rows
 product = tl.zeros((M_TILE, N_TILE), tl.float32)
+$before
 for k in range(0, K, K_TILE):
     depth = k + tl.arange(0, K_TILE)
-    w_columns = $w_columns
-    x_tile = tl.load(x + x_rows[:, None] * x_stride + depth[None, :], mask=(depth < K)[None, :], other=0.0)
+    $index
+    x_tile = tl.load(x + x_rows[:, None] * x_stride + depth[None, :]$depth_mask)
     w_tile = tl.load(
         weight + w_rows[:, None] * weight_stride + w_columns[None, :],
-        mask=(columns < N)[:, None] & (depth < K)[None, :],
+        mask=$w_mask,
         other=0.0,
     )
+    $after
     product = multiply(x_tile, tl.trans(w_tile), product)
 t = product
 y_rows = rows.to(tl.int64)
@@ -167,15 +213,17 @@ columns = column_tile * K_TILE + tl.arange(0, K_TILE)
 dy_rows = tl.minimum(rows, M - 1).to(tl.int64)
 w_columns = $w_columns
 product = tl.zeros((M_TILE, K_TILE), tl.float32)
+$before
 for n in range(0, N, N_TILE):
     depth = n + tl.arange(0, N_TILE)
-    w_rows = $w_rows
-    dy_tile = tl.load(dy + dy_rows[:, None] * dy_stride + depth[None, :], mask=(depth < N)[None, :], other=0.0)
+    $index
+    dy_tile = tl.load(dy + dy_rows[:, None] * dy_stride + depth[None, :]$depth_mask)
     w_tile = tl.load(
         weight + w_rows[:, None] * weight_stride + w_columns[None, :],
-        mask=(depth < N)[:, None] & (columns < K)[None, :],
+        mask=$w_mask,
         other=0.0,
     )
+    $after
     product = multiply(dy_tile, w_tile, product)
 exists = (rows < M)[:, None] & (columns < K)[None, :]
 tl.store(dx + rows.to(tl.int64)[:, None] * dx_stride + columns[None, :], product.to(tl.$dtype), mask=exists)
@@ -209,6 +257,7 @@ def gather_linear(
     rows: Tensor | None,
     columns: Tensor | None,
     bias: Tensor | None,
+    block: int = 1,
     *,
     steps: Sequence[str] = (),
     operands: Sequence[Tensor] = (),
@@ -221,6 +270,7 @@ def gather_linear(
         weight: ``[out, in]``.
         rows, columns: int64, or None for all.
         bias: ``[out]``.
+        block: both indices come in runs of so many consecutive ones, the first of each a multiple of it.
         steps: of :class:`Epilogue`.
         operands: the tensors its steps take, each of the result's shape.
         plan: instead of the tuned or default one.
@@ -236,7 +286,7 @@ def gather_linear(
         others = [rows_of(operand) for operand in operands]
         epilogue = Epilogue(bias is not None, tuple(steps))
         spec = GatherLinear(
-            dtype_of(x), tile, "forward", rows is not None, columns is not None, precision_of(x), epilogue
+            dtype_of(x), tile, "forward", *_chosen(rows, columns), precision_of(x), epilogue, _known_run(block)
         )
         extra: list[Tensor | int] = [*if_present(bias), *others, *(other.stride(0) for other in others)]
         _launch(spec, size[:2], (inputs, dense, rows_of(y)), rows, columns, extra, size)
@@ -245,7 +295,13 @@ def gather_linear(
 
 @kernel_of(ops.gather_linear_grad_input)
 def gather_linear_grad_input(
-    dy: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None, *, plan: Plan | None = None
+    dy: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    block: int = 1,
+    *,
+    plan: Plan | None = None,
 ) -> Tensor:
     """dx = dy W[rows][:, columns].
 
@@ -261,7 +317,9 @@ def gather_linear_grad_input(
     dx = dy.new_empty(*dy.shape[:-1], size[2])
     if dx.numel():
         tile = (plan or autotune.plan("gather_linear", size[0], size[2], size[1], dy)).tile
-        spec = GatherLinear(dtype_of(dy), tile, "grad_input", rows is not None, columns is not None, precision_of(dy))
+        spec = GatherLinear(
+            dtype_of(dy), tile, "grad_input", *_chosen(rows, columns), precision_of(dy), block=_known_run(block)
+        )
         _launch(spec, (size[0], size[2]), (grads, dense, rows_of(dx)), rows, columns, [], size)
     return dx
 
@@ -274,6 +332,7 @@ def gather_linear_grad_weight(
     columns: Tensor | None,
     out_features: int,
     in_features: int,
+    block: int = 1,
     *,
     plan: Plan | None = None,
 ) -> Tensor:
@@ -283,6 +342,7 @@ def gather_linear_grad_weight(
         dy, x: ``[..., s]`` and ``[..., k]``.
         rows, columns: int64, each index once, or None for all.
         out_features, in_features: of the weight.
+        block: as for :func:`gather_linear`.
         plan: instead of the tuned or default one.
 
     Returns:
@@ -294,9 +354,20 @@ def gather_linear_grad_weight(
     size = (grads.shape[0], grads.shape[1], inputs.shape[1])
     if size[1] and size[2]:
         tile = (plan or autotune.plan("gather_linear_grad_weight", *size, dy)).tile
-        spec = GatherLinear(dtype_of(dy), tile, "grad_weight", rows is not None, columns is not None, precision_of(dy))
+        spec = GatherLinear(
+            dtype_of(dy), tile, "grad_weight", *_chosen(rows, columns), precision_of(dy), block=_known_run(block)
+        )
         _launch(spec, size[1:], (grads, inputs, weight_grad), rows, columns, [], size)
     return weight_grad
+
+
+def _chosen(rows: Tensor | None, columns: Tensor | None) -> tuple[bool, bool]:
+    return rows is not None, columns is not None
+
+
+def _known_run(block: int) -> int:
+    """The longest run that kernels are made for in blocks of this size: a step of their loops takes no more."""
+    return math.gcd(block, _LONGEST_RUN)
 
 
 def _count(index: Tensor | None, size: int) -> int:

@@ -38,8 +38,9 @@ SHIPPED["nm_linear_low_rank"] = {
 }
 
 LARGEST_RANK_INSIDE = 64
-"""A low-rank branch up to this rank is computed whole inside the sparse product's launch, where rows are many. In
-decoding each of many tiles of columns would read ``down`` anew, together more than they read of W."""
+"""A low-rank branch up to this rank is computed whole inside the sparse product's launch for 17 to 64 rows, which
+saves a launch. Every tile of columns computes x down^T anew. In decoding they would read more of ``down``
+than of W; of many rows, tiles of 128 columns would multiply r/128 more, which a dense product does once for all."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class NMLinear(NMSpec):
     Attributes:
         even: K is a multiple of the tile's depth, so that the loop needs no masks.
         low_rank: ``"none"``; ``"inside"``: the branch ``scale (x down^T) up^T`` is computed in the same launch,
-            x down^T anew by every tile of columns, which is right for small ranks; ``"after"``: x down^T is given and
-            only its product with ``up`` is added.
+            x down^T anew by every tile of columns, which is right for small ranks and few rows; ``"after"``: x down^T
+            is given and only its product with ``up`` is added.
         rank_tile: power of two, of at least 16: "inside" the rank rounded up, "after" a step along it.
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
         epilogue: what follows the product.
@@ -229,7 +230,7 @@ class _Branch(NamedTuple):
 
     @property
     def is_inside(self) -> bool:
-        return self.padded_rank <= LARGEST_RANK_INSIDE and regime(self.rows) != DECODE
+        return self.padded_rank <= LARGEST_RANK_INSIDE and regime(self.rows) == SMALL
 
     def beside(self, spec: NMLinear) -> NMLinear:
         """The spec of the product with this branch."""
@@ -289,7 +290,7 @@ def nm_linear_low_rank(
 ) -> Tensor:
     """y = x W^T + scale (x down^T) up^T + bias, then an epilogue (SLoPe, eq. 11, with ``down`` not pruned).
 
-    One launch up to rank `LARGEST_RANK_INSIDE`, beyond it and in decoding a dense product for x down^T and one launch.
+    One launch for 17 to 64 rows up to rank `LARGEST_RANK_INSIDE`, else a dense product for x down^T and one launch.
 
     Args:
         down, up: ``[r, in]`` and ``[out, r]``.

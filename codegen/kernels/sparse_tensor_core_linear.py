@@ -26,7 +26,7 @@ from fxsparse.codegen.loaded import kernel
 from fxsparse.codegen.mma_sp import Layouts, instructions
 from fxsparse.codegen.spec import Argument, Spec, Tile
 from fxsparse.codegen.split import multiprocessors, workspace
-from fxsparse.codegen.template import fill, parameters
+from fxsparse.codegen.template import fill, optional, parameters
 from fxsparse.codegen.tiles import DECODE, LARGE, SMALL, regime
 from fxsparse.errors import OptionError
 
@@ -111,6 +111,7 @@ class SparseTensorCoreLinear(Spec):
             mask="exists",
             column_mask="(columns < N)[:, None]",
         )
+        masks_rows = tile.rows <= _FEW_ROWS
         source = fill(
             _SOURCE,
             title=self.epilogue.formula("x W^T"),
@@ -122,6 +123,11 @@ class SparseTensorCoreLinear(Spec):
             group=str(tile.group),
             name=self.name,
             parameters=parameters(self.arguments),
+            beyond=_BEYOND[masks_rows],
+            limits=optional(self.split, ", end") + optional(masks_rows, ", x_exist"),
+            in_part=optional(self.split, " & (step < end)"),
+            x_exist_is=optional(masks_rows, "x_exist = (x_rows < M)[:, None]"),
+            x_mask=optional(masks_rows, " & x_exist"),
             unit=_PART if self.split else _WHOLE,
             program="gl.program_id(0) // parts" if self.split else "gl.program_id(0)",
             tile_argument=", parts" if self.split else "",
@@ -189,15 +195,15 @@ def multiply(w, x, e, product):
 
 
 @gluon.jit
-def copy_step(stage, step, K, w_stage, x_stage, e_stage, w_from, x_from, e_from):
+def copy_step(stage, step, K, w_stage, x_stage, e_stage, w_from, x_from, e_from$limits):
     """Begins to copy a step of W, x and metadata; beyond K they are 0, which are not valid words, but no step of the
     product is there."""
     w_words = step * (K_TILE // 4) + gl.arange(0, K_TILE // 4, gl.SliceLayout(0, W_COPY))
     x_words = step * (K_TILE // 2) + gl.arange(0, K_TILE // 2, gl.SliceLayout(0, X_COPY))
     e_words = step * K_TILE + gl.arange(0, K_TILE, gl.SliceLayout(0, E_COPY))
-    copy_to_shared(w_stage.index(stage), w_from + step * (K_TILE // 4), mask=(w_words < K // 4)[None, :])
-    copy_to_shared(x_stage.index(stage), x_from + step * (K_TILE // 2), mask=(x_words < K // 2)[None, :])
-    exists = (e_words < (K + 127) // 128 * 128)[None, :]
+    copy_to_shared(w_stage.index(stage), w_from + step * (K_TILE // 4), mask=(w_words < K // 4)[None, :]$in_part)
+    copy_to_shared(x_stage.index(stage), x_from + step * (K_TILE // 2), mask=(x_words < K // 2)[None, :]$in_part$x_mask)
+    exists = (e_words < (K + 127) // 128 * 128)[None, :]$in_part
     copy_to_shared(e_stage.index(stage), e_from + step * K_TILE, mask=exists)
     async_copy.commit_group()
 
@@ -211,12 +217,13 @@ def $name(
     x_stage = gl.allocate_shared_memory(gl.int32, [STAGES, M_TILE, K_TILE // 2], X_SHARED)
     e_stage = gl.allocate_shared_memory(gl.int32, [STAGES, N_TILE // 32, K_TILE], E_SHARED)
 
-    # Rows beyond the end repeat the last one; they are not stored.
+    # $beyond
     w_rows = column_tile * N_TILE + gl.arange(0, N_TILE, gl.SliceLayout(1, W_COPY))
     w_words = gl.arange(0, K_TILE // 4, gl.SliceLayout(0, W_COPY))
     w_from = values + gl.minimum(w_rows, N - 1).to(gl.int64)[:, None] * (K // 4) + w_words[None, :]
     x_rows = row_tile * M_TILE + gl.arange(0, M_TILE, gl.SliceLayout(1, X_COPY))
     x_words = gl.arange(0, K_TILE // 2, gl.SliceLayout(0, X_COPY))
+    $x_exist_is
     x_from = x + gl.minimum(x_rows, M - 1).to(gl.int64)[:, None] * (K // 2) + x_words[None, :]
     e_rows = column_tile * (N_TILE // 32) + gl.arange(0, N_TILE // 32, gl.SliceLayout(1, E_COPY))
     e_words = gl.arange(0, K_TILE, gl.SliceLayout(0, E_COPY))
@@ -226,7 +233,7 @@ def $name(
     steps = gl.cdiv(K, K_TILE)
     $unit
     for s in gl.static_range(STAGES - 1):
-        copy_step(s, first + s, K, w_stage, x_stage, e_stage, w_from, x_from, e_from)
+        copy_step(s, first + s, K, w_stage, x_stage, e_stage, w_from, x_from, e_from$limits)
     product = gl.full([ROW_WARPS, COLUMN_WARPS, 32, PAIRS, EIGHTS, 2, 4], 0.0, gl.float32, DOMAIN)
     stage = 0
     free = STAGES - 1
@@ -237,7 +244,7 @@ def $name(
             x_part = x_stage.index(stage).slice(j * 16, 16, dim=1).load(X_FRAGMENT)
             e = e_stage.index(stage).slice(j * 32, 32, dim=1).load(E_FRAGMENT)
             if j == 0:
-                copy_step(free, k + STAGES - 1, K, w_stage, x_stage, e_stage, w_from, x_from, e_from)
+                copy_step(free, k + STAGES - 1, K, w_stage, x_stage, e_stage, w_from, x_from, e_from$limits)
             product = multiply(w, x_part, e, product)
         free = stage
         stage = gl.where(stage == STAGES - 1, 0, stage + 1)
@@ -252,6 +259,14 @@ def $name(
     exists = (columns < N)[:, None] & (rows < M)[None, :]
     $finish
 '''
+
+_FEW_ROWS = 64
+"""Rows up to which a tile may be mostly empty; of larger ones a product has one such tile of many."""
+
+_BEYOND = {
+    False: "Rows beyond the end repeat the last one; they are not stored.",
+    True: "Rows of W beyond the end repeat the last one, those of x are not read; none is stored.",
+}
 
 _WHOLE = """
 first = 0
@@ -269,18 +284,18 @@ $epilogue
 gl.store(y + y_rows[None, :] * y_stride + columns[:, None], t.to(gl.$dtype), mask=exists)
 """
 
-# A part leaves its sums; the last to arrive adds those of all, in their order.
+# A part leaves the sums of rows that exist; the last to arrive adds those of all, in their order.
 _ADD_PARTS = """
 tile = gl.program_id(0) // parts
 inside = gl.arange(0, N_TILE, gl.SliceLayout(1, Y_LAYOUT))[:, None]
 inside = inside + gl.arange(0, M_TILE, gl.SliceLayout(0, Y_LAYOUT))[None, :] * N_TILE
 place = sums + tile.to(gl.int64) * parts * (M_TILE * N_TILE) + inside
-gl.store(place + part * (M_TILE * N_TILE), t)
+gl.store(place + part * (M_TILE * N_TILE), t, mask=exists)
 synchronize()
 if gl.atomic_add(arrived + tile, 1, sem="acq_rel") == parts - 1:
     t = gl.full([N_TILE, M_TILE], 0.0, gl.float32, Y_LAYOUT)
     for other in range(parts):
-        t += gl.load(place + other * (M_TILE * N_TILE), cache_modifier=".cg")
+        t += gl.load(place + other * (M_TILE * N_TILE), mask=exists, other=0.0, cache_modifier=".cg")
     gl.store(arrived + tile, 0)  # for the next launch
     $epilogue
     gl.store(y + y_rows[None, :] * y_stride + columns[:, None], t.to(gl.$dtype), mask=exists)

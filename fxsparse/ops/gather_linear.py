@@ -7,8 +7,9 @@
 of the dense model. The choice is data: other indices of the same number need no new graph.
 
 Shapes: ``x [*, k]``, ``weight [out, in]``, ``rows [s]`` and ``columns [k]`` int64 or None for all, ``bias [out]``;
-``y [*, s]``. An index may appear once only where a gradient of the weight is taken. A `Problem` has the sizes that take
-part, s and k, and the whole weight's as its extra ones.
+``y [*, s]``. An index may appear once only where a gradient of the weight is taken. ``block`` promises that both
+indices come in runs of so many consecutive ones, the first of each a multiple of it: a kernel then loads 16 bytes at a
+time. A `Problem` has the sizes that take part, s and k, and as its extra ones the whole weight's and the block.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _Gradients = tuple[Tensor | None, ...]
 
 
 def _gather_linear(
-    x: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None, bias: Tensor | None
+    x: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None, bias: Tensor | None, block: int = 1
 ) -> Tensor:
     """``x S^T + bias[rows]``."""
     if bias is not None and rows is not None:
@@ -51,13 +52,19 @@ def _gather_linear(
     return linear(x, _chosen(weight, rows, columns), bias)
 
 
-def _grad_input(dy: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+def _grad_input(dy: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None, block: int = 1) -> Tensor:
     """``dy S``."""
     return dy @ _chosen(weight, rows, columns)
 
 
 def _grad_weight(
-    dy: Tensor, x: Tensor, rows: Tensor | None, columns: Tensor | None, out_features: int, in_features: int
+    dy: Tensor,
+    x: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_features: int,
+    in_features: int,
+    block: int = 1,
 ) -> Tensor:
     """``dy^T x`` at the chosen rows and columns of ``[out_features, in_features]``, zero elsewhere."""
     grad = outer_product(dy, x)
@@ -83,42 +90,59 @@ def _spread(part: Tensor, rows: Tensor | None, out_features: int) -> Tensor:
 # --- checks and shapes ------------------------------------------------------------------------------------------------
 
 
-def _count(check: Check, name: str, index: Tensor | None, size: int) -> int:
+def _count(check: Check, name: str, index: Tensor | None, size: int, block: int) -> int:
     """The number of rows or columns chosen among ``size``."""
+    check.require(block > 0, f"block is {block}, expected at least 1")
     if index is None:
         return size
     check.require(index.dim() == 1, f"{name} is {list(index.shape)}, expected a vector")
     check.tensor(name, index, index.shape, torch.int64)
+    check.require(index.shape[0] % block == 0, f"{index.shape[0]} {name} are chosen, no multiple of block={block}")
     return index.shape[0]
 
 
 def _output(
-    name: str, x: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None, bias: Tensor | None
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    bias: Tensor | None,
+    block: int = 1,
 ) -> Output:
     check = Check(name, x)
     check.matrix("weight", weight)
     check.tensor("weight", weight, weight.shape)
-    taken = _count(check, "columns", columns, weight.shape[1])
+    taken = _count(check, "columns", columns, weight.shape[1], block)
     check.require(x.shape[-1] == taken, f"its input has {x.shape[-1]} features, but {taken} columns are chosen")
     check.tensor("bias", bias, (weight.shape[0],))
-    return x, (*x.shape[:-1], _count(check, "rows", rows, weight.shape[0]))
+    return x, (*x.shape[:-1], _count(check, "rows", rows, weight.shape[0], block))
 
 
-def _grad_input_output(name: str, dy: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> Output:
+def _grad_input_output(
+    name: str, dy: Tensor, weight: Tensor, rows: Tensor | None, columns: Tensor | None, block: int = 1
+) -> Output:
     check = Check(name, dy)
     check.matrix("weight", weight)
     check.tensor("weight", weight, weight.shape)
-    taken = _count(check, "rows", rows, weight.shape[0])
+    taken = _count(check, "rows", rows, weight.shape[0], block)
     check.require(dy.shape[-1] == taken, f"its input has {dy.shape[-1]} features, but {taken} rows are chosen")
-    return dy, (*dy.shape[:-1], _count(check, "columns", columns, weight.shape[1]))
+    return dy, (*dy.shape[:-1], _count(check, "columns", columns, weight.shape[1], block))
 
 
 def _grad_weight_output(
-    name: str, dy: Tensor, x: Tensor, rows: Tensor | None, columns: Tensor | None, out_features: int, in_features: int
+    name: str,
+    dy: Tensor,
+    x: Tensor,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    out_features: int,
+    in_features: int,
+    block: int = 1,
 ) -> Output:
     check = Check(name, dy)
-    check.tensor("dy", dy, (*dy.shape[:-1], _count(check, "rows", rows, out_features)))
-    check.tensor("x", x, (*dy.shape[:-1], _count(check, "columns", columns, in_features)))
+    check.tensor("dy", dy, (*dy.shape[:-1], _count(check, "rows", rows, out_features, block)))
+    check.tensor("x", x, (*dy.shape[:-1], _count(check, "columns", columns, in_features, block)))
     return dy, (out_features, in_features)
 
 
@@ -126,19 +150,19 @@ def _grad_weight_output(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, rows, columns, _ = inputs
+    x, weight, rows, columns, _, block = inputs
     needs_x, needs_weight, *_ = ctx.needs_input_grad
-    ctx.shape = weight.shape
+    ctx.shape, ctx.block = weight.shape, block
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, rows, columns)
 
 
 def _backward(ctx: Any, dy: Tensor) -> _Gradients:
     x, weight, rows, columns = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    dx = gather_linear_grad_input(dy, weight, rows, columns) if needs[0] else None
-    dweight = gather_linear_grad_weight(dy, x, rows, columns, *ctx.shape) if needs[1] else None
+    dx = gather_linear_grad_input(dy, weight, rows, columns, ctx.block) if needs[0] else None
+    dweight = gather_linear_grad_weight(dy, x, rows, columns, *ctx.shape, ctx.block) if needs[1] else None
     dbias = _spread(bias_gradient(dy), rows, ctx.shape[0]) if needs[4] else None
-    return dx, dweight, None, None, dbias
+    return dx, dweight, None, None, dbias, None
 
 
 # --- what a call costs, and random calls ------------------------------------------------------------------------------
@@ -157,33 +181,34 @@ def _grad_weight_flops(dweight: Operand, dy: Operand, x: Operand, *rest: Any) ->
     return (Product(outer(dy, x)),)
 
 
-def _sizes(y: Tensor, /, x: Tensor, weight: Tensor, **rest: Any) -> Sizes:
-    return Sizes(x.shape[:-1], y.shape[-1], x.shape[-1], tuple(weight.shape))
+def _sizes(y: Tensor, /, x: Tensor, weight: Tensor, block: int = 1, **rest: Any) -> Sizes:
+    return Sizes(x.shape[:-1], y.shape[-1], x.shape[-1], (*weight.shape, block))
 
 
-def _grad_input_sizes(dx: Tensor, /, dy: Tensor, weight: Tensor, **rest: Any) -> Sizes:
-    return Sizes(dy.shape[:-1], dy.shape[-1], dx.shape[-1], tuple(weight.shape))
+def _grad_input_sizes(dx: Tensor, /, dy: Tensor, weight: Tensor, block: int = 1, **rest: Any) -> Sizes:
+    return Sizes(dy.shape[:-1], dy.shape[-1], dx.shape[-1], (*weight.shape, block))
 
 
-def _grad_weight_sizes(dweight: Tensor, /, dy: Tensor, x: Tensor, **rest: Any) -> Sizes:
-    return Sizes(dy.shape[:-1], dy.shape[-1], x.shape[-1], tuple(dweight.shape))
+def _grad_weight_sizes(dweight: Tensor, /, dy: Tensor, x: Tensor, block: int = 1, **rest: Any) -> Sizes:
+    return Sizes(dy.shape[:-1], dy.shape[-1], x.shape[-1], (*dweight.shape, block))
 
 
 def _random(problem: Problem, random: Random) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """x, dy, weight, rows and columns."""
     out, in_features = problem.out_features, problem.in_features
-    tensors = random.normal(problem.rows, in_features), random.normal(problem.rows, out), random.normal(*problem.extra)
-    return *tensors, random.choice(out, problem.extra[0]), random.choice(in_features, problem.extra[1])
+    *whole, block = problem.extra
+    tensors = random.normal(problem.rows, in_features), random.normal(problem.rows, out), random.normal(*whole)
+    return *tensors, random.choice(out, whole[0], block), random.choice(in_features, whole[1], block)
 
 
 def _operands(problem: Problem, random: Random) -> Operands:
     x, _, weight, rows, columns = _random(problem, random)
-    return Operands((x, weight, rows, columns, None))
+    return Operands((x, weight, rows, columns, None, problem.extra[2]))
 
 
 def _grad_input_operands(problem: Problem, random: Random) -> Operands:
     _, dy, weight, rows, columns = _random(problem, random)
-    return Operands((dy, weight, rows, columns))
+    return Operands((dy, weight, rows, columns, problem.extra[2]))
 
 
 def _grad_weight_operands(problem: Problem, random: Random) -> Operands:
@@ -193,7 +218,7 @@ def _grad_weight_operands(problem: Problem, random: Random) -> Operands:
 
 def _traffic(problem: Problem) -> Traffic:
     """The reference copies the part of the weight, and the product reads the copy."""
-    is_whole = problem.extra == (problem.out_features, problem.in_features)
+    is_whole = problem.extra[:2] == (problem.out_features, problem.in_features)
     return Traffic(
         kernel=problem.weight_bytes + problem.input_bytes + problem.output_bytes,
         copies=0 if is_whole else 2 * problem.weight_bytes,
@@ -205,7 +230,7 @@ def _traffic(problem: Problem) -> Traffic:
 gather_linear_grad_input = define(
     Operator(
         "gather_linear_grad_input",
-        "Tensor dy, Tensor weight, Tensor? rows, Tensor? columns",
+        "Tensor dy, Tensor weight, Tensor? rows, Tensor? columns, int block=1",
         _grad_input,
         _grad_input_output,
         _grad_input_flops,
@@ -219,7 +244,7 @@ gather_linear_grad_input = define(
 gather_linear_grad_weight = define(
     Operator(
         "gather_linear_grad_weight",
-        "Tensor dy, Tensor x, Tensor? rows, Tensor? columns, SymInt out_features, SymInt in_features",
+        "Tensor dy, Tensor x, Tensor? rows, Tensor? columns, SymInt out_features, SymInt in_features, int block=1",
         _grad_weight,
         _grad_weight_output,
         _grad_weight_flops,
@@ -233,7 +258,7 @@ gather_linear_grad_weight = define(
 gather_linear = define(
     Operator(
         "gather_linear",
-        "Tensor x, Tensor weight, Tensor? rows, Tensor? columns, Tensor? bias",
+        "Tensor x, Tensor weight, Tensor? rows, Tensor? columns, Tensor? bias, int block=1",
         _gather_linear,
         _output,
         _flops,

@@ -160,10 +160,12 @@ class Random:
         """A tensor of normal numbers."""
         return torch.randn(*shape, device=self.device, generator=self.generator).to(self.dtype)
 
-    def choice(self, count: int, size: int) -> Tensor | None:
-        """``count`` indices below ``size`` in order, int64; None for all."""
-        order = torch.randperm(size, device=self.device, generator=self.generator)
-        return None if count == size else order[:count].sort().values
+    def choice(self, count: int, size: int, block: int = 1) -> Tensor | None:
+        """``count`` indices below ``size`` in order, int64, in whole blocks of consecutive ones; None for all."""
+        if count == size:
+            return None
+        blocks = torch.randperm(size // block, device=self.device, generator=self.generator)[: count // block]
+        return (blocks.sort().values[:, None] * block + torch.arange(block, device=self.device)).flatten()
 
 
 @dataclass(frozen=True, eq=False)

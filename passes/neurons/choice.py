@@ -39,7 +39,7 @@ def omission_at(step: int, omission: float, total_steps: int, rungs: int, rung_s
     return omission * (1 - min(rungs, done // rung_steps + 1) / rungs)
 
 
-def choose(scores: Tensor, kept: int, choice: str, seed: int, step: int, key: str) -> Tensor:
+def choose(scores: Tensor, kept: int, choice: str, seed: int, step: int, key: str, block: int = 1) -> Tensor:
     """The units that take part, int64 ``[kept]``, ascending.
 
     Args:
@@ -48,7 +48,11 @@ def choose(scores: Tensor, kept: int, choice: str, seed: int, step: int, key: st
         choice: ``top`` takes the largest, ``sampled`` draws without replacement in proportion to the scores (by the
             largest of log score + Gumbel noise).
         seed, step, key: what the draw depends on, the same on every rank.
+        block: units that are chosen together, by their mean score; units and ``kept`` are multiples of it.
     """
+    if block > 1:
+        blocks = choose(scores.view(-1, block).mean(1), kept // block, choice, seed, step, key)
+        return (blocks[:, None] * block + torch.arange(block, device=blocks.device)).flatten()
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {step} {key}".encode()))
     drawn = torch.rand(len(scores), generator=generator, dtype=torch.float64).to(scores.device)
     ranked = scores.double()

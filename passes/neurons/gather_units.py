@@ -25,6 +25,9 @@ from fxsparse.passes.structured.slice_heads import applications, heads_beside
 
 aten = torch.ops.aten
 
+LONGEST_RUN = 64
+"""Consecutive rows or columns of a weight that a kernel knows of: as many as a step of its loop takes."""
+
 
 class CannotShrink(Exception):
     """Why a structure's units cannot be left out."""
@@ -53,6 +56,16 @@ class Part:
         own = self.index.to(units.device)[units].flatten()
         return torch.cat([own, self.rest.to(units.device)]).sort().values
 
+    def run(self, block: int) -> int:
+        """The longest run, a power of two up to `LONGEST_RUN`, that :meth:`of` consists of whichever units are chosen,
+        ``block`` at a time: consecutive positions, of which the first is a multiple of the run's length."""
+        owner = torch.full((self.index.numel() + len(self.rest),), -1)
+        owner[self.index] = (torch.arange(len(self.index)) // block)[:, None].expand_as(self.index)
+        run = LONGEST_RUN
+        while len(owner) % run or not owner.view(-1, run).eq(owner[::run, None]).all():
+            run //= 2
+        return run
+
 
 @dataclass(frozen=True)
 class Site(live.Live):
@@ -65,6 +78,7 @@ class Site(live.Live):
         projections: rows of the linears that compute the units.
         output: columns of the linear that reads them.
         group: query heads of a unit; 0 for channels.
+        block: units that are chosen together.
     """
 
     path: str
@@ -73,6 +87,7 @@ class Site(live.Live):
     projections: tuple[Part, ...]
     output: Part
     group: int
+    block: int = 1
 
     def moved(self, old: str, new: str, rows: int) -> Site:
         parts = [replace(part, name=new) if part.name == old else part for part in self.parts]
@@ -94,9 +109,15 @@ class Site(live.Live):
     def parts(self) -> tuple[Part, ...]:
         return (*self.projections, self.output)
 
+    def in_blocks(self, units: Tensor) -> bool:
+        """Whether chosen units, int64, are whole blocks, which kernels rely on."""
+        chosen = torch.zeros(self.units, dtype=torch.bool, device=units.device).index_fill_(0, units, True)
+        blocks = chosen.view(-1, self.block)
+        return torch.equal(blocks.any(1), blocks.all(1))
 
-def site_of(found: Attention | MLP) -> Site:
-    """The units of a structure, without its nodes."""
+
+def site_of(found: Attention | MLP, block: int) -> Site:
+    """The units of a structure, without its nodes; of channels so many are chosen together."""
     if isinstance(found, MLP):
         units, kind, group = found.channels, "channels", 0
     else:
@@ -108,7 +129,7 @@ def site_of(found: Attention | MLP) -> Site:
         rows.setdefault(projection.linear.node, []).append(projection.index.reshape(units, -1))
     projections = tuple(_part(linears[node], torch.cat(index, 1), is_rows=True) for node, index in rows.items())
     output = _part(found.output.linear, found.output.index.reshape(units, -1), is_rows=False)
-    return Site(found.path, kind, units, projections, output, group)
+    return Site(found.path, kind, units, projections, output, group, block if kind == "channels" else 1)
 
 
 def _part(linear: Linear, index: Tensor, *, is_rows: bool) -> Part:
@@ -188,7 +209,7 @@ def shrink(gm: GraphModule, found: Attention | MLP, site: Site, kept: int, *, ob
         raise CannotShrink(f"{source.name} did not become as small as the units that take part")
     if observe:
         _observe(gm, site, source, output.node)
-    _gather(gm, output, source, None, columns)
+    _gather(gm, output, source, None, columns, site.output.run(site.block))
 
 
 def linears_of(gm: GraphModule, found: Attention | MLP) -> list[Linear]:
@@ -210,7 +231,7 @@ def _gather_rows(gm: GraphModule, found: Attention | MLP, site: Site, linears: S
     for linear in linears:
         part = parts[linear.name]
         rows = fx.insert_attribute(gm, rows_name(part), before=linear.node)
-        changed.append(_gather(gm, linear, linear.input, rows, None))
+        changed.append(_gather(gm, linear, linear.input, rows, None, part.run(site.block)))
     resize(gm, patches, changed, nodes=path)
     inside = {*path, *changed, found.output.linear.node}
     for node in path:
@@ -224,14 +245,14 @@ def _sizes(node: Node) -> tuple[str, ...]:
     return tuple(map(str, value.shape)) if isinstance(value, Tensor) else ()
 
 
-def _gather(gm: GraphModule, linear: Linear, source: Node, rows: Node | None, columns: Node | None) -> Node:
+def _gather(gm: GraphModule, linear: Linear, source: Node, rows: Node | None, columns: Node | None, run: int) -> Node:
     node = linear.node
     product = traits.of(node.target).product
     assert product is not None
     weight = fx.arguments(node)[product.weight]
     if product.transposed:
         weight = fx.insert_call(gm, aten.t.default, (weight,), like=node)
-    args = (source, weight, rows, columns, linear.bias)
+    args = (source, weight, rows, columns, linear.bias, run)
     gathered = fx.insert_call(gm, gather_linear.overload, args, like=node)
     fx.replace(node, gathered)
     return gathered

@@ -13,6 +13,7 @@ training is derived from it (`fxsparse.graph.training_form`).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from torch.fx import GraphModule
 from fxsparse import graph as fx
 from fxsparse.analysis.structures import MLP, Attention, Structures, structures
 from fxsparse.cost.flops import costs
-from fxsparse.errors import OptionError, RewriteError
+from fxsparse.errors import CheckpointError, OptionError, RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import META_KEY, Change, record_of, rewrote, skipped
@@ -83,6 +84,9 @@ class SelectNeurons(Pass):
         rung_steps: optimizer steps of each; by default all rungs together are the second half of the training.
         multiple: the number of channels is rounded to a multiple of it, at least one.
         head_multiple: the same for heads (under grouped queries: groups).
+        block: channels are chosen in blocks of so many consecutive ones, by the mean of their scores; a GPU then loads
+            16 bytes at a time where it else loads single columns. An MLP whose width is no multiple of it stays dense,
+            because a shorter last block would make the number that takes part, and so the graph, another in each step.
         every: optimizer steps between two choices.
         decay: of the moving mean, in [0, 1): its weight against a step's own.
         rescale: multiply what takes part by the number of all units over its own.
@@ -111,6 +115,7 @@ class SelectNeurons(Pass):
     rung_steps: Count | None = None
     multiple: Count = 64
     head_multiple: Count = 1
+    block: Count = 1
     every: Count = 1
     decay: _Rate = 0.9
     rescale: bool = False
@@ -150,7 +155,8 @@ class SelectNeurons(Pass):
             try:
                 for found, site, kept in sites:
                     if kept < site.units:
-                        units = choose(torch.ones(site.units), kept, "sampled", self.seed, 0, site.key)
+                        scores = torch.ones(site.units)
+                        units = choose(scores, kept, "sampled", self.seed, 0, site.key, site.block)
                         _register((graph, form), self._buffers(graph, site, units))
                         try:
                             observe = self.score != "uniform"
@@ -193,14 +199,14 @@ class SelectNeurons(Pass):
         for item in found:
             own = Counter(linear.name for linear in linears_of(gm, item))
             try:
-                site = site_of(item)
+                site = site_of(item, self.block)
             except CannotShrink as reason:
                 changes.append(skipped(item.path, str(reason)))
                 continue
             shared = [
                 part.name for part in site.parts if uses.get(id(fx.attribute(gm, part.name)), 0) != own[part.name]
             ]
-            multiple = self.head_multiple if site.kind == "heads" else self.multiple
+            multiple = self.multiple_of(site)
             kept = kept_units(site.units, self.rate, multiple)
             what = f"{kept} of {site.units} {'channels' if site.kind == 'channels' else _head_units(site)}"
             if site.key in excluded:
@@ -211,6 +217,8 @@ class SelectNeurons(Pass):
                 changes.append(skipped(site.path, f"{min(beside)} has a low-rank branch, which mixes all units"))
             elif site.units < 2:
                 changes.append(skipped(site.path, "has a single unit"))
+            elif site.units % site.block:
+                changes.append(skipped(site.path, _no_blocks(site)))
             else:
                 sites.append((item, site, kept))
                 if kept < site.units:
@@ -219,6 +227,10 @@ class SelectNeurons(Pass):
                     why = "the omission rate is 0" if self.rate == 0 else f"rounded to a multiple of {multiple}"
                     changes.append(skipped(site.path, f"{what} take part: {why}"))
         return sites, changes
+
+    def multiple_of(self, site: Site) -> int:
+        """What the number of a site's units is rounded to: whole blocks of channels."""
+        return self.head_multiple if site.kind == "heads" else math.lcm(self.multiple, self.block)
 
     def _instead(self, gm: GraphModule, found: Structures) -> str:
         """What to do where nothing that was asked for can be left out."""
@@ -249,6 +261,11 @@ class SelectNeurons(Pass):
 def _mixed_by_branches(site: Site) -> tuple[Part, ...]:
     """The parts a branch beside which mixes units; one beside a linear that makes channels has rows of its own."""
     return site.parts if site.kind == "heads" else (site.output,)
+
+
+def _no_blocks(site: Site) -> str:
+    fitting = math.gcd(site.units, site.block)
+    return f"its {site.units} channels are not a multiple of block={site.block}; choose block={fitting} or 1"
 
 
 def _head_units(site: Site) -> str:
@@ -293,6 +310,8 @@ def _renew(owner: SelectNeurons, gm: GraphModule) -> None:
         columns = chosen.get(columns_name(site))
         if columns is not None and columns_name(site) in dict(gm.named_buffers()):
             units = torch.isin(site.output.index.to(columns.device), columns).all(1).nonzero().flatten()
+            if not site.in_blocks(units):
+                raise _lost([site], f"its channels are no longer in blocks of {site.block}")
             for name, index in selection(site, units).items():
                 fx.attribute(gm, name).copy_(index)
 
@@ -363,8 +382,7 @@ class _Selection(Event):
         return [site for site in self.sites if f"{site.key}_columns" in present and self._count(site) < site.units]
 
     def _count(self, site: Site) -> int:
-        multiple = self.owner.head_multiple if site.kind == "heads" else self.owner.multiple
-        return kept_units(site.units, self.owner.rate, multiple)
+        return kept_units(site.units, self.owner.rate, self.owner.multiple_of(site))
 
     @torch.no_grad()
     def _choose(self, step: int) -> None:
@@ -372,7 +390,8 @@ class _Selection(Event):
         for site in self._active():
             mean = self.means[site.key].to(fx.attribute(self.gm, site.key).device)
             scores = scores_of(self.gm, site, mean, self.owner.score)
-            units = choose(scores, self._count(site), self.owner.choice, self.owner.seed, step, site.key)
+            owner = self.owner
+            units = choose(scores, self._count(site), owner.choice, owner.seed, step, site.key, site.block)
             self._write(site, units)
 
     def _write(self, site: Site, units: Tensor) -> None:
@@ -444,4 +463,9 @@ class _Selection(Event):
         for site in self._active():
             units = state["kept"][site.key]
             units = units.nonzero().flatten() if units.dtype is torch.bool else units  # earlier versions saved indices
+            if not site.in_blocks(units):
+                raise CheckpointError(
+                    f"{self.owner.name}: the saved choice of channels of {site.path} is not in blocks of {site.block}; "
+                    "load it beside the model it was saved with"
+                )
             self._write(site, units.to(fx.attribute(self.gm, site.key).device))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +83,17 @@ def test_compiled_graphs_replay_on_new_tensors(played: Played) -> None:
         close(compiled(x), model.expected(x))
         assert launches() == before + 2 * (turn + 1)
     assert played.calls == 4  # of two linears, the first with 5 and the first with 9 rows
+
+
+def test_this_version_of_triton_launches_on_addresses() -> None:
+    """A replay hands an integer to a kernel where it expects a tensor: Triton's launcher, in C, takes it as it is."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia"
+    text = (folder / "driver.c").read_text() + (folder / "driver.py").read_text().replace("{{", "{").replace("}}", "}")
+    (body,) = re.findall(r"\n(?:bool extractPointer|static inline DevicePtrInfo getPointer)\(.*?\n}", text, re.DOTALL)
+    takes_integers = re.search(r"if \(PyLong_Check\(obj\)\) {\s*\S+ = PyLong_AsUnsignedLongLong\(obj\);\s*return", body)
+    assert takes_integers and takes_integers.start() < body.index("data_ptr_str")
+    # and what describes memory to TMA is asked for its address alone
+    assert "base.data_ptr()" in text and "base.shape" not in text
 
 
 def call(replay: Replay, rows: int = 7, offset: int = 0) -> None:

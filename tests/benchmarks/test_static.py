@@ -12,6 +12,7 @@ import triton
 from benchmarks import static, static_step
 from benchmarks.static_model import MACHINES, Kernel, dense
 from fxsparse.codegen import sass, tiles
+from fxsparse.codegen.kernels.gather_linear import GatherLinear
 from fxsparse.codegen.kernels.nm_linear import NMLinear
 from fxsparse.codegen.kernels.nm_linear_grad_values import NMGradValues
 from fxsparse.codegen.kernels.nm_transpose import NMTranspose
@@ -55,7 +56,11 @@ GRADIENTS = {
     80: NMGradValues("bfloat16", SHIPPED["nm_linear_grad_values"][LARGE], 2, 4, even=True),
     90: NMGradValues("bfloat16", tiles.HOPPER["nm_linear_grad_values"], 2, 4, even=True),
 }
+GATHERS = {
+    block: GatherLinear("bfloat16", SHIPPED["gather_linear"][LARGE], columns=True, block=block) for block in (1, 64)
+}
 WATCHED = {
+    **{f"gather_linear in {block}s sm_{number}": (GATHERS[block], number) for block in GATHERS for number in (80, 90)},
     **{f"grad_values sm_{number}": (spec, number) for number, spec in GRADIENTS.items()},
     **{f"nm_transpose sm_{number}": (TURNED, number) for number in (80, 90)},
     **{f"nm_linear {name} sm_{number}": (spec, number) for name, spec in PLAIN.items() for number in (80, 90)},
@@ -80,6 +85,12 @@ def test_kernels_do_not_grow(name):
     assert found["spills"] <= before["spills"]
     assert found["instructions"] <= 1.05 * before["instructions"], "or write it anew and say why"
     assert kernel.loop.count(sass.PRODUCTS) > 0 or name.startswith("nm_transpose")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_columns_in_blocks_take_half_the_instructions(capability):
+    single, blocks = (Kernel.of(GATHERS[block], capability) for block in (1, 64))
+    assert len(blocks.loop.instructions) < 0.55 * len(single.loop.instructions)
 
 
 def test_hoppers_kernel_is_worth_it_on_paper():

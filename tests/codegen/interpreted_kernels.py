@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from fxsparse.codegen.fused_ops import apply_steps
 from fxsparse.codegen.kernels.demux_linear import demux_linear
 from fxsparse.codegen.kernels.gather_linear import (
+    GatherLinear,
     gather_linear,
     gather_linear_grad_input,
     gather_linear_grad_weight,
@@ -235,6 +237,41 @@ def test_gather_linear(draw, by, dtype):
     )
     expected[at] = dy.double().t() @ x.double()
     close(grad, expected)
+
+
+def runs(draw: random.Random, size: int, block: int) -> Tensor:
+    """Some of the blocks of consecutive numbers below ``size``, ascending."""
+    blocks = torch.randperm(size // block)[: draw.randint(1, size // block)].sort().values
+    return (blocks[:, None] * block + torch.arange(block)).flatten()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("block", "depth"), [(16, 16), (64, 16), (48, 32), (192, 32), (8, 16)], ids=str)
+def test_gather_linear_in_blocks(draw, block, depth, dtype):
+    """Runs that hold a step, several or a part of one; 48 and 192 are known to the kernels as 16 and 64."""
+    plan = Plan(Tile(16, 32, depth))
+    out_features, in_features = (block * draw.randint(2, 4) for _ in range(2))
+    tokens, others = draw.randint(1, 40), draw.randint(8, 70)
+    for rows, columns in (
+        (runs(draw, out_features, block), None),
+        (None, runs(draw, in_features, block)),
+        (runs(draw, out_features, block), runs(draw, in_features, block)),
+    ):
+        shape = others if rows is None else out_features, others if columns is None else in_features
+        weight, bias = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)
+        by_row = torch.arange(shape[0]) if rows is None else rows
+        by_column = torch.arange(shape[1]) if columns is None else columns
+        part = weight[by_row[:, None], by_column].double()
+        x, dy = torch.randn(tokens, part.shape[1]).to(dtype), torch.randn(tokens, part.shape[0]).to(dtype)
+        y = gather_linear(x, weight, rows, columns, bias, block, steps=["relu"], plan=plan)
+        close(y, F.relu(F.linear(x.double(), part, bias[by_row].double())))
+        close(gather_linear_grad_input(dy, weight, rows, columns, block, plan=plan), dy.double() @ part)
+        grad = gather_linear_grad_weight(dy, x, rows, columns, *weight.shape, block, plan=plan)
+        expected = torch.zeros(weight.shape, dtype=torch.double)
+        expected[by_row[:, None], by_column] = dy.double().t() @ x.double()
+        close(grad, expected)
+    known = [kernel.spec for kernel in kernels() if isinstance(kernel.spec, GatherLinear) and kernel.spec.block > 1]
+    assert math.gcd(block, 64) in {spec.block for spec in known}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 
@@ -22,9 +23,9 @@ from fxsparse.codegen.kernels.nm_transpose import NMTranspose
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import SPARSE, SparseTensorCoreLinear
 from fxsparse.codegen.kernels.sparse_wgmma_linear import WGMMA, SparseWgmmaLinear
 from fxsparse.codegen.loaded import kernel
-from fxsparse.codegen.metadata import PACK
+from fxsparse.codegen.metadata import MMA_SP, PACK
 from fxsparse.codegen.spec import NMSpec, Spec, Tile
-from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, HOPPER, LARGE, SHIPPED
+from fxsparse.codegen.tiles import DECODE, FLOAT32, FLOAT32_DENSE, HOPPER, LARGE, SHIPPED, SMALL
 
 BIAS = Epilogue(True)
 GELU = Epilogue(True, ("gelu",))
@@ -46,8 +47,10 @@ def half_precision(pattern: tuple[int, int]) -> Iterator[Spec]:
     if usual:
         for instruction in PACK:
             yield NMTranspose("bfloat16", SHIPPED["nm_transpose"][LARGE], *pattern, instruction)
-        for tile in SHIPPED["nm_linear_low_rank"].values():
-            yield NMLinear("bfloat16", tile, *pattern, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
+        tiles_beside = SHIPPED["nm_linear_low_rank"]
+        few = tiles_beside[SMALL]
+        yield NMLinear("bfloat16", few, *pattern, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE)
+        for tile in tiles_beside.values():
             yield NMLinear("float16", tile, *pattern, even=True, low_rank="after", rank_tile=32)
         for tile in measured("nm_linear_grad_values"):
             yield NMGradValues("bfloat16", tile, *pattern, even=True)
@@ -78,6 +81,7 @@ def single_precision() -> Iterator[Spec]:
     yield NMGradValues("float32", large, 2, 4, even=True)
     for tile in FLOAT32_DENSE.values():
         yield GatherLinear("float32", tile, "forward", rows=True)
+        yield GatherLinear("float32", tile, "forward", columns=True, block=64)
     for product in ("grad_input", "grad_weight"):
         yield GatherLinear("float32", FLOAT32_DENSE[LARGE], product, rows=True)
     yield DemuxLinear("float32", FLOAT32_DENSE[LARGE], members=5, epilogue=GELU)
@@ -89,9 +93,13 @@ def others() -> Iterator[Spec]:
         yield GatherLinear("bfloat16", tile, "forward", columns=True)
         yield GatherLinear("bfloat16", tile, "grad_input", rows=True)
         yield GatherLinear("bfloat16", tile, "grad_input", columns=True)
+        yield GatherLinear("bfloat16", tile, "forward", columns=True, block=64)
+        yield GatherLinear("bfloat16", tile, "grad_input", rows=True, block=64)
     for tile in (*SHIPPED["gather_linear_grad_weight"].values(), *measured("gather_linear_grad_weight")):
         yield GatherLinear("bfloat16", tile, "grad_weight", rows=True)
         yield GatherLinear("bfloat16", tile, "grad_weight", columns=True)
+    yield GatherLinear("bfloat16", SHIPPED["gather_linear"][LARGE], "grad_input", columns=True, block=64)
+    yield GatherLinear("bfloat16", SHIPPED["gather_linear_grad_weight"][LARGE], "grad_weight", columns=True, block=64)
     for tile in SHIPPED["demux_linear"].values():
         yield DemuxLinear("bfloat16", tile, members=5, epilogue=GELU)
     for tile in SHIPPED["mux"].values():
@@ -188,6 +196,20 @@ def test_unaligned_sizes_fit(capability):
         assert not resources(compile_for(spec, capability, aligned=False)).spills, spec
 
 
+@pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
+@pytest.mark.parametrize("product", ["forward", "grad_input"])
+def test_columns_in_blocks_are_copied_16_bytes_at_a_time(product, capability):
+    def copied(block: int) -> list[str]:
+        spec = GatherLinear("bfloat16", SHIPPED["gather_linear"][LARGE], product, columns=True, block=block)
+        return re.findall(r"(?:cp\.async\S+ \[.*\], \[.*\], (0x\w+)|ld\.global\S*\.(b16|u16))", ptx_of(spec))
+
+    def ptx_of(spec: Spec) -> str:
+        return compile_for(spec, capability).asm["ptx"]
+
+    assert {size for size, single in copied(64) if size} == {"0x10"} and not any(single for _, single in copied(64))
+    assert any(single for _, single in copied(1))
+
+
 @pytest.mark.parametrize("capability", [86, 89, 100, 120])
 def test_sparse_tensor_cores_of_other_devices(capability):
     """``mma.sp`` is all that they have, or all that is known here of what they have; they hold 99 KB and more."""
@@ -195,6 +217,20 @@ def test_sparse_tensor_cores_of_other_devices(capability):
         spec = SparseTensorCoreLinear("bfloat16", *SPARSE[name], split=name == DECODE)
         used = resources(compile_for(spec, capability))
         assert not used.spills and used.shared <= 99 * 1024
+
+
+@pytest.mark.parametrize("capability", [86, 89, 100, 120])
+def test_training_and_low_rank_on_other_devices(capability):
+    """The transpose that ``mma.sp`` takes, branches beside a product, and gathers in blocks, within 99 KB."""
+    few, many = (SHIPPED["nm_linear_low_rank"][name] for name in (SMALL, LARGE))
+    for spec in (
+        NMTranspose("bfloat16", SHIPPED["nm_transpose"][LARGE], 2, 4, MMA_SP),
+        NMLinear("bfloat16", few, 2, 4, even=True, low_rank="inside", rank_tile=LARGEST_RANK_INSIDE),
+        NMLinear("bfloat16", many, 2, 4, even=True, low_rank="after", rank_tile=32),
+        GatherLinear("bfloat16", SHIPPED["gather_linear"][LARGE], columns=True, block=64),
+    ):
+        used = resources(compile_for(spec, capability))
+        assert not used.spills and used.shared <= 99 * 1024, spec
 
 
 def test_sparse_tensor_cores_run_their_instruction():

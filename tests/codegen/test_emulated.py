@@ -135,6 +135,25 @@ def test_gather_linear():
     close(grad, expected)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_gather_linear_in_blocks(capability):
+    dense, chosen = torch.randn(128, 192).to(BF16), torch.cat([torch.arange(64), torch.arange(128, 192)])
+    rows, few = torch.arange(64, 128), torch.arange(32, 64)
+    plan = Plan(Tile(16, 32, 32))
+    x, dy = torch.randn(19, 128).to(BF16), torch.randn(19, 128).to(BF16)
+    with emulation(capability):
+        close(gather_linear(x, dense, None, chosen, None, 64, plan=plan), x.double() @ dense[:, chosen].double().t())
+        close(gather_linear_grad_input(dy, dense, None, chosen, 64, plan=plan), dy.double() @ dense[:, chosen].double())
+        head = dy[:, :64].contiguous()
+        close(gather_linear_grad_input(head, dense, rows, None, 64, plan=plan), head.double() @ dense[rows].double())
+        part = gather_linear(x[:, :32], dense, rows, few, None, 32, plan=plan)  # more rows than the strides say
+        close(part, x[:, :32].double() @ dense[rows[:, None], few].double().t())
+        grad = gather_linear_grad_weight(dy, x, None, chosen, *dense.shape, 64, plan=plan)
+    expected = torch.zeros(128, 192, dtype=torch.double)
+    expected[:, chosen] = dy.double().t() @ x.double()
+    close(grad, expected)
+
+
 def test_multiplexing():
     x, keys = torch.randn(6, 5, 40).to(BF16), torch.randn(3, 40).to(BF16)
     both = torch.randn(24, 80).to(BF16)

@@ -195,6 +195,29 @@ def test_gather_linear(dtype, by):
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [16, 64])
+def test_gather_linear_in_blocks(dtype, block):
+    dense, chosen = randn(192, 320, dtype=dtype), torch.arange(64, device="cuda")
+    chosen = torch.cat([chosen, chosen + 128])
+    for rows, columns in ((chosen, None), (None, chosen), (chosen, chosen)):
+        outputs, inputs = (192 if rows is None else 128), (320 if columns is None else 128)
+        for count in ROWS:
+            x, dy = randn(count, inputs, dtype=dtype), randn(count, outputs, dtype=dtype)
+            close(
+                gather_linear(x, dense, rows, columns, None, block),
+                exact(gather_linear)(x.double(), dense.double(), rows, columns, None),
+            )
+            close(
+                gather_linear_grad_input(dy, dense, rows, columns, block),
+                exact(gather_linear_grad_input)(dy.double(), dense.double(), rows, columns),
+            )
+            close(
+                gather_linear_grad_weight(dy, x, rows, columns, 192, 320, block),
+                exact(gather_linear_grad_weight)(dy.double(), x.double(), rows, columns, 192, 320),
+            )
+
+
 @pytest.mark.parametrize("rows", [1, 64, 200])
 def test_gated_epilogue(rows):
     pruned, values, indices, _ = weight(144, 256, Pattern(2, 4), torch.bfloat16)

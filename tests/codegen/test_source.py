@@ -16,12 +16,13 @@ import torch
 from fxsparse.codegen import autotune, source, store
 from fxsparse.codegen.epilogue import Epilogue
 from fxsparse.codegen.kernels.gather_linear import GatherLinear
-from fxsparse.codegen.kernels.nm_linear import NMLinear
+from fxsparse.codegen.kernels.nm_linear import NMLinear, nm_linear_low_rank
 from fxsparse.codegen.kernels.nm_linear_grad_input import NMGradInput
 from fxsparse.codegen.kernels.nm_transpose import NMTranspose
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import SparseTensorCoreLinear, unsupported_sparse
 from fxsparse.codegen.kernels.sparse_wgmma_linear import WGMMA, SparseWgmmaLinear
 from fxsparse.codegen.launching import unsupported
+from fxsparse.codegen.loaded import Kernel
 from fxsparse.codegen.spec import Tile
 from fxsparse.codegen.template import fill
 from fxsparse.codegen.tiles import Plan
@@ -141,11 +142,27 @@ def test_what_the_generator_refuses():
         NMGradInput("bfloat16", Tile(32, 32, 16), 2, 4)
     with pytest.raises(OptionError, match="product='sideways'"):
         GatherLinear("bfloat16", tile, "sideways")
+    with pytest.raises(OptionError, match="block=48"):
+        GatherLinear("bfloat16", tile, columns=True, block=48)
     assert unsupported(torch.bfloat16, 2, 4) is None
     assert "float64" in str(unsupported(torch.float64, 2, 4))
     assert "2:16" in str(unsupported(torch.bfloat16, 2, 16))
     assert unsupported_sparse(torch.bfloat16, 64) is None
     assert "multiple of 16" in str(unsupported_sparse(torch.bfloat16, 40))
+
+
+@pytest.mark.parametrize(
+    ("rows", "rank", "expected"),
+    [(1, 8, "after"), (16, 8, "after"), (17, 8, "inside"), (64, 64, "inside"), (64, 65, "after"), (65, 8, "after")],
+)
+def test_a_branch_is_computed_inside_for_few_rows_only(monkeypatch, rows, rank, expected):
+    """Neither in decoding nor for many rows, nor of a large rank, does every tile of columns compute x down^T."""
+    seen = []
+    monkeypatch.setattr(Kernel, "launch", lambda kernel, grid, *args: seen.append(kernel.spec.low_rank))
+    values, indices = torch.zeros(32, 32).bfloat16(), torch.zeros(32, 8, dtype=torch.uint8)
+    down, up = torch.zeros(rank, 64).bfloat16(), torch.zeros(32, rank).bfloat16()
+    nm_linear_low_rank(torch.zeros(rows, 64).bfloat16(), values, indices, None, down, up, None, 2, 4)
+    assert seen == [expected]
 
 
 @pytest.mark.usefixtures("own_times")

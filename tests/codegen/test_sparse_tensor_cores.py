@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fxsparse.codegen.aot import compile_for
 from fxsparse.codegen.epilogue import Epilogue
+from fxsparse.codegen.kernels import sparse_tensor_core_linear as file
 from fxsparse.codegen.kernels.sparse_tensor_core_linear import (
     SparseTensorCoreLinear,
     parts_of,
@@ -17,8 +18,10 @@ from fxsparse.codegen.kernels.sparse_tensor_core_linear import (
 )
 from fxsparse.codegen.metadata import compressed_transpose, pack_metadata, unpack_metadata
 from fxsparse.codegen.spec import Tile
+from fxsparse.codegen.split import workspace
 from fxsparse.errors import OptionError
 from fxsparse.ops.nm import Pattern, double_prune_mask, nm_mask, pack, pack_column_mask, unpack
+from tests.support import ptx_emulator
 from tests.support.emulated import emulation
 from tests.support.ptx_emulator import Memory, Program
 from tests.support.ptx_races import RaceError
@@ -110,6 +113,7 @@ LARGE = SparseTensorCoreLinear("bfloat16", Tile(128, 128, 64, 4, 3), 64, 64)
 WIDE = SparseTensorCoreLinear("bfloat16", Tile(128, 128, 64, 8, 3), 64, 32)
 SMALL = SparseTensorCoreLinear("bfloat16", Tile(64, 64, 64, 4, 4), 32, 32)
 DECODE = SparseTensorCoreLinear("float16", Tile(16, 128, 128, 4, 3), 16, 32)
+HALF = SparseTensorCoreLinear("bfloat16", Tile(16, 128, 128, 4, 3), 16, 32)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -175,6 +179,34 @@ def test_depth_in_parts(shape, capability):
             results.append(sparse_tensor_core_linear(x, values, pack_metadata(indices), bias, **how))
     close(results[0], F.silu(F.linear(x.float(), weight.float(), bias.float())) * gate.float())
     assert torch.equal(*results)
+
+
+def test_rows_that_do_not_exist_are_neither_read_nor_kept(monkeypatch):
+    """Of a tile of 16 rows; in parts, sums are left in memory and read for the rows of x alone."""
+    columns, depth, moved, sums = 128, 1024, [], []
+    _, values, indices = weight_24(columns, depth)
+    metadata = pack_metadata(indices)
+    read = ptx_emulator.Warp._read
+
+    def counted(self, place, address, size, active):
+        moved[-1] += size * int(active.sum()) if place == "global" else 0
+        return read(self, place, address, size, active)
+
+    def seen(*sizes):
+        both = workspace(*sizes)
+        sums.append(both[0].fill_(torch.nan))
+        return both
+
+    monkeypatch.setattr(ptx_emulator.Warp, "_read", counted)
+    monkeypatch.setattr(file, "workspace", seen)
+    for rows in (16, 1):
+        moved.append(0)
+        with emulation(80):
+            sparse_tensor_core_linear(torch.randn(rows, depth).bfloat16(), values, metadata, None, spec=HALF, parts=2)
+    assert moved[0] - moved[1] == 15 * depth * 2 + 15 * 2 * columns * 4  # of x, and of the sums of both parts
+    assert moved[1] == depth * (2 + columns * 9 // 8) + 2 * columns * 4  # no step of a part is read by another
+    kept = sums[-1].view(2, 16, columns)
+    assert not kept[:, :1].isnan().any() and kept[:, 1:].isnan().all()
 
 
 def test_a_depth_is_split_where_tiles_are_few():

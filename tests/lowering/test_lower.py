@@ -220,7 +220,7 @@ def test_the_cost_model_orders_as_published_measurements_do() -> None:
         for rows in (1, 64, 1024):
             times = [microseconds(replace(decode, rows=rows * more), "dense", device) for more in (1, 2, 4)]
             assert times == sorted(times)
-        part = Problem("gather_linear", None, torch.bfloat16, 16, 1024, 4096, (11008, 4096))
+        part = Problem("gather_linear", None, torch.bfloat16, 16, 1024, 4096, (11008, 4096, 64))
         assert order(part, device.name, "operator", "reference")[0] == "operator"  # which copies the rows it reads
         whole = replace(part, rows=16384, out_features=11008)
         assert order(whole, device.name, "operator", "reference")[0] == "reference"  # a library's product

@@ -24,9 +24,9 @@ TUNED: dict[str, Problem] = {
     "nm_linear_grad_input": _sparse("nm_linear_grad_input"),
     "nm_linear_grad_values": _sparse("nm_linear_grad_values"),
     "nm_linear_low_rank": _sparse("nm_linear_low_rank", 8),
-    "gather_linear": _dense("gather_linear", (96, 64)),
-    "gather_linear_grad_input": _dense("gather_linear_grad_input", (48, 96)),
-    "gather_linear_grad_weight": _dense("gather_linear_grad_weight", (96, 96)),
+    "gather_linear": _dense("gather_linear", (96, 64, 1)),
+    "gather_linear_grad_input": _dense("gather_linear_grad_input", (48, 96, 16)),
+    "gather_linear_grad_weight": _dense("gather_linear_grad_weight", (96, 96, 8)),
     "mux": _dense("mux", (3, 4), (24, 64, 64)),
     "demux_linear": _dense("demux_linear", (3, 16, 4)),
 }

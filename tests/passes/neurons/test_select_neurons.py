@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import fxsparse
 from fxsparse import graph as fx
-from fxsparse.errors import OptionError, RewriteError
+from fxsparse.errors import CheckpointError, OptionError, RewriteError
 from fxsparse.graph.record import record_of
 from fxsparse.graph.training_form import FORM_KEY, training_graph
 from fxsparse.passes.neurons.choice import choose, kept_units, omission_at
@@ -45,7 +45,7 @@ def omitted(gm: GraphModule) -> dict[str, Tensor]:
     masks: dict[str, Tensor] = {}
     graph = training_graph(gm).graph
     for node in graph.find_nodes(op="call_function", target=torch.ops.fxsparse.gather_linear.default):
-        _, weight, rows, columns, bias = node.args
+        _, weight, rows, columns, bias, *_ = node.args
         is_transposed = weight.op != "get_attr"
         name = str((weight.args[0] if is_transposed else weight).target)
         index = buffers[str((rows or columns).target)]
@@ -160,6 +160,81 @@ def test_copies_select_for_themselves() -> None:
     assert twin(x).item() == pytest.approx(x.square().mean().item()) and gm(x) != twin(x)
 
 
+def runs_of(gm: GraphModule) -> dict[str, int]:
+    """What every gathered weight's kernel is told of its indices, which is checked to be so."""
+    runs, buffers = {}, dict(gm.named_buffers())
+    for node in training_graph(gm).graph.find_nodes(
+        op="call_function", target=torch.ops.fxsparse.gather_linear.default
+    ):
+        _, weight, rows, columns, _, run = node.args
+        index = buffers[str((rows or columns).target)].view(-1, run)
+        assert torch.equal(index, index[:, :1] + torch.arange(run)) and not (index[:, 0] % run).any()
+        runs[str((weight if weight.op == "get_attr" else weight.args[0]).target)] = run
+    return runs
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_channels_in_blocks(name: str) -> None:
+    family, gm = traced(name)
+    rewritten = without_dropout(fxsparse.rewrite(gm, "select-neurons{omission=0.5,multiple=1,block=8}"))
+    runs = runs_of(rewritten)
+    assert all(run >= 8 for run in runs.values()) and len(runs) >= 4  # heads are 8 wide
+    family.model.eval()
+    batch = family.make_batch(batch=3)
+    loss, gradients = masked_gradients(family.model, omitted(rewritten), batch)
+    actual = loss_of(rewritten(**batch))
+    torch.testing.assert_close(actual, loss, rtol=1e-5, atol=1e-5)
+    actual.backward()
+    for parameter_name, parameter in rewritten.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[parameter_name], rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_through_a_ladder() -> None:
+    """Every rung has whole blocks, chosen by the means of their scores; heads stay whole beside them."""
+    _, gm = tiny("select-neurons{omission=0.5,multiple=1,block=8,rungs=2,rung_steps=2,choice=top}")
+    optimizer = torch.optim.AdamW(gm.parameters(), 0.01)
+    schedule = fxsparse.Schedule(gm, optimizer, total_steps=8)
+    (event,) = schedule.events.values()
+    kept, flops = [], []
+    for _ in range(6):
+        runs = runs_of(gm)
+        assert runs["down.weight"] == runs["gate.weight"] == runs["up.weight"] == 8
+        if "k.weight" in runs:  # a quarter of two groups of heads is none
+            assert runs["k.weight"] == 4 and runs["q.weight"] == 8  # a key head with its two query heads
+        kept.append((len(fx.attribute(gm, "down.weight_columns")), "k.weight" in runs))
+        flops.append(record_of(gm).entries[-1].after.step_flops)
+        gm(torch.randn(3, 5, 16)).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if "down.weight" in event.kept and len(kept) > 2:
+            scores = event.means["down.weight"].view(-1, 8).mean(1)
+            best = scores.topk(len(event.kept["down.weight"]) // 8).indices.sort().values
+            assert torch.equal(event.kept["down.weight"][::8] // 8, best)
+    assert kept == [(16, True)] * 4 + [(24, False)] * 2 and flops[0] < flops[-1]
+    assert gm.meta.get(FORM_KEY) is None
+
+
+def test_a_width_that_is_no_multiple_of_the_block_stays_dense() -> None:
+    _, gm = tiny("select-neurons{omission=0.5,multiple=1,block=12}")
+    heads, channels = record_of(gm).entries[-1].changes[:2]
+    assert heads.rewritten and not channels.rewritten
+    assert "its 32 channels are not a multiple of block=12; choose block=4 or 1" in channels.detail
+    assert "down.weight_columns" not in dict(gm.named_buffers())
+
+
+def test_a_choice_that_is_not_in_blocks_is_refused() -> None:
+    """Kernels rely on blocks, so a state of another option must not pass."""
+    states = []
+    for block in (1, 8):
+        _, gm = tiny(f"select-neurons{{omission=0.5,multiple=8,block={block}}}")
+        schedule = fxsparse.Schedule(gm, torch.optim.SGD(gm.parameters(), 0.1), total_steps=9)
+        states.append(schedule.state_dict())
+    schedule.load_state_dict(states[1])
+    with pytest.raises(CheckpointError, match="is not in blocks of 8"):
+        schedule.load_state_dict(states[0])
+
+
 class Alternating(nn.Module):
     """Gate and value of a channel are two rows side by side."""
 
@@ -177,6 +252,11 @@ def test_a_step_of_alternating_gates() -> None:
     gm = fxsparse.rewrite(fxsparse.trace(model, (torch.randn(3, 5, 16),)), TEXT)
     masks, x = omitted(gm), torch.randn(2, 5, 16)
     assert set(masks) == {"both.weight", "both.bias", "down.weight"}
+    assert runs_of(gm) == {"both.weight": 2, "down.weight": 1}
+    in_blocks = fxsparse.rewrite(
+        fxsparse.trace(model, (torch.randn(3, 5, 16),)), "select-neurons{omission=0.5,multiple=1,block=8}"
+    )
+    assert runs_of(in_blocks) == {"both.weight": 16, "down.weight": 8}
     loss, gradients = masked_gradients(model, masks, {"x": x})
     actual = gm(x)
     torch.testing.assert_close(actual, loss)
@@ -356,6 +436,8 @@ def test_choices_follow_their_scores() -> None:
     assert choose(unseen, 3, "top", 0, 1, "a").tolist() == [1, 3, 4]
     for choice in ("top", "sampled"):
         assert set(choose(unseen, 2, choice, 0, 1, "a").tolist()) == {1, 3}
+    blocks = torch.tensor([1.0, 9.0, 6.0, 6.0, torch.nan, torch.nan])
+    assert choose(blocks, 4, "top", 0, 1, "a", 2).tolist() == [2, 3, 4, 5]
     draws = [choose(scores, 2, "sampled", 0, step, "a") for step in range(1500)]
     assert torch.equal(draws[3], choose(scores, 2, "sampled", 0, 3, "a"))
     assert len({tuple(draw.tolist()) for draw in draws}) > 4
@@ -451,9 +533,9 @@ def steps(gm: GraphModule, optimizer: Any, schedule: Any, first: int, last: int)
 
 
 @pytest.mark.filterwarnings("error:.*rewrote nothing")  # also where the ladder has ended
-@pytest.mark.parametrize("score", ["magnitude", "uniform"])
-def test_the_dense_model_is_saved_and_training_resumes(tmp_path: Path, score: str) -> None:
-    text = f"select-neurons{{omission=0.5,score={score},rungs=2,rung_steps=3,multiple=4}}"
+@pytest.mark.parametrize("options", ["score=magnitude", "score=uniform", "block=4"])
+def test_the_dense_model_is_saved_and_training_resumes(tmp_path: Path, options: str) -> None:
+    text = f"select-neurons{{omission=0.5,{options},rungs=2,rung_steps=3,multiple=4}}"
     model = Tiny()
     x = torch.randn(3, 5, 16)
     dense = fxsparse.trace(copy.deepcopy(model), (x,))
@@ -480,7 +562,7 @@ def test_the_dense_model_is_saved_and_training_resumes(tmp_path: Path, score: st
 
 
 def test_text_and_replay() -> None:
-    item = SelectNeurons(0.4, score="weighted", choice="top", rungs=3, rung_steps=7, rescale=True)
+    item = SelectNeurons(0.4, score="weighted", choice="top", rungs=3, rung_steps=7, block=64, rescale=True)
     assert Pipeline.parse(str(item)).passes == (item,)
     model, gm = tiny()
     again = fxsparse.replay(record_of(gm), model, (torch.randn(3, 5, 16),))
@@ -518,6 +600,7 @@ def test_a_later_edit_of_the_graph_reaches_the_training_form() -> None:
         {"multiple": 0},
         {"decay": 1.0},
         {"every": 0},
+        {"block": 0},
     ],
     ids=str,
 )
