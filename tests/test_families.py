@@ -108,6 +108,7 @@ def test_the_page_shows_every_state() -> None:
         lines["a", column] = line
     text = page.page(lines, "5")
     assert "1 families, 4 cells: 1 ok, 1 partial, 1 refused, 1 wrong, 0 crash, 0 silent" in text
+    assert f"| layers | `{PASSES['layers']}` | 1 | 0 |" in text and "| save |  | 0 | 0 |" in text
     row = next(line for line in text.splitlines() if line.startswith("| a | AForCausalLM"))
     at = {name: part.strip() for name, part in zip(ALL, row.split("|")[3:-1], strict=True)}
     assert (at["masks"], at["gates"], at["layers"], at["mux"], at["dims"]) == ("=", "2/3", "R1", "X", "")

@@ -27,15 +27,16 @@ one every day.
 
 {counts}
 
-| column | passes |
-|---|---|
+| column | passes | families | ok or partial |
+|---|---|---|---|
 """
 
 MORE = """
 The first column is the time of tracing, with outputs and gradients compared to the model's. `save` loads a file into a
 model that is traced anew. The folders are those of `save_pretrained`, read by `from_pretrained` and, where they are
 ordinary checkpoints, by transformers alone. Of several lists of layers the first one is multiplexed. `compile` is the
-bare `torch.compile(model, backend="fxsparse")`.
+bare `torch.compile(model, backend="fxsparse")`. Results stay until they are made again: cells may be of different
+states of the library.
 """
 
 
@@ -55,7 +56,7 @@ def _lines(results: dict[Key, Line], version: str) -> Iterator[str]:
     families = [name for name, line in built.items() if line["state"] == "ok"]
     cells = [line for line in results.values() if line["column"] != BUILD]
     yield HEAD.format(version=version, counts=_counts(len(families), cells), **STATES).rstrip()
-    yield from (f"| {name} | `{text}` |" for name, text in PASSES.items())
+    yield from _columns(cells)
     yield MORE
     numbers = _numbers(cells)
     yield "| family | class | " + " | ".join(ALL) + " |"
@@ -76,6 +77,15 @@ def _lines(results: dict[Key, Line], version: str) -> Iterator[str]:
     yield from _table(
         ("family", "why"), [(n, _plain(line["detail"])) for n, line in built.items() if line["state"] == "no"]
     )
+
+
+def _columns(cells: list[Line]) -> Iterator[str]:
+    """Of each column its passes, on how many families it ran, and on how many of these the passes did."""
+    for name in ALL:
+        states = [line["state"] for line in cells if line["column"] == name]
+        done = sum(state in ("ok", "partial") for state in states)
+        passes = f"`{PASSES[name]}`" if name in PASSES else ""
+        yield f"| {name} | {passes} | {len(states)} | {done} |"
 
 
 def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:

@@ -41,7 +41,7 @@ from fxsparse.modules.spec import take_out
 from fxsparse.ops.operator import operator_name
 from fxsparse.passes.base import Pass, parse_passes
 from fxsparse.passes.nm.convolutions import masked_convolutions
-from fxsparse.passes.nm.sparse_linear import COMPRESSED, MASKED
+from fxsparse.passes.nm.sparse_linear import COMPRESSED, EXPERTS, MASKED
 from fxsparse.passes.order import acting
 
 _NUMBERS = re.compile(r"(layer|block)_?(idx|id|index|number|num)|idx")
@@ -113,7 +113,7 @@ def _check_passes(gm: GraphModule) -> None:
             raise RewriteError(f"cannot become modules: {item.no_module}", pass_name=item.name)
     for node in gm.graph.nodes:
         name = operator_name(node.target) if node.op == "call_function" else None
-        if name and node.target not in (*COMPRESSED, *MASKED):
+        if name and node.target not in (*COMPRESSED, *MASKED, *EXPERTS):
             raise RewriteError(f"no module holds the operator {name}; keep the graph form", site=fx.stack_path(node))
     for held in masked_convolutions(gm):
         raise RewriteError(
@@ -142,8 +142,9 @@ def _left(gm: GraphModule) -> dict[str, tuple[int, ...]]:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for held in record_of(gm).weights:
         if f"{held.name}_values" in tensors:
-            dense = (shapes[f"{held.name}_values"][0], held.in_features)
-            shapes.update(dict.fromkeys(held.names, dense[::-1] if held.transposed else dense))
+            *experts, out, _ = shapes[f"{held.name}_values"]
+            matrix = (held.in_features, out) if held.transposed else (out, held.in_features)
+            shapes.update(dict.fromkeys(held.names, (*experts, *matrix)))
     return shapes
 
 

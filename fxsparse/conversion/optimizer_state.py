@@ -58,7 +58,7 @@ def _kept(state: Mapping[str, Any], dense: Tensor, site: ModuleSite) -> dict[str
         if isinstance(item, Tensor) and item.numel() != 1:
             if item.shape != dense.shape or not item.is_floating_point():
                 return None
-            rows = item.t() if site.form.transposed else item
+            rows = item.mT if site.form.transposed else item
             item = gather_kept(rows, site["indices"].to(item.device), site.pattern)
         elif isinstance(item, (list, tuple, Mapping)):
             return None

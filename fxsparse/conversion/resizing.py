@@ -27,7 +27,7 @@ Sizes = dict[str, tuple[int, ...]]
 """The shape of every tensor by its name; a removed tensor has an empty shape or no entry."""
 
 # The attribute names that modules use for the number of heads, the size of one, and the size of all together.
-_HEADS = ("num_heads", "n_heads", "num_attention_heads")
+_HEADS = ("num_heads", "n_heads", "n_head", "num_attention_heads")
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _ALL_HEADS = ("all_head_size", "inner_dim", "split_size")
 _QUERIES, _KEYS = ("q_proj", "query", "q"), ("k_proj", "key", "k")
@@ -216,9 +216,9 @@ def _follow(module: nn.Module, path: str, chosen: Mapping[str, list[int]]) -> No
     _follow_experts(module)
     if isinstance(module, nn.LayerNorm) and isinstance(weight, nn.Parameter):
         module.normalized_shape = tuple(weight.shape)
-    size = next(
-        (int(getattr(module, name)) for name in _HEAD_SIZES if isinstance(getattr(module, name, None), int)), None
-    )
+    size = _number(module, _HEAD_SIZES)
+    if size is None and (together := _number(module, _ALL_HEADS)) and (count := _number(module, _HEADS)):
+        size = together // count  # OpenAI GPT's
     rows, key_rows = _rows(module)
     if size is None or not rows:
         return
@@ -239,6 +239,11 @@ def _follow(module: nn.Module, path: str, chosen: Mapping[str, list[int]]) -> No
     ):
         if hasattr(module, name):
             setattr(module, name, number)
+
+
+def _number(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    """The first number of a module under one of these names."""
+    return next((int(getattr(module, name)) for name in names if isinstance(getattr(module, name, None), int)), None)
 
 
 def _follow_experts(module: nn.Module) -> None:

@@ -64,6 +64,7 @@ def _held(gm: GraphModule) -> list[Weight]:
             straight_through=bool(first["straight_through"]),
             rank=0 if down is None else int(down.shape[0]),
             started=first.has_branch,
+            experts=held.experts,
         )
         called = frozenset(fx.stack_path(linear.node) for linear in linears)
         weights.append(Weight(form, held.names, name, called))
@@ -103,17 +104,19 @@ def hold(module: nn.Module, gm: GraphModule, weight: Weight, shortened: Shortene
         held: dict[str, Tensor | None] = {key: tensor for key, tensor in parts.items() if tensor is not None}
         if form.storage != "compressed":
             held[leaf] = tensors[weight.source]
-        _check_reader(weight, fx.module_path(name), linear_kind(owner, leaf, form), held)
+        site = fx.weight_site(name) if form.experts else fx.module_path(name)
+        _check_reader(weight, site, linear_kind(owner, leaf, form), held)
         module = place(module, owner, leaf, form, held)
     return module
 
 
 def _check_reader(weight: Weight, path: str, kind: type[Product] | None, held: Mapping[str, Any]) -> None:
-    """A weight may be read by code that multiplies by it itself only if its dense values say everything."""
+    """A weight may be read by code that multiplies by it itself only if its dense values say everything, and that code
+    gets them: a linear with a mask or a branch has its dense parameter as its weight."""
     if kind is not None and path in weight.called:
         return
     readers = ", ".join(sorted(weight.called)) or path
-    masked = weight.form.storage != "compressed"
+    masked = kind is not None and weight.form.storage != "compressed"
     if masked or any(name.endswith("_column_mask") for name in held):
         part = "a mask or branch beside a dense weight" if masked else "a second pruning for the gradient of its input"
         raise RewriteError(

@@ -1,8 +1,8 @@
 """FLOPs of one operator of the training IR: of its forward pass, and of the gradient of each of its inputs.
 
 What counts as a FLOP is what ``torch.utils.flop_counter`` counts. A matrix product ``[m, k] x [k, n]`` is ``2 m k n``
-FLOPs, and so is the gradient of either factor; elementwise work, norms, softmax, losses, embeddings and copies are 0
-FLOPs and show as bytes.
+FLOPs, and so is the gradient of either factor; elementwise work, norms, softmax, losses, embeddings, copies and Fourier
+transforms are 0 FLOPs and show as bytes.
 
 An operator may hold several products: attention is ``scores = q k^T`` and ``out = softmax(scores + mask) v``. The
 gradient of ``q`` passes through ``scores``, the gradient of ``v`` does not, so the cost of a gradient is not a sum over

@@ -27,6 +27,7 @@ from torch.func import functional_call
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from fxsparse.graph import traits
 from fxsparse.graph.function import function_graph
 from fxsparse.graph.function_key import Flag
 from fxsparse.graph.sharded import is_sharded
@@ -224,7 +225,8 @@ def replace(old: Node, new: Node) -> None:
 
 
 def eliminate_dead_code(gm: GraphModule) -> None:
-    """Removes nodes nothing reads, dropout included, and keeps writes to buffers and inputs, and switches of modes."""
+    """Removes nodes nothing reads, dropout included, and keeps writes to buffers and inputs, switches of modes, and
+    assertions on inputs."""
     gm.graph.eliminate_dead_code(is_impure_node=_acts_beyond_its_result)
 
 
@@ -233,7 +235,7 @@ def _acts_beyond_its_result(node: Node) -> bool:
         return True
     if node.op != "call_function":
         return False
-    if switches_mode(node):
+    if switches_mode(node) or (traits.of(node.target).asserts and not _follows_from_weights(node)):
         return True
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable:
@@ -245,6 +247,19 @@ def _acts_beyond_its_result(node: Node) -> bool:
         if spec.alias_info and spec.alias_info.is_write
     ]
     return any(_outlives_call(arg) for arg in written)
+
+
+def _follows_from_weights(node: Node) -> bool:
+    """Whether an assertion is on what layers compute; it goes with them."""
+    gm, pending, seen = node.graph.owning_module, [node], {node}
+    while pending:
+        current = pending.pop()
+        if current.op == "get_attr" and gm is not None and isinstance(attribute(gm, str(current.target)), nn.Parameter):
+            return True
+        further = [read for read in current.all_input_nodes if read not in seen]
+        seen.update(further)
+        pending += further
+    return False
 
 
 def _outlives_call(arg: Any) -> bool:

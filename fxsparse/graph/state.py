@@ -25,11 +25,17 @@ def meta_of(model: nn.Module) -> dict[str, Any]:
 
 
 def attribute(gm: nn.Module, name: str) -> Any:
-    """The object with this dotted name; raises AttributeError if there is none."""
+    """The object with this dotted name, a parameter also where a module reads something else under its name.
+
+    Raises:
+        AttributeError: there is none.
+    """
     owner: Any = gm
-    for part in name.split("."):
+    *path, leaf = name.split(".")
+    for part in path:
         owner = getattr(owner, part)
-    return owner
+    parameter = vars(owner).get("_parameters", {}).get(leaf)
+    return getattr(owner, leaf) if parameter is None else parameter
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

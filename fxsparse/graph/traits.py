@@ -202,9 +202,11 @@ _row(
     binary_cross_entropy binary_cross_entropy_with_logits bincount bucketize cat celu channel_shuffle clamp clone col2im
     concat concatenate constant_pad_nd contiguous copy cosine_embedding_loss cosine_similarity count_nonzero
     cross_entropy_loss cummax cummin cumprod cumsum diag_embed diagonal_scatter diff dropout dstack erf
-    feature_alpha_dropout feature_dropout fill flip floor_divide fmod fold fused_layer_norm gelu glu group_norm
-    gumbel_softmax hinge_embedding_loss histc hstack huber_loss im2col index_add index_copy index_fill index_put
-    instance_norm interpolate isin kl_div kthvalue l1_loss layer_norm lerp lift lift_fresh lift_fresh_copy
+    feature_alpha_dropout feature_dropout fft_fft fft_fft2 fft_fftn fft_hfft fft_ifft fft_ifft2 fft_ifftn fft_ihfft
+    fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn fill flip floor_divide fmod fold fused_layer_norm
+    gelu glu group_norm gumbel_softmax hinge_embedding_loss histc hstack huber_loss im2col index_add index_copy
+    index_fill index_put instance_norm interpolate isin kl_div kthvalue l1_loss layer_norm lerp lift lift_fresh
+    lift_fresh_copy
     linalg_vector_norm log_sigmoid log_sigmoid_forward log_softmax logcumsumexp logsumexp margin_ranking_loss
     masked_fill masked_scatter max max_pool1d max_pool2d max_pool3d mean median meshgrid min mse_loss multinomial
     nan_to_num nansum native_batch_norm native_dropout native_group_norm native_layer_norm nll_loss nll_loss2d

@@ -40,7 +40,7 @@ class DenseView(Tensor):
     ) -> Any:
         if args and isinstance(args[0], cls) and _writes(func):
             raise RewriteError(
-                "its weight is held compressed, and `weight` is a read-only view: what is written to it would be lost. "
+                "its weight is held in another form, and this is a read-only view of it: a write would be lost. "
                 "To merge an adapter, first make the weights dense: "
                 "model.load_state_dict(fxsparse.dense_state_dict(module)) on the original model, and merge there",
                 site=args[0].site,

@@ -35,6 +35,7 @@ class Form:
         straight_through: whether pruned weights get a gradient (SR-STE).
         rank: of the low-rank branch; 0 without one.
         started: whether the branch takes part.
+        experts: how many matrices the weight holds, one for each expert; 0 if it is no weight of experts.
     """
 
     name: str
@@ -47,6 +48,18 @@ class Form:
     straight_through: bool = False
     rank: int = 0
     started: bool = False
+    experts: int = 0
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """The shape in front of that of a matrix: ``(experts,)``, or nothing."""
+        return (self.experts,) if self.experts else ()
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of the original weight."""
+        matrix = (self.out_features, self.in_features)
+        return (*self.matrices, *(matrix[::-1] if self.transposed else matrix))
 
     @property
     def pattern(self) -> Pattern:
@@ -55,14 +68,14 @@ class Form:
 
     def shapes(self, leaf: str) -> Iterator[tuple[str, tuple[int, ...], torch.dtype | None]]:
         """Name, shape and dtype of every tensor of a weight called ``leaf``; the dtype of parameters is None."""
-        dense = (self.out_features, self.in_features)
+        rows = (*self.matrices, self.out_features)
         if self.storage == "compressed":
-            yield f"{leaf}_values", (self.out_features, self.pattern.kept(self.in_features)), None
-            yield f"{leaf}_indices", (self.out_features, self.pattern.index_bytes(self.in_features)), torch.uint8
+            yield f"{leaf}_values", (*rows, self.pattern.kept(self.in_features)), None
+            yield f"{leaf}_indices", (*rows, self.pattern.index_bytes(self.in_features)), torch.uint8
         else:
-            yield leaf, dense[::-1] if self.transposed else dense, None
+            yield leaf, self.dense_shape, None
         if self.storage == "masked":
-            yield f"{leaf}_mask", dense, torch.bool
+            yield f"{leaf}_mask", (*rows, self.in_features), torch.bool
         if self.rank:
             yield f"{leaf}_down", (self.rank, self.in_features), None
             yield f"{leaf}_up", (self.out_features, self.rank), None
@@ -108,14 +121,16 @@ class Held(nn.Module):
         else:
             stored = self._parameters[leaf]
             assert stored is not None
-            weight = stored.t() if form.transposed else stored
+            weight = stored.mT if form.transposed else stored
             mask = self.part(leaf, "mask")
-            weight = weight if mask is None else torch.where(mask, weight, 0)
+            if mask is not None:
+                kept = torch.where(mask, weight, 0)
+                weight = weight + (kept - weight).detach() if form.straight_through else kept
         if form.started:
             down, up = self.part(leaf, "down"), self.part(leaf, "up")
             assert down is not None and up is not None
             weight = weight + (up @ down) / form.rank
-        return weight.t() if form.transposed else weight
+        return weight.mT if form.transposed else weight
 
 
 def register(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
@@ -129,7 +144,8 @@ def register(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
 
 def describe(form: Form, *, double_pruned: bool) -> str:
     """A form in words, for ``repr``."""
-    words = [f"{form.pattern} {form.storage}"] if form.m else []
+    matrices = f"{form.experts} x " if form.experts else ""
+    words = [f"{matrices}{form.pattern} {form.storage}"] if form.m else []
     if double_pruned:
         words.append("double-pruned backward")
     if form.straight_through:

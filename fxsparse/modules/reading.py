@@ -1,4 +1,4 @@
-"""Modules whose own code reads a weight that is held compressed, such as ``nn.MultiheadAttention``.
+"""Modules whose own code reads a weight that is held in another form, such as ``nn.MultiheadAttention`` and experts.
 
 Such a module does not call a linear: it hands its weight to a function. It stays what it is, and an attribute in the
 weight's place computes the dense weight on every read. That saves memory and keeps the zeros, but no multiplication.
@@ -38,16 +38,16 @@ def read_by(module: nn.Module, leaf: str, form: Form, tensors: Mapping[str, Tens
 
     Args:
         module: any module that reads ``self.<leaf>``.
-        leaf: name of the parameter, which goes.
-        form: compressed.
+        leaf: name of the parameter, which goes, or stays as the dense one beside a mask or a branch.
+        form: any.
         tensors: what holds the weight, by name.
     """
     delattr(module, leaf)
+    register(module, tensors)
     base: Any
     base, forms = (module.read_class, module.forms) if isinstance(module, Reading) else (type(module), {})
     vars(module)["forms"] = {**forms, leaf: form}
     module.__class__ = _reading(base, (*forms, leaf))
-    register(module, tensors)
 
 
 @functools.cache

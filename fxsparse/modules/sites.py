@@ -6,7 +6,7 @@ Schedules look them up on every step: wrappers replace parameters (``fully_shard
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -45,7 +45,9 @@ class ModuleSite:
     @property
     def held(self) -> HeldWeight:
         form = self.form
-        return HeldWeight(self.name, form.storage, str(form.pattern), form.transposed, form.in_features, (self.name,))
+        names = (self.name,)
+        held = HeldWeight(self.name, form.storage, str(form.pattern), form.transposed, form.in_features, names)
+        return replace(held, experts=form.experts)
 
     @property
     def pattern(self) -> Pattern:

@@ -59,8 +59,7 @@ def dense_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
                 name = f"{path}.{leaf}".lstrip(".")
                 for part in PARTS:
                     shapes.pop(f"{name}_{part}", None)
-                dense = (form.out_features, form.in_features)
-                shapes[name] = dense[::-1] if form.transposed else dense
+                shapes[name] = form.dense_shape
     return shapes
 
 
@@ -120,8 +119,7 @@ def take_out(model: nn.Module) -> None:
             for part in PARTS:
                 module._parameters.pop(f"{leaf}_{part}", None)
                 module._buffers.pop(f"{leaf}_{part}", None)
-            shape = (form.in_features, form.out_features) if form.transposed else (form.out_features, form.in_features)
-            weight = nn.Parameter(torch.empty(shape, device="meta"))
+            weight = nn.Parameter(torch.empty(form.dense_shape, device="meta"))
             module._parameters[leaf] = module._parameters.get(leaf, weight)
             put_first(module, leaf)
         kinds: Any = type(module).__mro__

@@ -293,7 +293,7 @@ def depends_on_data(error: BaseException | None) -> bool:
 
 def model_frames(error: BaseException) -> list[Frame]:
     """The frames of ``error`` that are neither torch's nor ours nor the standard library's, outermost first."""
-    return _of_the_model(traceback.walk_tb(error.__traceback__))
+    return of_the_model(traceback.walk_tb(error.__traceback__))
 
 
 def package_frames(error: BaseException, package: str) -> list[Frame]:
@@ -357,7 +357,7 @@ def where_batch_was_fixed(model: nn.Module, inputs: Inputs) -> str:
 
     def watch(self: ShapeEnv, symbol: sympy.Symbol, target: sympy.Expr, *rest: Any) -> None:
         if target.is_Integer:
-            found.append(_of_the_model(reversed(list(traceback.walk_stack(None)))))
+            found.append(of_the_model(reversed(list(traceback.walk_stack(None)))))
         decide(self, symbol, target, *rest)
 
     with mock.patch.object(ShapeEnv, "_set_replacement", watch), contextlib.suppress(Exception):
@@ -365,7 +365,8 @@ def where_batch_was_fixed(model: nn.Module, inputs: Inputs) -> str:
     return next((quote(frames) for frames in found if frames), "")
 
 
-def _of_the_model(frames: Any) -> list[Frame]:
+def of_the_model(frames: Any) -> list[Frame]:
+    """The frames that run code of the model."""
     return [(frame, line) for frame, line in frames if not _is_library(frame.f_code.co_filename)]
 
 

@@ -7,6 +7,7 @@ is written in place but what outlives the call, and attention that is causal say
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import warnings
@@ -35,10 +36,12 @@ from fxsparse.graph.sharded import unsharded_class
 from fxsparse.graph.training_form import CONDITIONS_KEY, keep_forward, renew_form
 from fxsparse.modules.sites import STARTED
 from fxsparse.options import checked, shown
+from fxsparse.tracing import decisions
 from fxsparse.tracing.both_modes import in_both_modes, may_run_twice
 from fxsparse.tracing.casting import CONSTANTS, convert, note_origin
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
 from fxsparse.tracing.compared import check_values
+from fxsparse.tracing.decisions import answering, answers_on
 from fxsparse.tracing.export import (
     CHECKPOINTED,
     Fixed,
@@ -215,6 +218,9 @@ def trace(
     evaluates; the notes of the trace say so, and a warning. So is one with weights that draws what its evaluation does
     not, and one that was given in evaluation mode and computes something else in training.
 
+    A branch of Python's on the values of integers, as of a mask, is taken as on the example where capture needs that;
+    the notes say so, and every call asserts that its inputs answer alike. Other branches on data are refused.
+
     Threads that trace, rewrite or compile wait for each other.
 
     Args:
@@ -342,13 +348,17 @@ def _capture(model: nn.Module, example: Inputs, free: list[int], notes: list[str
     both: set[type[nn.Module]] = set()
     unfit: set[type[nn.Module]] = set()
     fixed: Fixed = set()
+    decides = False
+    decided: dict[str, bool] = {}
 
     def exported(training: bool) -> ExportedProgram:
-        with left_as_it_was(model):
+        with left_as_it_was(model), contextlib.ExitStack() as stack:
             for module in model.modules():
                 module.training = training and type(module) not in held
-            with in_both_modes(model, both - held.keys(), unfit):
-                return export(model, example, free, fixed)
+            if decides:
+                stack.enter_context(answering(model, answers_on(model, example), decided))
+            stack.enter_context(in_both_modes(model, both - held.keys(), unfit))
+            return export(model, example, free, fixed)
 
     while True:
         try:
@@ -371,16 +381,26 @@ def _capture(model: nn.Module, example: Inputs, free: list[int], notes: list[str
                 continue
             held[type(module)] = f"in training it runs other operators{_where(difference)}"
         except Exception as failure:
-            frames = model_frames(failure)
-            owner = innermost_module(frames, model) if depends_on_data(failure) else None
-            if owner is None or type(owner) in held:
-                raise _cannot_capture(model, failure) from failure
-            held[type(owner)] = f"in training it branches on data{quote(frames)}"
+            decides = _hold(model, failure, held, decides)
     for kind, reason in held.items():
         note = f"{kind.__name__} is captured as it evaluates, because {reason}"
         warnings.warn(f"{note}\nTraining the graph runs it that way too, but for its dropout.", stacklevel=3)
         notes.append(note)
+    notes += [decisions.note(where, answer) for where, answer in decided.items()]
     return gm
+
+
+def _hold(model: nn.Module, failure: Exception, held: dict[type[nn.Module], str], decides: bool) -> bool:
+    """Notes the module whose training branches on data; returns whether branches on masks are to be decided."""
+    frames = model_frames(failure)
+    owner = innermost_module(frames, model) if depends_on_data(failure) else None
+    if owner is None or (decides and type(owner) in held):
+        raise _cannot_capture(model, failure) from failure
+    if type(owner) in held:  # its evaluation branches on data too
+        held.clear()
+        return True
+    held[type(owner)] = f"in training it branches on data{quote(frames)}"
+    return decides
 
 
 def _where(difference: ModesDiffer) -> str:

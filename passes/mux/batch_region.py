@@ -22,6 +22,7 @@ import sympy
 import torch
 from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 from fxsparse import graph as fx
@@ -213,12 +214,8 @@ def refresh(gm: GraphModule, nodes: Iterable[Node], batch: set[sympy.Symbol], si
         if node.op != "call_function":
             continue
         old = node.meta.get("val")
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise RewriteError(
-                f"{node.name} in the core runs a region of its own; trace the model without autocast",
-                pass_name=_PASS,
-                site=fx.stack_path(node),
-            )
+        if (reason := _unfit(node, old)) is not None:
+            raise RewriteError(reason, pass_name=_PASS, site=fx.stack_path(node))
         try:
             fx.refresh(gm, node)
         except Exception as error:
@@ -233,6 +230,18 @@ def refresh(gm: GraphModule, nodes: Iterable[Node], batch: set[sympy.Symbol], si
                 pass_name=_PASS,
                 site=fx.stack_path(node),
             )
+
+
+def _unfit(node: Node, value: Any) -> str | None:
+    """Why a node cannot run at a batch size of its own, whatever that is."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return f"{node.name} in the core runs a region of its own; trace the model without autocast"
+    if any(free_unbacked_symbols(leaf) for leaf in tree_leaves(value) if isinstance(leaf, (Tensor, SymInt))):
+        return (
+            f"{node.name} in the core has a size that data decides, as the rows that a router sends to an expert, and "
+            "what that is at another batch size no graph says; leave this pass out"
+        )
+    return None
 
 
 def _symbol_hints(node: Node) -> Iterable[tuple[sympy.Symbol, int]]:

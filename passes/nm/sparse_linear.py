@@ -109,7 +109,9 @@ def of_pass(item: Pass, model: nn.Module) -> list[SparseLinear | ModuleSite]:
 
 def _site(linear: SparseLinear | ModuleSite) -> str:
     """The site that the record has of a weight."""
-    return linear.path if isinstance(linear, SparseLinear) else fx.module_path(linear.form.name)
+    if isinstance(linear, SparseLinear):
+        return linear.path
+    return fx.weight_site(linear.form.name) if linear.form.experts else fx.module_path(linear.form.name)
 
 
 def _weight_name(node: Node) -> str:

@@ -139,6 +139,8 @@ BETWEEN = {
     "piecewise constant": lambda a, b: a.round() + b,
     "chunks": lambda a, b: torch.cat([*a.chunk(2, -1)[:1], b[:, :4]], -1),
     "unused": lambda a, b: b,
+    "fourier": lambda a, b: torch.fft.fft(torch.fft.fft(a, dim=-1), dim=-2).real + b,
+    "fourier of real numbers": lambda a, b: torch.fft.irfft(torch.fft.rfft(a), n=8) + torch.fft.fft2(b).real,
 }
 
 

@@ -349,6 +349,19 @@ def test_ragged_groups_of_an_attention_that_is_not_sdpa(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**batch).logits, gm(**batch).logits, rtol=1e-5, atol=1e-6)
 
 
+def test_an_attention_that_knows_only_the_size_of_all_heads(tmp_path: Path) -> None:
+    """OpenAI GPT splits by ``split_size`` and ``n_head``."""
+    config = transformers.OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=16)
+    model = transformers.OpenAIGPTLMHeadModel(config).train()
+    batch = {"input_ids": torch.randint(2, 64, (4, 12)), "labels": torch.randint(2, 64, (4, 12))}
+    gm = pruned(fxsparse.trace(model, kwargs=batch), {"transformer.h.1.attn.heads_gate": some(4, 3)})
+    fxsparse.save_pretrained(gm, model, tmp_path)
+    loaded = fxsparse.from_pretrained(tmp_path)
+    attention = loaded.transformer.h[1].attn
+    assert (attention.n_head, attention.split_size) == (3, 24)
+    torch.testing.assert_close(loaded(**batch).logits, gm(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
 def test_scalars_of_a_model_stay(tmp_path: Path) -> None:
     """CLIP scales its logits by a parameter without dimensions."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxsparse
+from fxsparse.errors import RewriteError
 from fxsparse.passes import Multiplex
 
 
@@ -53,3 +54,39 @@ def test_a_mask_of_the_dtype_and_device_of_a_tensor_is_made_again(like: str) -> 
     other[0, 5] = (ids[0, 5] + 1) % 20  # of the first member of the first group
     differs = (gm(other) != once).any(-1)
     assert differs[:2, 5].all() and not differs[:, :5].any() and not differs[2:].any()
+
+
+class Routed(nn.Module):
+    """Splits the rows by their values, as JetMoe's experts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        expert, order = (rows[:, 0] > 0).long().sort()
+        counts = (expert[:, None] == torch.arange(2)).sum(0).tolist()
+        parts = rows[order].split(counts)
+        routed = torch.cat([layer(part) for layer, part in zip(self.experts, parts, strict=True)])
+        return x + torch.zeros_like(rows).index_add(0, order, routed).view_as(x)
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, 16), nn.Linear(16, 20)
+        self.layers = nn.ModuleList([Routed() for _ in range(2)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_sizes_that_data_decides_are_refused() -> None:
+    with pytest.raises(
+        RewriteError, match=r"layers\.0.* in the core has a size that data decides.*leave this pass out"
+    ):
+        fxsparse.rewrite(Mixture(), [Multiplex(2)], (torch.randint(20, (4, 6)),))

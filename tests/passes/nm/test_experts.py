@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.fx import GraphModule
 import fxsparse
 from fxsparse.errors import RewriteError
 from fxsparse.graph.record import record_of
+from fxsparse.modules.held import Held
 from fxsparse.ops.nm import Pattern, double_prune_mask, nm_mask, unpack_column_mask
 from fxsparse.passes import InsertNMMasks
 from tests.support.experts import Mixture, gpt_oss, mixtral
@@ -288,15 +290,49 @@ def test_what_stays_dense_is_listed(options: str, reason: str) -> None:
     assert reason in details["down_proj"] and not details["down_proj"].startswith("2:4")
 
 
+@pytest.mark.parametrize("options", ["", ",storage=masked", ",storage=masked,dynamic=true"])
+@pytest.mark.parametrize(("form", "transposed"), FORMS)
+def test_modules_hold_the_weights_of_experts(form: str, transposed: bool, options: str) -> None:
+    """Their own code reads the weights as it did: the same outputs, gradients and steps."""
+    model, gm = mixture(form, transposed, idle=2)
+    sparse = fxsparse.rewrite(gm, ON % options)
+    module: Any = fxsparse.to_module(sparse, model)
+    assert isinstance(module, Held) and module.forms.keys() == set(_WEIGHTS) and type(module).__name__ == "Mixture"
+    assert module.forms["up_proj"].experts == 5 and "5 x 2:4" in repr(module)
+    twin = copy.deepcopy(sparse)
+    x = torch.randn(5, 3, 12)
+    for trained in (module, twin):  # the module shares the parameters of ``sparse``
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.3)
+        schedule = fxsparse.Schedule(trained, optimizer, total_steps=2)
+        step(trained.train(), x)
+        optimizer.step()
+        schedule.step()
+    for one, other in zip(step(module, x), step(twin, x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    dense, expected = fxsparse.dense_state_dict(module), fxsparse.dense_state_dict(twin)
+    for name in _WEIGHTS:
+        torch.testing.assert_close(dense[name], expected[name], rtol=1e-4, atol=1e-5)
+        assert not torch.equal(dense[name], model.state_dict()[name])
+        with pytest.raises(RewriteError, match="read-only view"):
+            getattr(module, name).mul_(2)
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.testing.assert_close(again(x), module(x))
+    traced = fxsparse.rewrite(fxsparse.trace(module, (torch.randn(3, 4, 12),)), [])
+    torch.testing.assert_close(traced(x), module(x), rtol=1e-4, atol=1e-5)
+    assert fxsparse.dense_state_dict(traced).keys() == model.state_dict().keys()
+    torch.testing.assert_close(fxsparse.to_aten(module)(x), module(x), rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_not_there_for_experts_says_so() -> None:
-    """Branches, orders of rows, modules."""
+    """Branches, orders of rows, modules of weights that are pruned twice."""
     model, gm = mixture("grouped")
     sparse = fxsparse.rewrite(gm, ON % ",storage=masked" + ",double-prune{permutations=5},low-rank{rank=2}")
     entries = [{change.site: change for change in entry.changes} for entry in record_of(sparse).entries]
     assert "orders of rows are of linears only" in entries[1]["up_proj"].detail
     assert entries[1]["enter"].rewritten and entries[2]["enter"].rewritten
     assert "branches are of linears" in entries[2]["up_proj"].detail
-    with pytest.raises(RewriteError, match="no module holds the operator masked_expert_linear"):
+    sparse = fxsparse.rewrite(mixture("grouped")[1], ON % "" + ",double-prune")
+    with pytest.raises(RewriteError, match=r"double-prune: .*_proj: .*multiplies by this weight itself.*exclude"):
         fxsparse.to_module(sparse, model)
 
 
@@ -401,3 +437,22 @@ def test_experts_are_selected_to_train(first: str) -> None:
     grad, expected = chosen.get_parameter("down_proj").grad, oracle.down_proj.grad
     assert grad is not None and expected is not None
     torch.testing.assert_close(grad, expected * kept.get("down_proj", 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("storage", ["compressed", "masked"])
+def test_models_with_experts_become_modules_and_folders(
+    family: tuple[Any, GraphModule], storage: str, tmp_path: Path
+) -> None:
+    made, gm = family
+    batch = made.make_batch(batch=3)
+    sparse = fxsparse.rewrite(gm, ON % f",storage={storage}")
+    module: Any = fxsparse.to_module(sparse, made.model)
+    experts = module.model.layers[1].mlp.experts
+    assert isinstance(experts, Held) and experts.forms["gate_up_proj"].storage == storage
+    expected = sparse.eval()(**batch).logits
+    torch.testing.assert_close(module.eval()(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    fxsparse.save_pretrained(module, tmp_path)
+    again: Any = fxsparse.from_pretrained(tmp_path)
+    assert again.model.layers[1].mlp.experts.forms == experts.forms
+    torch.testing.assert_close(again(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    assert again.generate(batch["input_ids"][:1, :4], max_new_tokens=2).shape == (1, 6)
