@@ -94,6 +94,7 @@ def generation(dtype: torch.dtype, rounds: int, clock: Clock, *, tokens: int = 3
         hidden_size=1280, intermediate_size=3456, num_hidden_layers=layers, num_attention_heads=20,
         num_key_value_heads=20, vocab_size=32000,
     )  # fmt: skip
+    torch._dynamo.reset()  # of another dtype's graphs, with which these would pass its limit and run eagerly
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
     with torch.no_grad():

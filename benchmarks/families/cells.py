@@ -135,12 +135,12 @@ class Bench:
 
     @cached_property
     def with_loss(self) -> Bench:
-        """The same, or a model that returns the loss alone where this one returns none: what is added to needs one."""
+        """The same with a loss to add to, where the model returns none."""
         output = self.traced(**self.family.batch())
-        if isinstance(output, Tensor) or (isinstance(output, dict) and isinstance(output.get("loss"), Tensor)):
+        if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
             return self
         other = Bench(self.name)
-        other.family = replace(self.family, model=_Loss(self.family.model), labels="loss")
+        other.family = replace(self.family, model=_WithLoss(self.family.model))
         return other
 
     def passes(self, column: str) -> list[Any]:
@@ -155,15 +155,18 @@ class Bench:
         return fxsparse.rewrite(copy.deepcopy(self.traced), self.passes(column))
 
 
-class _Loss(nn.Module):
-    """The mean square of all that a model returns."""
+class _WithLoss(nn.Module):
+    """A model, and the mean square of all that it returns as its loss."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, **batch: Any) -> Tensor:
-        return torch.stack([tensor.square().mean() for tensor in floats(self.model(**batch))]).sum()
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
+        output = self.model(**batch)
+        logits = output.get("logits")
+        loss = torch.stack([tensor.square().mean() for tensor in floats(output)]).sum()
+        return {"loss": loss, "logits": floats(output)[-1] if logits is None else logits}
 
 
 class _Oracle(Oracle):

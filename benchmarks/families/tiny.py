@@ -111,7 +111,7 @@ class Family:
         name: transformers' ``model_type``.
         model: seeded; norms and biases are not ones and zeros.
         recipe: makes inputs of a batch size.
-        labels: of which kind: ``tokens``, ``class`` or ``none``; ``loss`` where the model returns nothing else.
+        labels: of which kind: ``tokens``, ``class`` or ``none``.
     """
 
     name: str
@@ -127,8 +127,6 @@ class Family:
     def loss(self, output: Any) -> Tensor:
         """The model's own, or the mean square of all that it returns."""
         loss = output.get("loss") if isinstance(output, Mapping) else None
-        if self.labels == "loss":
-            loss = output
         if isinstance(loss, Tensor) and loss.requires_grad:
             return loss
         parts = [tensor.square().mean() for tensor in floats(output) if tensor.requires_grad]
