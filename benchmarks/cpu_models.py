@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxsparse
+from benchmarks.generation import generators, sparse_llama
 from benchmarks.timing import Times, interleaved
 from fxsparse.graph.runtime_state import _table as followed
 from fxsparse.ops.nm import Pattern, nm_mask
@@ -88,35 +89,11 @@ def _bytes(gm: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 def generation(dtype: torch.dtype, rounds: int, clock: Clock, *, tokens: int = 32, layers: int = 24) -> Iterator[str]:
     """Tokens a second of a Llama of 0.5 B parameters whose linears are 2:4, the head dense."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=1280, intermediate_size=3456, num_hidden_layers=layers, num_attention_heads=20,
+    model = sparse_llama(
+        dtype, hidden_size=1280, intermediate_size=3456, num_hidden_layers=layers, num_attention_heads=20,
         num_key_value_heads=20, vocab_size=32000,
     )  # fmt: skip
-    torch._dynamo.reset()  # of another dtype's graphs, with which these would pass its limit and run eagerly
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-    with torch.no_grad():
-        for linear in model.model.modules():
-            if isinstance(linear, nn.Linear):
-                linear.weight.mul_(nm_mask(linear.weight.abs(), Pattern(2, 4)))
-    prompt, forward = torch.randint(0, 32000, (1, 64)), model.forward
-    forwards = {
-        "eager": forward,
-        "inductor": torch.compile(forward, backend="inductor"),
-        "fxsparse": torch.compile(forward, backend="fxsparse"),
-    }
-
-    def generate(name: str) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            model.forward = forwards[name]
-            result: Tensor = model.generate(prompt, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
-            return result
-
-        return run
-
-    runs = {name: generate(name) for name in forwards}
+    runs = generators(model, {"eager": None, "inductor": "inductor", "fxsparse": "fxsparse"}, tokens)
     times = interleaved(runs, rounds=rounds, warmup=1, clock=clock)
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     name = str(dtype).removeprefix("torch.")

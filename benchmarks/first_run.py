@@ -5,7 +5,8 @@
 In this order, each written as it is known: the tests marked ``gpu`` of the kernels, in eight processes; then products
 of OPT-13B and Llama-3-8B, the most telling first, every implementation of each checked against the right result and
 timed in turn with dense (cold in L2, the host hidden), beside what `static_model` predicts; then a training step and
-an inference of one layer. A run that stops resumes after the last line.
+an inference of one layer, and ``generate()`` of four with a static cache and CUDA graphs. A run that stops resumes
+after the last line.
 
 Everything runs in a process of its own, which is ended when it does not answer: a kernel that waits for what never
 comes costs its time limit and a line that says so, and Hopper's kernel, the only one that waits, is left out from then
@@ -22,7 +23,7 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,16 +32,23 @@ from typing import Any
 import torch
 
 from benchmarks import static
+from benchmarks.generation import generators, sparse_llama
 from benchmarks.gpu_cases import MODELS, TOY, Case, layer_cases, layer_tokens
 from benchmarks.static_model import MACHINES
+from benchmarks.timing import interleaved
 from fxsparse.lowering import measure
 from fxsparse.ops.nm import Pattern
 from fxsparse.ops.operator import COMPRESSED, DENSE, OPERATOR, SPARSE_WGMMA, Problem
 
 HEADER = "| what | model | shape | implementation | us | dense / this | predicted | note |"
-TESTS, PRODUCT, LAYER = "tests", "product", "layer"
-LIMITS = {TESTS: 240.0, PRODUCT: 90.0, LAYER: 180.0}
+TESTS, PRODUCT, LAYER, GENERATE = "tests", "product", "layer", "generate"
+LIMITS = {TESTS: 240.0, PRODUCT: 90.0, LAYER: 180.0, GENERATE: 240.0}
 """Seconds after which what does not answer is ended."""
+
+LAYERS, TOKENS = 4, 64
+"""Of the model that generates, and what it generates."""
+
+BACKENDS = {DENSE: "inductor", "2:4": "fxsparse"}
 
 _KERNELS = {"nm_linear": COMPRESSED, "sparse_tensor_core_linear": "sparse_tensor_cores"}
 
@@ -69,6 +77,7 @@ def units(args: argparse.Namespace) -> Iterator[Unit]:
     model = "toy-llama" if args.small else "llama-3-8b"
     for what in ("training step of a layer", "inference of a layer"):
         yield Unit(LAYER, what, model, f"{layer_tokens(args)} tokens")
+    yield Unit(GENERATE, "generate()", model, f"{LAYERS} layers, {TOKENS} tokens")
 
 
 def products(args: argparse.Namespace) -> Iterator[tuple[str, int, str, tuple[int, int]]]:
@@ -92,7 +101,7 @@ def rows(unit: Unit, args: argparse.Namespace) -> list[str]:
     try:
         if unit.kind == TESTS:
             return tests(unit, args)
-        return product(unit, args) if unit.kind == PRODUCT else layer(unit, args)
+        return {PRODUCT: product, LAYER: layer, GENERATE: generation}[unit.kind](unit, args)
     except Exception as error:
         traceback.print_exc()
         return [line(unit, "", note=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")]
@@ -168,6 +177,23 @@ def layer(unit: Unit, args: argparse.Namespace) -> list[str]:
         note = f"weights, optimizer {state} MiB; {runs}" if ratio else us
         lines.append(line(unit, name, us if ratio else "", ratio, note=note))
     return lines
+
+
+def generation(unit: Unit, args: argparse.Namespace, backends: Mapping[str, str] = BACKENDS) -> list[str]:
+    """Times a token of ``generate()``, host and all: dense under Inductor, and 2:4 as the backend runs it."""
+    sizes = (TOY if args.small else MODELS)[unit.model]
+    model = sparse_llama(
+        torch.bfloat16, args.device, hidden_size=sizes.hidden, intermediate_size=sizes.intermediate,
+        num_attention_heads=sizes.heads, num_key_value_heads=sizes.key_heads, num_hidden_layers=LAYERS, vocab_size=4096,
+    )  # fmt: skip
+    mode = "reduce-overhead" if args.device == "cuda" else None
+    runs = generators(model, backends, TOKENS, static=True, mode=mode)
+    times = interleaved(runs, rounds=args.rounds, warmup=2)
+    first = next(iter(times))
+    return [
+        line(unit, name, f"{one.median / TOKENS * 1e6:.0f}", f"{times[first].ratio(one)[0]:.2f}", note="a token")
+        for name, one in times.items()
+    ]
 
 
 # --- the process that does them ---------------------------------------------------------------------------------------

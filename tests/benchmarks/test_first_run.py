@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import first_run, gpu, static
-from benchmarks.first_run import HEADER, LAYER, PRODUCT, TESTS, Unit, Worker
+from benchmarks.first_run import GENERATE, HEADER, LAYER, PRODUCT, TESTS, Unit, Worker
 from benchmarks.static_model import Prediction
 from fxsparse.lowering.measure import Measurement
 
@@ -25,7 +25,7 @@ def cells(line: str) -> list[str]:
 def test_the_plan_is_ten_minutes_with_the_most_telling_first():
     plan = list(first_run.units(ARGS))
     assert len({unit.name for unit in plan}) == len(plan) and 35 <= len(plan) <= 45
-    assert plan[0].kind == TESTS and [unit.kind for unit in plan[-2:]] == [LAYER, LAYER]
+    assert plan[0].kind == TESTS and [unit.kind for unit in plan[-3:]] == [LAYER, LAYER, GENERATE]
     problems = [unit.problem for unit in plan if unit.problem is not None]
     assert {(problem.out_features, problem.in_features) for problem in problems} == set(static.LINEARS.values())
     assert [problem.rows for problem in problems[:6]] == [16] * 3 + [4096] * 3
@@ -95,6 +95,14 @@ def test_a_product_runs():
     unit = next(unit for unit in first_run.units(SMALL) if unit.kind == PRODUCT)
     (line, *_) = first_run.rows(unit, SMALL)
     assert cells(line)[:4] == ["nm_linear", "toy", "4x64 -> 96", "dense"] and float(cells(line)[4]) > 0
+
+
+def test_a_model_generates(monkeypatch):
+    monkeypatch.setattr(first_run, "TOKENS", 4)
+    unit = next(unit for unit in first_run.units(SMALL) if unit.kind == GENERATE)
+    lines = first_run.generation(unit, SMALL, {"dense": "eager", "2:4": "eager"})
+    assert [cells(line)[3] for line in lines] == ["dense", "2:4"]
+    assert all(float(cells(line)[4]) > 0 and float(cells(line)[5]) > 0 for line in lines)
 
 
 def test_an_error_is_a_line(monkeypatch):
