@@ -154,7 +154,7 @@ def _lasting_forward() -> Callable[..., Any]:
 def check_exported(gm: GraphModule) -> None:
     """RewriteError where an export of ``gm`` would keep what belongs to its training, or lose conditions."""
     reason = ""
-    if gm.training and gm.meta.get(TRAINING_ONLY):
+    if gm.meta.get(TRAINING_ONLY) and gm.training:  # in this order: Dynamo guards on what is asked
         reason = (
             f"in training, {', '.join(gm.meta[TRAINING_ONLY])} computes something else in every step, which an "
             "exported program cannot; call eval() first, which exports what the model evaluates"
