@@ -174,6 +174,7 @@ def test_weights_that_are_replaced_are_followed() -> None:
     torch.testing.assert_close(expected, gm(**inputs)["logits"])
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="Dynamo breaks the graph there, and the call is refused")
 def test_buffers_that_forward_assigns_are_kept() -> None:
     class Running(Net):
         def __init__(self) -> None:
