@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import fxsparse
-from benchmarks.families.tiny import Family, build, floats, with_masks, without_labels
+from benchmarks.families.tiny import Family, build, floats, mean_squares, with_masks, without_labels
 from fxsparse import graph as fx
 from fxsparse.analysis.blocks import stacks
 from fxsparse.analysis.expert_channels import expert_mlps
@@ -165,8 +165,7 @@ class _WithLoss(nn.Module):
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         output = self.model(**batch)
         logits = output.get("logits")
-        loss = torch.stack([tensor.square().mean() for tensor in floats(output)]).sum()
-        return {"loss": loss, "logits": floats(output)[-1] if logits is None else logits}
+        return {"loss": mean_squares(floats(output)), "logits": floats(output)[-1] if logits is None else logits}
 
 
 class _Oracle(Oracle):

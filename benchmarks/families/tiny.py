@@ -11,7 +11,7 @@ import inspect
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,8 +129,12 @@ class Family:
         loss = output.get("loss") if isinstance(output, Mapping) else None
         if isinstance(loss, Tensor) and loss.requires_grad:
             return loss
-        parts = [tensor.square().mean() for tensor in floats(output) if tensor.requires_grad]
-        return torch.stack(parts).sum()
+        return mean_squares(tensor for tensor in floats(output) if tensor.requires_grad)
+
+
+def mean_squares(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of the mean square of each."""
+    return torch.stack([tensor.square().mean() for tensor in tensors]).sum()
 
 
 def floats(output: Any) -> list[Tensor]:

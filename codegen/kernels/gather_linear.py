@@ -38,8 +38,6 @@ SHIPPED["gather_linear"] = {
 }
 SHIPPED["gather_linear_grad_weight"] = {LARGE: Tile(128, 128, 32, warps=8, stages=3)}
 
-_LONGEST_RUN = 64
-
 
 @dataclass(frozen=True)
 class GatherLinear(Spec):
@@ -366,8 +364,8 @@ def _chosen(rows: Tensor | None, columns: Tensor | None) -> tuple[bool, bool]:
 
 
 def _known_run(block: int) -> int:
-    """The longest run that kernels are made for in blocks of this size: a step of their loops takes no more."""
-    return math.gcd(block, _LONGEST_RUN)
+    """The longest run that kernels are made for in blocks of this size."""
+    return math.gcd(block, ops.LONGEST_RUN)
 
 
 def _count(index: Tensor | None, size: int) -> int:

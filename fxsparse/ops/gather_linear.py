@@ -37,6 +37,9 @@ from fxsparse.ops.operator import (
 )
 from fxsparse.ops.reference import bias_gradient, outer_product
 
+LONGEST_RUN = 64
+"""The largest ``block`` that a kernel makes use of: a step of its loop takes no more."""
+
 _Gradients = tuple[Tensor | None, ...]
 
 

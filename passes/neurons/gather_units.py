@@ -20,13 +20,10 @@ from fxsparse.analysis.probing import between, shape_of
 from fxsparse.analysis.structures import MLP, Attention
 from fxsparse.graph import Linear, live, traits
 from fxsparse.graph.resize import CannotResize, DoesNotFit, Losses, patches_for, resize
-from fxsparse.ops.gather_linear import gather_linear
+from fxsparse.ops.gather_linear import LONGEST_RUN, gather_linear
 from fxsparse.passes.structured.slice_heads import applications, heads_beside
 
 aten = torch.ops.aten
-
-LONGEST_RUN = 64
-"""Consecutive rows or columns of a weight that a kernel knows of: as many as a step of its loop takes."""
 
 
 class CannotShrink(Exception):
