@@ -126,27 +126,42 @@ class Prediction:
 
 
 def predict(kernel: Kernel, machine: Machine, size: tuple[int, int, int], parts: int = 1) -> Prediction:
-    """Predicts a product of ``size`` rows, columns and depth."""
+    """Predicts a product of ``size`` rows, columns and depth: waves of as many blocks as the device holds, and a last one
+    of the rest, which has DRAM for itself."""
     rows, columns, depth = size
     tile, sms = kernel.spec.tile, machine.multiprocessors
-    weight, others = kernel.operands
     row_tiles = -(-rows // tile.rows)
     blocks = row_tiles * -(-columns // tile.columns) * parts
-    held = min(kernel.resident, -(-blocks // sms))
-    bytes_ = weight + others
-    in_flight = held * (tile.stages - 1) * bytes_
-    busy = min(blocks, sms)
-    dram = min(machine.bandwidth * REACHED / machine.clock / busy, in_flight / LATENCY)
-    units = {unit: cycles / REACHED for unit, cycles in _units(kernel, machine).items()}
-    units |= {"L2": bytes_ / machine.l2 / REACHED, "DRAM": weight / row_tiles / dram}
-    step = max(held * max(units.values()), _alone(kernel, units))
-    bound = max(units, key=lambda unit: units[unit]) if step == held * max(units.values()) else "latency"
-    waves = -(-blocks // (sms * held))
-    adding = 0.0 if parts == 1 else ADDING + 26 * tile.rows
-    ends = 600 + 4 * tile.rows + adding
-    cycles = FIXED + waves * (-(-depth // tile.depth) / parts * step + ends)
-    microseconds = cycles / machine.clock * 1e6
+    full, rest = divmod(blocks, sms * kernel.resident)
+    waves = [(_wave(kernel, machine, row_tiles, sms * kernel.resident), full)] if full else []
+    waves += [(_wave(kernel, machine, row_tiles, rest), 1)] if rest else []
+    steps, ends = -(-depth // tile.depth) / parts, 600 + 4 * tile.rows + (ADDING + 26 * tile.rows) * (parts > 1)
+    microseconds = (FIXED + sum(times * (steps * wave.step + ends) for wave, times in waves)) / machine.clock * 1e6
+    in_flight, bound = waves[0][0].in_flight, waves[0][0].bound
     return Prediction(blocks, in_flight, bound, microseconds, dense(machine, size) / microseconds)
+
+
+@dataclass(frozen=True)
+class _Wave:
+    """Blocks that run at once: bytes on their way to the busiest multiprocessor, its busiest unit and the cycles of a
+    step."""
+
+    in_flight: float
+    bound: str
+    step: float
+
+
+def _wave(kernel: Kernel, machine: Machine, row_tiles: int, blocks: int) -> _Wave:
+    weight, others = kernel.operands
+    ahead = (kernel.spec.tile.stages - 1) * (weight + others)
+    held = -(-blocks // machine.multiprocessors)
+    units = {unit: cycles / REACHED for unit, cycles in _units(kernel, machine).items()}
+    units["L2"] = (weight + others) / machine.l2 / REACHED
+    dram = min(machine.bandwidth * REACHED / machine.clock / blocks, ahead / LATENCY)
+    busy = {unit: held * cycles for unit, cycles in units.items()} | {"DRAM": weight / row_tiles / dram}
+    bound = max(busy, key=lambda unit: busy[unit])
+    alone = _alone(kernel, units)
+    return _Wave(held * ahead, bound if busy[bound] >= alone else "latency", max(busy[bound], alone))
 
 
 def one_pass(kernel: Kernel, machine: Machine, rows: int, columns: int, bytes_: float) -> float:

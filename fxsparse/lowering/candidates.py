@@ -53,12 +53,14 @@ class Candidates:
         makers: by the implementation's name, what makes its runs: one by that name, or variants with what tells them
             apart behind a colon.
         exact: the right result, in a wider type.
-        result: takes the product's result out of what the dense baseline gives.
+        result: takes the product's result out of what a dense product gives.
+        dense: the names of those that are one.
     """
 
     makers: dict[str, Callable[[], dict[str, Run]]]
     exact: Tensor
     result: Callable[[Tensor], Tensor]
+    dense: frozenset[str] = frozenset({DENSE})
 
 
 def candidates_for(
@@ -69,7 +71,8 @@ def candidates_for(
     Args:
         problem: the product.
         device: device type.
-        compile_reference: also the reference, as Inductor compiles it.
+        compile_reference: also the reference, as Inductor compiles it, or where there is a C++ kernel the least that it
+            does: compiling it takes long on a CPU.
         until: of ``time.monotonic``; then no other tile of a kernel is tried.
     """
     operands, reference = random_operands(problem, device), OPERATORS[problem.op].reference
@@ -89,7 +92,10 @@ def candidates_for(
     makers: dict[str, Callable[[], dict[str, Run]]] = {}
     if dense is not None:
         makers[DENSE] = lambda: {DENSE: dense}
-    if compile_reference and not is_cpp:
+    least = is_cpp and dense is not None
+    if compile_reference and least:
+        makers[REFERENCE] = lambda: {REFERENCE: _least(problem, dense)}
+    elif compile_reference:
         makers[REFERENCE] = lambda: {REFERENCE: as_inductor_compiles(reference, args)}
     if is_cpp:
         makers[OPERATOR] = lambda: _cpp(problem, args)
@@ -101,7 +107,21 @@ def candidates_for(
         makers[SPARSE_WGMMA] = lambda: _on_cores(problem.op, SPARSE_WGMMA, args)
     if inference and choose.no_cusparselt(site) is None:
         makers[CUSPARSELT] = lambda: _library(problem, args)
-    return Candidates(makers, _exact(problem, operands, is_cpp), operands.result)
+    like_dense = frozenset({DENSE, REFERENCE} if least else {DENSE})
+    return Candidates(makers, _exact(problem, operands, is_cpp), operands.result, like_dense)
+
+
+def _least(problem: Problem, dense: Run) -> Run:
+    """The least that a reference does: a dense product, and one pass over the dense weight that it expands or whose
+    gradient it takes values from."""
+    weight = torch.ones(problem.out_features, problem.in_features, dtype=problem.dtype)
+    expanded = torch.empty_like(weight)
+
+    def run() -> Tensor:
+        expanded.copy_(weight)
+        return dense()
+
+    return run
 
 
 def _exact(problem: Problem, operands: Operands, is_cpp: bool) -> Tensor:

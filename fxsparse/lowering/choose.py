@@ -116,9 +116,10 @@ def no_kernel(site: Site) -> str | None:
 
 
 def baselines(site: Site, possible: Collection[str]) -> set[str]:
-    """The implementations whose times others are compared with. On a CPU a dense product stands for every one of them:
-    a reference is that and more, and takes long to compile."""
-    return {DENSE} if is_cpp(site) and no_kernel(site) is None else BASELINES.intersection(possible)
+    """The implementations whose times others are compared with. On a CPU that is one: where the weight may stay dense
+    the dense product, of which a reference is a part more."""
+    names = BASELINES.intersection(possible)
+    return {DENSE} if DENSE in names and is_cpp(site) and no_kernel(site) is None else names
 
 
 def cpp_kernel(site: Site, implementation: str, steps: Sequence[str] = ()) -> int | None:
@@ -182,7 +183,7 @@ def _by_times(site: Site, possible: list[str]) -> tuple[str, str] | None:
         return None
     margin = 1.0
     if is_cpp(site):
-        times, margin = {REFERENCE: times.get(DENSE, 0.0), **times}, MARGIN
+        margin = MARGIN
     ranked = sorted((times[name] * (1.0 if name in BASELINES else margin), name) for name in possible if name in times)
     if not ranked:
         return None

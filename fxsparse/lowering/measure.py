@@ -67,7 +67,7 @@ def measure(
         problem: the product.
         device: device type.
         until: of ``time.monotonic``; three turns are taken in any case, with one tile of a kernel.
-        compile_reference: also measure the reference, as Inductor compiles it.
+        compile_reference: also measure the reference (:func:`candidates.candidates_for`).
         exclude: implementations to leave out.
     """
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
@@ -120,7 +120,7 @@ def _validated(several: Candidates, tolerance: float) -> tuple[dict[str, Run], d
 
 def _error(several: Candidates, name: str, run: Run) -> float:
     """The largest error of a run, over the largest element of the right result."""
-    result = several.result(run()) if name == DENSE else run()
+    result = several.result(run()) if name in several.dense else run()
     scale = float(several.exact.abs().max()) or 1.0
     return float((result.to(several.exact.dtype) - several.exact).abs().max()) / scale
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse.graph.record import record_of
-from fxsparse.graph.trainable import trained
+from fxsparse.graph.trainable import trainable, trained
 from fxsparse.passes import (
     DistillLayers,
     DoublePruneBackward,
@@ -81,7 +81,7 @@ class FuzzOracle(Oracle):
 
     def _select_tensors(self, item: Any, gm: GraphModule) -> None:
         self.rho = item.rho is not None
-        self.frozen = {name for name, _ in gm.named_parameters()} - set(trained(gm))
+        self.frozen = set(trainable(gm)) - set(trained(gm))  # a branch that has not started is neither
 
     def _recompute(self, item: Any, gm: GraphModule) -> None:
         """Changes nothing of what is computed."""

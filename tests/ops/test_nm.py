@@ -280,7 +280,8 @@ def test_unpacking_is_pointwise_where_it_is_traced(text: str) -> None:
     """Bit for bit, signs of zeros and what is not finite too."""
     pattern = Pattern.parse(text)
     weight = _weight(pattern, torch.float32)
-    weight.view(-1)[:3] = torch.tensor([-0.0, math.inf, math.nan])
+    odd = torch.tensor([-0.0, math.inf, math.nan])[: weight.numel()]
+    weight.view(-1)[: len(odd)] = odd
     parts = pack(weight, nm_mask(torch.rand_like(weight), pattern), pattern)
     size = weight.shape[1]
     traced = make_fx(lambda values, indices: unpack(values, indices, pattern, size), tracing_mode="fake")(*parts)
