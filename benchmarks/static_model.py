@@ -126,8 +126,10 @@ class Prediction:
 
 
 def predict(kernel: Kernel, machine: Machine, size: tuple[int, int, int], parts: int = 1) -> Prediction:
-    """Predicts a product of ``size`` rows, columns and depth: waves of as many blocks as the device holds, and a last one
-    of the rest, which has DRAM for itself."""
+    """Predicts a product of ``size`` rows, columns and depth.
+
+    Blocks come in waves of as many as the device holds; the rest, a last wave, has DRAM for itself.
+    """
     rows, columns, depth = size
     tile, sms = kernel.spec.tile, machine.multiprocessors
     row_tiles = -(-rows // tile.rows)

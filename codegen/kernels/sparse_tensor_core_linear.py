@@ -32,7 +32,7 @@ from fxsparse.errors import OptionError
 
 SPARSE: dict[str, tuple[Tile, int, int]] = {
     DECODE: (Tile(16, 128, 128, warps=4, stages=3), 16, 32),
-    SMALL: (Tile(64, 64, 64, warps=4, stages=4), 32, 32),
+    SMALL: (Tile(64, 128, 64, warps=4, stages=3), 64, 32),
     LARGE: (Tile(128, 128, 64, warps=4, stages=3), 64, 64),
     "large with steps": (Tile(128, 128, 64, warps=8, stages=3), 64, 32),
 }

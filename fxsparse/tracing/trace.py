@@ -438,7 +438,17 @@ def _cannot_capture(model: nn.Module, error: Exception) -> FxsparseError:
             "Write the choice with torch.where or torch.cond, or move it out of the model."
         )
     reason = str(error).strip().partition("\n")[0]
-    return TraceError(f"{name} cannot be captured: {type(error).__name__}: {reason}{where}")
+    return TraceError(f"{name} cannot be captured: {type(error).__name__}: {reason}{where}\n{_other_way(model, error)}")
+
+
+def _other_way(model: nn.Module, error: Exception) -> str:
+    """What to do about code that runs, but not while torch captures it."""
+    known = model_frames(error)[-1][0].f_locals if model_frames(error) else {}
+    parameters = inspect.signature(model.forward).parameters
+    missing = next((name for name in parameters if "mask" in name and known.get(name, name) is None), None)
+    if missing is not None:
+        return f"There is no {missing} there, which the model may make itself except while it is captured: give it."
+    return "The model runs, but not while torch.export captures it: change that line, or trace the modules around it."
 
 
 def _assemble(model: nn.Module, program: ExportedProgram) -> GraphModule:

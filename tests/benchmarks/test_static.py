@@ -10,7 +10,7 @@ import pytest
 import triton
 
 from benchmarks import static, static_step
-from benchmarks.static_model import MACHINES, Kernel, dense
+from benchmarks.static_model import MACHINES, Kernel, dense, predict
 from fxsparse.codegen import sass, tiles
 from fxsparse.codegen.kernels.gather_linear import GatherLinear
 from fxsparse.codegen.kernels.nm_linear import NMLinear
@@ -105,6 +105,21 @@ def test_hoppers_kernel_is_worth_it_on_paper():
         assert decode.blocks >= 0.8 * 132 and decode.in_flight > 15 * 1024, name  # DRAM's latency is covered
         if columns >= 4096:
             assert decode.ratio > 1.4, name
+
+
+def test_few_tokens_are_worth_it_on_an_a100_on_paper():
+    for name, (columns, depth) in static.LINEARS.items():
+        for tokens in (1, 16, 64):
+            found = dict(static.predictions("A100", tokens, columns, depth))["sparse_tensor_core_linear"]
+            assert columns < 4096 or found.ratio > 1.4, (name, tokens)
+
+
+def test_a_last_wave_has_memory_for_itself():
+    """Of 112 blocks on 108 multiprocessors, four of which hold two; the time goes by bytes, not by blocks."""
+    a100, kernel = MACHINES[0], Kernel.of(CORES[DECODE], 80)
+    few, some, full = (predict(kernel, a100, (16, 128 * blocks, 4096)).microseconds for blocks in (108, 112, 216))
+    assert few < some < 1.1 * few and full < 2 * few
+    assert predict(kernel, a100, (16, 128 * 217, 4096)).microseconds < 1.3 * full
 
 
 def test_a_training_step_is_worth_it_on_paper():

@@ -213,8 +213,8 @@ def test_columns_in_blocks_are_copied_16_bytes_at_a_time(product, capability):
 @pytest.mark.parametrize("capability", [86, 89, 100, 120])
 def test_sparse_tensor_cores_of_other_devices(capability):
     """``mma.sp`` is all that they have, or all that is known here of what they have; they hold 99 KB and more."""
-    for name in (DECODE, LARGE):
-        spec = SparseTensorCoreLinear("bfloat16", *SPARSE[name], split=name == DECODE)
+    for name in (DECODE, SMALL, LARGE):
+        spec = SparseTensorCoreLinear("bfloat16", *SPARSE[name], split=name != LARGE)
         used = resources(compile_for(spec, capability))
         assert not used.spills and used.shared <= 99 * 1024
 

@@ -873,6 +873,24 @@ def test_a_bug_in_tracing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(error.value.__cause__, TypeError) and not isinstance(error.value, TraceError)
 
 
+class MakesItsMask(nn.Module):
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        if attention_mask is None and not torch.compiler.is_compiling():
+            attention_mask = torch.ones(x.shape[:2])
+        return x * attention_mask[:, :, None].pow(scale)
+
+
+def test_what_a_model_does_only_outside_of_capture_is_refused_with_what_to_do() -> None:
+    x, mask = torch.randn(2, 3, 4), torch.ones(2, 3)
+    with pytest.raises(
+        TraceError, match=r"(?s)not subscriptable.*mask\[.*no attention_mask there.*: give it"
+    ):
+        trace(MakesItsMask(), (x,))
+    assert torch.equal(trace(MakesItsMask(), (x, mask))(x, mask), x)
+    with pytest.raises(TraceError, match=r"(?s)TypeError.*change that line"):
+        trace(MakesItsMask(), (x, mask, "2"))
+
+
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(TraceError, match="missing a required argument"):
         trace(nn.Linear(16, 16), kwargs={"y": torch.randn(2, 16)})
