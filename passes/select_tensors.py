@@ -131,7 +131,8 @@ class SelectTensors(Pass):
         candidates = trainable(graph)
         set_trained(graph, names)
         for name in candidates:
-            if not weights_borrowed(graph) and (self.rho is not None or name not in names):
+            differs = graph.get_parameter(name).requires_grad != (name in names)  # an earlier choice froze some
+            if not weights_borrowed(graph) and (self.rho is not None or differs):
                 own_parameter(graph, name, requires_grad=name in (pool if in_process_group() else names))
         self._freeze_waiting(graph, names)
         end_state(graph, CHOSEN)
@@ -143,15 +144,17 @@ class SelectTensors(Pass):
         yield from _changes(candidates, names)
 
     def _freeze_waiting(self, gm: GraphModule, names: Collection[str]) -> None:
-        """Freezes the low-rank branches that start later and are not chosen; a graph that waits does not read them."""
-        if not self._narrowed():
-            return
+        """Freezes the low-rank branches that start later and are not chosen; a graph that waits does not read them. Those
+        that are chosen go on as they are, but for what an earlier choice froze."""
         modules, read = {fx.module_path(name) for name in names}, set(trainable(gm))
+        again = any(entry.name == self.name for entry in record_of(gm).entries)
         for branch in live.sites(gm, Branch):
             for name in {branch.down, branch.up} - read:
                 named = any(name == glob or fnmatchcase(name, glob) for glob in self.tensors or ())
                 chosen = fx.module_path(branch.weight) in modules if self.tensors is None else named
-                own_parameter(gm, name, requires_grad=chosen and gm.get_parameter(name).requires_grad)
+                trains = (chosen or not self._narrowed()) and (again or gm.get_parameter(name).requires_grad)
+                if trains != gm.get_parameter(name).requires_grad:
+                    own_parameter(gm, name, requires_grad=trains)
 
     def _pool(self, gm: GraphModule) -> set[str]:
         """The tensors to train, or to choose from."""

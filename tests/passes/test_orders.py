@@ -288,6 +288,17 @@ def test_waiting_branches_of_frozen_layers_stay_frozen(choice: str) -> None:
     assert all(layer in name or "final_layer_norm" in name for name in moved)
 
 
+@pytest.mark.parametrize("later", ["", "{last_layers=1}"])
+def test_waiting_branches_follow_the_last_choice(later: str) -> None:
+    choices = "select-tensors{tensors=[*.0.*]}", f"select-tensors{later}"
+    gm = _rewritten("opt", ["nm-masks,low-rank{rank=2,start=0.5}", *choices])
+    before = {name: parameter.detach().clone() for name, parameter in gm.named_parameters()}
+    _train(gm, "opt")
+    ups = {name for name in before if name.endswith("_up")}
+    moved = {name for name in ups if not torch.equal(gm.get_parameter(name), before[name])}
+    assert moved and moved == {name for name in ups if not later or ".layers.2." in name}
+
+
 def test_the_multiplexer_stays_dense() -> None:
     """Masks mean the model's linears, in either order."""
     later, earlier = _rewritten("opt", ["multiplex", "nm-masks"]), _rewritten("opt", ["nm-masks", "multiplex"])

@@ -247,6 +247,24 @@ def test_what_the_caller_froze_stays_frozen() -> None:
     assert not gm.get_parameter("model.embed_tokens.weight").requires_grad
 
 
+@pytest.mark.parametrize("later", ["", "{tensors=[*fc2*]}", "{last_layers=1}", "{rho=1.0}"])
+@pytest.mark.parametrize("earlier", ["{tensors=[*fc1*]}", "{embeddings_and_head=true}", "{rho=0.6}"])
+def test_a_later_choice_takes_the_place_of_an_earlier_one(earlier: str, later: str) -> None:
+    family, full = traced("opt")
+    full.get_parameter("model.decoder.embed_positions.weight").requires_grad_(False)
+    alone = fxsparse.rewrite(copy.deepcopy(full), f"select-tensors{later}")
+    gm = fxsparse.rewrite(full, f"select-tensors{earlier}")
+    if "rho" in earlier:
+        optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-3)
+        schedule = fxsparse.Schedule(gm, optimizer, total_steps=1)
+        step(gm, optimizer, schedule, family.make_batch())
+        schedule.remove()
+        gm.zero_grad()
+    gm = fxsparse.rewrite(gm, f"select-tensors{later}")
+    assert set(trained(gm)) == set(trained(alone))
+    assert gradients(gm, family.make_batch()).keys() == gradients(alone, family.make_batch()).keys()
+
+
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 

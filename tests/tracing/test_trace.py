@@ -882,9 +882,7 @@ class MakesItsMask(nn.Module):
 
 def test_what_a_model_does_only_outside_of_capture_is_refused_with_what_to_do() -> None:
     x, mask = torch.randn(2, 3, 4), torch.ones(2, 3)
-    with pytest.raises(
-        TraceError, match=r"(?s)not subscriptable.*mask\[.*no attention_mask there.*: give it"
-    ):
+    with pytest.raises(TraceError, match=r"(?s)not subscriptable.*mask\[.*no attention_mask there.*: give it"):
         trace(MakesItsMask(), (x,))
     assert torch.equal(trace(MakesItsMask(), (x, mask))(x, mask), x)
     with pytest.raises(TraceError, match=r"(?s)TypeError.*change that line"):
