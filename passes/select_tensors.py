@@ -144,8 +144,10 @@ class SelectTensors(Pass):
         yield from _changes(candidates, names)
 
     def _freeze_waiting(self, gm: GraphModule, names: Collection[str]) -> None:
-        """Freezes the low-rank branches that start later and are not chosen; a graph that waits does not read them. Those
-        that are chosen go on as they are, but for what an earlier choice froze."""
+        """Freezes the low-rank branches that start later and are not chosen; a graph that waits does not read them.
+
+        Those that are chosen stay as they are, except that what an earlier choice froze is trained again.
+        """
         modules, read = {fx.module_path(name) for name in names}, set(trainable(gm))
         again = any(entry.name == self.name for entry in record_of(gm).entries)
         for branch in live.sites(gm, Branch):
