@@ -35,6 +35,7 @@ import fxsparse
 from fxsparse.analysis.structures import structures
 from fxsparse.errors import CheckpointError, RewriteError, TraceError
 from fxsparse.graph.record import Record, record_of
+from fxsparse.graph.trainable import trained
 from fxsparse.passes import (
     DistillLayers,
     DropDimensions,
@@ -44,6 +45,7 @@ from fxsparse.passes import (
     Pass,
     Pipeline,
     PruneOperands,
+    SelectTensors,
 )
 from fxsparse.passes.base import parse_passes
 from fxsparse.passes.distill.distill import attach_teacher
@@ -103,6 +105,7 @@ def check(case: Case) -> tuple[str, str]:
                     if not case.passes:
                         return refusal
         assert Pipeline.parse(str(Pipeline(passes))) == Pipeline(passes), "text both ways"
+        _freezes_as_told(base, gm)
         try:
             _trains(case, passes, gm)
         except RewriteError as error:  # an OptionError, of the schedule
@@ -182,6 +185,25 @@ def _template(error: Exception) -> str:
     """The message without names and numbers, to count alike ones together."""
     text = re.sub(r"'[^']*'|\"[^\"]*\"|\b\d[\d.,e+-]*\b", "_", str(error).splitlines()[0])
     return re.sub(r"\b[\w*]+(\.[\w*]+)+\b|_\w+_", "_", text)[:200]
+
+
+def _freezes_as_told(base: GraphModule, gm: GraphModule) -> None:
+    """What was trained is trained, but for what the last choice of tensors says it froze."""
+    before = {name for name, parameter in base.named_parameters() if not parameter.requires_grad}
+    choices = [entry for entry in record_of(gm).entries if entry.name == SelectTensors.name]
+    told = {_weight(change.site) for entry in choices[-1:] for change in entry.rewritten}
+    frozen = {name for name, parameter in gm.named_parameters() if not parameter.requires_grad}
+    lost = {name for name in frozen if _weight(name) not in before | told and not name.startswith(_ADDED)}
+    assert not lost, f"frozen, and nothing says so: {lost}"
+    assert not {name for name in trained(gm) if _weight(name) in told}, "trained, and told to be frozen"
+
+
+_ADDED = ("multiplex.", "teacher")
+
+
+def _weight(name: str) -> str:
+    """The weight whose values or branch a parameter holds."""
+    return re.sub(r"_(values|down|up)$", "", name)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
