@@ -37,7 +37,9 @@ from fxsparse.errors import CheckpointError, RewriteError, TraceError
 from fxsparse.graph.record import Record, record_of
 from fxsparse.graph.trainable import trained
 from fxsparse.passes import (
+    AddLowRankBranches,
     DistillLayers,
+    DoublePruneBackward,
     DropDimensions,
     GateStructures,
     InsertNMMasks,
@@ -106,6 +108,7 @@ def check(case: Case) -> tuple[str, str]:
                         return refusal
         assert Pipeline.parse(str(Pipeline(passes))) == Pipeline(passes), "text both ways"
         _freezes_as_told(base, gm)
+        _is_sparse_as_told(gm)
         try:
             _trains(case, passes, gm)
         except RewriteError as error:  # an OptionError, of the schedule
@@ -198,6 +201,24 @@ def _freezes_as_told(base: GraphModule, gm: GraphModule) -> None:
     assert not {name for name in trained(gm) if _weight(name) in told}, "trained, and told to be frozen"
 
 
+def _is_sparse_as_told(gm: GraphModule) -> None:
+    """The N:M weights, column masks and branches that passes told of are in the graph that all passes left."""
+    record, reads = record_of(gm), {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    parameters = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
+    is_read = {_weight(name) for name in reads & parameters}
+    lost = [held.name for held in record.weights if held.name in is_read]
+    lost = [name for name in lost if not reads & {f"{name}_indices", f"{name}_mask"}]
+    assert not lost, f"without a mask: {lost}"
+    for kind, part, found in (
+        (DoublePruneBackward, "_column_mask", reads),
+        (AddLowRankBranches, "_up", parameters),
+    ):
+        told = {change.site for entry in record.entries if entry.name == kind.name for change in entry.rewritten}
+        weights = {site if site in is_read else f"{site}.weight" for site in told} & is_read
+        lost = [weight for weight in weights if f"{weight}{part}" not in found]
+        assert not lost, f"without {part}, which {kind.name} told of: {lost}"
+
+
 _ADDED = ("multiplex.", "teacher")
 
 
@@ -219,6 +240,7 @@ def _trains(case: Case, passes: list[Pass], gm: GraphModule) -> None:
         twin = oracle.oracle_of(model, sites, gm)
     rewritten = copy.deepcopy(gm)
     losses, expected = _train(case, rewritten, twin)
+    _is_sparse_as_told(rewritten)
     assert case.spec.norm == "none" or torch.tensor(losses).isfinite().all(), losses
     batch = batch_of(case.spec, rows=2, length=5, seed=9)
     logits = _evaluated(case, rewritten, batch)

@@ -455,8 +455,10 @@ class Oracle:
             expected = self.teacher(**batch).logits
         task, of_logits, of_states = self.losses.weights
         t = self.losses.temperature
-        p, q = (torch.softmax(x.flatten(0, -2) / t, -1) for x in (expected, logits))
-        loss = task * loss + of_logits * t * t * (p * (p.log() - q.log())).sum(-1).mean()
+        p, q = (
+            x.flatten(0, -2) / t - torch.logsumexp(x.flatten(0, -2) / t, -1, keepdim=True) for x in (expected, logits)
+        )
+        loss = task * loss + of_logits * t * t * (p.exp() * (p - q)).sum(-1).mean()
         if of_states:
             for path in BLOCKS[self.name]:
                 loss = loss + of_states * self._matched(path, mine[path], theirs[path])
