@@ -120,7 +120,7 @@ class Bench:
     @cached_property
     def sites(self) -> dict[str, composed.Site]:
         every = structures(self.traced)
-        return {site.path: site for site in (*every.attentions, *every.mlps)}
+        return {site.output.linear.name: site for site in (*every.attentions, *every.mlps)}
 
     @cached_property
     def teacher(self) -> GraphModule:
@@ -304,7 +304,7 @@ def _uncalled(oracle: Oracle, batch: dict[str, Any]) -> set[str]:
         linear.register_forward_hook(lambda *_, name=name: called.add(name)) for name, linear in oracle.linears.items()
     ]
     state = {name: buffer.clone() for name, buffer in oracle.model.named_buffers()}  # of norms over batches
-    oracle.model(**batch)
+    oracle.run(batch)
     with torch.no_grad():
         for name, buffer in oracle.model.named_buffers():
             buffer.copy_(state[name])

@@ -7,8 +7,9 @@ is probed (`probing`): separate, fused, interleaved and alternating layouts and 
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -51,7 +52,7 @@ _ACTIVATIONS = {
     "softplus",
     "relu6",
 }
-_T = TypeVar("_T")
+_T = TypeVar("_T", bound="Attention | MLP")
 
 __all__ = ["MLP", "Attention", "Columns", "Rows", "Structures", "attentions", "mlps", "structures"]
 
@@ -123,7 +124,9 @@ def _found(sites: Iterable[tuple[str, Callable[[], _T]]]) -> tuple[list[_T], lis
             found.append(probe())
         except (NotSeparable, CannotRun) as reason:
             left.append(skipped(path, str(reason)))
-    return found, left
+    held = collections.Counter(site.path for site in found)
+    # Where one module has several, each goes by the linear that reads it.
+    return [replace(site, path=site.output.linear.path) if held[site.path] > 1 else site for site in found], left
 
 
 # --- MLPs -------------------------------------------------------------------------------------------------------------

@@ -50,10 +50,12 @@ def _with_heads(config: Any, gm: GraphModule) -> Any:
 
     The number is read from the graph, because shapes do not show it if the head size is derived from it.
     """
-    counts = {fx.value(sdpa.all_input_nodes[0]).shape[1] for sdpa in attention_calls(gm)}
+    queries = [fx.value(sdpa.all_input_nodes[0]).shape for sdpa in attention_calls(gm)]
+    # Where heads and the batch are one dimension, it tells of neither.
+    counts = {shape[1] if len(shape) == 4 and isinstance(shape[1], int) else None for shape in queries}
     before = getattr(config, "num_attention_heads", None)
     config = copy.deepcopy(config)
-    for part in parts(config) if len(counts) == 1 else []:
+    for part in parts(config) if len(counts) == 1 and None not in counts else []:
         for name, setting in list(vars(part).items()):
             if name.endswith(("heads", "n_head")) and type(setting) is int and setting == before:
                 setattr(part, name, *counts)

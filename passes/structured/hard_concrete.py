@@ -260,7 +260,7 @@ class _Ledger:
                 if name is not None:
                     self.of_gate[name].append(item)
         self.least = {item.units: item.least for item in self.items if item.units is not None}
-        self.left_of = {item.path: float(item.size) for item in self.items}
+        self.left_of = {id(item): float(item.size) for item in self.items}  # an attention and an MLP may share a module
         self.left = self.total = sum(self.left_of.values())
 
     @property
@@ -301,10 +301,10 @@ class _Ledger:
         for name, position in gates:
             self.masks[name][position] = is_open
             self.open[name] += 1 if is_open else -1
-        for item in {item.path: item for name, _ in gates for item in self.of_gate[name]}.values():
+        for item in {id(item): item for name, _ in gates for item in self.of_gate[name]}.values():
             now = self._remaining(item)
-            self.left += now - self.left_of[item.path]
-            self.left_of[item.path] = now
+            self.left += now - self.left_of[id(item)]
+            self.left_of[id(item)] = now
 
     def _remaining(self, item: Gated) -> float:
         units, groups = float(item.count), float(item.groups)

@@ -236,7 +236,7 @@ def _trains(case: Case, passes: list[Pass], gm: GraphModule) -> None:
     twin = None
     if oracle.is_covered(case.spec, passes):
         every = structures(base)
-        sites = {site.path: site for site in (*every.attentions, *every.mlps)}
+        sites = {site.output.linear.name: site for site in (*every.attentions, *every.mlps)}
         twin = oracle.oracle_of(model, sites, gm)
     rewritten = copy.deepcopy(gm)
     losses, expected = _train(case, rewritten, twin)

@@ -220,7 +220,7 @@ class Oracle:
         model: of the original's class.
         linears: by the names of their weights.
         gates: by name.
-        sites: attentions and MLPs of the original, by path.
+        sites: attentions and MLPs of the original, by the weight that reads them.
     """
 
     name: str
@@ -321,6 +321,11 @@ class Oracle:
             self.linears = {n: at for n, at in self.linears.items() if not any(n.startswith(gone) for gone in names)}
             self.sites = {n: at for n, at in self.sites.items() if not any(f"{n}.".startswith(gone) for gone in names)}
             self.model.set_submodule(path, nn.ModuleList(left))
+            config = getattr(self.model.get_submodule(path.rpartition(".")[0]), "config", None)
+            for key, value in list(vars(config).items()) if config is not None else ():
+                if isinstance(value, list) and len(value) == len(numbers):  # such as the type of each layer
+                    kept = [entry for number, entry in zip(numbers, value, strict=True) if number not in item.indices]
+                    setattr(config, key, kept)
 
     def _gates(self, item: Any, gm: GraphModule, straight: bool = False) -> None:
         present = {name for name, _ in gm.named_buffers()}
@@ -352,7 +357,7 @@ class Oracle:
     def _materialize(self, item: Any, gm: GraphModule) -> None:
         self.losses = self.teacher = None
         left = {name: set(_numbers(str(ranges))) for name, ranges in dict(item.kept).items()}
-        for site in list(self.sites.values()):
+        for key, site in list(self.sites.items()):
             units = {name: left[name] for name in left if name.rpartition(".")[0] == site.path}
             output = self.linears[site.output.linear.name]
             for name, numbers in units.items():
@@ -360,7 +365,7 @@ class Oracle:
                     self._slice(site, torch.tensor(sorted(numbers), dtype=torch.long), output)
                 elif not numbers:
                     output.output_gates = [lambda y: y * 0]
-                    del self.sites[site.path]
+                    del self.sites[key]
         self.gates, self.layer_gates = {}, {}
 
     def _slice(self, site: Site, units: Tensor, output: Linear) -> None:

@@ -134,7 +134,7 @@ def teacher(name: str) -> GraphModule:
 def sites(name: str) -> dict[str, composed.Site]:
     """The attentions and MLPs of the original."""
     every = structures(traced(name))
-    return {site.path: site for site in (*every.attentions, *every.mlps)}
+    return {site.output.linear.name: site for site in (*every.attentions, *every.mlps)}
 
 
 def batch_of(name: str, seed: int = 0, batch: int = 4) -> dict[str, Tensor]:
