@@ -155,12 +155,22 @@ class _MetaKeepingInterpreter(Interpreter):
             return super().run_node(n)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.higher_order.autograd_function_apply and _takes_gradients(args):
+            raise RewriteError(
+                "the model calls a torch.autograd.Function, whose backward is lost in the graph that passes see: write it "
+                "as a torch.library.custom_op with register_autograd, or use the two-step call, which compares gradients "
+                "with the model's: fxsparse.rewrite(model, [...], kwargs=batch)"
+            )
         if target is not torch.ops.higher_order.tag_activation_checkpoint:
             return super().call_function(target, args, kwargs)
         region, *inputs = args
         if "_checkpoint_context_fn" in region.meta:
             raise ValueError("passes cannot look into selective activation checkpointing (context_fn=...)")
         return _MetaKeepingInterpreter(_marked_to_recompute(region)).run(*inputs)
+
+
+def _takes_gradients(args: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
 _regions = itertools.count(1_000_000)  # numbers of checkpointed regions, far above torch's own

@@ -1,12 +1,16 @@
 """Whether a captured graph computes what the model does, on the example it was captured with.
 
 Python may decide otherwise while a model is captured: libraries ask whether they are traced, and then build the masks
-of attention that they leave out otherwise. Such a graph runs, and is another model.
+of attention that they leave out otherwise. Such a graph runs, and is another model. A ``torch.autograd.Function`` is
+captured as its forward, so where a model runs one, gradients are compared too.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +31,45 @@ _UNSTABLE = 0.1
 """A model that rounding moves by this part of the difference decides on close numbers; nothing follows from it."""
 
 
-def check_values(model: nn.Module, gm: GraphModule, example: Inputs) -> list[str]:
+OF_GRADIENTS = 1e-2
+"""Relative to the largest gradient of a parameter; one of another function is far off."""
+
+Function = type[torch.autograd.Function]
+
+
+@contextlib.contextmanager
+def functions_noted() -> Iterator[set[Function]]:
+    """Notes the functions with a backward of their own that run meanwhile, torch's aside."""
+    noted: set[Function] = set()
+    apply = torch.autograd.Function.__dict__["apply"].__func__
+
+    def noting(cls: Function, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            noted.add(cls)
+        return apply(cls, *args, **kwargs)
+
+    with mock.patch.object(torch.autograd.Function, "apply", classmethod(noting)):
+        yield noted
+
+
+def check_values(model: nn.Module, gm: GraphModule, example: Inputs, captured: Collection[Function] = ()) -> list[str]:
     """Compares graph and model in evaluation mode on the example; returns notes.
 
     Nothing is compared without values (fake and meta tensors, shards of several processes).
 
+    Args:
+        model, gm: the model and its graph.
+        example: what it was captured with.
+        captured: functions with a backward of their own that ran then.
+
     Raises:
-        TraceError: the outputs differ by more than rounding.
+        TraceError: the outputs differ by more than rounding, or where such functions run, gradients.
     """
     if any(map(_without_values, (*model.parameters(), *model.buffers(), *pytree.tree_leaves(example)))):
         return []
     try:
-        wanted = _run(model, example)
+        with functions_noted() as functions:
+            wanted = _run(model, example)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         return [f"not compared with the model, which does not run on the example: {type(error).__name__}: {reason}"]
@@ -51,7 +82,8 @@ def check_values(model: nn.Module, gm: GraphModule, example: Inputs) -> list[str
         ) from error
     different = _difference(wanted, got)
     if different is None:
-        return []
+        notes = _check_gradients(model, gm, example, functions, training=False)
+        return notes + _check_gradients(model, gm, example, {*captured} - functions, training=True)
     name, most, off = different
     moved = _difference(wanted, _run(model, example, moved=True), tolerant=False)
     if moved is not None and moved[2] >= _UNSTABLE * off:
@@ -62,6 +94,53 @@ def check_values(model: nn.Module, gm: GraphModule, example: Inputs) -> list[str
         "captured, often which mask attention gets: pass what it is made of (attention_mask, position_ids, "
         "token_type_ids) in the example"
     )
+
+
+def _check_gradients(
+    model: nn.Module, gm: GraphModule, example: Inputs, functions: set[Function], *, training: bool
+) -> list[str]:
+    """Compares the gradients of all parameters, if functions with a backward of their own run in a mode."""
+    if not functions:
+        return []
+    names = ", ".join(sorted(function.__name__ for function in functions))
+    (theirs, wanted), (mine, got) = (_gradients(module, example, training) for module in (model, gm))
+    if training and _difference(theirs, mine) is not None:
+        return [
+            f"{names} has a backward of its own, which a graph does not keep; random draws keep it from a comparison"
+        ]
+    least = 1e-3 * max(map(largest, wanted.values()), default=0.0)
+    for name, gradient in wanted.items():
+        most = max(largest(gradient), least)
+        off = largest(gradient.double() - got.get(name, torch.zeros_like(gradient)).double())
+        if not off <= OF_GRADIENTS * most:
+            raise TraceError(
+                f"{type(model).__name__}: {names} has a backward of its own that is not the derivative of its forward, "
+                f"and a graph keeps the forward alone: the gradient of {name}, of up to {most:.3g}, differs by "
+                f"{off:.3g}. Write it as a torch.library.custom_op with register_autograd, or without a function, such "
+                "as y + (x - x.detach()) for a gradient that passes"
+            )
+    return []
+
+
+def _gradients(module: nn.Module, example: Inputs, training: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs and the gradients of the parameters for some gradient of the outputs; nothing of a module changes."""
+    with left_as_it_was(module), without_autocast(), torch.enable_grad():
+        module.train(training)
+        state = {name: tensor.clone() for name, tensor in module.named_buffers()}
+        trained = {
+            name: parameter.detach().clone().requires_grad_()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, example)
+        outputs = [
+            tensor for _, tensor in named_floats(torch.func.functional_call(module, state | trained, args, kwargs))
+        ]
+        total = sum((y * torch.arange(y.numel(), device=y.device).cos().view(y.shape)).sum() for y in outputs)
+        if not isinstance(total, Tensor) or not total.requires_grad:
+            return outputs, {}
+        gradients = torch.autograd.grad(total, [*trained.values()], allow_unused=True)
+        return outputs, {name: found for name, found in zip(trained, gradients, strict=True) if found is not None}
 
 
 def _without_values(leaf: Any) -> bool:

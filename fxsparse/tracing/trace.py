@@ -40,7 +40,7 @@ from fxsparse.tracing import decisions
 from fxsparse.tracing.both_modes import in_both_modes, may_run_twice
 from fxsparse.tracing.casting import CONSTANTS, convert, note_origin
 from fxsparse.tracing.causal_masks import drop_open_masks, restore_is_causal
-from fxsparse.tracing.compared import check_values
+from fxsparse.tracing.compared import check_values, functions_noted
 from fxsparse.tracing.decisions import answering, answers_on
 from fxsparse.tracing.export import (
     CHECKPOINTED,
@@ -251,7 +251,7 @@ def trace(
         return model
     with torch.inference_mode(False):
         given: Inputs = pytree.tree_map_only(Tensor, _own_copy, (tuple(args), kwargs))
-    with without_cache(model), set_aside(model):
+    with without_cache(model), set_aside(model), functions_noted() as functions:
         if dynamic_sequence is None:
             try:
                 gm, notes = _with_free_sizes(model, given, dynamic_batch, True)
@@ -265,7 +265,7 @@ def trace(
         notes += _recomputed(gm)
         gm.graph.lint()
         gm.recompile()
-        notes += check_values(model, gm, given)
+        notes += check_values(model, gm, given, functions)
     gm.meta[ANY_LENGTH_KEY] = bool(dynamic_sequence)
     parameters = inspect.signature(model.forward).parameters.values()
     gm.meta[DEFAULTS_KEY] = {item.name: item.default for item in parameters if item.default is not item.empty}
