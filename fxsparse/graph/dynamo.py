@@ -157,9 +157,9 @@ class _MetaKeepingInterpreter(Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is torch.ops.higher_order.autograd_function_apply and _takes_gradients(args):
             raise RewriteError(
-                "the model calls a torch.autograd.Function, whose backward is lost in the graph that passes see: write it "
-                "as a torch.library.custom_op with register_autograd, or use the two-step call, which compares gradients "
-                "with the model's: fxsparse.rewrite(model, [...], kwargs=batch)"
+                "the model calls a torch.autograd.Function, whose backward is lost in the graph that passes see: write "
+                "it as a torch.library.custom_op with register_autograd, or use the two-step call, which compares "
+                "gradients with the model's: fxsparse.rewrite(model, [...], kwargs=batch)"
             )
         if target is not torch.ops.higher_order.tag_activation_checkpoint:
             return super().call_function(target, args, kwargs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxsparse
-from fxsparse.errors import RewriteError, TraceError
+from fxsparse.errors import FxsparseError, TraceError
 from fxsparse.ops.nm import Pattern, nm_mask
 
 
@@ -87,8 +87,12 @@ def test_the_way_that_the_refusal_names_works() -> None:
     torch.testing.assert_close(gm(x), Model.forward(model, x))
 
 
+OPTIONS = {"compiler": "aot_eager", "fallback": False}
+MASKS = "nm-masks{keep_first=false,keep_head=false}"
+
+
 @pytest.mark.parametrize("function", [Square, Rounded])
-def test_the_bare_call_keeps_a_backward_and_the_one_line_call_refuses_it(function: Any) -> None:
+def test_the_bare_call_keeps_a_backward(function: Any) -> None:
     model, x = Model(function), torch.randn(4, 8)
     with torch.no_grad():
         model.second.weight.mul_(nm_mask(model.second.weight.abs(), Pattern(2, 4)))
@@ -96,18 +100,23 @@ def test_the_bare_call_keeps_a_backward_and_the_one_line_call_refuses_it(functio
     model(x).square().sum().backward()
     expected = model.first.weight.grad
     model.zero_grad()
-    options = {"compiler": "aot_eager", "fallback": False}
-    torch.compile(model, backend="fxsparse", options={**options, "lower": {"nm_linear": "compressed"}})(
-        x
-    ).square().sum().backward()
+    compiled = torch.compile(model, backend="fxsparse", options={**OPTIONS, "lower": {"nm_linear": "compressed"}})
+    compiled(x).square().sum().backward()
     torch.testing.assert_close(model.first.weight.grad, expected)
-    options["passes"] = "nm-masks{keep_first=false,keep_head=false}"
-    for training in (True, False):
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="fxsparse", options=options)
-        with torch.set_grad_enabled(training):
-            if training:
-                with pytest.raises(RewriteError, match=r"autograd\.Function.*custom_op.*two-step"):
-                    compiled(x)
-            else:
-                assert compiled(x).shape == x.shape
+
+
+def test_the_one_line_call_keeps_a_backward_or_refuses_it() -> None:
+    x = torch.randn(4, 8)
+    model = Model(Square)
+    gm = fxsparse.rewrite(model, MASKS.replace("{", "{storage=masked,"), (x,))
+    compiled = torch.compile(model, backend="fxsparse", options={**OPTIONS, "passes": MASKS})
+    for module in (gm, compiled):
+        module(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gm.get_parameter(name).grad)
+    torch._dynamo.reset()
+    compiled = torch.compile(Model(Rounded), backend="fxsparse", options={**OPTIONS, "passes": MASKS})
+    with pytest.raises(FxsparseError, match=r"Rounded has a backward of its own.*custom_op"):
+        compiled(x)
+    with torch.no_grad():
+        assert compiled(x).shape == x.shape
