@@ -9,17 +9,21 @@ Which arguments hold sizes is said in `fxsparse.graph.traits`; which axes lose w
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
+import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
 from fxsparse.graph import traits
@@ -177,7 +181,11 @@ def _position(at: Any, lost: Tensor) -> Any:
 
 
 def _propagate(gm: GraphModule, changed: Collection[Node], nodes: Iterable[Node]) -> None:
-    guards = _assumed_equalities(gm)
+    environment = fake_mode(gm).shape_env
+    guards = set() if environment is None else _assumed_equalities(environment)
+    asked = frozenset((node.name, *_shapes(node.meta.get("val"))) for node in changed)
+    if environment is not None and asked in _REFUSED.get(environment, ()):  # what was assumed then is known now
+        raise CannotResize(_SOME_BATCHES)
     dirty = set(changed)
     for node in nodes:
         if node.op != "call_function" or not (node in changed or any(read in dirty for read in node.all_input_nodes)):
@@ -192,8 +200,14 @@ def _propagate(gm: GraphModule, changed: Collection[Node], nodes: Iterable[Node]
         if node in changed or _shapes(before) != _shapes(after):
             node.meta = {**node.meta, "val": after}
             dirty.add(node)
-    if _assumed_equalities(gm) != guards:
-        raise CannotResize("smaller sizes would hold for some batch sizes only: a constant was missed")
+    if environment is not None and not _assumed_equalities(environment) <= guards:
+        _REFUSED.setdefault(environment, set()).add(asked)
+        raise CannotResize(_SOME_BATCHES)
+
+
+_SOME_BATCHES = "smaller sizes would hold for some batch sizes only: a constant was missed"
+_REFUSED: WeakKeyDictionary[ShapeEnv, set[frozenset[Any]]] = WeakKeyDictionary()
+"""What was refused so, for the symbols of a graph and its copies."""
 
 
 def _example(gm: GraphModule, arg: Any) -> Any:
@@ -210,7 +224,18 @@ def _shapes(example: Any) -> list[tuple[str, ...]]:
     return [tuple(map(str, item.shape)) for item in tree_leaves(example) if isinstance(item, Tensor)]
 
 
-def _assumed_equalities(gm: GraphModule) -> int:
-    """How many equalities of sizes hold by assumption; that there is more than one group, say, restricts nothing."""
-    environment = fake_mode(gm).shape_env
-    return sum(isinstance(guard.expr, sympy.Eq) for guard in environment.guards) if environment is not None else 0
+def _assumed_equalities(environment: ShapeEnv) -> set[sympy.Expr]:
+    """The equalities of sizes that hold by assumption; that there is more than one group, say, restricts nothing."""
+    equal = [guard.expr for guard in environment.guards if isinstance(guard.expr, sympy.Eq)]
+    return {expression for expression in equal if not _is_identity(expression)}
+
+
+@functools.cache
+def _is_identity(expression: sympy.Expr) -> bool:
+    """Whether an equality holds for whatever sizes, as ``(2 s + 2) % (s + 1) = 0`` does, which sympy does not see."""
+    draw, symbols = random.Random(0), sorted(expression.free_symbols, key=str)
+    for _ in range(8):
+        values = {symbol: sympy.Integer(draw.randint(1000, 100_000)) for symbol in symbols}
+        if expression.xreplace(values) != sympy.true:
+            return False
+    return True
