@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -84,6 +85,8 @@ class Aliases:
 
 def _storages(node: Node) -> Iterator[int]:
     for leaf in pytree.tree_leaves(node.meta.get("val")):
+        while isinstance(leaf, Tensor) and is_functorch_wrapped_tensor(leaf):  # inside of a vmap
+            leaf = get_unwrapped(leaf)
         if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
             yield leaf.untyped_storage()._cdata
 

@@ -196,6 +196,7 @@ class SelectNeurons(Pass):
         uses = _uses(gm)
         branches = {branch.weight for branch in live.sites(gm, Branch)}
         sites: list[tuple[Attention | MLP, Site, int]] = []
+        owners: dict[str, str] = {}
         for item in found:
             own = Counter(linear.name for linear in linears_of(gm, item))
             try:
@@ -213,6 +214,9 @@ class SelectNeurons(Pass):
                 changes.append(skipped(site.path, excluded[site.key]))
             elif shared:
                 changes.append(skipped(site.path, f"{shared[0]} is used more than once"))
+            elif chained := owners.keys() & {part.name for part in site.parts}:
+                linear = min(chained)
+                changes.append(skipped(site.path, f"{linear} is a part of {owners[linear]} too, chosen on its own"))
             elif beside := branches & {part.name for part in _mixed_by_branches(site)}:
                 changes.append(skipped(site.path, f"{min(beside)} has a low-rank branch, which mixes all units"))
             elif site.units < 2:
@@ -221,6 +225,7 @@ class SelectNeurons(Pass):
                 changes.append(skipped(site.path, _no_blocks(site)))
             else:
                 sites.append((item, site, kept))
+                owners |= {part.name: site.path for part in site.parts if kept < site.units}
                 if kept < site.units:
                     changes.append(rewrote(site.path, f"{what} a step"))
                 else:
