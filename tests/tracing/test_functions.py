@@ -87,6 +87,36 @@ def test_the_way_that_the_refusal_names_works() -> None:
     torch.testing.assert_close(gm(x), Model.forward(model, x))
 
 
+@torch.library.custom_op("fxsparse_tests::rounded", mutates_args=())
+def rounded(x: Tensor) -> Tensor:
+    return x.mul(4).round().div(4)
+
+
+rounded.register_fake(torch.empty_like)
+rounded.register_autograd(lambda ctx, grad: grad)
+
+
+class Operator(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(rounded(self.first(x)))
+        return y
+
+
+def test_an_operator_keeps_its_backward_everywhere() -> None:
+    model, x = Operator(Rounded), torch.randn(4, 8)
+    model(x).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    compiled = torch.compile(model, backend="fxsparse", options={"compiler": "aot_eager", "fallback": False})
+    for module in (fxsparse.trace(model, (x,)), compiled):
+        module.zero_grad()
+        module(x).square().sum().backward()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(module.get_parameter(name).grad, gradient)
+    masked = fxsparse.rewrite(model, "nm-masks{keep_first=false,keep_head=false,storage=masked}", (x,))
+    masked(x).square().sum().backward()
+    assert masked.get_parameter("first.weight").grad.any()
+
+
 OPTIONS = {"compiler": "aot_eager", "fallback": False}
 MASKS = "nm-masks{keep_first=false,keep_head=false}"
 
