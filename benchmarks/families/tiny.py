@@ -433,7 +433,7 @@ def _seeded(model: Any, batch: dict[str, Any]) -> Any:
 
 
 def _check_runs(family: Family) -> None:
-    """It runs, the same twice, at two batch sizes, and has gradients."""
+    """It runs, the same twice, at several batch sizes, and has gradients."""
     batch = family.batch()
     first, second = (_seeded(family.model, batch) for _ in range(2))
     for one, other in zip(floats(first), floats(second), strict=True):
@@ -446,4 +446,5 @@ def _check_runs(family: Family) -> None:
         raise NotTiny("its loss is not finite")
     loss.backward()
     family.model.zero_grad()
-    family.model(**family.batch(1, 5))
+    for size in (2, 3, 5):
+        family.model(**family.batch(1, size))
