@@ -8,6 +8,7 @@ captured as its forward, so where a model runs one, gradients are compared too.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Collection, Iterator
 from typing import Any
 from unittest import mock
@@ -41,12 +42,12 @@ Function = type[torch.autograd.Function]
 def functions_noted() -> Iterator[set[Function]]:
     """Notes the functions with a backward of their own that run meanwhile, torch's aside."""
     noted: set[Function] = set()
-    apply = torch.autograd.Function.__dict__["apply"].__func__
+    apply = inspect.getattr_static(torch.autograd.Function, "apply")  # of C in torch 2.15
 
     def noting(cls: Function, *args: Any, **kwargs: Any) -> Any:
         if not cls.__module__.startswith("torch."):
             noted.add(cls)
-        return apply(cls, *args, **kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)
 
     with mock.patch.object(torch.autograd.Function, "apply", classmethod(noting)):
         yield noted
