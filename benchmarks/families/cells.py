@@ -27,7 +27,6 @@ from benchmarks.families.tiny import Family, build, floats, mean_squares, with_m
 from fxsparse import graph as fx
 from fxsparse.analysis.blocks import stacks
 from fxsparse.analysis.expert_channels import expert_mlps
-from fxsparse.analysis.structures import structures
 from fxsparse.errors import FxsparseError, InternalError, TraceError
 from fxsparse.graph.record import record_of
 from fxsparse.passes import DistillLayers
@@ -119,8 +118,7 @@ class Bench:
 
     @cached_property
     def sites(self) -> dict[str, composed.Site]:
-        every = structures(self.traced)
-        return {site.output.linear.name: site for site in (*every.attentions, *every.mlps)}
+        return composed.sites_of(self.traced)
 
     @cached_property
     def teacher(self) -> GraphModule:

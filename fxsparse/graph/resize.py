@@ -182,9 +182,10 @@ def _position(at: Any, lost: Tensor) -> Any:
 
 def _propagate(gm: GraphModule, changed: Collection[Node], nodes: Iterable[Node]) -> None:
     environment = fake_mode(gm).shape_env
-    guards = set() if environment is None else _assumed_equalities(environment)
-    asked = frozenset((node.name, *_shapes(node.meta.get("val"))) for node in changed)
-    if environment is not None and asked in _REFUSED.get(environment, ()):  # what was assumed then is known now
+    guards = _assumed_equalities(environment)
+    refused = set() if environment is None else _REFUSED.setdefault(environment, set())
+    asked = frozenset((node.name, str(node.args), *_shapes(node.meta.get("val"))) for node in changed)
+    if asked in refused:  # what was assumed then is known now
         raise CannotResize(_SOME_BATCHES)
     dirty = set(changed)
     for node in nodes:
@@ -200,8 +201,8 @@ def _propagate(gm: GraphModule, changed: Collection[Node], nodes: Iterable[Node]
         if node in changed or _shapes(before) != _shapes(after):
             node.meta = {**node.meta, "val": after}
             dirty.add(node)
-    if environment is not None and not _assumed_equalities(environment) <= guards:
-        _REFUSED.setdefault(environment, set()).add(asked)
+    if not _assumed_equalities(environment) <= guards:
+        refused.add(asked)
         raise CannotResize(_SOME_BATCHES)
 
 
@@ -224,9 +225,10 @@ def _shapes(example: Any) -> list[tuple[str, ...]]:
     return [tuple(map(str, item.shape)) for item in tree_leaves(example) if isinstance(item, Tensor)]
 
 
-def _assumed_equalities(environment: ShapeEnv) -> set[sympy.Expr]:
+def _assumed_equalities(environment: ShapeEnv | None) -> set[sympy.Expr]:
     """The equalities of sizes that hold by assumption; that there is more than one group, say, restricts nothing."""
-    equal = [guard.expr for guard in environment.guards if isinstance(guard.expr, sympy.Eq)]
+    guards = () if environment is None else environment.guards
+    equal = [guard.expr for guard in guards if isinstance(guard.expr, sympy.Eq)]
     return {expression for expression in equal if not _is_identity(expression)}
 
 

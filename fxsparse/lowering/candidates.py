@@ -92,9 +92,10 @@ def candidates_for(
     makers: dict[str, Callable[[], dict[str, Run]]] = {}
     if dense is not None:
         makers[DENSE] = lambda: {DENSE: dense}
-    least = _least(problem, dense) if is_cpp and dense is not None else None
-    if compile_reference and least is not None:
-        makers[REFERENCE] = lambda: {REFERENCE: least}
+    like_dense = {DENSE}
+    if compile_reference and is_cpp and dense is not None:
+        makers[REFERENCE] = functools.partial(_least, problem, dense)
+        like_dense.add(REFERENCE)
     elif compile_reference:
         makers[REFERENCE] = lambda: {REFERENCE: as_inductor_compiles(reference, args)}
     if is_cpp:
@@ -107,11 +108,10 @@ def candidates_for(
         makers[SPARSE_WGMMA] = lambda: _on_cores(problem.op, SPARSE_WGMMA, args)
     if inference and choose.no_cusparselt(site) is None:
         makers[CUSPARSELT] = lambda: _library(problem, args)
-    like_dense = frozenset({DENSE} if least is None else {DENSE, REFERENCE})
-    return Candidates(makers, _exact(problem, operands, is_cpp), operands.result, like_dense)
+    return Candidates(makers, _exact(problem, operands, is_cpp), operands.result, frozenset(like_dense))
 
 
-def _least(problem: Problem, dense: Run) -> Run:
+def _least(problem: Problem, dense: Run) -> dict[str, Run]:
     """The least that a reference does: a dense product, and one pass over the dense weight that it expands or whose
     gradient it takes values from."""
     weight = torch.ones(problem.out_features, problem.in_features, dtype=problem.dtype)
@@ -121,7 +121,7 @@ def _least(problem: Problem, dense: Run) -> Run:
         expanded.copy_(weight)
         return dense()
 
-    return run
+    return {REFERENCE: run}
 
 
 def _exact(problem: Problem, operands: Operands, is_cpp: bool) -> Tensor:

@@ -116,8 +116,8 @@ def no_kernel(site: Site) -> str | None:
 
 
 def baselines(site: Site, possible: Collection[str]) -> set[str]:
-    """The implementations whose times others are compared with. On a CPU that is one: where the weight may stay dense
-    the dense product, of which a reference is a part more."""
+    """The implementations whose times others are compared with. On a CPU a dense product stands for the reference too
+    where the weight may stay dense, because a reference is that and more."""
     names = BASELINES.intersection(possible)
     return {DENSE} if DENSE in names and is_cpp(site) and no_kernel(site) is None else names
 

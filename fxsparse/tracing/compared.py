@@ -127,16 +127,12 @@ def _gradients(module: nn.Module, example: Inputs, training: bool) -> tuple[list
     """Outputs and the gradients of the parameters for some gradient of the outputs; nothing of a module changes."""
     with left_as_it_was(module), without_autocast(), torch.enable_grad():
         module.train(training)
-        state = {name: tensor.clone() for name, tensor in module.named_buffers()}
         trained = {
             name: parameter.detach().clone().requires_grad_()
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         }
-        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, example)
-        outputs = [
-            tensor for _, tensor in named_floats(torch.func.functional_call(module, state | trained, args, kwargs))
-        ]
+        outputs = [tensor for _, tensor in named_floats(_called(module, example, trained))]
         total = sum((y * torch.arange(y.numel(), device=y.device).cos().view(y.shape)).sum() for y in outputs)
         if not isinstance(total, Tensor) or not total.requires_grad:
             return outputs, {}
@@ -158,11 +154,15 @@ def _run(module: nn.Module, example: Inputs, moved: bool = False) -> Any:
     """
     with left_as_it_was(module), without_autocast(), torch.no_grad():
         module.eval()
-        state = {name: tensor.clone() for name, tensor in module.named_buffers()}
-        if moved:
-            state |= {name: _moved(tensor) for name, tensor in module.named_parameters()}
-        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, example)
-        return torch.func.functional_call(module, state, args, kwargs)
+        parameters = module.named_parameters() if moved else ()
+        return _called(module, example, {name: _moved(tensor) for name, tensor in parameters})
+
+
+def _called(module: nn.Module, example: Inputs, parameters: dict[str, Tensor]) -> Any:
+    """What a module returns with these parameters instead of its own; it may write into copies alone."""
+    state = {name: tensor.clone() for name, tensor in module.named_buffers()}
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, example)
+    return torch.func.functional_call(module, state | parameters, args, kwargs)
 
 
 def _moved(parameter: Tensor) -> Tensor:

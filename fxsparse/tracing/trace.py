@@ -443,7 +443,8 @@ def _cannot_capture(model: nn.Module, error: Exception) -> FxsparseError:
 
 def _other_way(model: nn.Module, error: Exception) -> str:
     """What to do about code that runs, but not while torch captures it."""
-    known = model_frames(error)[-1][0].f_locals if model_frames(error) else {}
+    frames = model_frames(error)
+    known = frames[-1][0].f_locals if frames else {}
     parameters = inspect.signature(model.forward).parameters
     missing = next((name for name in parameters if "mask" in name and known.get(name, name) is None), None)
     if missing is not None:

@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import fxsparse
-from fxsparse.analysis.structures import structures
 from fxsparse.errors import CheckpointError, RewriteError, TraceError
 from fxsparse.graph.record import Record, record_of
 from fxsparse.graph.trainable import trained
@@ -206,8 +205,8 @@ def _is_sparse_as_told(gm: GraphModule) -> None:
     record, reads = record_of(gm), {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
     parameters = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
     is_read = {_weight(name) for name in reads & parameters}
-    lost = [held.name for held in record.weights if held.name in is_read]
-    lost = [name for name in lost if not reads & {f"{name}_indices", f"{name}_mask"}]
+    held = [weight.name for weight in record.weights if weight.name in is_read]
+    lost = [name for name in held if not reads & {f"{name}_indices", f"{name}_mask"}]
     assert not lost, f"without a mask: {lost}"
     for kind, part, found in (
         (DoublePruneBackward, "_column_mask", reads),
@@ -235,9 +234,7 @@ def _trains(case: Case, passes: list[Pass], gm: GraphModule) -> None:
     model, base = traced(case.spec)
     twin = None
     if oracle.is_covered(case.spec, passes):
-        every = structures(base)
-        sites = {site.output.linear.name: site for site in (*every.attentions, *every.mlps)}
-        twin = oracle.oracle_of(model, sites, gm)
+        twin = oracle.oracle_of(model, composed.sites_of(base), gm)
     rewritten = copy.deepcopy(gm)
     losses, expected = _train(case, rewritten, twin)
     _is_sparse_as_told(rewritten)

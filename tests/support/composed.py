@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxsparse
-from fxsparse.analysis.structures import MLP, Attention
+from fxsparse.analysis.structures import MLP, Attention, structures
 from fxsparse.graph import live
 from fxsparse.graph.record import record_of
 from fxsparse.graph.trainable import trained
@@ -460,9 +460,7 @@ class Oracle:
             expected = self.teacher(**batch).logits
         task, of_logits, of_states = self.losses.weights
         t = self.losses.temperature
-        p, q = (
-            x.flatten(0, -2) / t - torch.logsumexp(x.flatten(0, -2) / t, -1, keepdim=True) for x in (expected, logits)
-        )
+        p, q = (torch.log_softmax(x.flatten(0, -2) / t, -1) for x in (expected, logits))
         loss = task * loss + of_logits * t * t * (p.exp() * (p - q)).sum(-1).mean()
         if of_states:
             for path in BLOCKS[self.name]:
@@ -531,6 +529,12 @@ TEACHERS: dict[str, nn.Module] = {}
 
 
 _Composed = TypeVar("_Composed", bound=Oracle)
+
+
+def sites_of(gm: GraphModule) -> dict[str, Site]:
+    """The attentions and MLPs of a graph, by the weight that reads them."""
+    every = structures(gm)
+    return {site.output.linear.name: site for site in (*every.attentions, *every.mlps)}
 
 
 def oracle_of(

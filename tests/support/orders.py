@@ -29,7 +29,7 @@ from torch.fx import GraphModule
 
 import fxsparse
 from fxsparse.analysis.blocks import stacks
-from fxsparse.analysis.structures import MLP, Attention, structures
+from fxsparse.analysis.structures import MLP, Attention
 from fxsparse.errors import RewriteError
 from fxsparse.passes import DistillLayers, Pass, Pipeline
 from fxsparse.passes.base import parse_passes
@@ -133,8 +133,7 @@ def teacher(name: str) -> GraphModule:
 @functools.cache
 def sites(name: str) -> dict[str, composed.Site]:
     """The attentions and MLPs of the original."""
-    every = structures(traced(name))
-    return {site.output.linear.name: site for site in (*every.attentions, *every.mlps)}
+    return composed.sites_of(traced(name))
 
 
 def batch_of(name: str, seed: int = 0, batch: int = 4) -> dict[str, Tensor]:
