@@ -84,7 +84,8 @@ def _value(kind: Any, data: Any, where: str) -> Any:
         return data
     if origin in (Union, types.UnionType):
         allowed = [one for one in args if one is not type(None)]
-        return None if data is None and len(allowed) < len(args) else _value(allowed[0], data, where)
+        fitting = next((one for one in allowed if (get_origin(one) or one) is type(data)), allowed[0])
+        return None if data is None and len(allowed) < len(args) else _value(fitting, data, where)
     if origin in (tuple, list) and isinstance(data, list):
         if args[0] in _NAMES and {*map(type, data)} <= {args[0]}:
             return origin(data)  # long ones are mostly right, and naming every place takes most of the time

@@ -24,7 +24,7 @@ from annotated_types import Interval, MinLen
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.analysis.blocks import Block, Stack, mark_alone, only_members, stacks
+from fxsparse.analysis.blocks import Block, Stack, mark_alone, only_members, stacks_and_unclear
 from fxsparse.errors import OptionError, RewriteError
 from fxsparse.graph.derived_buffers import weights_borrowed
 from fxsparse.graph.record import Change, rewrote, skipped
@@ -89,7 +89,9 @@ class DropLayers(Pass):
                 "fxsparse.rewrite(model, passes, ...) and compile its result",
                 pass_name=self.name,
             )
-        every = stacks(graph)
+        every, unclear = stacks_and_unclear(graph)
+        if not every and unclear:
+            raise unclear[0].refusal(self.name)
         if not every:
             alone = only_members(graph)
             if alone:
@@ -99,6 +101,7 @@ class DropLayers(Pass):
                 pass_name=self.name,
             )
         wanted = self._wanted(every)
+        yield from (skipped(item.path, item.reason) for item in unclear)
         dropped = {stack.path: self._chosen(stack, *wanted[stack.path]) for stack in every if stack.path in wanted}
         for stack in every:
             gone = dropped.get(stack.path, ())

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from fxsparse.analysis.blocks import Block, stacks
+from fxsparse.analysis.blocks import Block, stacks_and_unclear
 from fxsparse.cost.flops import node_flops
 from fxsparse.errors import RewriteError
 from fxsparse.graph.recompute import is_marked, mark, plan
@@ -46,12 +46,15 @@ class Recompute(Pass):
     every: Count = 1
 
     def rewrite(self, graph: GraphModule) -> Iterable[Change]:
-        every = stacks(graph)
+        every, unclear = stacks_and_unclear(graph)
+        if not every and unclear:
+            raise unclear[0].refusal(self.name)
         if not every:
             raise RewriteError(
                 "the model has no stack of blocks: no list of modules whose members pass hidden states of one shape on",
                 pass_name=self.name,
             )
+        yield from (skipped(item.path, item.reason) for item in unclear)
         flops = node_flops(graph)
         for stack in every:
             for position, block in enumerate(stack.blocks):

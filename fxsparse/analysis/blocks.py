@@ -11,7 +11,7 @@ holds a product with a weight. Members without one (activations, norms) end a st
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -61,6 +61,24 @@ class Stack:
     blocks: tuple[Block, ...]
 
 
+@dataclass(frozen=True)
+class Unclear:
+    """Members of a list that are no `Stack`, for they pass more than one stream on.
+
+    Attributes:
+        path: of the first that does.
+        nodes: the calls that belong to the members.
+        reason: what they pass on.
+    """
+
+    path: str
+    nodes: frozenset[Node]
+    reason: str
+
+    def refusal(self, pass_name: str) -> RewriteError:
+        return RewriteError(self.reason, pass_name=pass_name, site=self.path)
+
+
 @dataclass(eq=False)
 class _Member:
     """A module of a list, before it is known whether it is a block."""
@@ -79,18 +97,25 @@ class _Member:
 
 
 def stacks(gm: GraphModule) -> list[Stack]:
-    """The stacks of a training-IR graph, in order of execution; lists inside a block of a stack are not looked at.
+    """The stacks of a training-IR graph, in order of execution; lists inside a block of a stack are not looked at."""
+    return stacks_and_unclear(gm)[0]
 
-    Raises:
-        RewriteError: the members of a list pass more than one stream on.
-    """
+
+def stacks_and_unclear(gm: GraphModule) -> tuple[list[Stack], list[Unclear]]:
+    """The stacks of a training-IR graph, and the lists whose stream is not clear."""
     found: list[Stack] = []
+    unclear: list[Unclear] = []
     lists = _lists(gm)
     for path in sorted(lists, key=lambda path: path.count(".") if path else -1):
-        if not any(_is_inside(path, block.path) for stack in found for block in stack.blocks):
-            found += _stacks_of(gm, path, lists[path])
+        inside = any(_is_inside(path, block.path) for stack in found for block in stack.blocks)
+        if not inside and not any(_is_inside(path, item.path.rpartition(".")[0]) for item in unclear):
+            for item in _stacks_of(gm, path, lists[path]):
+                if isinstance(item, Stack):
+                    found.append(item)
+                else:
+                    unclear.append(item)
     order = {node: position for position, node in enumerate(gm.graph.nodes)}
-    return sorted(found, key=lambda stack: order[stack.blocks[0].stream_out])
+    return sorted(found, key=lambda stack: order[stack.blocks[0].stream_out]), unclear
 
 
 def only_members(gm: GraphModule) -> list[str]:
@@ -129,7 +154,7 @@ def _member_paths(node: Node) -> Iterator[str]:
         yield path[: match.end()]
 
 
-def _stacks_of(gm: GraphModule, path: str, members: list[_Member]) -> Iterator[Stack]:
+def _stacks_of(gm: GraphModule, path: str, members: list[_Member]) -> Iterator[Stack | Unclear]:
     if len(members) == 1:
         yield from _alone(path, members[0])
         return
@@ -161,19 +186,38 @@ def _links(member: _Member, following: _Member) -> list[Node]:
     return [node for node in member.outputs if node in read and _signature(node) is not None]
 
 
-def _chain(path: str, run: list[_Member]) -> Iterator[Stack]:
+def _chain(path: str, run: list[_Member]) -> Iterator[Stack | Unclear]:
     """The longest stack that a run of members holds, if any: the ends drop out where they change the stream's shape."""
     for length in range(len(run), 1, -1):
         for start in range(len(run) - length + 1):
             members = run[start : start + length]
-            streams = _streams(path, members)
+            streams = _streams(members)
+            if isinstance(streams, _Several):
+                nodes = frozenset(node for member in members for node in member.nodes)
+                yield Unclear(members[streams.position].path, nodes, streams.reason(path))
+                return
             if streams:
                 ends = zip(members, streams, streams[1:], strict=False)
                 yield Stack(path, tuple(Block(m.path, m.index, frozenset(m.nodes), a, b) for m, a, b in ends))
                 return
 
 
-def _streams(path: str, members: list[_Member]) -> list[Node]:
+@dataclass(frozen=True)
+class _Several:
+    """Nodes that could all be the stream, and the member that reads or makes them."""
+
+    position: int
+    nodes: tuple[Node, ...]
+
+    def reason(self, path: str) -> str:
+        return (
+            f"the blocks of {path or 'the model'} pass more than one stream of hidden states on "
+            f"({', '.join(node.name for node in self.nodes)}); what a block does to them cannot be undone by leaving "
+            "it out"
+        )
+
+
+def _streams(members: list[_Member]) -> list[Node] | _Several:
     """What the members pass on, from what the first reads to what the last yields; empty where there is no stream."""
     last_reader = {node: position for position, member in enumerate(members) for node in member.inputs}
     places = [[node for node in members[0].inputs if last_reader[node] == 0] or list(members[0].inputs)]
@@ -185,26 +229,39 @@ def _streams(path: str, members: list[_Member]) -> list[Node]:
     for signature in dict.fromkeys(_signature(node) for node in places[1]):
         streams = [[node for node in place if _signature(node) == signature] for place in places]
         if signature is not None and all(streams):
-            _check_unique(path, members, streams)
+            streams = _alike(members, streams)
+            several = next((position for position, nodes in enumerate(streams) if len(nodes) > 1), None)
+            if several is not None:
+                return _Several(max(0, several - 1), tuple(streams[several]))
             found.append([node for (node,) in streams])
     if len(found) > 1:
-        raise _several(path, members[0], [streams[1] for streams in found])
+        return _Several(0, tuple(streams[1] for streams in found))
     return found[0] if found else []
 
 
-def _check_unique(path: str, members: list[_Member], streams: list[list[Node]]) -> None:
-    for position, nodes in enumerate(streams):
-        if len(nodes) > 1:
-            raise _several(path, members[max(0, position - 1)], nodes)
+def _alike(members: list[_Member], streams: list[list[Node]]) -> list[list[Node]]:
+    """Where the ends leave a choice, the nodes that the first block reads as the others read their stream, and that the
+    last makes as the others make it."""
+    first, *_, last = places = list(streams)
+    known = [position for position in range(1, len(members)) if len(streams[position]) == 1]
+    if known and len(first) > 1:
+        wanted = _readers(members[known[0]], *streams[known[0]])
+        places[0] = [node for node in first if _readers(members[0], node) == wanted] or first
+    if known and len(last) > 1:
+        (stream,) = streams[known[-1]]
+        maker = _role(members[known[-1] - 1], stream)
+        places[-1] = [node for node in last if _role(members[-1], node) == maker] or last
+    return places
 
 
-def _several(path: str, member: _Member, nodes: Iterable[Node]) -> RewriteError:
-    names = ", ".join(node.name for node in nodes)
-    return RewriteError(
-        f"the blocks of {path or 'the model'} pass more than one stream of hidden states on ({names}); "
-        "what a block does to them cannot be undone by leaving it out",
-        site=member.path,
-    )
+def _readers(member: _Member, node: Node) -> set[tuple[Any, ...]]:
+    """What a member does with a node outside it."""
+    users = [user for user in node.users if user in member.nodes]
+    return {(*_role(member, user), user.args.index(node) if node in user.args else None) for user in users}
+
+
+def _role(member: _Member, node: Node) -> tuple[Any, ...]:
+    return fx.stack_path(node).removeprefix(member.path), node.target
 
 
 def _signature(node: Node) -> tuple[Any, ...] | None:

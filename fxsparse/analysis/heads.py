@@ -184,7 +184,7 @@ class _Graph:
         if heads > kv_heads > 1 and not self._go_alone(factors, projections):
             heads, index = kv_heads, index.reshape(kv_heads, -1)
             projections = tuple(replace(part, index=part.index.reshape(kv_heads, -1)) for part in projections)
-        projections += self._gates(factors, output, index)
+        projections += self._gates(projections, output, index)
         path = common_path([*(part.linear.path for part in projections), output.path])
         return Attention(path or fx.stack_path(ends[0]), heads, kv_heads, projections, Columns(output, index))
 
@@ -234,18 +234,25 @@ class _Graph:
                 return False
         return True
 
-    def _gates(self, factors: _Factors, output: Linear, index: Tensor) -> tuple[Rows, ...]:
-        """Linears of which every row meets the result of one head, before the output linear reads it."""
-        projecting = {source for _, each in factors.values() for source in each}
+    def _gates(self, projections: Iterable[Rows], output: Linear, index: Tensor) -> tuple[Rows, ...]:
+        """Rows of linears that meet the result of one head each, before the output linear reads it: all of a linear, or
+        those that are no queries (Qwen3-Next)."""
+        known: dict[str, Tensor] = {}
+        for part in projections:
+            rows = known.setdefault(part.linear.name, torch.zeros(part.linear.out_features, dtype=torch.bool))
+            rows[part.index.flatten()] = True
         gates = []
         for source in nearest(output.input, self.stops):
             linear = self.linears.get(source)
-            if linear is None or source in projecting or not self._serves_only(linear, output):
+            if linear is None or not self._serves_only(linear, output):
+                continue
+            others = ~known.get(linear.name, torch.zeros(linear.out_features, dtype=torch.bool))
+            if not bool(others.any()):
                 continue
             section = Section({source: but_last(source)}, [output.input], _POSITIONS * len(index))
             asked = torch.zeros(len(index), output.in_features, dtype=torch.bool).scatter_(1, index, True)
             key = ("rows of gates", tuple(map(tuple, index.tolist())), section.key)
-            touched = remembered(self.gm, key, partial(_rows_reached, section, output.input, -1, asked))
+            touched = others & remembered(self.gm, key, partial(_rows_reached, section, output.input, -1, asked))
             counts = touched.sum(1)
             if bool(counts[0]) and len(counts.unique()) == 1 and not bool((touched.sum(0) > 1).any()):
                 gates.append(Rows(linear, touched.nonzero()[:, 1].view(len(index), -1), "gate"))

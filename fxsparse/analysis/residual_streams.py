@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.analysis.blocks import stacks
+from fxsparse.analysis.blocks import stacks_and_unclear
 from fxsparse.analysis.ties import Axis, sizes, ties
 from fxsparse.graph import Linear, traits
 from fxsparse.graph.record import Change, skipped
@@ -73,8 +73,9 @@ def streams(gm: GraphModule) -> tuple[list[Stream], list[Change]]:
     """
     flood = _Flood(gm)
     found: dict[int, Stream] = {}
-    changes = []
-    for stack in stacks(gm):
+    known_stacks, unclear = stacks_and_unclear(gm)
+    changes = [skipped(item.path, f"hidden dimensions: {item.reason}") for item in unclear]
+    for stack in known_stacks:
         seed = stack.blocks[0].stream_in
         try:
             last = len(sizes(seed)) - 1

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.analysis.blocks import stacks
+from fxsparse.analysis.blocks import stacks_and_unclear
 from fxsparse.analysis.heads import (
     Attention,
     Columns,
@@ -135,7 +135,7 @@ def _found(sites: Iterable[tuple[str, Callable[[], _T]]]) -> tuple[list[_T], lis
 def _mlp_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], MLP]]]:
     linears = {linear.node: linear for linear in fx.linears(gm)}
     computed = fx.depends_on_inputs(gm)
-    blocks = {node for stack in stacks(gm) for block in stack.blocks for node in block.nodes}
+    blocks = _nodes_of_blocks(gm)
     for linear in linears.values():
         if blocks and linear.node not in blocks:
             continue  # a pooler, a head: not a part of the repeated core
@@ -148,6 +148,13 @@ def _mlp_sites(gm: GraphModule) -> Iterable[tuple[str, Callable[[], MLP]]]:
             yield linear.path, partial(_mlp, gm, linear, sources, linears)
         elif any(map(_is_activation, path)) and not any(_attends(node) or _is_sum(node, computed) for node in path):
             yield linear.path, partial(_refuse, reason)
+
+
+def _nodes_of_blocks(gm: GraphModule) -> set[Node]:
+    found, unclear = stacks_and_unclear(gm)
+    return {node for stack in found for block in stack.blocks for node in block.nodes}.union(
+        *(item.nodes for item in unclear)
+    )
 
 
 def _why_not(linear: Linear, sources: list[Node], path: list[Node], computed: set[Node]) -> str | None:

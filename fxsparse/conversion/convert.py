@@ -29,6 +29,7 @@ from fxsparse.conversion.comparison import difference
 from fxsparse.conversion.depth import CONFIG_KEY, Shortened, parts, renumber, shortened_lists, with_layers
 from fxsparse.conversion.heads import Heads, choose_heads, heads_of
 from fxsparse.conversion.notes import is_pretrained, note
+from fxsparse.conversion.numbers import with_numbers
 from fxsparse.conversion.resizing import resize
 from fxsparse.conversion.weights import hold, weights_of
 from fxsparse.conversion.width import narrower_configs
@@ -97,7 +98,11 @@ def _converted(gm: GraphModule, model: nn.Module) -> nn.Module:
     )
     differs: str | None = "its class takes no such sizes"
     for config, heads in _candidates(gm, model, shortened, left if narrowed else None):
-        module = _assembled(gm, model, shortened, left if narrowed else None, config, heads)
+        try:
+            module = _assembled(gm, model, shortened, left if narrowed else None, config, heads)
+        except CheckpointError as error:
+            differs = str(error)
+            continue
         differs = difference(gm, module.eval())
         if differs is None:
             return module.train(gm.training)
@@ -182,7 +187,9 @@ def _candidates(
     }
     for narrower in narrower_configs(type(model), config, sizes, gm):
         yield narrower, {}
-    yield config, {renumber(path, shortened): chosen for path, chosen in heads_of(gm, model, before["heads"]).items()}
+    heads = heads_of(gm, model, before["heads"])
+    for each in (heads, *with_numbers(heads, gm, model)):
+        yield config, {renumber(path, shortened): chosen for path, chosen in each.items()}
 
 
 def _gone(name: str, shortened: Shortened) -> bool:
@@ -230,10 +237,7 @@ def _assembled(
     take_out(module)
     _shorten(module, shortened, _left(gm))
     if narrowed is not None:
-        try:
-            resize(module, {renumber(name, shortened): shape for name, shape in narrowed.items()}, heads)
-        except CheckpointError as error:
-            raise RewriteError(str(error)) from error
+        resize(module, {renumber(name, shortened): shape for name, shape in narrowed.items()}, heads)
     if config is not None:
         _configure(module, config)
     for weight in weights_of(gm):

@@ -75,7 +75,7 @@ class _Description:
     """The types of a description."""
 
     sizes: dict[str, list[int]]
-    heads: dict[str, dict[str, list[int]]]
+    heads: dict[str, dict[str, list[int] | int]]
     modules: dict[str, Spec] | None = None
     flags: list[str] | None = None
     names: dict[str, str] | None = None

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
+from fxsparse.errors import CheckpointError
 
 aten = torch.ops.aten
 
-Heads = dict[str, dict[str, list[int]]]
-"""For an attention, by module path: ``keys``, the key head of each query head; ``bias``, the bias head of each."""
+Chosen = Mapping[str, list[int] | int]
+"""``keys``, the key head of each query head; ``bias``, the bias head of each; numbers that a module stores, by name."""
+Heads = dict[str, dict[str, list[int] | int]]
+"""What is chosen for modules, by path."""
 
 _SDPA = aten.scaled_dot_product_attention.default
 _LAYOUTS = (
@@ -35,6 +38,7 @@ _LAYOUTS = (
     aten.to.dtype,
 )
 _FUNCTION = "fxsparse_heads"
+_CONFIG = "config."
 
 
 def attention_calls(gm: GraphModule) -> list[Node]:
@@ -42,7 +46,7 @@ def attention_calls(gm: GraphModule) -> list[Node]:
     return list(gm.graph.find_nodes(op="call_function", target=_SDPA))
 
 
-def heads_of(gm: GraphModule, model: nn.Module, before: Mapping[str, Mapping[str, list[int]]]) -> Heads:
+def heads_of(gm: GraphModule, model: nn.Module, before: Mapping[str, Chosen]) -> Heads:
     """The key heads and bias heads that each attention of a graph selects, numbered as in its module.
 
     Args:
@@ -50,33 +54,56 @@ def heads_of(gm: GraphModule, model: nn.Module, before: Mapping[str, Mapping[str
         model: the model from which it was traced.
         before: the heads that the attentions of ``model`` select.
     """
-    heads: Heads = {}
+    heads = _numbers_before(gm, before)
     for sdpa in attention_calls(gm):
         path = fx.stack_path(sdpa)
         keys, bias = _keys(gm, sdpa), _chosen(gm, _operand(sdpa, 3, "attn_mask"), -3)
         inherited = before.get(path, {}).get("bias")
-        if inherited is not None:
+        if isinstance(inherited, list):
             bias = inherited if bias is None else [inherited[head] for head in bias]
         if bias is None and _passes_bias(model, path):
             bias = list(range(fx.value(sdpa).shape[1]))  # a bias without an index is the same for every head
-        chosen = {kind: index for kind, index in (("keys", keys), ("bias", bias)) if index is not None}
+        chosen: dict[str, list[int] | int] = {}
+        chosen |= {kind: index for kind, index in (("keys", keys), ("bias", bias)) if index is not None}
         if chosen:
-            heads[path] = chosen
+            heads.setdefault(path, {}).update(chosen)
     for product in gm.graph.find_nodes(op="call_function", target=aten.matmul.default):  # of an eager attention
         keys = _keys(gm, product)
         if keys is not None:
-            heads.setdefault(fx.stack_path(product), {"keys": keys})
+            heads.setdefault(fx.stack_path(product), {}).setdefault("keys", keys)
     return heads
 
 
-def choose_heads(model: nn.Module, heads: Mapping[str, Mapping[str, list[int]]]) -> None:
-    """Lets the attentions of ``model`` that are named in ``heads``, see `heads_of`, select these heads; in place."""
-    if not heads:
+def _numbers_before(gm: GraphModule, before: Mapping[str, Chosen]) -> Heads:
+    """The numbers of the modules that the graph still has."""
+    names = [name for name, _ in gm.named_parameters(remove_duplicate=False)]
+    numbers: Heads = {}
+    for path, chosen in before.items():
+        own: dict[str, list[int] | int] = {name: number for name, number in chosen.items() if isinstance(number, int)}
+        if own and any(name.startswith(f"{path}.") for name in names):
+            numbers[path] = own
+    return numbers
+
+
+def choose_heads(model: nn.Module, heads: Mapping[str, Chosen]) -> None:
+    """Lets the attentions of ``model`` that are named in ``heads``, see `heads_of`, select these heads, and modules
+    store these numbers; in place.
+
+    Raises:
+        CheckpointError: a module stores no number under such a name.
+    """
+    _set_numbers(model, heads)
+    indexed = {
+        path: {kind: index for kind, index in chosen.items() if not isinstance(index, int)}
+        for path, chosen in heads.items()
+    }
+    indexed = {path: chosen for path, chosen in indexed.items() if chosen}
+    if not indexed:
         return
     from transformers import AttentionInterface
 
     AttentionInterface.register(_FUNCTION, _attention)
-    for path, chosen in heads.items():
+    for path, chosen in indexed.items():
         module: Any = model.get_submodule(path)
         device = next(module.parameters()).device
         for kind, index in chosen.items():
@@ -85,6 +112,30 @@ def choose_heads(model: nn.Module, heads: Mapping[str, Mapping[str, list[int]]])
         module.config_of_model = getattr(module, "config_of_model", module.config)
         module.config = copy.deepcopy(module.config_of_model)
         module.config._attn_implementation = _FUNCTION
+
+
+def stored_numbers(module: Any) -> dict[str, int]:
+    """The whole numbers that a module stores, and those of its configuration as ``config.<name>``."""
+    settings = vars(getattr(module, "config", None) or nn.Identity())
+    numbers = {**vars(module), **{f"{_CONFIG}{name}": setting for name, setting in settings.items()}}
+    return {
+        name: number
+        for name, number in numbers.items()
+        if type(number) is int and not name.removeprefix(_CONFIG).startswith("_")
+    }
+
+
+def _set_numbers(model: nn.Module, heads: Mapping[str, Chosen]) -> None:
+    for path, chosen in heads.items():
+        module: Any = model.get_submodule(path)
+        numbers = {name: number for name, number in chosen.items() if isinstance(number, int)}
+        if unknown := numbers.keys() - stored_numbers(module).keys():
+            raise CheckpointError(f"{path}: {type(module).__name__} stores no number {', '.join(sorted(unknown))}")
+        if any(name.startswith(_CONFIG) for name in numbers):
+            module.config = copy.deepcopy(module.config)  # it is that of other modules too
+        for name, number in numbers.items():
+            owner = module.config if name.startswith(_CONFIG) else module
+            setattr(owner, name.removeprefix(_CONFIG), number)
 
 
 def _attention(

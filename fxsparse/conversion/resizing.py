@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxsparse.conversion.heads import Chosen
 from fxsparse.errors import CheckpointError
 
 Sizes = dict[str, tuple[int, ...]]
@@ -48,10 +49,8 @@ def sizes_of(state: Mapping[str, Tensor]) -> Sizes:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def resize(
-    model: nn.Module, sizes: Mapping[str, tuple[int, ...]], heads: Mapping[str, Mapping[str, list[int]]] | None = None
-) -> None:
-    """Gives the parameters of ``model`` new shapes and replaces the modules that have no parameters left.
+def resize(model: nn.Module, sizes: Mapping[str, tuple[int, ...]], heads: Mapping[str, Chosen] | None = None) -> None:
+    """Gives the parameters and buffers of ``model`` new shapes and replaces the modules that have no parameters left.
 
     A module without parameters becomes one that adds nothing to the residual stream; a norm becomes the identity. The
     values of resized parameters are undefined until they are loaded.
@@ -59,7 +58,8 @@ def resize(
     Args:
         model: changed in place.
         sizes: the shapes of all its parameters.
-        heads: the key and bias heads that attentions select, see `fxsparse.conversion.heads`.
+        heads: the key and bias heads that attentions select and numbers that they store, see
+            `fxsparse.conversion.heads`; those are not set here.
 
     Raises:
         CheckpointError: the rows of an attention's projections are not a whole number of heads.
@@ -79,6 +79,10 @@ def resize(
                 setattr(module, name, torch.zeros((), device="cpu"))  # a scale of what is gone, which is zeros (BEiT)
             elif parameter is not None and wanted and tuple(parameter.shape) != wanted:
                 setattr(module, name, nn.Parameter(parameter.new_empty(wanted), parameter.requires_grad))
+        for name, buffer in list(module._buffers.items()):
+            wanted = sizes.get(f"{path}.{name}" if path else name)
+            if buffer is not None and wanted and tuple(buffer.shape) != wanted:
+                module._buffers[name] = buffer.new_empty(wanted)
     for path, module in model.named_modules():
         _follow(module, path, (heads or {}).get(path, {}))
     _tie(model, tied)
@@ -206,7 +210,7 @@ class _NoAttention(nn.Module):
 # --- smaller modules --------------------------------------------------------------------------------------------------
 
 
-def _follow(module: nn.Module, path: str, chosen: Mapping[str, list[int]]) -> None:
+def _follow(module: nn.Module, path: str, chosen: Chosen) -> None:
     """Sets the numbers of features and heads that a module stores to those of its parameters."""
     weight: Any = getattr(module, "weight", None)
     names = _LENGTHS.get(type(module).__name__)
@@ -222,7 +226,10 @@ def _follow(module: nn.Module, path: str, chosen: Mapping[str, list[int]]) -> No
     rows, key_rows = _rows(module)
     if size is None or not rows:
         return
-    if rows % size or key_rows % size or (rows % key_rows and "keys" not in chosen):
+    whole = not (rows % size or key_rows % size or (rows % key_rows and "keys" not in chosen))
+    if not whole and any(isinstance(number, int) for number in chosen.values()):
+        return  # they are set as they are chosen
+    if not whole:
         raise CheckpointError(
             f"{path}: {rows} rows of queries and {key_rows} of keys are no whole heads of {size}, or groups differ"
         )

@@ -27,9 +27,10 @@ from torch.fx import GraphModule
 from fxsparse import graph as fx
 from fxsparse.conversion import folders
 from fxsparse.conversion.comparison import difference
-from fxsparse.conversion.depth import CONFIG_KEY, renumber, renumbered, shortened_lists, with_layers
+from fxsparse.conversion.depth import CONFIG_KEY, Shortened, renumber, renumbered, shortened_lists, with_layers
 from fxsparse.conversion.heads import Heads, choose_heads, heads_of
 from fxsparse.conversion.notes import described, restored
+from fxsparse.conversion.numbers import with_numbers
 from fxsparse.conversion.resizing import resize, sizes_of
 from fxsparse.conversion.width import misfits_of, narrower_configs, shapes_of
 from fxsparse.dense_state import dense_state_dict
@@ -91,18 +92,24 @@ def _save_graph(gm: GraphModule, model: Any, path: str | os.PathLike[str]) -> nn
     original = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shortened = shortened_lists(model, original, state)
     config = with_layers(model, shortened)
-    heads = {renumber(name, shortened): chosen for name, chosen in heads_of(gm, model, before["heads"]).items()}
+    found = heads_of(gm, model, before["heads"])
+    heads = [_renumbered_paths(each, shortened) for each in (found, *with_numbers(found, gm, model))]
     state = renumbered(state, shortened, shapes_of(type(model), config))
     narrower = narrower_configs(type(model), config, state, gm)
-    candidates: list[tuple[Any, Heads | None]] = [*((fitting, None) for fitting in narrower), (config, heads)]
-    for chosen, choices in candidates:
-        written = _build(type(model), chosen, state, choices)
+    candidates: list[tuple[Any, Heads | None]] = [(fitting, None) for fitting in narrower]
+    differs: str | None = None
+    for chosen, choices in (*candidates, *((config, each) for each in heads)):
+        try:
+            written = _build(type(model), chosen, state, choices)
+        except CheckpointError as error:
+            differs = str(error)
+            continue
         differs = difference(gm, written)
         if differs is None:
             written.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
             if choices is not None:
                 sizes = {name: list(wanted) for name, (_, wanted) in misfits_of(type(model), chosen, state).items()}
-                setattr(written.config, CONFIG_KEY, {"format": FORMAT, "sizes": sizes, "heads": heads})
+                setattr(written.config, CONFIG_KEY, {"format": FORMAT, "sizes": sizes, "heads": choices})
             folders.write(written, Path(path), functools.partial(_check_read, written, gm), plain=choices is None)
             folders.save_readably(written)
             return cast(nn.Module, written)
@@ -110,6 +117,10 @@ def _save_graph(gm: GraphModule, model: Any, path: str | os.PathLike[str]) -> nn
         f"no {type(model).__name__} computes what the graph does ({differs}): it holds more than smaller weights and "
         "fewer layers; write it with fxsparse.save and read it with fxsparse.load"
     )
+
+
+def _renumbered_paths(heads: Heads, shortened: Shortened) -> Heads:
+    return {renumber(path, shortened): chosen for path, chosen in heads.items()}
 
 
 def _save_module(module: Any, path: Any) -> nn.Module:

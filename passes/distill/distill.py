@@ -25,7 +25,7 @@ from torch import SymInt, Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
-from fxsparse.analysis.blocks import Block, Stack, stacks
+from fxsparse.analysis.blocks import Block, Stack, stacks, stacks_and_unclear
 from fxsparse.analysis.inventory import softmaxes
 from fxsparse.analysis.products import SDPA
 from fxsparse.errors import OptionError, RewriteError
@@ -112,7 +112,9 @@ class DistillLayers(Pass):
         if self.teacher is None and not structure_only(graph):
             raise RewriteError("needs a teacher: DistillLayers(teacher)", pass_name=self.name)
         loss, logits = loss_of(graph), logits_of(graph) if self.weights[1] else None
-        students = stacks(graph) if self._compares_layers else []
+        students, unclear = stacks_and_unclear(graph) if self._compares_layers else ([], [])
+        if unclear:
+            raise unclear[0].refusal(self.name)
         if self._compares_layers and not students:
             raise RewriteError(
                 "the model has no stack of layers whose hidden states could be compared; distil its logits alone with "

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from fxsparse import graph as fx
-from fxsparse.analysis.blocks import Stack
+from fxsparse.analysis.blocks import Stack, Unclear
 from fxsparse.errors import RewriteError
 from fxsparse.graph import traits
 
@@ -21,16 +21,20 @@ _PASS = "multiplex"
 _END = torch.iinfo(torch.int64).max
 
 
-def choose(lists: list[Stack], wanted: str | None) -> Stack:
+def choose(lists: list[Stack], unclear: list[Unclear], wanted: str | None) -> Stack:
     """The list of blocks that is multiplexed: the one at ``wanted``, or the only one."""
     paths = [stack.path for stack in lists]
     if wanted is not None:
         if wanted not in paths:
+            if refused := [item for item in unclear if item.path.rpartition(".")[0] == wanted]:
+                raise refused[0].refusal(_PASS)
             raise RewriteError(
                 f"there is no list of blocks at stack={wanted}; there are: {', '.join(paths) or 'none'}",
                 pass_name=_PASS,
             )
         return lists[paths.index(wanted)]
+    if unclear:
+        raise unclear[0].refusal(_PASS)
     if not lists:
         raise RewriteError(
             "the model has no repeated core: no list of two or more blocks that pass one stream of hidden states on; "

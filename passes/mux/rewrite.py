@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from fxsparse import graph as fx
-from fxsparse.analysis.blocks import stacks
+from fxsparse.analysis.blocks import stacks_and_unclear
 from fxsparse.analysis.inventory import softmaxes
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
@@ -62,7 +62,7 @@ class Rewrite:
 
     def __init__(self, owner: Multiplex, gm: GraphModule):
         self.owner, self.gm, self.n = owner, gm, owner.n
-        self.stack = choose(stacks(gm), owner.stack)
+        self.stack = choose(*stacks_and_unclear(gm), owner.stack)
         self.source, self.sink = self.stack.blocks[0].stream_in, self.stack.blocks[-1].stream_out
         self.batch = batch_symbols(gm, self.source)
         self.embedding = token_embedding(gm, self.source)

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from fxsparse import graph as fx
 from fxsparse.analysis.activation_norms import activation_norms
+from fxsparse.analysis.added import acts_on
 from fxsparse.analysis.expert_channels import ExpertMLP, expert_mlps
 from fxsparse.analysis.experts import Mixture, mixtures
 from fxsparse.analysis.residual_streams import Stream, streams
@@ -165,7 +166,7 @@ def gate_sites(
         if layer in own:
             layer_name = f"{site.path}.{layer}_gate"
             register(layer, layer_name, 1)
-            multiply(gm, output.node, layer_name, (1,), (layer, site.path, layer_name), straight)
+            multiply(gm, acts_on(output), layer_name, (1,), (layer, site.path, layer_name), straight)
         if units_name is not None or layer_name is not None or stream is not None:
             yield site, _counted(site, units_name, layer_name, stream)
     for mixture in sites.mixtures:

@@ -5,7 +5,8 @@ projections at all. So what is lost is followed from product to product (`fxspar
 
     linear -> ... -> factor      probed (`fxsparse.analysis.axes`)
     product                      its factors keep the heads that the one keeps that loses most: others are indexed
-    product -> ... -> linear     probed; an operand from elsewhere with an axis of heads is indexed where it is read
+    product -> ... -> linear     probed; an operand from elsewhere with an axis of heads is indexed where it is read, or
+                                 its parameters lose the heads (`narrow_state`)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fxsparse.analysis.ties import sizes, ties
 from fxsparse.errors import RewriteError
 from fxsparse.graph import Linear, traits
 from fxsparse.graph.resize import Losses
+from fxsparse.passes.structured.narrow_state import narrowed_state
 from fxsparse.passes.structured.slicing import follow, require_own_weights, take
 
 aten = torch.ops.aten
@@ -53,7 +55,7 @@ def slice_attention(gm: GraphModule, attention: Attention, keep: Tensor) -> None
         gone.setdefault(rows.linear.name, []).append(rows.index[~kept].flatten())
     rows_gone = {name: torch.cat(parts) for name, parts in gone.items()}
     heads = _Heads(gm, attention.heads, attention.path)
-    lost = heads.follow({linear.node: rows_gone[linear.name] for linear in applied}, output)
+    lost = heads.follow({linear.node: rows_gone[linear.name] for linear in applied}, output) | heads.beside
     changed = take(gm, output, 1, attention.output.index[~keep])
     for linear in {linear.name: linear for linear in applied}.values():
         changed += take(gm, linear, 0, rows_gone[linear.name])
@@ -118,6 +120,7 @@ class _Heads:
     Attributes:
         changed: nodes that were inserted, and reads of buffers that have other values.
         of_keys: buffers that say which keys stay, by what they say.
+        beside: what is lost where parameters of something beside lose the heads.
     """
 
     gm: GraphModule
@@ -125,6 +128,7 @@ class _Heads:
     path: str
     changed: list[Node] = field(default_factory=list)
     of_keys: dict[tuple[int, ...], str] = field(default_factory=dict)
+    beside: dict[Node, Any] = field(default_factory=dict)
 
     def follow(self, rows: Mapping[Node, Tensor], output: Linear) -> dict[Node, Any]:
         """What is lost between the projections, of which ``rows`` go, and what the output linear reads."""
@@ -215,6 +219,13 @@ class _Heads:
         if earlier is not None and len(operand.users) == 1:  # by an earlier slicing: one index for both
             kept = fx.attribute(self.gm, str(earlier.target)).cpu()[kept]
             source = operand.args[0]  # type: ignore[assignment]
+        elif not is_key:
+            keep = torch.zeros(heads, dtype=torch.bool).index_fill(0, kept, True)
+            narrowed = narrowed_state(self.gm, operand, axis, keep, user)
+            if narrowed:
+                self.beside |= narrowed
+                self.changed += [node for node in narrowed if node.op == "get_attr"]
+                return
         index = self._held(user, kept, is_key=is_key)
         if isinstance(sizes(source)[axis], int):
             chosen = fx.insert_call(self.gm, aten.index_select.default, (source, axis, index), like=user)

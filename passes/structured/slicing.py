@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxsparse import graph as fx
+from fxsparse.analysis.added import Added, NotAdded, added
 from fxsparse.analysis.axes import losses
 from fxsparse.analysis.expert_channels import ExpertMLP
 from fxsparse.analysis.experts import Mixture
 from fxsparse.analysis.probing import between, shape_of
-from fxsparse.analysis.sections import Section
 from fxsparse.analysis.structures import MLP
 from fxsparse.errors import RewriteError
 from fxsparse.graph import Linear, traits
@@ -77,6 +77,16 @@ def slice_expert_mlp(gm: GraphModule, mlp: ExpertMLP, keep: Tensor) -> None:
     follow(gm, lost, changed, mlp.path)
 
 
+def silence_channels(gm: GraphModule, mlp: ExpertMLP, idle: Tensor) -> None:
+    """Gives channels of experts, bool ``[channels]``, weight 0 in what reads them."""
+    name = mlp.output.name
+    old = gm.get_parameter(name)
+    index = idle.nonzero().flatten().to(old.device)
+    if len(index):
+        silent = old.detach().index_fill(mlp.columns, index, 0)
+        fx.set_parameter(gm, name, silent, requires_grad=old.requires_grad)
+
+
 def follow(gm: GraphModule, lost: Losses, changed: Iterable[Node], site: str) -> None:
     """Lets all sizes follow what is lost.
 
@@ -108,49 +118,25 @@ def _resize(gm: GraphModule, patches: Patches, changed: Iterable[Node], site: st
 def remove_result(gm: GraphModule, linear: Linear, site: str) -> None:
     """Takes out what a linear adds to a stream: the sum reads the stream alone.
 
-    What lies between the two, a norm perhaps, is run on zeros and must give zeros.
-
     Raises:
-        RewriteError: the linear's result is not added to anything, or zeros do not stay zeros on the way.
+        RewriteError: the linear's result is not added to anything, or something else reads it.
     """
-    reached, pending = {linear.node}, [linear.node]
-    for node in pending:  # in order of execution, until a sum takes all of them in
-        for user in sorted(node.users):
-            if user not in reached and _has_tensor(user):
-                reached.add(user)
-                pending.append(user)
-    for total in sorted(reached):
-        term, stream = _terms(total, reached)
-        if term is None or stream is None:
-            continue
-        inside = {linear.node, *between({linear.node}, [term])}
-        readers = {user for node in inside for user in node.users if _has_tensor(user) or user.op == "output"}
-        if readers - inside - {total}:
-            raise RewriteError("its result is read more than once, so it cannot be taken out", site=site)
-        section = Section({linear.node: ()}, [term], 0)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            result = section.run({linear.node: torch.zeros(section.shape(linear.node))}, {})[term]
-        if bool(result.ne(0).any()):
-            raise RewriteError(
-                "what is done to its result makes something of zeros, so it cannot be taken out", site=site
-            )
-        fx.replace(total, stream)
-        return
-    raise RewriteError("its result goes into no sum with its stream", site=site)
+    try:
+        found = added(linear)
+    except NotAdded as reason:
+        raise RewriteError(str(reason), site=site) from reason
+    _lend(found)
+    fx.replace(found.total, found.stream)
 
 
-def _has_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), (Tensor, tuple, list))
-
-
-def _terms(node: Node, reached: set[Node]) -> tuple[Node | None, Node | None]:
-    """Of a sum, the term that was reached and the one, of the sum's shape, that was not; None for any other node."""
-    if node.target not in (aten.add.Tensor, aten.add_.Tensor):
-        return None, None
-    terms = [term for term in node.args[:2] if isinstance(term, Node)]
-    term = next((term for term in terms if term in reached), None)
-    stream = next((other for other in terms if other not in reached and shape_of(other) == shape_of(node)), None)
-    return term, stream
+def _lend(found: Added) -> None:
+    """Lets what reads no more than a dtype or sizes of a term read those of its sum, so that the term can go."""
+    for node in (found.node, *between({found.node}, [found.total])):
+        for user in list(node.users):
+            if node is not found.total and user.op == "call_function" and node not in traits.values_read(user):
+                mine, other = fx.value(node), fx.value(found.stream)
+                if isinstance(other, Tensor) and (mine.dtype, mine.shape) == (other.dtype, other.shape):
+                    user.replace_input_with(node, found.stream)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from fxsparse.graph.state import SharedByCopies
 from fxsparse.passes.base import outcome
 from fxsparse.passes.pipeline import structure_only
 from fxsparse.passes.structured.hard_concrete import Gated, gate_names, mask_name
-from fxsparse.passes.structured.materialize import Materialize
+from fxsparse.passes.structured.materialize import Materialize, channels_at_a_time
 from fxsparse.text import ranges
 
 _KNOWN = "fxsparse_trials"
@@ -71,7 +71,7 @@ def _units(gm: GraphModule, multiple: int) -> dict[str, tuple[str, int]]:
         if name.endswith(".hidden_gate") and len(gm.get_buffer(mask_name(name))) > multiple:
             closed[name] = (name, multiple)
     for site in live.sites(gm, Gated):
-        together = site.count // site.groups if 1 < site.groups < site.count else 1
+        together = site.count // site.groups if 1 < site.groups < site.count else channels_at_a_time(gm, site)
         if site.units and site.count > together:
             closed[site.path] = (site.units, together)
     return closed

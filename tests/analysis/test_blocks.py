@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 import fxsparse
 from fxsparse import graph as fx
-from fxsparse.analysis.blocks import stacks
+from fxsparse.analysis.blocks import stacks, stacks_and_unclear
 from fxsparse.errors import RewriteError
+from fxsparse.graph.record import record_of
 from tests.support.families import HIDDEN
 from tests.support.traced import traced
 
@@ -121,5 +122,47 @@ def test_two_streams_are_refused() -> None:
             return a + b
 
     gm = fxsparse.trace(Reversibles(), (torch.randn(3, 16), torch.randn(3, 16)))
-    with pytest.raises(RewriteError, match=r"blocks\.0: .*more than one stream"):
-        stacks(gm)
+    found, (unclear,) = stacks_and_unclear(gm)
+    assert found == [] and unclear.path == "blocks.0" and "more than one stream" in unclear.reason
+    for passes in ("drop-layers{indices=[1]}", "recompute", "multiplex"):
+        with pytest.raises(RewriteError, match=r"blocks\.0: .*more than one stream"):
+            fxsparse.rewrite(gm, passes)
+    sparse = fxsparse.rewrite(gm, "nm-masks{keep_first=false,keep_head=false}")
+    assert len(record_of(sparse).entries[-1].rewritten) == 6
+
+
+class _BlockOnSide(nn.Module):
+    """A block that adds what an input of its own gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.gate = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, side: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x)) * torch.sigmoid(self.gate(side))
+
+
+class _Sided(nn.Module):
+    """A stream, and for each block an input of the same shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(16, 16)
+        self.sides = nn.Linear(16, 3 * 16)
+        self.blocks = nn.ModuleList(_BlockOnSide() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides = self.sides(x).unflatten(-1, (3, 16))
+        hidden = self.read(x).tanh()
+        for i, block in enumerate(self.blocks):
+            hidden = block(hidden, sides[:, i])
+        return hidden
+
+
+def test_an_input_of_each_block_is_no_stream() -> None:
+    model, x = _Sided(), torch.randn(5, 16)
+    gm = fxsparse.trace(model, (x,))
+    (stack,) = stacks(gm)
+    assert stack.blocks[0].stream_in.target is torch.ops.aten.tanh.default
+    model.blocks[1].mlp.weight.data.zero_(), model.blocks[1].mlp.bias.data.zero_()
+    torch.testing.assert_close(fxsparse.rewrite(gm, "drop-layers{indices=[1]}")(x), model(x))

@@ -24,7 +24,7 @@ from fxsparse.passes import (
 )
 from tests.fuzz.models import Model, Spec, loss_and_logits
 from tests.support import composed
-from tests.support.composed import Linear, Oracle, Site
+from tests.support.composed import Linear, Oracle, Site, norms_of
 from tests.support.oracle import masks_of
 
 NAME = "fuzz"
@@ -101,7 +101,8 @@ class _Indices:
 def oracle_of(model: Model, sites: Mapping[str, Site], gm: GraphModule) -> FuzzOracle:
     """The composed model that the rewritten ``gm`` stands for."""
     copied = copy.deepcopy(model).train()
-    oracle = FuzzOracle(NAME, copied, dict(sites), originals=dict(copied.named_parameters()))
+    norms = norms_of(copied, sites)
+    oracle = FuzzOracle(NAME, copied, dict(sites), originals=dict(copied.named_parameters()), norms=norms)
     oracle.spec = model.spec
     oracle.was_trained = {name: parameter.requires_grad for name, parameter in copied.named_parameters()}
     for path, module in list(copied.named_modules()):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxsparse
+from fxsparse import graph as fx
+from fxsparse.analysis.added import acts_on
 from fxsparse.analysis.structures import MLP, Attention, structures
 from fxsparse.graph import live
 from fxsparse.graph.record import record_of
@@ -241,6 +244,10 @@ class Oracle:
     rho: bool = False
     originals: dict[str, nn.Parameter] = field(default_factory=dict)
     """The model's own parameters by their first names, which layers that move up keep."""
+    norms: dict[str, nn.Module] = field(default_factory=dict)
+    """The norm behind a sublayer's last linear, by the name of its weight, where there is one."""
+    heads_left: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
+    """By the path of an attention that has lost heads, how many it had and which are left."""
     numbers: dict[str, list[int]] = field(default_factory=dict)
     """The numbers of the layers that are left, by the path of their list."""
     rewritten: set[str] = field(default_factory=set)
@@ -349,7 +356,20 @@ class Oracle:
         def on_result(y: Tensor) -> Tensor:
             return _gated(y, gate.value(self.model.training), straight)
 
-        (linear.input_gates if units else linear.output_gates).append(on_columns if units else on_result)
+        if units:
+            linear.input_gates.append(on_columns)
+        else:
+            self._on_added(site, on_result)
+
+    def _on_added(self, site: Site, gate: Callable[[Tensor], Tensor]) -> None:
+        """Gates what a sublayer adds: its last linear's result, or that of the norm behind it."""
+        norm = self.norms.get(site.output.linear.name)
+        if norm is None:
+            self.linears[site.output.linear.name].output_gates.append(gate)
+        elif "norm" not in type(norm).__name__.lower():
+            raise NotImplementedError(f"what is added is that of {type(norm).__name__}")
+        else:
+            norm.register_forward_hook(lambda module, args, y: gate(y))
 
     def _drop_dims(self, item: Any, gm: GraphModule) -> None:
         self._gates(item, gm, straight=item.score == "platon")
@@ -361,10 +381,13 @@ class Oracle:
             units = {name: left[name] for name in left if name.rpartition(".")[0] == site.path}
             output = self.linears[site.output.linear.name]
             for name, numbers in units.items():
+                if name.endswith("heads_gate"):
+                    self.heads_left[site.path] = (len(site.output.index), torch.tensor(sorted(numbers)))
                 if name.endswith(("heads_gate", "intermediate_gate")):
                     self._slice(site, torch.tensor(sorted(numbers), dtype=torch.long), output)
                 elif not numbers:
-                    output.output_gates = [lambda y: y * 0]
+                    output.output_gates = []
+                    self._on_added(site, lambda y: y * 0)
                     del self.sites[key]
         self.gates, self.layer_gates = {}, {}
 
@@ -408,6 +431,18 @@ class Oracle:
                 linear = self.linears[key]
                 self.units[key] = torch.zeros(linear.mask.shape[1])
                 self.units[key][linear.columns_left[site.output.of(units)]] = 1
+
+    def of_heads(self, name: str, value: Tensor, shape: Sequence[int]) -> Tensor:
+        """Of something that the heads of an attention meet, as a position bias, what belongs to those that are left."""
+        if tuple(value.shape) == tuple(shape) or not self.heads_left:
+            return value
+        path = max(self.heads_left, key=lambda path: _shared(path, name))
+        heads, left = self.heads_left[path]
+        for axis, (before, now) in enumerate(zip(value.shape, shape, strict=True)):
+            if before != now and before % heads == 0:
+                each = before // heads
+                value = value.index_select(axis, (left[:, None] * each + torch.arange(each)).flatten())
+        return value
 
     def parameters(self) -> dict[str, nn.Parameter]:
         present = {id(parameter) for parameter in self.model.parameters()}
@@ -537,6 +572,16 @@ def sites_of(gm: GraphModule) -> dict[str, Site]:
     return {site.output.linear.name: site for site in (*every.attentions, *every.mlps)}
 
 
+def norms_of(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, nn.Module]:
+    """The norms of what sublayers add to their streams, by the names of the sublayers' last weights."""
+    norms: dict[str, nn.Module] = {}
+    for name, site in sites.items():
+        node = acts_on(site.output.linear)
+        if node is not site.output.linear.node:
+            norms[name] = model.get_submodule(fx.stack_path(node))
+    return norms
+
+
 def oracle_of(
     name: str,
     model: nn.Module,
@@ -554,7 +599,7 @@ def oracle_of(
         kind: the class of the oracle.
     """
     model = copy.deepcopy(model).train()
-    oracle = kind(name, model, dict(sites), originals=dict(model.named_parameters()))
+    oracle = kind(name, model, dict(sites), originals=dict(model.named_parameters()), norms=norms_of(model, sites))
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             transposed = not isinstance(module, nn.Linear)
@@ -608,13 +653,20 @@ def differences(gm: GraphModule, oracle: Oracle) -> dict[str, float]:
                 mine = (value.t() if held[name].transposed else value) * mask
                 off[name] = _off(mine, _left(oracle, name, dense=True, pruned=True))
             elif name in oracle.linears:
-                off[name] = _off(value, _left(oracle, name))
+                off[name] = _off(value, oracle.of_heads(name, _left(oracle, name), value.shape))
             elif name.removesuffix("bias") + "weight" in oracle.linears:
                 rows = oracle.linears[name.removesuffix("bias") + "weight"].rows_left
-                off[name] = _off(value, parameters[name][rows])
+                off[name] = _off(value, oracle.of_heads(name, parameters[name][rows], value.shape))
             elif name in parameters:
-                off[name] = _off(value, parameters[name])
+                off[name] = _off(value, oracle.of_heads(name, parameters[name], value.shape))
     return off
+
+
+def _shared(one: str, other: str) -> int:
+    """How many modules two paths begin with together."""
+    return sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one.split("."), other.split("."), strict=False))
+    )
 
 
 def _left(oracle: Oracle, name: str, *, dense: bool = False, pruned: bool = False) -> Tensor:

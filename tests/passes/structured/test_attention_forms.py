@@ -189,6 +189,36 @@ class GatedOutput(Block):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
+class GatedQueries(Block):
+    """As :class:`GatedOutput`; queries and what meets the result come from one linear, head by head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.keys_values = nn.Linear(DIM, 2 * DIM), nn.Linear(DIM, 2 * DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        query, gate = self.query(y).unflatten(-1, (HEADS, -1)).chunk(2, -1)
+        key, value = self.keys_values(y).unflatten(-1, (2, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        mixed = self.attend(query.transpose(1, 2), key, value).transpose(1, 2).flatten(2)
+        x = x + self.proj(mixed * gate.flatten(2).sigmoid())
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Table(Block):
+    """A bias of each head from a table of distances, and one of its queries as long as all heads together."""
+
+    def __init__(self, table: nn.Embedding | None = None) -> None:
+        super().__init__()
+        self.table, self.of_queries = table or nn.Embedding(13, HEADS), nn.Parameter(torch.randn(DIM))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        places = torch.arange(query.shape[2])
+        bias = self.table((places[:, None] - places).clamp(-6, 6) + 6).permute(2, 0, 1)[None]
+        query = query + self.of_queries.view(1, 1, HEADS, -1).transpose(1, 2)
+        return ((query @ key.mT / 3 + 16 * bias.sigmoid()).softmax(-1)) @ value
+
+
 class Relative(Block):
     """Scores of content and of positions, whose keys the same projection makes, as in DeBERTa-v2."""
 
@@ -244,6 +274,14 @@ class Layers(nn.Module):
         return x
 
 
+class OneTable(Layers):
+    """Blocks with one table."""
+
+    def __init__(self) -> None:
+        table = nn.Embedding(13, HEADS)
+        super().__init__(lambda: Table(table))
+
+
 @dataclass(frozen=True)
 class Form:
     """A way to write attention.
@@ -282,6 +320,9 @@ FORMS: dict[str, Form] = {
     "weighted": Form(lambda: Layers(Weighted), _tokens),
     "gated columns": Form(lambda: Layers(lambda: GatedOutput(DIM // HEADS)), _tokens),
     "gated heads": Form(lambda: Layers(lambda: GatedOutput(1)), _tokens),
+    "gated queries": Form(lambda: Layers(GatedQueries), _tokens),
+    "table": Form(lambda: Layers(Table), _tokens),
+    "one table": Form(OneTable, _tokens),
     "torch": Form(lambda: Layers(lambda: Torch(False)), _tokens),
     "torch with weights": Form(lambda: Layers(lambda: Torch(True)), _tokens),
     "encoder": Form(lambda: _encoder(True), lambda batch: {"src": torch.randn(batch, 7, DIM)}),
@@ -362,6 +403,25 @@ def test_linears_that_gate_heads_go_with_them(name: str, gm: GraphModule) -> Non
     small = fxsparse.rewrite(gates, "materialize")
     assert small.get_parameter("h.0.gate.weight").shape == (3 * size, DIM)
     assert small.get_parameter("h.0.gate.bias").shape == (3 * size,)
+
+
+@pytest.mark.parametrize("name", ["table", "one table"])
+def test_parameters_that_heads_meet_lose_them(name: str, gm: GraphModule) -> None:
+    """What the attentions of two blocks read stays whole, and each selects its heads."""
+    gates = fxsparse.rewrite(gm, "gates{units=heads,score=random,target=0.3}")
+    for i in range(2):
+        gates.get_buffer(f"h.{i}.heads_gate_mask").copy_(torch.tensor([1, 0, 1, 1 - i]))
+    small = fxsparse.rewrite(gates, "materialize")
+    for i in range(2):
+        left, size = [0, 2, 3][: 3 - i], DIM // HEADS
+        of_queries = gm.get_parameter(f"h.{i}.of_queries").view(HEADS, size)[left].flatten()
+        torch.testing.assert_close(small.get_parameter(f"h.{i}.of_queries").data, of_queries)
+        table = gm.get_parameter(f"h.{i}.table.weight")
+        if name == "table":
+            torch.testing.assert_close(small.get_parameter(f"h.{i}.table.weight").data, table[:, left])
+        else:
+            assert small.get_parameter(f"h.{i}.table.weight") is small.get_parameter("h.0.table.weight")
+            assert small.get_parameter(f"h.{i}.table.weight").shape == table.shape
 
 
 @pytest.mark.parametrize("name", ["grouped", "grouped, repeated", "grouped, fused", "multi-query", "eager"])
