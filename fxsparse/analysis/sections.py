@@ -173,7 +173,9 @@ class Section:
         if not isinstance(made, Tensor) or made.dtype is not torch.bool:
             return made
         inside = {*self.sources, *self.nodes}
-        hides = any(user in inside and _is_replaced(user, node, inside) for user in node.users)
+        hides = any(
+            user in inside and _is_replaced(user, node, inside) for node in _rearranged(node) for user in node.users
+        )
         return torch.full_like(made, not hides) if hides else made
 
 
@@ -296,6 +298,15 @@ def _tensors(node: Node) -> list[Tensor]:
 
 def _leaves(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _rearranged(mask: Node) -> list[Node]:
+    """A mask, and it in other layouts, as large as what it hides perhaps."""
+    found = [mask]
+    for node in found:
+        layouts = {"reshape", "broadcast", "permute", "slices"}
+        found += [user for user in node.users if traits.of(user.target).axes in layouts and user.args[0] is node]
+    return found
 
 
 def _is_replaced(node: Node, mask: Node, inside: Collection[Node]) -> bool:

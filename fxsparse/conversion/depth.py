@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,15 +54,16 @@ def _is_left(prefix: str, original: Mapping[str, Any], state: Mapping[str, Any])
 
 
 def with_layers(model: Any, shortened: Shortened) -> Any:
-    """The configuration with fewer layers; tries each setting of the original count until the list becomes shorter."""
+    """The configuration with fewer layers; tries each setting of the original count until the list becomes shorter.
+
+    Settings for each layer (``layer_types``) are cut accordingly.
+    """
     config = copy.deepcopy(model.config)
     for path, (numbers, before) in shortened.items():
-        for part in parts(config):
-            for name, setting in list(vars(part).items()):
-                if isinstance(setting, (list, tuple)) and len(setting) == before and _is_per_layer(part, name, before):
-                    setattr(part, name, [setting[number] for number in numbers])
         if not any(
-            _shortens(type(model), config, part, name, path, len(numbers)) for part, name in _counts(config, before)
+            _shortens(type(model), config, part, name, path, numbers, scope)
+            for part, name in _counts(config, before)
+            for scope in (parts(config), [part])  # an encoder may be as deep as its decoder (T5Gemma)
         ):
             raise CheckpointError(f"{path}: no setting of {type(config).__name__} gives it {len(numbers)} layers")
         for part in parts(config):
@@ -113,16 +114,25 @@ def _counts(config: Any, number: int) -> list[tuple[Any, str]]:
     ]
 
 
-def _shortens(cls: Any, config: Any, part: Any, name: str, path: str, layers: int) -> bool:
+def _shortens(cls: Any, config: Any, part: Any, name: str, path: str, numbers: list[int], scope: Iterable[Any]) -> bool:
+    """Whether a setting of ``part`` gives a list so many layers, once the settings for each layer in ``scope`` are cut;
+    if so, they are."""
     before = getattr(part, name)
-    setattr(part, name, layers)
+    changed = [(part, name, before, len(numbers))]
+    for other in scope:
+        for key, setting in vars(other).items():
+            if isinstance(setting, (list, tuple)) and len(setting) == before and _is_per_layer(other, key, before):
+                changed.append((other, key, setting, [setting[number] for number in numbers]))
+    for owner, key, _, new in changed:
+        setattr(owner, key, new)
     try:
         with torch.device("meta"):
-            if len(cls(copy.deepcopy(config)).get_submodule(path)) == layers:
+            if len(cls(copy.deepcopy(config)).get_submodule(path)) == len(numbers):
                 return True
     except Exception:
         pass  # a setting that means something else
-    setattr(part, name, before)
+    for owner, key, old, _ in changed:
+        setattr(owner, key, old)
     return False
 
 

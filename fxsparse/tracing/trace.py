@@ -71,6 +71,7 @@ from fxsparse.tracing.input_sizes import (
     tensor_inputs,
     with_two_rows,
 )
+from fxsparse.tracing.joins import drop_empty_parts
 from fxsparse.tracing.modes import ModesDiffer, bind_training_flags, is_random
 from fxsparse.tracing.module_form import carry_on
 from fxsparse.tracing.no_grad import inline_no_grad
@@ -498,6 +499,7 @@ def _flat_module(program: ExportedProgram) -> GraphModule:
             if traits.of(node.target).asserts and _always_holds(node):
                 part.graph.erase_node(node)
     functionalise(gm)
+    drop_empty_parts(gm)
     inline_no_grad(gm)
     gm.graph.eliminate_dead_code(is_impure_node=_has_effect)
     for node in gm.graph.nodes:
