@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxsparse.analysis.probing import CannotRun, between, shape_of
+from fxsparse.analysis.products import activation_product
 from fxsparse.analysis.sections import Section
+from fxsparse.analysis.ties import sizes
 from fxsparse.graph import Linear, traits
+from fxsparse.graph.experts import grouped_operands
 
 aten = torch.ops.aten
 
@@ -54,6 +57,8 @@ def added(linear: Linear) -> Added:
     for total in sorted(reached):
         term, stream = _terms(total, reached)
         if term is not None and stream is not None:
+            if any(map(_multiplies, between({linear.node}, [term]))) or linear.out_features not in sizes(term):
+                break  # it only has a part in what is added, as a router has in what experts compute
             return Added(_acts(linear.node, term, total), total, stream)
     raise NotAdded("its result goes into no sum with its stream")
 
@@ -64,6 +69,15 @@ def acts_on(linear: Linear) -> Node:
         return added(linear).node
     except NotAdded:
         return linear.node
+
+
+def why_not_added(linear: Linear) -> str | None:
+    """Why a linear's result is no term of a sum; None if it is one."""
+    try:
+        added(linear)
+    except NotAdded as reason:
+        return str(reason)
+    return None
 
 
 def _acts(start: Node, term: Node, total: Node) -> Node:
@@ -98,6 +112,12 @@ def _run(section: Section, node: Node, x: Tensor, stand_ins: dict[Node, Any]) ->
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         return section.run({node: x}, stand_ins)
+
+
+def _multiplies(node: Node) -> bool:
+    """Whether a call is a product, with a weight or of two activations."""
+    is_product = traits.of(node.target).axes in {"product", "convolution"} or activation_product(node) is not None
+    return node.op == "call_function" and (is_product or grouped_operands(node) is not None)
 
 
 def _reads(user: Node, node: Node) -> bool:

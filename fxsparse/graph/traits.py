@@ -120,6 +120,7 @@ def _row(names: str, **facts: Any) -> None:
 # What becomes of axes. Torch tags what is pointwise but for these.
 _row("hardswish rsub masked_fill where.self where.ScalarOther where.ScalarSelf where.Scalar", axes="pointwise")
 _row("to _to_copy type_as contiguous clone detach detach_copy alias lift_fresh_copy", axes="pointwise")
+_row("__and__ __or__ __xor__ __lshift__ __rshift__", axes="pointwise")
 _row("dropout alpha_dropout feature_dropout feature_alpha_dropout native_dropout", axes="pointwise")
 _row("zeros_like ones_like full_like empty_like", axes="pointwise")
 _row("expand broadcast_to", axes="broadcast", sizes="size")

@@ -75,6 +75,7 @@ from fxsparse.tracing.joins import drop_empty_parts
 from fxsparse.tracing.modes import ModesDiffer, bind_training_flags, is_random
 from fxsparse.tracing.module_form import carry_on
 from fxsparse.tracing.no_grad import inline_no_grad
+from fxsparse.tracing.vmapped import without_vmap
 from fxsparse.version import how_to_report
 
 
@@ -498,6 +499,8 @@ def _flat_module(program: ExportedProgram) -> GraphModule:
         for node in list(part.graph.nodes):
             if traits.of(node.target).asserts and _always_holds(node):
                 part.graph.erase_node(node)
+    gm.graph.eliminate_dead_code(is_impure_node=_has_effect)
+    without_vmap(gm)
     functionalise(gm)
     drop_empty_parts(gm)
     inline_no_grad(gm)

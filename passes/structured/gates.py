@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
+from fxsparse.analysis.added import why_not_added
 from fxsparse.analysis.residual_streams import Stream
+from fxsparse.analysis.structures import MLP, Attention
 from fxsparse.errors import RewriteError
 from fxsparse.graph import live
 from fxsparse.graph.record import Change, rewrote
@@ -95,7 +97,8 @@ class GateStructures(Gating):
             sublayers.append(item)
             if item.gates:
                 names = [name.rpartition(".")[2].removesuffix("_gate") for name in item.gates]
-                yield rewrote(site.path, f"gates on {' and '.join(names)}, {item.size:,} parameters")
+                more = self._without_layer_gate(site, item)
+                yield rewrote(site.path, f"gates on {' and '.join(names)}{more}, {item.size:,} parameters")
             if self.score is not None and not isinstance(site, Stream):
                 units = scorer(site)
                 scores |= {item.units: units} if item.units is not None else {}
@@ -114,6 +117,13 @@ class GateStructures(Gating):
             leave_to_ranks(graph, *hard_concrete.MULTIPLIERS)
         else:
             hard_concrete.close(graph, self.target, scores)
+
+    def _without_layer_gate(self, site: object, item: Gated) -> str:
+        """Why a sublayer that was asked for as a whole has no gate of its own, for its report."""
+        layer = {Attention: "attention", MLP: "ffn"}.get(type(site))
+        if layer not in self.units or item.layer is not None or not isinstance(site, Attention | MLP):
+            return ""
+        return f", none on {layer} as {why_not_added(site.output.linear)}"
 
     def _register(self, gm: GraphModule, generator: torch.Generator, unit: str, name: str, count: int) -> None:
         device = next(gm.parameters()).device

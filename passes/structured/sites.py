@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from fxsparse import graph as fx
 from fxsparse.analysis.activation_norms import activation_norms
-from fxsparse.analysis.added import acts_on
+from fxsparse.analysis.added import acts_on, why_not_added
 from fxsparse.analysis.expert_channels import ExpertMLP, expert_mlps
 from fxsparse.analysis.experts import Mixture, mixtures
 from fxsparse.analysis.residual_streams import Stream, streams
@@ -148,6 +148,8 @@ def gate_sites(
         register: adds the state of a gate: called with its kind, its name and its count.
         straight: let gradients pass closed gates.
 
+    Sublayers whose result is no term of a sum, as of a router's MLP, get no gate as a whole.
+
     Yields:
         the sublayers, with what is gated and what they hold.
     """
@@ -163,7 +165,7 @@ def gate_sites(
             units_name = f"{site.path}.{unit}_gate"
             register(unit, units_name, count)
             multiply_input(gm, output, units_name, site.output.index, (unit, site.path, units_name), straight)
-        if layer in own:
+        if layer in own and why_not_added(output) is None:
             layer_name = f"{site.path}.{layer}_gate"
             register(layer, layer_name, 1)
             multiply(gm, acts_on(output), layer_name, (1,), (layer, site.path, layer_name), straight)

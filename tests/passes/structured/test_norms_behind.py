@@ -121,6 +121,29 @@ def test_a_term_whose_dtype_is_read_goes() -> None:
     assert len([name for name, _ in small.named_parameters() if ".up." in name or ".down." in name]) == 4
 
 
+class Routed(nn.Module):
+    """An MLP weighs two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.scores = nn.Linear(16, 12), nn.Linear(12, 2)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.scores(self.up(x).relu()).softmax(-1)
+        return x + sum(shares[..., i : i + 1] * expert(x) for i, expert in enumerate(self.experts))
+
+
+def test_a_routers_mlp_has_no_gate_of_what_experts_add() -> None:
+    gm = fxsparse.trace(Routed(), (torch.randn(3, 16),))
+    gated = fxsparse.rewrite(gm, "gates{units=[intermediate,ffn],target=0.3,score=magnitude}").eval()
+    (detail,) = (change.detail for change in record_of(gated).entries[-1].rewritten)
+    assert detail.startswith("gates on intermediate, none on ffn as its result goes into no sum with its stream")
+    x = torch.randn(5, 16)
+    small = fxsparse.rewrite(copy.deepcopy(gated), "materialize").eval()
+    torch.testing.assert_close(small(x), gated(x))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_channels_the_norms_bias_stays(kind: str) -> None:
     model = Model(kind).eval()
