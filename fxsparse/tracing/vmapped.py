@@ -78,10 +78,20 @@ def _broadcasts(node: Node, levels: list[Any]) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dim():
         return False
-    if node.target is aten.index.Tensor:
-        table, indices = node.args
-        return len(indices) == fx.value(table).dim()  # type: ignore[arg-type]
+    lookup = _lookup(node)
+    if lookup is not None:
+        return len(lookup[1]) == fx.value(lookup[0]).dim()
     return node.target in _MADE or traits.of(node.target).axes == "pointwise"
+
+
+def _lookup(node: Node) -> tuple[Node, list[Node]] | None:
+    """The table and the indices of ``table[i, j]``, which transformers and flex attention let be an operator's."""
+    if node.target is aten.index.Tensor:
+        return node.args  # type: ignore[return-value]
+    if str(node.target) == "flat_apply" and any(str(argument).endswith(".ModIndex") for argument in node.args):
+        table, *indices = (source for source in node.all_input_nodes if isinstance(source.meta.get("val"), Tensor))
+        return table, indices
+    return None
 
 
 def _replace(gm: GraphModule, nodes: list[Node], levels: list[Any]) -> None:
@@ -96,6 +106,9 @@ def _replace(gm: GraphModule, nodes: list[Node], levels: list[Any]) -> None:
             if fx.value(source).dim() == 0:
                 source = fx.insert_call(gm, aten.view.default, (source, [1] * len(levels)), like=node)
             new[node] = fx.insert_call(gm, aten.expand.default, (source, sizes), like=node)
+        elif (lookup := _lookup(node)) is not None:
+            table, indices = map_arg(lookup, lambda source: new.get(source, source))
+            new[node] = fx.insert_call(gm, aten.index.Tensor, (table, indices), like=node)
         else:
             args, kwargs = map_arg((node.args, node.kwargs), lambda source: new.get(source, source))
             new[node] = fx.insert_call(gm, node.target, args, kwargs, like=node)
