@@ -26,7 +26,7 @@ from torch.fx import GraphModule
 
 from fxsparse import graph as fx
 from fxsparse.conversion.comparison import difference
-from fxsparse.conversion.depth import CONFIG_KEY, Shortened, parts, renumber, shortened_lists, with_layers
+from fxsparse.conversion.depth import CONFIG_KEY, Shortened, parts, renumber, setting_of, shortened_lists, with_layers
 from fxsparse.conversion.heads import Heads, choose_heads, heads_of
 from fxsparse.conversion.notes import is_pretrained, note
 from fxsparse.conversion.numbers import with_numbers
@@ -218,7 +218,7 @@ def _configure(module: nn.Module, config: Any) -> None:
             done.add(id(part))
             plain = (int, float, str, list, tuple, type(None))
             for name, setting in vars(wanted).items():
-                if not name.startswith("_") and isinstance(setting, plain) and getattr(part, name, None) != setting:
+                if not name.startswith("_") and isinstance(setting, plain) and setting_of(part, name) != setting:
                     setattr(part, name, copy.deepcopy(setting))
 
 

@@ -82,8 +82,8 @@ def _is_per_layer(part: Any, name: str, before: int) -> bool:
         default = type(part)()
     except Exception:  # a class that asks for settings
         return True
-    setting = getattr(default, name, None)
-    counts = {getattr(default, count, None) for _, count in _counts(part, before) if COUNT_OF_LAYERS.fullmatch(count)}
+    setting = setting_of(default, name)
+    counts = {setting_of(default, count) for _, count in _counts(part, before) if COUNT_OF_LAYERS.fullmatch(count)}
     counts.discard(before)  # of another kind of layers, of which there are always so many
     return not counts or not isinstance(setting, (list, tuple)) or len(setting) in counts
 
@@ -105,6 +105,14 @@ def parts(config: Any) -> list[Any]:
     return [config, *(part for part in vars(config).values() if hasattr(part, "to_diff_dict"))]
 
 
+def setting_of(config: Any, name: str) -> Any:
+    """A setting under any of its names; None if there is none, or layers differ in it and the whole has none."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # transformers refuses what each layer has of its own
+        return None
+
+
 def _counts(config: Any, number: int) -> list[tuple[Any, str]]:
     return [
         (part, name)
@@ -117,7 +125,7 @@ def _counts(config: Any, number: int) -> list[tuple[Any, str]]:
 def _shortens(cls: Any, config: Any, part: Any, name: str, path: str, numbers: list[int], scope: Iterable[Any]) -> bool:
     """Whether a setting of ``part`` gives a list so many layers, once the settings for each layer in ``scope`` are cut;
     if so, they are."""
-    before = getattr(part, name)
+    before = vars(part)[name]
     changed = [(part, name, before, len(numbers))]
     for other in scope:
         for key, setting in vars(other).items():

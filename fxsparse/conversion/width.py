@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
-from fxsparse.conversion.depth import parts
+from fxsparse.conversion.depth import parts, setting_of
 from fxsparse.conversion.heads import attention_calls
 from fxsparse.conversion.resizing import sizes_of
 
@@ -40,7 +40,7 @@ def narrower_configs(cls: Any, config: Any, state: Mapping[str, Tensor], gm: Gra
     heads_last = None if plain is None else _with_widths(cls, _with_heads(plain, gm), state)
     configs: list[Any] = []
     for fitting in (heads_first, heads_last, plain):
-        if fitting is not None and fitting not in configs:
+        if fitting is not None and all(fitting.to_dict() != known.to_dict() for known in configs):
             configs.append(fitting)
     return configs
 
@@ -53,7 +53,7 @@ def _with_heads(config: Any, gm: GraphModule) -> Any:
     queries = [fx.value(sdpa.all_input_nodes[0]).shape for sdpa in attention_calls(gm)]
     # Where heads and the batch are one dimension, it tells of neither.
     counts = {shape[1] if len(shape) == 4 and isinstance(shape[1], int) else None for shape in queries}
-    before = getattr(config, "num_attention_heads", None)
+    before = setting_of(config, "num_attention_heads")
     config = copy.deepcopy(config)
     for part in parts(config) if len(counts) == 1 and None not in counts else []:
         for name, setting in list(vars(part).items()):
@@ -74,7 +74,7 @@ def _with_widths(cls: Any, config: Any, state: Mapping[str, Tensor]) -> Any | No
     while misfits:
         better = None
         for part, name, number in _narrower(config, misfits):
-            before = getattr(part, name)
+            before = vars(part)[name]
             setattr(part, name, number)
             try:
                 left = misfits_of(cls, config, state)
