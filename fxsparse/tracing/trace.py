@@ -437,10 +437,21 @@ def _cannot_capture(model: nn.Module, error: Exception) -> FxsparseError:
     if depends_on_data(error):
         return TraceError(
             f"{name} cannot be captured: Python needs the value of a tensor here, and a graph has none{where}\n"
-            "Write the choice with torch.where or torch.cond, or move it out of the model."
+            f"{_other_choice(model, error)}"
         )
     reason = str(error).strip().partition("\n")[0]
     return TraceError(f"{name} cannot be captured: {type(error).__name__}: {reason}{where}\n{_other_way(model, error)}")
+
+
+def _other_choice(model: nn.Module, error: Exception) -> str:
+    """What to do about code that branches on data."""
+    frames = model_frames(error)
+    module = frames[-1][0].f_locals.get("self") if frames else None
+    if hasattr(module, "is_transposed") and hasattr(model, "set_experts_implementation"):  # experts of transformers
+        return (
+            'Its experts are called in a loop; model.set_experts_implementation("grouped_mm") computes them together.'
+        )
+    return "Write the choice with torch.where or torch.cond, or move it out of the model."
 
 
 def _other_way(model: nn.Module, error: Exception) -> str:
