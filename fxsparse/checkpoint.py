@@ -52,6 +52,9 @@ def load(
     model: nn.Module,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_batch: bool = True,
+    dynamic_sequence: bool | None = None,
 ) -> GraphModule:
     """Reads a rewritten model.
 
@@ -60,6 +63,8 @@ def load(
         model: a fresh instance of the original model. The loaded graph module takes over its parameters; do not use
             ``model`` afterwards.
         args, kwargs: an example batch, as for :func:`fxsparse.trace`.
+        dynamic_batch, dynamic_sequence: whether the graph must also run at other batch sizes and sequence lengths, see
+            :func:`fxsparse.trace`.
 
     Returns:
         the rewritten graph module, with the saved tensors and record.
@@ -72,7 +77,15 @@ def load(
     file = stored.read(path)
     record = _record(file)
     try:
-        gm = replay(record, model, args, kwargs, structure_only=True)
+        gm = replay(
+            record,
+            model,
+            args,
+            kwargs,
+            structure_only=True,
+            dynamic_batch=dynamic_batch,
+            dynamic_sequence=dynamic_sequence,
+        )
     except TraceError:
         raise
     except FxsparseError as error:

@@ -61,6 +61,8 @@ def replay(
     kwargs: Mapping[str, Any] | None = None,
     *,
     structure_only: bool = False,
+    dynamic_batch: bool = True,
+    dynamic_sequence: bool | None = None,
 ) -> GraphModule:
     """Runs the passes of a record on another instance of the model.
 
@@ -70,6 +72,7 @@ def replay(
         args, kwargs: an example batch.
         structure_only: passes add tensors of the right shapes but do not compute their values, because these are
             loaded afterwards; ``wanda`` then needs no calibration data.
+        dynamic_batch, dynamic_sequence: as for :func:`fxsparse.trace`.
 
     Returns:
         the rewritten graph module.
@@ -77,7 +80,8 @@ def replay(
     Raises:
         CheckpointError: a pass changed other sites than in the record, so ``model`` differs from the original model.
     """
-    rewritten = Pipeline.parse(record.text)(trace(model, args, kwargs), structure_only=structure_only)
+    traced = trace(model, args, kwargs, dynamic_batch=dynamic_batch, dynamic_sequence=dynamic_sequence)
+    rewritten = Pipeline.parse(record.text)(traced, structure_only=structure_only)
     again = record_of(rewritten)
     for then, now in zip(record.entries, again.entries[-len(record.entries) :], strict=True):
         different = {change.site for change in then.rewritten} ^ {change.site for change in now.rewritten}

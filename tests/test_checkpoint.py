@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 import fxsparse
 from fxsparse import stored
-from fxsparse.errors import CheckpointError
+from fxsparse.errors import CheckpointError, TraceError
 from fxsparse.graph.record import Record, record_of
 from tests.fuzz.models import Spec, batch_of, build
 from tests.support.families import FAMILIES
@@ -70,6 +70,26 @@ def test_a_saved_model_loads_into_a_fresh_one(name: str, tmp_path: Path) -> None
     assert record_of(loaded) == record_of(gm)
     batch = family.make_batch(batch=3)
     assert all(torch.equal(a, b) for a, b in zip(_tensors(gm(**batch)), _tensors(loaded(**batch)), strict=True))
+
+
+class OfOneSize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.head(self.linear(x).relu())[i] for i in range(len(x))])
+
+
+def test_a_model_of_one_batch_size_is_loaded_as_it_was_traced(tmp_path: Path) -> None:
+    model, x = OfOneSize(), torch.randn(3, 16)
+    passes = "nm-masks{keep_first=false,keep_head=false}"
+    gm = fxsparse.rewrite(copy.deepcopy(model), passes, (x,), dynamic_batch=False)
+    fxsparse.save(gm, tmp_path / "model.safetensors")
+    with pytest.raises(TraceError, match="dynamic_batch=False"):
+        fxsparse.load(tmp_path / "model.safetensors", copy.deepcopy(model), (x,))
+    loaded = fxsparse.load(tmp_path / "model.safetensors", copy.deepcopy(model), (x,), dynamic_batch=False)
+    torch.testing.assert_close(loaded(x), gm(x))
 
 
 def test_masks_chosen_by_calibration_load_without_it(tmp_path: Path) -> None:

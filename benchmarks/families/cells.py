@@ -28,7 +28,6 @@ from benchmarks.families.tiny import (
     build,
     floats,
     mean_squares,
-    with_grouped_experts,
     with_masks,
     without_labels,
 )
@@ -95,6 +94,8 @@ class Bench:
     name: str
     trace_seconds: float = field(default=0.0, init=False)
     refusal: TraceError | None = field(default=None, init=False)
+    is_fixed: bool = field(default=False, init=False)
+    """Whether it works at one batch size only, and was traced so."""
 
     @cached_property
     def family(self) -> Family:
@@ -106,24 +107,32 @@ class Bench:
             raise self.refusal
         asked = self.family
         # Some make masks themselves, but not while they are captured; some check labels in Python.
-        ways = (lambda family: family, with_masks, without_labels, with_grouped_experts)
-        for way in ways:  # the last changes the model
-            family, start = way(asked), time.perf_counter()
+        for way in (lambda family: family, with_masks, without_labels):
             try:
-                gm = fxsparse.trace(family.model, kwargs=family.batch())
+                return self._trace(way(asked))
             except TraceError as error:
                 self.refusal = self.refusal or error
-            else:
-                self.family, self.refusal, self.trace_seconds = family, None, time.perf_counter() - start
-                return gm
         assert self.refusal is not None
+        # What the refusal says is done.
+        if "set_experts_implementation" in str(self.refusal):
+            asked.model.set_experts_implementation("grouped_mm")
+            return self._trace(asked)
+        if "dynamic_batch=False" in str(self.refusal):
+            self.is_fixed = True
+            return self._trace(asked)
         raise self.refusal
+
+    def _trace(self, family: Family) -> GraphModule:
+        start = time.perf_counter()
+        gm = fxsparse.trace(family.model, kwargs=family.batch(), dynamic_batch=not self.is_fixed)
+        self.family, self.refusal, self.trace_seconds = family, None, time.perf_counter() - start
+        return gm
 
     @cached_property
     def other_size(self) -> int:
         """A batch size other than the traced one, where the model has it free."""
         notes = self.traced.meta["fxsparse_trace"].notes
-        return 3 if any("dimension 0 stays" in note for note in notes) else 5
+        return 3 if self.is_fixed or any("dimension 0 stays" in note for note in notes) else 5
 
     @cached_property
     def sites(self) -> dict[str, composed.Site]:
@@ -238,6 +247,7 @@ def _trace(bench: Bench) -> Result:
         gm = copy.deepcopy(bench.traced)
     model = copy.deepcopy(bench.family.model)
     notes = [note for note in gm.meta["fxsparse_trace"].notes if "dimension 0 stays" in note or _EVALUATES in note]
+    notes += ["the model works at one batch size"] * bench.is_fixed
     told = any(_EVALUATES in note for note in notes)
     for mode in (False,) if told else (True, False):
         batch = bench.family.batch(3, bench.other_size)
@@ -381,7 +391,9 @@ def _survives_saving(bench: Bench, column: str, gm: GraphModule) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         fxsparse.save(gm, path)
-        with mock.patch("fxsparse.rewriting.trace", lambda *_: copy.deepcopy(bench.traced)):  # the same every time
+        with mock.patch(
+            "fxsparse.rewriting.trace", lambda *_, **__: copy.deepcopy(bench.traced)
+        ):  # the same every time
             loaded = fxsparse.load(path, bench.family.model, kwargs=bench.family.batch())
     if column == "distill":
         attach_teacher(loaded, bench.teacher)
@@ -476,7 +488,8 @@ def _save(bench: Bench) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         fxsparse.save(gm, path)
-        loaded = fxsparse.load(path, copy.deepcopy(bench.family.model), kwargs=bench.family.batch())
+        model, sizes = copy.deepcopy(bench.family.model), {"dynamic_batch": not bench.is_fixed}
+        loaded = fxsparse.load(path, model, kwargs=bench.family.batch(), **sizes)
     batch = bench.family.batch(5, bench.other_size)
     with torch.no_grad():
         _same(loaded.eval()(**batch), gm.eval()(**batch), "after loading")

@@ -348,13 +348,6 @@ def with_masks(family: Family) -> Family:
     return replace(family, recipe=recipe)
 
 
-def with_grouped_experts(family: Family) -> Family:
-    """The same with experts computed together, where transformers knows another way than a loop."""
-    if hasattr(family.model, "set_experts_implementation"):
-        family.model.set_experts_implementation("grouped_mm")
-    return family
-
-
 def without_labels(family: Family) -> Family:
     """The same without labels, whose values some check in Python; a decoder reads them instead."""
     names = inspect.signature(family.model.forward).parameters

@@ -442,7 +442,7 @@ def _survives_saving(name: str, gm: GraphModule) -> None:
         path = Path(folder) / "model.safetensors"
         fxsparse.save(gm, path)
         # Loading traces the original anew, to the same graph at every cell of the matrix.
-        with mock.patch("fxsparse.rewriting.trace", lambda *_: copy.deepcopy(traced(name))):
+        with mock.patch("fxsparse.rewriting.trace", lambda *_, **__: copy.deepcopy(traced(name))):
             loaded = fxsparse.load(path, family(name).model, kwargs=batch_of(name))
     if hasattr(gm, "distillation"):
         attach_teacher(loaded, teacher(name))
