@@ -126,7 +126,7 @@ def _shortens(cls: Any, config: Any, part: Any, name: str, path: str, numbers: l
     """Whether a setting of ``part`` gives a list so many layers, once the settings for each layer in ``scope`` are cut;
     if so, they are."""
     before = vars(part)[name]
-    changed = [(part, name, before, len(numbers))]
+    changed: list[tuple[Any, str, Any, Any]] = [(part, name, before, len(numbers))]
     for other in scope:
         for key, setting in vars(other).items():
             if isinstance(setting, (list, tuple)) and len(setting) == before and _is_per_layer(other, key, before):

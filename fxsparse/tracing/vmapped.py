@@ -35,13 +35,13 @@ def without_vmap(gm: GraphModule) -> None:
         gm: a graph with the fake values that capture gave it; edited in place. Eliminate dead code after.
     """
     for nodes in _regions(gm):
-        levels = sorted({node.args[2 if node.target is _ENTER else 1] for node in nodes if _is_of_vmap(node)})
-        if all(_broadcasts(node, levels) for node in nodes):
-            _replace(gm, nodes, levels)
+        if all(map(_broadcasts, nodes)):
+            _replace(gm, nodes, sorted({_level(node) for node in nodes if node.target in (_ENTER, _LEAVE)}))
 
 
-def _is_of_vmap(node: Node) -> bool:
-    return node.target is _ENTER or node.target is _LEAVE
+def _level(node: Node) -> int:
+    level: Any = node.args[2 if node.target is _ENTER else 1]
+    return int(level)
 
 
 def _regions(gm: GraphModule) -> Iterable[list[Node]]:
@@ -66,15 +66,15 @@ def _is_outermost(node: Node) -> bool:
     return not any(user.target is _LEAVE for user in node.users)
 
 
-def _broadcasts(node: Node, levels: list[Any]) -> bool:
+def _broadcasts(node: Node) -> bool:
     """Whether a call on numbers computes, with dimensions for the levels, what vmap does."""
     if node.target is _ENTER:
         x: Any = node.args[0]
-        return fx.value(x).dim() == 1 and node.args[1] == 0
+        return bool(fx.value(x).dim() == 1 and node.args[1] == 0)
     if node.target is _LEAVE:
         source: Any = node.args[0]
-        left = source.target is not _LEAVE or source.args[1] > node.args[1]  # from the inside out
-        return left and node.args[3] == 0 and fx.value(node).dim() == 1 + fx.value(source).dim()
+        inside_out = source.target is not _LEAVE or _level(source) > _level(node)
+        return inside_out and bool(node.args[3] == 0 and fx.value(node).dim() == 1 + fx.value(source).dim())
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dim():
         return False
@@ -94,15 +94,15 @@ def _lookup(node: Node) -> tuple[Node, list[Node]] | None:
     return None
 
 
-def _replace(gm: GraphModule, nodes: list[Node], levels: list[Any]) -> None:
+def _replace(gm: GraphModule, nodes: list[Node], levels: list[int]) -> None:
     new: dict[Node, Node] = {}
     for node in nodes:
         if node.target is _ENTER:
-            shape = [-1 if level == node.args[2] else 1 for level in levels]
+            shape = [-1 if level == _level(node) else 1 for level in levels]
             new[node] = fx.insert_call(gm, aten.view.default, (node.args[0], shape), like=node)
         elif node.target is _LEAVE:
             source = new[node.args[0]]  # type: ignore[index]
-            sizes = [node.args[2] if level == node.args[1] else -1 for level in levels]
+            sizes = [node.args[2] if level == _level(node) else -1 for level in levels]
             if fx.value(source).dim() == 0:
                 source = fx.insert_call(gm, aten.view.default, (source, [1] * len(levels)), like=node)
             new[node] = fx.insert_call(gm, aten.expand.default, (source, sizes), like=node)
