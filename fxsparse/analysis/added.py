@@ -22,6 +22,9 @@ from fxsparse.graph.experts import grouped_operands
 
 aten = torch.ops.aten
 
+_POSITIONS = 4
+"""Examples and tokens at which it is tried, where they are apart."""
+
 
 @dataclass(frozen=True)
 class Added:
@@ -94,7 +97,7 @@ def _acts(start: Node, term: Node, total: Node) -> Node:
 
 
 def _is_proportional(node: Node, term: Node) -> bool:
-    section = Section({node: ()}, [term], 0)
+    section = Section({node: range(len(sizes(node)) - 1)}, [term], _POSITIONS)
     stand_ins: dict[Node, Any] = {}
     x = torch.randn(section.shape(node), generator=torch.Generator().manual_seed(0))
     try:
