@@ -60,7 +60,7 @@ def added(linear: Linear) -> Added:
     for total in sorted(reached):
         term, stream = _terms(total, reached)
         if term is not None and stream is not None:
-            if any(map(_multiplies, between({linear.node}, [term]))) or linear.out_features not in sizes(term):
+            if any(map(_multiplies, between({linear.node}, [term]))) or not _has(term, linear.out_features):
                 break  # it only has a part in what is added, as a router has in what experts compute
             return Added(_acts(linear.node, term, total), total, stream)
     raise NotAdded("its result goes into no sum with its stream")
@@ -115,6 +115,11 @@ def _run(section: Section, node: Node, x: Tensor, stand_ins: dict[Node, Any]) ->
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         return section.run({node: x}, stand_ins)
+
+
+def _has(node: Node, size: int) -> bool:
+    """Whether an axis has a size; a symbolic one is not compared, which would fix it."""
+    return any(isinstance(own, int) and own == size for own in sizes(node))
 
 
 def _multiplies(node: Node) -> bool:

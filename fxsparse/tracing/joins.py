@@ -32,4 +32,4 @@ def drop_empty_parts(gm: GraphModule) -> None:
 
 def _is_nothing(part: Node) -> bool:
     value = fx.value(part)
-    return isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] == 0
+    return isinstance(value, Tensor) and value.dim() == 1 and isinstance(size := value.shape[0], int) and size == 0

@@ -52,8 +52,9 @@ def _follow(
     gm: GraphModule, node: Node, axis: int, keep: Tensor, reader: Node, kept: dict[Node, tuple[int, Tensor]]
 ) -> bool:
     """Whether all positions of an axis are parameters' that only ``reader`` reads; fills in what stays of each node."""
-    if list(node.users) != [reader] or node in kept or sizes(node)[axis] != len(keep):
-        return False
+    size = sizes(node)[axis]
+    if list(node.users) != [reader] or node in kept or not isinstance(size, int) or size != len(keep):
+        return False  # a symbolic size is not compared, which would fix it
     kept[node] = (axis, keep)
     if node.op == "get_attr":
         held = fx.attribute(gm, str(node.target))

@@ -22,6 +22,7 @@ from fxsparse.analysis.structures import MLP
 from fxsparse.errors import RewriteError
 from fxsparse.graph import Linear, traits
 from fxsparse.graph.resize import CannotResize, DoesNotFit, Losses, Patches, patches_for, resize
+from fxsparse.tracing.views import has_sizes
 
 aten = torch.ops.aten
 
@@ -135,7 +136,7 @@ def _lend(found: Added) -> None:
         for user in list(node.users):
             if node is not found.total and user.op == "call_function" and node not in traits.values_read(user):
                 mine, other = fx.value(node), fx.value(found.stream)
-                if isinstance(other, Tensor) and (mine.dtype, mine.shape) == (other.dtype, other.shape):
+                if isinstance(other, Tensor) and mine.dtype == other.dtype and has_sizes(mine, other):
                     user.replace_input_with(node, found.stream)
 
 

@@ -416,6 +416,20 @@ def test_linears_that_gate_heads_go_with_them(name: str, gm: GraphModule) -> Non
     assert small.get_parameter("h.0.gate.bias").shape == (3 * size,)
 
 
+@pytest.mark.parametrize("size", [HEADS, DIM])
+def test_a_batch_as_large_as_heads_or_channels_stays_free(size: int) -> None:
+    """Sizes that are equal by chance are not one."""
+    torch.manual_seed(0)
+    gm = fxsparse.trace(Layers(Table), kwargs=_tokens(size))
+    gates = fxsparse.rewrite(gm, "gates{score=magnitude,target=0.3}").eval()
+    gates.get_buffer("h.0.heads_gate_mask").copy_(torch.tensor([1, 0, 1, 1]))
+    small = fxsparse.rewrite(copy.deepcopy(gates), "materialize").eval()
+    for module in (gm, gates, small):
+        (x,) = module.graph.find_nodes(op="placeholder")
+        assert isinstance(x.meta["val"].shape[0], torch.SymInt) and not x.meta["val"].shape[0].node.expr.is_number
+    assert_same(small, gates, "table")
+
+
 @pytest.mark.parametrize("name", ["table", "one table"])
 def test_parameters_that_heads_meet_lose_them(name: str, gm: GraphModule) -> None:
     """What the attentions of two blocks read stays whole, and each selects its heads."""
