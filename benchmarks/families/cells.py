@@ -141,7 +141,7 @@ class Bench:
     @cached_property
     def teacher(self) -> GraphModule:
         """The model with other weights, as a graph; the oracle's has them in plain torch."""
-        model = copy.deepcopy(self.family.model)
+        model = _copy(self.family.model)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(7)
             for parameter in model.parameters():
@@ -232,6 +232,12 @@ def _may_refuse() -> Iterator[None]:
         raise Refused(str(error)) from error
 
 
+def _copy(model: Any) -> Any:
+    """A copy, also of what a model keeps of its last call (RecurrentGemma), which may have a gradient."""
+    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in kept if not value.is_leaf})
+
+
 # --- tracing ----------------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +251,7 @@ def _trace(bench: Bench) -> Result:
     """
     with _may_refuse():
         gm = copy.deepcopy(bench.traced)
-    model = copy.deepcopy(bench.family.model)
+    model = _copy(bench.family.model)
     notes = [note for note in gm.meta["fxsparse_trace"].notes if "dimension 0 stays" in note or _EVALUATES in note]
     notes += ["the model works at one batch size"] * bench.is_fixed
     told = any(_EVALUATES in note for note in notes)
@@ -359,6 +365,8 @@ def _trains(bench: Bench, gm: GraphModule, oracle: _Oracle | None) -> None:
         if oracle is not None:
             _close(loss.detach(), torch.tensor(expected), f"the loss of step {step}", rtol=1e-5)
             oracle.step(step, LR)
+        elif step == 1:  # the distance to a teacher may be of any size (CpmAnt)
+            optimizer.param_groups[0]["lr"] = LR / max(1.0, float(loss))
         optimizer.step()
         schedule.step()
     schedule.remove()
@@ -488,7 +496,7 @@ def _save(bench: Bench) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         fxsparse.save(gm, path)
-        model, sizes = copy.deepcopy(bench.family.model), {"dynamic_batch": not bench.is_fixed}
+        model, sizes = _copy(bench.family.model), {"dynamic_batch": not bench.is_fixed}
         loaded = fxsparse.load(path, model, kwargs=bench.family.batch(), **sizes)
     batch = bench.family.batch(5, bench.other_size)
     with torch.no_grad():

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fxsparse import graph as fx
@@ -251,7 +251,9 @@ def _assembled(
 def _copied(gm: GraphModule, model: nn.Module) -> nn.Module:
     """A copy of ``model`` on the graph's tensors; in place of those that the graph no longer has, ones on meta."""
     tensors = fx.tensors_of(gm)
-    memo: dict[int, Any] = {}
+    # What a model keeps of its last call (RecurrentGemma) may belong to a graph of gradients, which nothing copies.
+    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in kept if not value.is_leaf}
     persistent = _state_names(model)
     for name, tensor in fx.tensors_of(model).items():
         twin = tensors.get(name)

@@ -538,3 +538,24 @@ def test_adapters_stay_dense_unless_asked_for() -> None:
     asked = fxsparse.rewrite(gm, "nm-masks{keep_adapters=false}")
     assert all("lora_" in change.site for change in fxsparse.record_of(asked).entries[-1].rewritten)
     assert len(fxsparse.record_of(asked).entries[-1].rewritten) == 12
+
+
+class Keeping(nn.Module):
+    """Keeps what it computed last, as RecurrentGemma does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+        self.last: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.linear(x).relu())
+
+
+def test_what_a_model_keeps_of_its_last_call_may_have_a_gradient() -> None:
+    model, x = Keeping(), torch.randn(3, 16)
+    gm = fxsparse.rewrite(model, "nm-masks{keep_first=false,keep_head=false}", (x,))
+    model.last = model(x)
+    module = fxsparse.to_module(gm, model)
+    torch.testing.assert_close(module(x), gm(x))
+    assert module.last is not model.last and not module.last.requires_grad  # type: ignore[union-attr]
