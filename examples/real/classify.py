@@ -78,7 +78,7 @@ def fit(
         stop_early: whether to go back to the best epoch by the development texts, or to keep the last.
         members: texts that share a pass; steps have so many times more of them.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)
     per_epoch = max(1, len(task.train) // (batch * members))
     steps = max(1, round(epochs * per_epoch))
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))

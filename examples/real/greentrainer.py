@@ -153,7 +153,7 @@ def step_times(made: dict[str, Callable[[int], Way]], task: Task, rounds: int) -
     rows = task.train.rows(slice(0, 32))
     for name, make in made.items():
         way = make(0)
-        optimizer = torch.optim.AdamW(way.model.parameters(), lr=1e-6)
+        optimizer = torch.optim.AdamW(way.model.parameters(), lr=1e-6, fused=True)
         way.model.train()
         if way.source is not None:
             way.schedule(optimizer, 10).observe(rows)

@@ -119,7 +119,7 @@ class LanguageModel:
     def train(self, way: Way, seed: int) -> Cell:
         omission, rungs, share = way
         gm = rewritten(self.model(seed), omission, rungs, self.rows, seed)
-        optimizer = torch.optim.AdamW(gm.parameters(), lr=5e-5, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(gm.parameters(), lr=5e-5, weight_decay=0.01, fused=True)
         steps = round(self.steps * share)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
         schedule = fxsparse.Schedule(gm, optimizer, total_steps=steps)
@@ -152,7 +152,7 @@ def step_costs(work: Classifier | LanguageModel, rounds: int) -> Cell:
     calls, flops = {}, {}
     for omission in rates:
         gm = rewritten(work.model(0), omission, 0, work.rows, 0)
-        optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-7)
+        optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-7, fused=True)
         schedule = fxsparse.Schedule(gm, optimizer, total_steps=1000)
         gm.train()
 

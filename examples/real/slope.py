@@ -68,7 +68,7 @@ def optimizer_of(gm: nn.Module) -> torch.optim.Optimizer:
     branches = [parameter for name, parameter in gm.named_parameters() if name.endswith(("_down", "_up"))]
     rest = [parameter for name, parameter in gm.named_parameters() if not name.endswith(("_down", "_up"))]
     groups: list[dict[str, Any]] = [{"params": rest}] + [{"params": branches, "lr": 8e-3}] * bool(branches)
-    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
 def pretrain(gm: GraphModule, train: Tensor, dev: Tensor, seed: int, args: argparse.Namespace) -> Cell:

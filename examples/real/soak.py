@@ -60,7 +60,7 @@ class Training:
 
     @classmethod
     def start(cls, gm: GraphModule, args: argparse.Namespace) -> Training:
-        optimizer = torch.optim.AdamW(gm.parameters(), lr=2e-5)
+        optimizer = torch.optim.AdamW(gm.parameters(), lr=2e-5, fused=True)
         schedule = fxsparse.Schedule(gm, optimizer, total_steps=args.steps)
         torch._dynamo.reset()
         call = torch.compile(gm, backend="fxsparse", options={"compiler": args.compiler})
