@@ -81,7 +81,9 @@ class Work:
 
     def train(self, gm: nn.Module, lr: float, seed: int) -> list[float]:
         """Trains on the windows once, in an order of the seed; the training losses."""
-        optimizer = torch.optim.AdamW([p for p in gm.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(
+            [p for p in gm.parameters() if p.requires_grad], lr=lr, weight_decay=0.0, fused=True
+        )
         schedule = fxsparse.Schedule(gm, optimizer, total_steps=self.steps)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, self.steps))
         order = torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(seed))
