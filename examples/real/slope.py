@@ -3,7 +3,8 @@
     python -m examples.real.slope            # three seeds, 1,000 steps each
     python -m examples.real.slope --quick    # one seed, 100 steps
 
-A GPT of 4 layers with rotary positions (GPT-NeoX) learns IMDB reviews byte by byte in seven ways, from the same weights and on the same batches:
+A GPT of 4 layers with rotary positions (GPT-NeoX) learns IMDB reviews byte by byte in seven ways, from the same weights
+and on the same batches:
 
 * dense, and the same model pruned to 2:4 afterwards by Wanda, without a further step;
 * SLoPe: 2:4 masks of the first weights, the backward pass pruned once more;

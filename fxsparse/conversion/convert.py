@@ -27,9 +27,9 @@ from torch.fx import GraphModule
 from fxsparse import graph as fx
 from fxsparse.conversion.comparison import difference
 from fxsparse.conversion.depth import CONFIG_KEY, Shortened, parts, renumber, setting_of, shortened_lists, with_layers
-from fxsparse.conversion.heads import Heads, choose_heads, heads_of
+from fxsparse.conversion.heads import Heads, choose_heads
 from fxsparse.conversion.notes import is_pretrained, note
-from fxsparse.conversion.numbers import with_numbers
+from fxsparse.conversion.numbers import heads_to_try
 from fxsparse.conversion.resizing import resize
 from fxsparse.conversion.weights import hold, weights_of
 from fxsparse.conversion.width import narrower_configs
@@ -187,9 +187,8 @@ def _candidates(
     }
     for narrower in narrower_configs(type(model), config, sizes, gm):
         yield narrower, {}
-    heads = heads_of(gm, model, before["heads"])
-    for each in (heads, *with_numbers(heads, gm, model)):
-        yield config, {renumber(path, shortened): chosen for path, chosen in each.items()}
+    for heads in heads_to_try(gm, model, before["heads"], shortened):
+        yield config, heads
 
 
 def _gone(name: str, shortened: Shortened) -> bool:

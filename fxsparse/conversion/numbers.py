@@ -7,7 +7,7 @@ of the attention's output do, and what is as large as all heads together has the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,7 +16,8 @@ from torch.fx import GraphModule
 from fxsparse import graph as fx
 from fxsparse.analysis.heads import Attention, common_path
 from fxsparse.analysis.structures import attentions
-from fxsparse.conversion.heads import Heads, stored_numbers
+from fxsparse.conversion.depth import Shortened, renumber
+from fxsparse.conversion.heads import Chosen, Heads, heads_of, stored_numbers
 
 _ONE_HEAD = ("dim", "size", "per_head")
 _KEYS = ("key_value", "kv")
@@ -31,14 +32,25 @@ class _Shrunk:
     keys: tuple[int, int]
 
 
-def with_numbers(heads: Heads, gm: GraphModule, model: nn.Module) -> Iterator[Heads]:
-    """``heads``, and with them the numbers that modules store: those of heads, then those of features too.
+def heads_to_try(
+    gm: GraphModule, model: nn.Module, before: Mapping[str, Chosen], shortened: Shortened
+) -> Iterator[Heads]:
+    """What attentions may have to select, the likeliest first, by their paths after layers were dropped.
+
+    First the heads alone; then the numbers that modules store with them: those of heads, then those of features too.
 
     Args:
-        heads: of `fxsparse.conversion.heads.heads_of`.
         gm: the graph.
         model: the model from which it was traced.
+        before: the heads that ``model`` selects already, see `fxsparse.conversion.heads.heads_of`.
+        shortened: the layers that were dropped.
     """
+    heads = heads_of(gm, model, before)
+    for each in (heads, *_with_numbers(heads, gm, model)):
+        yield {renumber(path, shortened): chosen for path, chosen in each.items()}
+
+
+def _with_numbers(heads: Heads, gm: GraphModule, model: nn.Module) -> Iterator[Heads]:
     shrunk = list(_shrunk(gm, model))
     for features_too in (False, True):
         found = {path: dict(chosen) for path, chosen in heads.items()}

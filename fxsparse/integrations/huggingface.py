@@ -27,10 +27,10 @@ from torch.fx import GraphModule
 from fxsparse import graph as fx
 from fxsparse.conversion import folders
 from fxsparse.conversion.comparison import difference
-from fxsparse.conversion.depth import CONFIG_KEY, Shortened, renumber, renumbered, shortened_lists, with_layers
-from fxsparse.conversion.heads import Heads, choose_heads, heads_of
+from fxsparse.conversion.depth import CONFIG_KEY, renumbered, shortened_lists, with_layers
+from fxsparse.conversion.heads import Heads, choose_heads
 from fxsparse.conversion.notes import described, restored
-from fxsparse.conversion.numbers import with_numbers
+from fxsparse.conversion.numbers import heads_to_try
 from fxsparse.conversion.resizing import resize, sizes_of
 from fxsparse.conversion.width import misfits_of, narrower_configs, shapes_of
 from fxsparse.dense_state import dense_state_dict
@@ -92,13 +92,13 @@ def _save_graph(gm: GraphModule, model: Any, path: str | os.PathLike[str]) -> nn
     original = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shortened = shortened_lists(model, original, state)
     config = with_layers(model, shortened)
-    found = heads_of(gm, model, before["heads"])
-    heads = [_renumbered_paths(each, shortened) for each in (found, *with_numbers(found, gm, model))]
     state = renumbered(state, shortened, shapes_of(type(model), config))
     narrower = narrower_configs(type(model), config, state, gm)
+    heads = heads_to_try(gm, model, before["heads"], shortened)
     candidates: list[tuple[Any, Heads | None]] = [(fitting, None) for fitting in narrower]
+    candidates += [(config, each) for each in heads]
     differs: str | None = None
-    for chosen, choices in (*candidates, *((config, each) for each in heads)):
+    for chosen, choices in candidates:
         try:
             written = _build(type(model), chosen, state, choices)
         except CheckpointError as error:
@@ -117,10 +117,6 @@ def _save_graph(gm: GraphModule, model: Any, path: str | os.PathLike[str]) -> nn
         f"no {type(model).__name__} computes what the graph does ({differs}): it holds more than smaller weights and "
         "fewer layers; write it with fxsparse.save and read it with fxsparse.load"
     )
-
-
-def _renumbered_paths(heads: Heads, shortened: Shortened) -> Heads:
-    return {renumber(path, shortened): chosen for path, chosen in heads.items()}
 
 
 def _save_module(module: Any, path: Any) -> nn.Module:
