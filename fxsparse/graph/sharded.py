@@ -58,6 +58,8 @@ def local_part(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 def local_index(tensor: Tensor, dim: int, index: Tensor) -> tuple[Tensor, Tensor]:
     """The elements that this rank holds, and those of ``index`` along ``dim`` that are among them, counted there."""
+    if not is_sharded(tensor):
+        return tensor, index  # a comparison would have a GPU wait
     part, offsets = local_part(tensor)
     here = index - offsets[dim]
     return part, here[(here >= 0) & (here < part.shape[dim])]
