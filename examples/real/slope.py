@@ -66,11 +66,7 @@ def rewritten(passes: list[Pass], model: nn.Module, train: Tensor) -> GraphModul
 
 
 def optimizer_of(gm: nn.Module) -> torch.optim.Optimizer:
-    """A branch counts 1 / rank of its product, so at the weights' own rate it would hardly move in so few steps."""
-    branches = [parameter for name, parameter in gm.named_parameters() if name.endswith(("_down", "_up"))]
-    rest = [parameter for name, parameter in gm.named_parameters() if not name.endswith(("_down", "_up"))]
-    groups: list[dict[str, Any]] = [{"params": rest}] + [{"params": branches, "lr": 2e-2}] * bool(branches)
-    return torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return torch.optim.AdamW(gm.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
 def pretrain(gm: GraphModule, train: Tensor, dev: Tensor, seed: int, args: argparse.Namespace) -> Cell:
