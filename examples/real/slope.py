@@ -8,7 +8,7 @@ and on the same batches:
 
 * dense, and the same model pruned to 2:4 afterwards by Wanda, without a further step;
 * SLoPe: 2:4 masks of the first weights, the backward pass pruned once more;
-* SLoPe with low-rank branches in the last 1 % of the steps (the paper's) and in the last 10 %;
+* SLoPe with low-rank branches in the last 1 % of the steps (the paper's) and in their second half;
 * Extended SR-STE, which chooses its masks anew in every step;
 * FST, whose masks are 2:4 along both dimensions and which trains dense in the last sixth: it ends dense.
 
@@ -44,7 +44,7 @@ def ways() -> dict[str, list[Pass]]:
         "dense": [],
         "SLoPe": slope,
         "SLoPe, branches in the last 1 %": [*slope, AddLowRankBranches(ratio=1 / 16, start=0.99)],
-        "SLoPe, branches in the last 10 %": [*slope, AddLowRankBranches(ratio=1 / 16, start=0.9)],
+        "SLoPe, branches in the second half": [*slope, AddLowRankBranches(ratio=1 / 16, start=0.5)],
         "Extended SR-STE": [InsertNMMasks("2:4", storage="masked", dynamic=True)],
         "FST (ends dense)": [InsertNMMasks("2:4", storage="masked", dynamic=True, transposable=True, dense_after=0.83)],
     }
@@ -184,7 +184,7 @@ def tables(results: Results, seeds: list[int]) -> str:
                 spread([cell["perplexity"] for cell in of_seeds], 2),
                 spread([cell["in_its_class"] for cell in of_seeds], 2) if "in_its_class" in of_seeds[0] else "",
                 f"{of_seeds[0]['zeros']:.2f}",
-                f"{time:.2f}" + (" with branches" if "10 %" in name else ""),
+                f"{time:.2f}" + (" with branches" if "half" in name else ""),
                 f"{of_seeds[0]['weight_bytes'] / dense['weight_bytes']:.2f}",
                 f"{of_seeds[0]['optimizer_bytes'] / dense['optimizer_bytes']:.2f}",
             )
