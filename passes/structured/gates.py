@@ -17,7 +17,7 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Interval, MinLen
@@ -38,6 +38,8 @@ from fxsparse.passes.structured import hard_concrete
 from fxsparse.passes.structured.hard_concrete import Gated, mask_name
 from fxsparse.passes.structured.sites import CLASHES, UNITS, Gating, Score, Scorer, Unit, gate_sites, hidden_gate
 
+Constraint = Literal["multipliers", "projection"]
+
 
 @dataclass(frozen=True)
 class GateStructures(Gating):
@@ -56,6 +58,10 @@ class GateStructures(Gating):
         target: share of the gated linears' parameters to take away, in [0, 1).
         warmup: share of the training over which the target rises from 0, linearly.
         lr: of the gates.
+        constraint: what holds the gates to the target. ``multipliers`` are CoFi's, which take some thousand steps to
+            settle: before, the gates overshoot by far. ``projection`` takes out of the gates' gradient what would
+            change the expected sparsity, and shifts all of them alike until it is the target, in every step. The
+            ``sparsity_loss`` is then 0.
         reg_lr: of the multipliers.
         every: steps between two choices of the masks; they are chosen at the last step as well.
         score: closes gates once, at insertion, by ``magnitude`` (of the unit's weights), by ``activation`` or at
@@ -79,6 +85,7 @@ class GateStructures(Gating):
     target: Annotated[float, Interval(ge=0, lt=1)] = 0.6
     warmup: Share = 0.3
     lr: Positive = 0.1
+    constraint: Constraint = "multipliers"
     reg_lr: Positive = 0.1
     every: Count = 50
     score: Score | None = None
@@ -215,12 +222,18 @@ class _Sparsify(Event):
             self.gm.get_buffer("sparsity.target").fill_(target * min(1.0, step / ramp))
 
     def before_step(self, step: int) -> None:
+        gates, projects = tuple(self.gates.values()), self.owner.constraint == "projection"
+        if projects:
+            hard_concrete.keep_sparsity(self.gm, gates)
+        else:
+            self.ascent.step()
         self.descent.step()
-        self.ascent.step()
         self.forget()
         with torch.no_grad():
-            for gate in self.gates.values():
+            for gate in gates:
                 gate.clamp_(hard_concrete.LOWEST, hard_concrete.HIGHEST)
+            if projects:
+                hard_concrete.shift(self.gm, gates, float(self.gm.get_buffer("sparsity.target")))
 
     def forget(self) -> None:
         for optimizer in (self.descent, self.ascent):

@@ -12,7 +12,7 @@ In evaluation a gate is 0 or 1: its mask. Sparsity counts the parameters of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -204,6 +204,39 @@ def sparsity_loss(gm: nn.Module) -> Tensor:
         raise RewriteError("its gates were set once by a score and are not trained", pass_name="gates") from None
     off = expected_sparsity(gm) - gm.get_buffer("sparsity.target")
     return first * off + second * off.square()
+
+
+def keep_sparsity(gm: GraphModule, gates: Sequence[Tensor]) -> None:
+    """Takes out of the gradients of all gates, in place, what would change the expected sparsity.
+
+    What is left is ``g - (g c / c c) c`` with the sparsity's own gradient c, so that a gate opens where it gives more
+    for its parameters than others do.
+    """
+    with torch.enable_grad():
+        own = torch.autograd.grad(expected_sparsity(gm), gates)
+    both = [(gate.grad, each) for gate, each in zip(gates, own, strict=True) if gate.grad is not None]
+    if both:
+        share = sum(whole((grad * each).sum()) for grad, each in both) / sum(
+            whole(each.square().sum()) for _, each in both
+        )
+        for grad, each in both:
+            grad.sub_(each * share)
+
+
+@torch.no_grad()
+def shift(gm: GraphModule, gates: Sequence[Tensor], target: float) -> None:
+    """Lowers or raises all gates alike, within their limits, until the expected sparsity is ``target`` within 0.0001,
+    or as near as the limits let it come."""
+    start = [gate.clone() for gate in gates]
+    low, high = LOWEST - HIGHEST, HIGHEST - LOWEST
+    for _ in range(20):
+        by = (low + high) / 2
+        for gate, value in zip(gates, start, strict=True):
+            gate.copy_((value - by).clamp(LOWEST, HIGHEST))
+        off = float(expected_sparsity(gm)) - target
+        if abs(off) < 1e-4:
+            break
+        low, high = (by, high) if off < 0 else (low, by)
 
 
 @torch.no_grad()

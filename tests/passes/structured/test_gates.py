@@ -200,6 +200,75 @@ def test_training_reaches_the_target(target: float, units: tuple[str, ...]) -> N
     torch.testing.assert_close(outputs(small, batch)[0], outputs(gates, batch)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("units", [UNITS[:4], UNITS])
+def test_projected_gates_meet_the_target_in_every_step(units: tuple[str, ...]) -> None:
+    family, gm = traced("bert")
+    gates = Pipeline([GateStructures(units, target=0.6, every=10, warmup=0.4, constraint="projection")])(gm)
+    optimizer = torch.optim.AdamW(gates.parameters(), lr=1e-3)
+    schedule = fxsparse.Schedule(gates, optimizer, total_steps=30)
+    for step in range(30):
+        target = float(gates.get_buffer("sparsity.target"))
+        assert target == pytest.approx(0.6 * min(1, (step + 1) / 12))
+        loss = gates(**family.make_batch(batch=4)).loss
+        assert float(fxsparse.sparsity_loss(gates).detach()) == 0
+        (loss + fxsparse.sparsity_loss(gates)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        reached = float(hard_concrete.expected_sparsity(gates).detach())
+        assert reached == pytest.approx(target, abs=2e-4) or (reached > target and step < 3), "all open is above 0"
+        schedule.step()
+    values = torch.cat([gates.get_parameter(name).detach() for name in gate_names(gates)])
+    assert values.std() > 0.1, "the gates are not all alike"
+    assert hard_concrete.mask_sparsity(gates) >= 0.6
+
+
+def test_what_would_change_the_sparsity_is_taken_out_of_the_gradient() -> None:
+    _, gm = traced("llama")
+    gm = Pipeline([GateStructures(UNITS, constraint="projection")])(gm)
+    gates = [gm.get_parameter(name) for name in gate_names(gm)]
+    own = torch.autograd.grad(hard_concrete.expected_sparsity(gm), gates)
+    for gate in gates:
+        gate.grad = torch.randn_like(gate)
+    wanted = torch.cat([gate.grad.double() for gate in gates])
+    normal = torch.cat([each.double() for each in own])
+    wanted -= normal * (wanted @ normal) / (normal @ normal)
+    hard_concrete.keep_sparsity(gm, gates)
+    torch.testing.assert_close(torch.cat([gate.grad.double() for gate in gates]), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_projected_gates_keep_what_the_loss_needs_in_a_short_training() -> None:
+    """Of the channels of an MLP a quarter decides the loss; CoFi's multipliers would not have settled by then."""
+
+    class Needed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(16, 64), torch.nn.Linear(64, 16)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden + self.down(torch.relu(self.up(hidden)))
+
+    def kept(constraint: str) -> float:
+        torch.manual_seed(0)
+        model, hidden = Needed(), torch.randn(64, 16)
+        with torch.no_grad():
+            model.down.weight[:, 16:] *= 0.1
+        wanted = model(hidden).detach()
+        gate = GateStructures(("intermediate",), target=0.7, warmup=0.4, constraint=constraint)  # type: ignore[arg-type]
+        gm = fxsparse.rewrite(model, [gate], args=(hidden,))
+        optimizer = torch.optim.AdamW(gm.parameters(), lr=0.0)
+        schedule = fxsparse.Schedule(gm, optimizer, total_steps=60)
+        for _ in range(60):
+            loss = 10 * torch.nn.functional.mse_loss(gm(hidden), wanted)
+            (loss + fxsparse.sparsity_loss(gm)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        (name,) = gate_names(gm)
+        return float(gm.get_buffer(mask_name(name))[:16].mean())
+
+    assert kept("projection") > 0.9
+
+
 def test_a_materialized_model_is_saved_and_loaded(tmp_path: Any) -> None:
     family, gm = traced("llama")
     gates = Pipeline([GateStructures(UNITS, score="magnitude", target=0.5)])(gm).eval()
@@ -211,7 +280,8 @@ def test_a_materialized_model_is_saved_and_loaded(tmp_path: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, batch), outputs(small, batch), strict=True))
 
 
-def test_a_gated_training_resumes_bit_for_bit(tmp_path: Any) -> None:
+@pytest.mark.parametrize("constraint", ["multipliers", "projection"])
+def test_a_gated_training_resumes_bit_for_bit(constraint: Any, tmp_path: Any) -> None:
     def run(steps: int, gm: GraphModule, state: dict[str, Any] | None = None, first: int = 0) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-3)
         schedule = fxsparse.Schedule(gm, optimizer, total_steps=8)
@@ -228,7 +298,7 @@ def test_a_gated_training_resumes_bit_for_bit(tmp_path: Any) -> None:
         return {"optimizer": copy.deepcopy(optimizer.state_dict()), "schedule": copy.deepcopy(schedule.state_dict())}
 
     family, gm = traced("opt")
-    gates = Pipeline([GateStructures(UNITS, every=2)])(gm)
+    gates = Pipeline([GateStructures(UNITS, every=2, constraint=constraint)])(gm)
     whole = copy.deepcopy(gates)
     run(8, whole)
     state = run(5, gates)
