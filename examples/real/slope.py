@@ -204,19 +204,30 @@ def tables(results: Results, seeds: list[int]) -> str:
 
 
 def plot(results: Results, seeds: list[int]) -> None:
-    figure, axes = harness.figure()
+    figure, (left, right) = harness.figure(1, 2, (11, 4.5))
+    dense = [results.cells[f"dense, seed {seed}"]["curve"] for seed in seeds]
     for position, name in enumerate(ways()):
         curves = [results.cells[f"{name}, seed {seed}"]["curve"] for seed in seeds]
         steps = [step for step, _ in curves[0]]
-        means = [statistics.fmean(curve[place][1] for curve in curves) for place in range(len(steps))]
-        lowest = [min(curve[place][1] for curve in curves) for place in range(len(steps))]
-        highest = [max(curve[place][1] for curve in curves) for place in range(len(steps))]
-        axes.plot(steps, means, marker="o", markersize=3, color=f"C{position}", label=name)
-        axes.fill_between(steps, lowest, highest, color=f"C{position}", alpha=0.15)
-    axes.set(xlabel="step", ylabel="perplexity of a byte, held-out reviews", yscale="log")
-    axes.set_title(f"pretraining on {results.settings['text']}: mean and range of {len(seeds)} seeds", fontsize=10)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+        values = [[value for _, value in curve] for curve in curves]
+        above = [
+            [mine[1] - its[1] for mine, its in zip(*pair, strict=True)] for pair in zip(curves, dense, strict=True)
+        ]
+        for axes, lines in ((left, values), (right, above)):
+            at_steps = list(zip(*lines, strict=True))
+            means = [statistics.fmean(of_seeds) for of_seeds in at_steps]
+            axes.plot(steps, means, marker="o", markersize=3, color=f"C{position}", label=name)
+            axes.fill_between(
+                steps, *zip(*((min(v), max(v)) for v in at_steps), strict=True), color=f"C{position}", alpha=0.15
+            )
+    wanda = [results.cells[f"dense, seed {seed}"]["wanda"] for seed in seeds]
+    left.plot(steps[-1], statistics.fmean(wanda), "x", color="black", label="dense, then Wanda")
+    left.set(ylabel="perplexity of a byte, held-out reviews", xlabel="step")
+    right.set(ylabel="above the dense model of the same seed", xlabel="step")
+    figure.suptitle(f"pretraining on {results.settings['text']}: mean and range of {len(seeds)} seeds", fontsize=10)
+    left.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
     figure.savefig(results.path.with_suffix(".svg"))
 
 
