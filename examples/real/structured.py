@@ -5,11 +5,14 @@
 
 For each seed MiniLM is fine-tuned first; it is the teacher. Then, with the same texts and number of steps each:
 
-* CoFi at three sparsities of the core: gates and distillation, then what is left is tuned on the labels;
-* DimCHOP: half of the hidden dimensions go while training goes on, then what is left is tuned;
-* LayerCHOP: half of the layers go at once, then training on the labels;
+* CoFi at three sparsities of the core: gates and distillation for half of the steps, then what is left is tuned. The
+  gates are projected; at one sparsity CoFi's multipliers hold them as well, for which the steps are too few;
+* DimCHOP: half of the hidden dimensions go while half of the steps are trained, then what is left is tuned;
+* LayerCHOP: half of the layers go at once, then what is left is tuned;
 * Torch-Pruning at the same sparsities: Taylor importance of groups, heads, channels and hidden dimensions at once, then
-  training on labels and the teacher's logits, in plain torch.
+  what is left is tuned, in plain torch.
+
+Tuning is the same for all: half of the loss is the labels', half the teacher's logits'.
 
 Sparsity counts the weights and biases of attentions and MLPs. Every smaller model is written, read back, and tested as
 it was read back; those of the first seed are timed in turn, all compiled by plain Inductor.
@@ -27,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from torch.nn import functional
 
 import fxsparse
@@ -54,10 +58,10 @@ def teacher_of(task: Task, args: argparse.Namespace, seed: int, folder: Path) ->
     return {"test": accuracy(model, task.test), "dev": trained.dev, "core": core(model)}
 
 
-def cofi(sparsity: float) -> Make:
+def cofi(sparsity: float, constraint: Any = "projection") -> Make:
     def make(teacher: nn.Module, task: Task, args: argparse.Namespace, seed: int, folder: Path) -> Cell:
-        passes = [GateStructures(target=sparsity, warmup=0.4), DistillLayers(copy.deepcopy(teacher))]
-        return in_two(passes, teacher, task, args, seed, folder)
+        gates = GateStructures(target=sparsity, warmup=0.4, constraint=constraint)
+        return in_two([gates, DistillLayers(copy.deepcopy(teacher))], teacher, task, args, seed, folder)
 
     return make
 
@@ -70,8 +74,7 @@ def in_two(
     passes: list[Any], teacher: nn.Module, task: Task, args: argparse.Namespace, seed: int, folder: Path
 ) -> Cell:
     """Trains what a schedule closes, cuts it out, and tunes what is left."""
-    model = copy.deepcopy(teacher)
-    gm = fxsparse.rewrite(model, passes, kwargs=task.train.rows(slice(0, 32)))
+    gm = fxsparse.rewrite(copy.deepcopy(teacher), passes, kwargs=task.train.rows(slice(0, 32)))
     gated = any(isinstance(item, GateStructures) for item in passes)
     options: dict[str, Any] = {"extra_loss": lambda: fxsparse.sparsity_loss(gm)} if gated else {}
     first = fit(
@@ -79,11 +82,18 @@ def in_two(
     )
     closed = accuracy(gm, task.test)
     small = fxsparse.rewrite(gm, "materialize")
+    return {"closed": closed, "values": first.values} | tuned(small, teacher, task, args.tune_epochs, seed, folder)
+
+
+def tuned(small: GraphModule, teacher: nn.Module, task: Task, epochs: int, seed: int, folder: Path) -> Cell:
+    """Trains on labels and the teacher's logits; what was written to a folder is tested as well."""
     cut = accuracy(small, task.test)
-    second = fit(small, task, epochs=args.tune_epochs, lr=5e-5, seed=seed)
-    written = fxsparse.save_pretrained(small, teacher, folder)
-    cell = {"test": accuracy(small, task.test), "closed": closed, "cut": cut, "values": first.values, "dev": second.dev}
-    return cell | {"read_back": accuracy(fxsparse.from_pretrained(folder), task.test), "core": core(written)}
+    gm = fxsparse.rewrite(small, [DistillLayers(copy.deepcopy(teacher), weights=(0.5, 0.5, 0.0))])
+    trained = fit(gm, task, epochs=epochs, lr=1e-4, seed=seed, schedule=scheduled(gm))
+    gm = fxsparse.rewrite(gm, "end-distill")
+    written = fxsparse.save_pretrained(gm, teacher, folder)
+    cell = {"test": accuracy(gm, task.test), "cut": cut, "dev": trained.dev, "core": core(written)}
+    return cell | {"read_back": accuracy(fxsparse.from_pretrained(folder), task.test)}
 
 
 def scheduled(gm: nn.Module) -> Callable[[torch.optim.Optimizer, int], fxsparse.Schedule]:
@@ -92,11 +102,7 @@ def scheduled(gm: nn.Module) -> Callable[[torch.optim.Optimizer, int], fxsparse.
 
 def layerchop(teacher: nn.Module, task: Task, args: argparse.Namespace, seed: int, folder: Path) -> Cell:
     gm = fxsparse.rewrite(copy.deepcopy(teacher), [DropLayers("max-gap")], kwargs=task.train.rows(slice(0, 32)))
-    cut = accuracy(gm, task.test)
-    trained = fit(gm, task, epochs=args.prune_epochs + args.tune_epochs, lr=1e-4, seed=seed)
-    written = fxsparse.save_pretrained(gm, teacher, folder)
-    cell = {"test": accuracy(gm, task.test), "cut": cut, "dev": trained.dev, "core": core(written)}
-    return cell | {"read_back": accuracy(fxsparse.from_pretrained(folder), task.test)}
+    return tuned(gm, teacher, task, args.prune_epochs + args.tune_epochs, seed, folder)
 
 
 def torch_pruning(sparsity: float) -> Make:
@@ -227,8 +233,10 @@ def tables(results: Results, names: list[str], seeds: list[int]) -> str:
 
 def plot(results: Results, names: list[str], seeds: list[int]) -> None:
     figure, axes = harness.figure()
-    for position, kind in enumerate(("CoFi", "Torch-Pruning", "LayerCHOP", "DimCHOP", "fine-tuned")):
-        of_kind = [name for name in names if name.startswith(kind)]
+    kinds = ("CoFi", "multipliers", "Torch-Pruning", "LayerCHOP", "DimCHOP", "fine-tuned")
+    for position, kind in enumerate(kinds):
+        of_kind = [name for name in names if name.startswith(kind) or name.endswith(kind)]
+        of_kind = [name for name in of_kind if kind == "multipliers" or not name.endswith("multipliers")]
         speeds = [results.cells["latency"]["batch 32"][name]["speed"] for name in of_kind]
         tests = [[results.cells[f"{name}, seed {seed}"]["test"] for seed in seeds] for name in of_kind]
         for speed, values in zip(speeds, tests, strict=True):
@@ -248,10 +256,10 @@ def main() -> None:
     args = harness.parse(options)
     sizes = {"train": 1024, "dev": 256, "test": 1024, "length": 32}
     sparsities = [0.6, 0.8, 0.95]
-    args.epochs, args.prune_epochs, args.tune_epochs, args.rounds = 3, 6, 2, 15
+    args.epochs, args.prune_epochs, args.tune_epochs, args.rounds = 3, 4, 4, 15
     if args.quick:
         sizes |= {"train": 256, "dev": 128, "test": 512}
-        sparsities, args.epochs, args.prune_epochs, args.tune_epochs = [0.6], 2, 2, 1
+        sparsities, args.epochs, args.prune_epochs, args.tune_epochs = [0.6], 2, 2, 2
     if args.tiny:
         sizes |= {"train": 64, "dev": 16, "test": 32}
         args.rounds = 1
@@ -259,6 +267,8 @@ def main() -> None:
     epochs = {"epochs": args.epochs, "epochs of pruning": args.prune_epochs, "of tuning": args.tune_epochs}
     results = Results("structured", args, {"data": task.name, **sizes, **epochs, "batch": 32})
     made: dict[str, Make] = {f"CoFi {sparsity:.0%}": cofi(sparsity) for sparsity in sparsities}
+    middle = sparsities[len(sparsities) // 2]
+    made[f"CoFi {middle:.0%}, multipliers"] = cofi(middle, "multipliers")
     made |= {"LayerCHOP 50%": layerchop, "DimCHOP 50%": dimchop}
     made |= {f"Torch-Pruning {sparsity:.0%}": torch_pruning(sparsity) for sparsity in sparsities}
     for seed in args.seeds:
