@@ -68,7 +68,8 @@ def ways(args: argparse.Namespace) -> dict[str, list[Pass]]:
     passes: dict[str, list[Pass]] = {"dense": []}
     for omission in args.omission:
         for block in args.block:
-            options = {"multiple": args.multiple, "block": block, "score": args.score, "seed": args.seed}
+            options: dict[str, Any] = {"multiple": args.multiple, "block": block, "seed": args.seed}
+            options |= {"score": args.score, "choice": args.choice}
             name = f"SAT {omission:g}" + (f" in {block}s" if block > 1 else "")
             passes[name] = [SelectNeurons(omission, **options)]
             passes[f"{name} + LORS"] = [SelectNeurons(omission, rungs=args.rungs, **options)]
@@ -182,6 +183,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--block", nargs="+", type=int, default=[1], help="channels that are chosen together")
     parser.add_argument("--score", default="magnitude", choices=("magnitude", "weighted", "uniform"))
+    parser.add_argument("--choice", default="top", choices=("top", "sampled"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens in a window")
     parser.add_argument("--layers", type=int, default=3)

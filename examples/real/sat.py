@@ -4,7 +4,8 @@
     python -m examples.real.sat --model smollm2      # SmolLM2 is trained on, on IMDB reviews, one seed
     python -m examples.real.sat --quick
 
-Omission rates 0.2, 0.33 and 0.5, each at a constant rate and with the ladder, beside dense training. What costs less
+Omission rates 0.2, 0.33 and 0.5, each at a constant rate and with the ladder, and at 0.5 units that are drawn instead
+of the top ones, beside dense training. What costs less
 time must be compared with dense training that stops earlier, so that runs too, with 85, 70 and 55 % of the steps and
 the learning rate's whole decay. Times are of steps taken in turn; a ladder's is the mean over its rungs.
 """
@@ -34,19 +35,21 @@ OMISSION = (0.2, 0.33, 0.5)
 SHARES = (1.0, 0.85, 0.7, 0.55)
 RUNGS = 2
 
-Way = tuple[float, int, float]
-"""Omission rate, rungs of the ladder, share of the steps."""
+Way = tuple[float, int, float, str]
+"""Omission rate, rungs of the ladder, share of the steps, how units are chosen."""
 
 
 def ways() -> dict[str, Way]:
-    dense = {"dense" if share == 1 else f"dense, {share:.0%} of the steps": (0.0, 0, share) for share in SHARES}
-    constant = {f"SAT {omission:g}": (omission, 0, 1.0) for omission in OMISSION}
-    ladder = {f"SAT {omission:g} + LORS": (omission, RUNGS, 1.0) for omission in OMISSION}
-    return dense | constant | ladder
+    dense = {"dense" if share == 1 else f"dense, {share:.0%} of the steps": (0.0, 0, share, "top") for share in SHARES}
+    constant = {f"SAT {omission:g}": (omission, 0, 1.0, "top") for omission in OMISSION}
+    ladder = {f"SAT {omission:g} + LORS": (omission, RUNGS, 1.0, "top") for omission in OMISSION}
+    drawn = {f"SAT {OMISSION[-1]:g}, drawn": (OMISSION[-1], 0, 1.0, "sampled")}
+    return dense | constant | ladder | drawn
 
 
-def rewritten(model: nn.Module, omission: float, rungs: int, rows: dict[str, Tensor], seed: int) -> GraphModule:
-    passes = [SelectNeurons(omission, rungs=rungs, seed=seed)] if omission else []
+def rewritten(model: nn.Module, way: Way, rows: dict[str, Tensor], seed: int) -> GraphModule:
+    omission, rungs, _, choice = way
+    passes = [SelectNeurons(omission, rungs=rungs, choice=choice, seed=seed)] if omission else []  # type: ignore[arg-type]
     return fxsparse.rewrite(model, passes, kwargs=rows)
 
 
@@ -71,8 +74,8 @@ class Classifier:
         return self.task.model(seed)
 
     def train(self, way: Way, seed: int) -> Cell:
-        omission, rungs, share = way
-        gm = rewritten(self.model(seed), omission, rungs, self.rows, seed)
+        share = way[2]
+        gm = rewritten(self.model(seed), way, self.rows, seed)
         values: list[float] = []
 
         def scheduled(optimizer: torch.optim.Optimizer, steps: int) -> fxsparse.Schedule:
@@ -117,8 +120,8 @@ class LanguageModel:
         return copy.deepcopy(self.source)
 
     def train(self, way: Way, seed: int) -> Cell:
-        omission, rungs, share = way
-        gm = rewritten(self.model(seed), omission, rungs, self.rows, seed)
+        share = way[2]
+        gm = rewritten(self.model(seed), way, self.rows, seed)
         optimizer = torch.optim.AdamW(gm.parameters(), lr=5e-5, weight_decay=0.01, fused=True)
         steps = round(self.steps * share)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
@@ -151,7 +154,7 @@ def step_costs(work: Classifier | LanguageModel, rounds: int) -> Cell:
     rates = sorted({0.0, *OMISSION, *(omission / 2 for omission in OMISSION)})
     calls, flops = {}, {}
     for omission in rates:
-        gm = rewritten(work.model(0), omission, 0, work.rows, 0)
+        gm = rewritten(work.model(0), (omission, 0, 1.0, "top"), work.rows, 0)
         optimizer = torch.optim.AdamW(gm.parameters(), lr=1e-7, fused=True)
         schedule = fxsparse.Schedule(gm, optimizer, total_steps=1000)
         gm.train()
@@ -235,8 +238,9 @@ def plot(work: Classifier | LanguageModel, results: Results, seeds: list[int]) -
     for axes, axis in zip(panels, ("flops", "time"), strict=True):
         kinds: dict[str, Callable[[str], bool]] = {
             "dense": lambda name: "dense" in name,
-            "SAT": lambda name: "SAT" in name and "LORS" not in name,
+            "SAT": lambda name: "SAT" in name and "LORS" not in name and "drawn" not in name,
             "SAT + LORS": lambda name: "LORS" in name,
+            "SAT, drawn": lambda name: "drawn" in name,
         }
         for position, (kind, belongs) in enumerate(kinds.items()):
             cells = [(name, cell) for name, cell in found.items() if belongs(name)]

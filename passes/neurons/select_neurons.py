@@ -78,7 +78,8 @@ class SelectNeurons(Pass):
         score: what a unit matters by: the moving mean of its ``magnitude``, that times the norm of the columns that
             read it (``weighted``), or nothing (``uniform``), for comparison. Units that do not take part keep their
             mean.
-        choice: ``sampled`` in proportion to the scores, or the ``top`` ones, which then seldom change.
+        choice: the ``top`` ones by their scores, which then seldom change, or ``sampled`` in proportion to them, which
+            trains more of them, and a model that evaluation, where all take part, differs from by more.
         structures: ``heads``, ``channels``, or both.
         rungs: equal steps down to 0 at the end of training; none keeps the rate throughout.
         rung_steps: optimizer steps of each; by default all rungs together are the second half of the training.
@@ -109,7 +110,7 @@ class SelectNeurons(Pass):
     )
     omission: _Rate = 0.3
     score: Score = "magnitude"
-    choice: Choice = "sampled"
+    choice: Choice = "top"
     structures: Annotated[tuple[Structure, ...], MinLen(1)] = ("heads", "channels")
     rungs: Index = 0
     rung_steps: Count | None = None

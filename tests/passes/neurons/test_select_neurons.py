@@ -358,7 +358,7 @@ def test_three_hundred_steps_compile_at_rungs_only() -> None:
         graphs.append(graph)
         return graph.forward
 
-    _, gm = tiny("select-neurons{omission=0.5,rungs=2,rung_steps=50,multiple=4}")
+    _, gm = tiny("select-neurons{omission=0.5,rungs=2,rung_steps=50,multiple=4,choice=sampled}")
     optimizer = torch.optim.SGD(gm.parameters(), 0.01)
     schedule = fxsparse.Schedule(gm, optimizer, total_steps=300)
     compiled = torch.compile(gm, backend=backend)
