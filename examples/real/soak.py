@@ -37,7 +37,7 @@ BATCH = 8
 PIPELINES = {
     "neurons, tensors, branches": (
         "low-rank{rank=4,start=0.5,layers=[*query,*value]},"
-        "select-neurons{omission=0.4,rungs=2},select-tensors{rho=0.8,times=10}"
+        "select-neurons{omission=0.4,rungs=2,choice=sampled},select-tensors{rho=0.8,times=10}"
     ),
     "gates, two texts in one": "multiplex{n=2,stages=[[0.3,0,1],[1,0.9,0.1]]},gates{target=0.4}",
 }
