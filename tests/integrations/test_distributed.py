@@ -210,6 +210,7 @@ SAMPLE = [
     ("tensors-branches", "ddp"),
     ("branches", "fsdp"),
     ("gates", "fsdp inside"),
+    ("gates-projected", "fsdp inside"),
     ("dims", "fsdp"),
     ("tensors", "fsdp"),
     ("neurons", "fsdp"),
