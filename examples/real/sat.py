@@ -5,9 +5,9 @@
     python -m examples.real.sat --quick
 
 Omission rates 0.2, 0.33 and 0.5, each at a constant rate and with the ladder, and at 0.5 units that are drawn instead
-of the top ones, beside dense training. What costs less
-time must be compared with dense training that stops earlier, so that runs too, with 85, 70 and 55 % of the steps and
-the learning rate's whole decay. Times are of steps taken in turn; a ladder's is the mean over its rungs.
+of the top ones, beside dense training. What costs less time must be compared with dense training that stops earlier, so
+that runs too, with 85, 70 and 55 % of the steps and the learning rate's whole decay. Times are of steps taken in turn;
+a ladder's is the mean over its rungs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 
 import fxsparse
 from fxsparse.passes import SelectNeurons
+from fxsparse.passes.neurons.choice import Choice
 
 from . import harness
 from .classify import counted, fit, rate
@@ -35,7 +36,7 @@ OMISSION = (0.2, 0.33, 0.5)
 SHARES = (1.0, 0.85, 0.7, 0.55)
 RUNGS = 2
 
-Way = tuple[float, int, float, str]
+Way = tuple[float, int, float, Choice]
 """Omission rate, rungs of the ladder, share of the steps, how units are chosen."""
 
 
@@ -49,7 +50,7 @@ def ways() -> dict[str, Way]:
 
 def rewritten(model: nn.Module, way: Way, rows: dict[str, Tensor], seed: int) -> GraphModule:
     omission, rungs, _, choice = way
-    passes = [SelectNeurons(omission, rungs=rungs, choice=choice, seed=seed)] if omission else []  # type: ignore[arg-type]
+    passes = [SelectNeurons(omission, rungs=rungs, choice=choice, seed=seed)] if omission else []
     return fxsparse.rewrite(model, passes, kwargs=rows)
 
 
@@ -74,7 +75,7 @@ class Classifier:
         return self.task.model(seed)
 
     def train(self, way: Way, seed: int) -> Cell:
-        share = way[2]
+        _, _, share, _ = way
         gm = rewritten(self.model(seed), way, self.rows, seed)
         values: list[float] = []
 
@@ -120,7 +121,7 @@ class LanguageModel:
         return copy.deepcopy(self.source)
 
     def train(self, way: Way, seed: int) -> Cell:
-        share = way[2]
+        _, _, share, _ = way
         gm = rewritten(self.model(seed), way, self.rows, seed)
         optimizer = torch.optim.AdamW(gm.parameters(), lr=5e-5, weight_decay=0.01, fused=True)
         steps = round(self.steps * share)

@@ -216,11 +216,10 @@ def keep_sparsity(gm: GraphModule, gates: Sequence[Tensor]) -> None:
         own = torch.autograd.grad(expected_sparsity(gm), gates)
     both = [(gate.grad, each) for gate, each in zip(gates, own, strict=True) if gate.grad is not None]
     if both:
-        share = sum(whole((grad * each).sum()) for grad, each in both) / sum(
-            whole(each.square().sum()) for _, each in both
-        )
+        along = sum(whole((grad * each).sum()) for grad, each in both)
+        square = sum(whole(each.square().sum()) for _, each in both)
         for grad, each in both:
-            grad.sub_(each * share)
+            grad.sub_(each * (along / square))
 
 
 @torch.no_grad()
